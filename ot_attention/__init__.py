@@ -1,0 +1,6 @@
+"""Attention by entropic optimal transport: banded, with a dustbin, differentiable. Needs jax, numpy, jaxtyping only."""
+
+from ot_attention.api import sinkhorn_attention, transport_plan
+from ot_attention.spec import SinkhornInfo, SinkhornSpec, UnsupportedError
+
+__all__ = ["SinkhornInfo", "SinkhornSpec", "UnsupportedError", "sinkhorn_attention", "transport_plan"]

@@ -1,0 +1,164 @@
+"""The two public functions: arguments are checked here, and heads laid out for the implementations."""
+
+import functools
+import inspect
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ot_attention import reference, sinkhorn, support
+from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec, UnsupportedError
+
+_DTYPES = ("bfloat16", "float32", "float64")
+
+
+def _checked(function):
+    """Checks arguments before anything else can fail on them: every misuse is a ValueError naming the argument."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        bound.arguments |= _check(**bound.arguments)
+        return function(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+@_checked
+def sinkhorn_attention(
+    q: Float[Array, "batch rows heads width"],
+    k: Float[Array, "batch columns heads width"],
+    v: Float[Array, "batch columns heads value"],
+    spec: SinkhornSpec,
+    q_lengths: Int[Array, "batch"] | None = None,
+    k_lengths: Int[Array, "batch"] | None = None,
+    dustbin_score: Float[Array, "heads"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
+    """Attention whose weights are an entropic transport plan (contract, sections 1 to 3; arXiv 2605.08123).
+
+    Lengths default to the padded ones; `dustbin_score` is required if and only if `spec.dustbin` is not "none".
+    `implementation`: None chooses; "reference" is dense and plain, "xla" computes the band only; a named one is used or
+    refused, never replaced. The output has the dtype of v; potentials are float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: shapes, dtypes or lengths that do not fit, naming the argument. Lengths inside `jit` are clipped to
+            the padded ones instead: their values are not known there.
+        UnsupportedError: the named implementation cannot do this, and what to change.
+    """
+    arguments = _by_head(q, k, v, dustbin_score, q_lengths, k_lengths)
+    attend = reference.attend if _choose(implementation, spec) == "reference" else sinkhorn.attend
+    out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in attend(arguments, spec))
+    if spec.dustbin == "none":
+        f, g = f[..., :-1], g[..., :-1]
+    return out.swapaxes(1, 2).astype(v.dtype), SinkhornInfo(f, g, jax.lax.stop_gradient(residual))
+
+
+@_checked
+def transport_plan(
+    q: Float[Array, "batch rows heads width"],
+    k: Float[Array, "batch columns heads width"],
+    spec: SinkhornSpec,
+    q_lengths: Int[Array, "batch"] | None = None,
+    k_lengths: Int[Array, "batch"] | None = None,
+    dustbin_score: Float[Array, "heads"] | None = None,
+) -> Float[Array, "batch heads plan_rows plan_columns"]:
+    """The plan that `sinkhorn_attention` applies, dense, with the dustbin as last row and column if there is one.
+
+    For small inputs, plots and tests: memory is rows x columns for every head. Differentiable as the attention is.
+    Raises as `sinkhorn_attention` does.
+    """
+    _choose("reference", spec)
+    plan, *_ = reference.solve(_by_head(q, k, k, dustbin_score, q_lengths, k_lengths), spec)
+    if spec.dustbin == "none":
+        plan = plan[:, :-1, :-1]
+    return plan.reshape(q.shape[0], -1, *plan.shape[1:])
+
+
+def _by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
+    """Heads as the leading axis of everything, padding 0, in the dtype of the computation."""
+    batch, _, heads, _ = q.shape
+    dtype = jnp.promote_types(jnp.promote_types(q.dtype, k.dtype), jnp.promote_types(v.dtype, jnp.float32))
+    n_q, n_k = (jnp.repeat(n.astype(jnp.int32), heads) for n in (q_lengths, k_lengths))
+    q, k, v = (x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3]) for x in (q, k, v))
+    q, k, v = (support.zero_padding(x, n).astype(dtype) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
+    return Heads(q, k, v, jnp.tile(dustbin_score.astype(dtype), batch), n_q, n_k)
+
+
+def _check(q, k, spec, q_lengths, k_lengths, dustbin_score, v=None, implementation=None) -> dict:
+    """The array arguments, with defaults filled in. Raises ValueError."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x is None and name == "v":
+            continue
+        shape, dtype = jnp.shape(x), jnp.result_type(x)
+        if len(shape) != 4 or 0 in shape:
+            raise ValueError(f"{name} has shape {shape}; it must be [batch, length, heads, width], none of them 0")
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {dtype}; it must be one of {', '.join(_DTYPES)}")
+    (batch, rows, heads, width), columns = q.shape, k.shape[1]
+    if k.shape != (batch, columns, heads, width):
+        raise ValueError(f"k has shape {k.shape}; with q of shape {q.shape} it must be {(batch, 'any', heads, width)}")
+    if v is not None and v.shape[:3] != (batch, columns, heads):
+        raise ValueError(
+            f"v has shape {v.shape}; with k of shape {k.shape} it must be {(batch, columns, heads, 'any')}"
+        )
+    if not isinstance(spec, SinkhornSpec):
+        raise ValueError(f"spec={spec!r} must be a SinkhornSpec")
+    longest = max(rows, columns)
+    if spec.band is not None and longest * (longest + 128) >= support.MAX_BANDED_PRODUCT:
+        raise ValueError(f"q and k of lengths {rows} and {columns} are too long for a band: at most 46276")
+    if (dustbin_score is None) != (spec.dustbin == "none"):
+        given = "missing" if dustbin_score is None else "given"
+        raise ValueError(
+            f"dustbin_score is {given}, but spec.dustbin={spec.dustbin!r}: give a score per head or 'none'"
+        )
+    if dustbin_score is None:
+        dustbin_score = jnp.zeros(heads, q.dtype)
+    elif jnp.shape(dustbin_score) != (heads,) or jnp.result_type(dustbin_score) not in _DTYPES:
+        raise ValueError(f"dustbin_score must be {heads} floats, one a head; given {jnp.shape(dustbin_score)}")
+    arrays = {} if v is None else {"v": jnp.asarray(v)}
+    return arrays | {
+        "q": jnp.asarray(q),
+        "k": jnp.asarray(k),
+        "q_lengths": _check_lengths("q_lengths", q_lengths, batch, rows),
+        "k_lengths": _check_lengths("k_lengths", k_lengths, batch, columns),
+        "dustbin_score": jnp.asarray(dustbin_score),
+    }
+
+
+def _check_lengths(name: str, lengths, batch: int, longest: int) -> Int[Array, "batch"]:
+    if lengths is None:
+        return jnp.full(batch, longest, jnp.int32)
+    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
+        raise ValueError(
+            f"{name} has shape {jnp.shape(lengths)} and dtype {jnp.result_type(lengths)}; it must be {batch} integers"
+        )
+    if not isinstance(lengths, jax.core.Tracer):
+        values = np.asarray(lengths)
+        if values.min() < 0 or values.max() > longest:
+            raise ValueError(f"{name}={values.tolist()} must lie between 0 and the padded length {longest}")
+    return jnp.clip(jnp.asarray(lengths), 0, longest)
+
+
+def _choose(implementation: str | None, spec: SinkhornSpec) -> str:
+    known = get_args(Implementation)
+    name = implementation or ("reference" if spec.gradient == "unrolled" else "xla")
+    if name not in known:
+        raise ValueError(f"implementation={implementation!r} must be None or one of {', '.join(known)}")
+    reasons = []
+    if name.startswith("pallas"):
+        reasons.append("this version has no Pallas kernels; use implementation='xla' or None")
+    if spec.gradient == "implicit":
+        reasons.append("this version has no gradient='implicit'; use gradient='tail'")
+    if spec.solver == "newton":
+        reasons.append("this version has no solver='newton'; use solver='sinkhorn' with more base_steps")
+    if spec.gradient == "unrolled" and name != "reference":
+        reasons.append("gradient='unrolled' keeps every step; use implementation='reference' or gradient='tail'")
+    if reasons:
+        raise UnsupportedError(f"implementation {name!r} cannot do this: " + "; ".join(reasons))
+    return name

@@ -1,0 +1,145 @@
+"""The band in blocks, in plain XLA, for any device.
+
+The longer of the two sequences is cut into blocks of `block` positions; a block holds the rows whose length-scaled
+diagonal falls into it, at most `block` of them, and the `block + 2 W` columns that their windows can reach. Nothing
+else of the L x L matrix is computed. On short sequences, where blocks would cover nearly all, there is one block.
+
+Vectors over rows or columns stay flat, `[N, L]`; `N` counts batch elements and heads.
+"""
+
+import functools
+import math
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from ot_attention import support
+
+_PRECISION = "highest"  # float32 products stay float32 on devices that would round them to bfloat16
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["first", "last", "row_index", "slot", "column_index", "in_block"],
+    meta_fields=["rows", "columns"],
+)
+class Band:
+    """Which cells exist and where they lie in tiles `[N, blocks, block rows, block columns]`."""
+
+    def __init__(self, first, last, row_index, slot, column_index, in_block, rows, columns):
+        self.first, self.last = first, last  # [N, Lq], windows of all rows
+        self.row_index, self.in_block = row_index, in_block  # [N, blocks, block rows]
+        self.slot = slot  # [N, Lq], where a row lies in the flattened tiles
+        self.column_index = column_index  # [N, blocks, block columns], may run past the end
+        self.rows, self.columns = rows, columns
+
+    @classmethod
+    def create(cls, n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, band: int | None) -> Self:
+        index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
+        first, last = support.row_windows(index, n_q, n_k, band)
+        block, width, blocks = block_shape(rows, columns, band)
+        if blocks == 1:
+            one = jnp.zeros((*n_q.shape, 1, 1), jnp.int32)
+            column_index = one + jnp.arange(columns, dtype=jnp.int32)
+            return cls(first, last, index[:, None], index, column_index, index[:, None] < rows, rows, columns)
+        number = jnp.arange(blocks + 1, dtype=jnp.int32)
+        start = jnp.minimum(_first_row_at(number * block, n_q[:, None], n_k[:, None]), rows)
+        row_index = start[:, :-1, None] + jnp.arange(block, dtype=jnp.int32)
+        in_block = row_index < start[:, 1:, None]
+        home = jnp.sum(index[:, :, None] >= start[:, None, 1:-1], axis=-1, dtype=jnp.int32)
+        slot = home * block + index - jnp.take_along_axis(start, home, axis=1)
+        slot = jnp.where(index < n_q[:, None], slot, blocks * block)  # padding has no place in the tiles
+        first_column = jnp.take_along_axis(first, jnp.minimum(start[:, :-1], rows - 1), axis=1)
+        column_index = first_column[:, :, None] + jnp.arange(width, dtype=jnp.int32)
+        return cls(first, last, row_index, slot, column_index, in_block, rows, columns)
+
+    @property
+    def _whole(self) -> bool:
+        return self.row_index.shape[1] == 1
+
+    def take_rows(self, x: Float[Array, "N rows ..."]) -> Float[Array, "N blocks block ..."]:
+        """Rows in tile order; a slot without a row of its own repeats another block's, or is 0."""
+        return x[:, None] if self._whole else _take(x, self.row_index)
+
+    def take_columns(self, x: Float[Array, "N columns ..."]) -> Float[Array, "N blocks width ..."]:
+        return x[:, None] if self._whole else _take(x, self.column_index)
+
+    def put_rows(self, tiles: Float[Array, "N blocks block ..."]) -> Float[Array, "N rows ..."]:
+        flat = tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
+        return flat if self._whole else _take(flat, self.slot)
+
+    def add_columns(self, tiles: Float[Array, "N blocks width ..."]) -> Float[Array, "N columns ..."]:
+        """Sums what several blocks say about the same column."""
+        if self._whole:
+            return tiles[:, 0]
+        zeros = jnp.zeros((tiles.shape[0], self.columns, *tiles.shape[3:]), tiles.dtype)
+        return jax.vmap(lambda zero, index, x: zero.at[index].add(x, mode="drop"))(zeros, self.column_index, tiles)
+
+    def max_columns(self, tiles: Float[Array, "N blocks width"]) -> Float[Array, "N columns"]:
+        if self._whole:
+            return tiles[:, 0]
+        low = jnp.full((tiles.shape[0], self.columns), -jnp.inf, tiles.dtype)
+        return jax.vmap(lambda low, index, x: low.at[index].max(x, mode="drop"))(low, self.column_index, tiles)
+
+    def outer(
+        self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]
+    ) -> Float[Array, "N blocks block columns"]:
+        """`x_i . y_j` for every cell of the tiles, in the support or not."""
+        return jnp.einsum("nbid,nbjd->nbij", self.take_rows(x), self.take_columns(y), precision=_PRECISION)
+
+    def mask(
+        self, tiles: Float[Array, "N blocks block columns"], fill: float
+    ) -> Float[Array, "N blocks block columns"]:
+        first, last = (self.take_rows(x)[..., None] for x in (self.first, self.last))
+        column = self.column_index[:, :, None, :]
+        return jnp.where((column >= first) & (column <= last) & self.in_block[..., None], tiles, fill)
+
+    def scale(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
+        return tiles * self.take_rows(row)[..., None] * self.take_columns(column)[:, :, None, :]
+
+    def shift(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
+        return tiles + self.take_rows(row)[..., None] + self.take_columns(column)[:, :, None, :]
+
+    def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
+        """`K x`, for a vector or for several columns at once."""
+        return self.put_rows(jnp.einsum("nbij,nbj...->nbi...", tiles, self.take_columns(x), precision=_PRECISION))
+
+    def transpose_times(self, tiles, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
+        """`K^T x`. Cells outside the support must be 0: slots without a row hold another row's `x`."""
+        return self.add_columns(jnp.einsum("nbij,nbi...->nbj...", tiles, self.take_rows(x), precision=_PRECISION))
+
+    def row_max(self, tiles) -> Float[Array, "N rows"]:
+        return self.put_rows(tiles.max(-1))
+
+    def column_max(self, tiles) -> Float[Array, "N columns"]:
+        return self.max_columns(tiles.max(-2))
+
+
+def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and the number of tiles."""
+    if band is None:
+        return rows, columns, 1
+    block = 64 if band <= 64 else 128
+    width, blocks = block + 2 * band, math.ceil(max(rows, columns) / block)
+    # With so little outside the band, moving rows and columns in and out of tiles costs more than it saves.
+    if blocks * block * width > 0.75 * rows * columns:
+        return rows, columns, 1
+    return block, width, blocks
+
+
+def _first_row_at(
+    position: Int[Array, "blocks"], n_q: Int[Array, "N 1"], n_k: Int[Array, "N 1"]
+) -> Int[Array, "N blocks"]:
+    """First row at or after a position along the longer sequence: least i with `(i + 1/2) longer / n_q >= position`."""
+    twice_longer = 2 * jnp.maximum(jnp.maximum(n_q, n_k), 1).astype(jnp.uint32)
+    product = (2 * position).astype(jnp.uint32) * n_q.astype(jnp.uint32)
+    # i >= y - 1/2 with y = product / (2 longer) = whole + rest / (2 longer)
+    whole, rest = product // twice_longer, product % twice_longer
+    return (whole + (2 * rest > twice_longer)).astype(jnp.int32)
+
+
+def _take(x: Shaped[Array, "N length ..."], index: Int[Array, "N *tiles"]) -> Shaped[Array, "..."]:
+    """`x[n, index[n]]`, 0 where the index runs past the end."""
+    return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="fill", fill_value=0))(x, index)

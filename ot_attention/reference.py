@@ -1,0 +1,72 @@
+"""The definition, dense and plain, for any float dtype. Frozen: never optimised; all else is tested against it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ot_attention import support
+from ot_attention.spec import Heads, SinkhornSpec
+
+
+def solve(
+    heads: Heads, spec: SinkhornSpec
+) -> tuple[
+    Float[Array, "heads rows+1 columns+1"],
+    Float[Array, "heads rows+1"],
+    Float[Array, "heads columns+1"],
+    Float[Array, "heads"],
+]:
+    """Plan, log-potentials f and g, and residual of the augmented problem (contract, section 2)."""
+    q, k, _, dustbin_score, n_q, n_k = heads
+    rows, columns = q.shape[1], k.shape[1]
+    mask = support.dense_support(n_q, n_k, rows, columns, spec.band, spec.dustbin)
+    a, b = support.targets(n_q, n_k, rows, columns, spec.band, spec.dustbin, q.dtype)
+
+    scores = jnp.einsum("hid,hjd->hij", q, k, precision="highest") / (math.sqrt(q.shape[-1]) * spec.epsilon)
+    scores = jnp.pad(scores, ((0, 0), (0, 1), (0, 1)))
+    bin_scores = jnp.broadcast_to(dustbin_score[:, None, None], scores.shape)
+    row, column = jnp.arange(rows + 1)[:, None], jnp.arange(columns + 1)
+    scores = jnp.where((row == rows) ^ (column == columns), bin_scores, scores)  # the corner stays 0
+    scores = jnp.where(mask, scores, -jnp.inf)
+
+    def step(g):
+        f = _log_scaling(scores + g[:, None, :], a, axis=-1)
+        return f, _log_scaling(scores + f[:, :, None], b, axis=-2)
+
+    g = jnp.zeros_like(b)
+    f = jnp.zeros_like(a)
+    for _ in range(spec.base_steps):
+        f, g = step(g)
+    if spec.gradient == "tail":
+        f, g = jax.lax.stop_gradient((f, g))
+    for _ in range(spec.tail_steps):
+        f, g = step(g)
+    plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
+    deviation = jnp.where(a > 0, jnp.abs(plan.sum(-1) - a), 0)
+    return plan, f, g, jax.lax.stop_gradient(deviation.max(-1))
+
+
+def attend(
+    heads: Heads, spec: SinkhornSpec
+) -> tuple[
+    Float[Array, "heads rows value"],
+    Float[Array, "heads rows+1"],
+    Float[Array, "heads columns+1"],
+    Float[Array, "heads"],
+]:
+    """Output, f, g and residual."""
+    plan, f, g, residual = solve(heads, spec)
+    return jnp.einsum("hij,hjd->hid", plan[:, :-1, :-1], heads.v, precision="highest"), f, g, residual
+
+
+def _log_scaling(
+    scores: Float[Array, "heads rows columns"], target: Float[Array, "heads side"], axis: int
+) -> Float[Array, "heads side"]:
+    """`log target - logsumexp(scores)` along an axis, 0 (with gradient 0) where there is no support."""
+    supported = target > 0
+    top = jax.lax.stop_gradient(jnp.where(supported, scores.max(axis), 0))
+    total = jnp.sum(jnp.exp(scores - jnp.expand_dims(top, axis)), axis)
+    safe_target, safe_total = jnp.where(supported, target, 1), jnp.where(supported, total, 1)
+    return jnp.where(supported, jnp.log(safe_target) - top - jnp.log(safe_total), 0)

@@ -1,0 +1,81 @@
+"""What a Sinkhorn attention problem is, and what solving it reports."""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple, get_args
+
+import jax
+from jaxtyping import Float, Int
+
+Dustbin = Literal["none", "unit", "full"]
+Gradient = Literal["tail", "implicit", "unrolled"]
+Solver = Literal["sinkhorn", "newton"]
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+
+
+class UnsupportedError(Exception):
+    """A named implementation cannot do what was asked. The message says why and what to change."""
+
+
+class SinkhornInfo(NamedTuple):
+    """Log-potentials of the plan `exp(S + f + g)`, 0 at padding and at empty rows or columns; the dustbin is last.
+
+    `f` and `g` are differentiable: their gradient is the surrogate's, as for the output. `residual` is the largest
+    absolute deviation of a row sum from its target over the rows that have any support; it carries no gradient.
+    """
+
+    f: Float[jax.Array, "batch heads rows"]
+    g: Float[jax.Array, "batch heads columns"]
+    residual: Float[jax.Array, "batch heads"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkhornSpec:
+    """Settings of one Sinkhorn attention layer; hashable, so usable as a static argument of `jax.jit`.
+
+    epsilon: entropic temperature; scores are `q . k / (sqrt(D) * epsilon)`.
+    base_steps: T, steps without gradient. tail_steps: R >= 1, differentiated steps (arXiv 2605.08123).
+    band: W, half-width in residues of the support around the length-scaled diagonal; None for full support.
+    dustbin: "none"; "unit" (the paper's single dustbin of unit capacity); "full" (any residue may be a gap).
+    gradient: "tail" (exact for the surrogate), "implicit" (of the converged plan), "unrolled" (all T + R steps).
+    solver, newton_steps, cg_steps: "newton" replaces slow Sinkhorn convergence by Newton steps.
+
+    Raises ValueError for values out of range.
+    """
+
+    epsilon: float = 1.0
+    base_steps: int = 20
+    tail_steps: int = 2
+    band: int | None = 64
+    dustbin: Dustbin = "none"
+    gradient: Gradient = "tail"
+    solver: Solver = "sinkhorn"
+    newton_steps: int = 2
+    cg_steps: int = 8
+
+    def __post_init__(self):
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise ValueError(f"epsilon={self.epsilon!r} must be a finite number above 0")
+        for name, least in (("base_steps", 0), ("tail_steps", 1), ("newton_steps", 1), ("cg_steps", 1)):
+            _check_int(name, getattr(self, name), least)
+        if self.band is not None:
+            _check_int("band", self.band, 0, hint=" (None for full support)")
+        for name, allowed in (("dustbin", Dustbin), ("gradient", Gradient), ("solver", Solver)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(allowed))}")
+
+
+def _check_int(name: str, value: object, least: int, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}{hint}")
+
+
+class Heads(NamedTuple):
+    """Inputs as implementations take them: batch and heads as one axis, padding already 0, one dtype."""
+
+    q: Float[jax.Array, "heads rows width"]
+    k: Float[jax.Array, "heads columns width"]
+    v: Float[jax.Array, "heads columns value"]
+    dustbin_score: Float[jax.Array, "heads"]
+    n_q: Int[jax.Array, "heads"]
+    n_k: Int[jax.Array, "heads"]

@@ -1,0 +1,113 @@
+"""Which scores exist and what rows and columns must sum to: lengths, band, dustbin. The one place that decides it.
+
+Every problem is held with one more row and one more column, the dustbin, at the end. Without a dustbin their scores are
+minus infinity and their targets 0, so that no other code asks whether there is one.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ot_attention.spec import Dustbin
+
+# (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
+MAX_BANDED_PRODUCT = 2**31
+
+
+def row_windows(
+    rows: Int[Array, "*batch rows"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
+) -> tuple[Int[Array, "*batch rows"], Int[Array, "*batch rows"]]:
+    """First and last column (inclusive) in the support of each given row; last < first where the row has none.
+
+    The support is `|j - c(i)| <= band` with `c(i) = (i + 1/2) n_k / n_q - 1/2`, evaluated in integers: in float32 the
+    edge of the band would depend on rounding, and implementations would disagree by whole cells.
+    """
+    n_q, n_k = n_q[..., None], n_k[..., None]
+    last_column = n_k - 1
+    if band is None:
+        first, last = jnp.zeros_like(rows), jnp.broadcast_to(last_column, rows.shape)
+    else:
+        # c(i) = (odd n_k - n_q) / (2 n_q) with odd = 2 i + 1; x = odd n_k / (2 n_q) = c(i) + 1/2 is never negative.
+        odd = (2 * jnp.clip(rows, 0, jnp.maximum(n_q - 1, 0)) + 1).astype(jnp.uint32)
+        denominator = (2 * jnp.maximum(n_q, 1)).astype(jnp.uint32)
+        numerator = odd * n_k.astype(jnp.uint32)
+        whole = (numerator // denominator).astype(jnp.int32)
+        twice_rest = 2 * (numerator % denominator)
+        # ceil(x - 1/2) and floor(x - 1/2), from x = whole + rest / denominator.
+        ceil_centre = whole + (twice_rest > denominator)
+        floor_centre = whole - (twice_rest < denominator)
+        first = jnp.maximum(ceil_centre - band, 0)
+        last = jnp.minimum(floor_centre + band, last_column)
+    exists = (rows >= 0) & (rows < n_q)
+    return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
+
+
+def dense_support(
+    n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], rows: int, columns: int, band: int | None, dustbin: Dustbin
+) -> Bool[Array, "*batch rows+1 columns+1"]:
+    """Support of the augmented problem as a mask, dustbin last."""
+    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
+    first, last = row_windows(index, n_q, n_k, band)
+    column = jnp.arange(columns, dtype=jnp.int32)
+    residues = (column >= first[..., None]) & (column <= last[..., None])
+    corner = dustbin_exists(n_q, n_k, dustbin)[..., None]
+    real_rows = (index < n_q[..., None]) & corner
+    real_columns = (column < n_k[..., None]) & corner
+    return jnp.concatenate(
+        [
+            jnp.concatenate([residues, real_rows[..., None]], axis=-1),
+            jnp.concatenate([real_columns, corner], axis=-1)[..., None, :],
+        ],
+        axis=-2,
+    )
+
+
+def dustbin_exists(n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], dustbin: Dustbin) -> Bool[Array, "*batch"]:
+    """Whether the dustbin's row and column are in the support: not for a problem that has no residues on one side."""
+    return (n_q > 0) & (n_k > 0) & (dustbin != "none")
+
+
+def targets(
+    n_q: Int[Array, "*batch"],
+    n_k: Int[Array, "*batch"],
+    rows: int,
+    columns: int,
+    band: int | None,
+    dustbin: Dustbin,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "*batch rows+1"], Float[Array, "*batch columns+1"]]:
+    """Row and column sums the plan must have (contract, section 1); 0 where there is no support, as at padding."""
+    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
+    first, last = row_windows(index, n_q, n_k, band)
+    exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
+    a = ((first <= last) | exists) & (index < n_q[..., None])
+    b = (_reached(first, last, n_q, columns) | exists) & (jnp.arange(columns) < n_k[..., None])
+    a, b = a.astype(dtype), b.astype(dtype)
+    n_q, n_k = n_q[..., None].astype(dtype), n_k[..., None].astype(dtype)
+    if dustbin == "none":
+        b = b * n_q / jnp.maximum(n_k, 1)
+        row_bin, column_bin = jnp.zeros_like(n_q), jnp.zeros_like(n_q)
+    elif dustbin == "unit":
+        row_bin, column_bin = 1 + jnp.maximum(n_k - n_q, 0), 1 + jnp.maximum(n_q - n_k, 0)
+    else:
+        # The corner holds as much as is matched, so that every residue of either side may be a gap.
+        row_bin, column_bin = n_k, n_q
+    return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
+
+
+def _reached(
+    first: Int[Array, "*batch rows"], last: Int[Array, "*batch rows"], n_q: Int[Array, "*batch"], columns: int
+) -> Bool[Array, "*batch columns"]:
+    """Columns inside at least one row's window. A band narrower than the slope n_k / n_q leaves some outside all."""
+    column = jnp.arange(columns, dtype=jnp.int32)
+    # Windows move forwards, so only the first row whose window ends at or after a column can hold it.
+    ends = jnp.where(jnp.arange(first.shape[-1]) < n_q[..., None], last, jnp.iinfo(jnp.int32).max)
+    row = jnp.vectorize(lambda ends, column: jnp.searchsorted(ends, column), signature="(n),(m)->(m)")(ends, column)
+    start, end = (jnp.take_along_axis(x, jnp.minimum(row, x.shape[-1] - 1), axis=-1) for x in (first, last))
+    return (start <= column) & (column <= end)
+
+
+def zero_padding(x: jax.Array, lengths: Int[Array, "*batch"]) -> jax.Array:
+    """`x [*batch, length, ...]` with 0 from its length on, whatever stood there (NaN and inf included)."""
+    real = jnp.arange(x.shape[lengths.ndim]) < lengths[..., None]
+    return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - real.ndim)), x, jnp.zeros((), x.dtype))
