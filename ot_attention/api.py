@@ -53,7 +53,9 @@ def sinkhorn_attention(
     """
     arguments = _by_head(q, k, v, dustbin_score, q_lengths, k_lengths)
     attend = reference.attend if _choose(implementation, spec) == "reference" else sinkhorn.attend
-    out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in attend(arguments, spec))
+    out, *info = attend(arguments, spec)
+    out = support.zero_padding(out, arguments.n_q)  # it is 0 already: this is for what comes back through padding
+    out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in (out, *info))
     if spec.dustbin == "none":
         f, g = f[..., :-1], g[..., :-1]
     return out.swapaxes(1, 2).astype(v.dtype), SinkhornInfo(f, g, jax.lax.stop_gradient(residual))
@@ -92,6 +94,9 @@ def _by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
 
 def _check(q, k, spec, q_lengths, k_lengths, dustbin_score, v=None, implementation=None) -> dict:
     """The array arguments, with defaults filled in. Raises ValueError."""
+    if implementation is not None and implementation not in get_args(Implementation):
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation={implementation!r} must be None or one of {known}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is None and name == "v":
             continue
@@ -146,10 +151,7 @@ def _check_lengths(name: str, lengths, batch: int, longest: int) -> Int[Array, "
 
 
 def _choose(implementation: str | None, spec: SinkhornSpec) -> str:
-    known = get_args(Implementation)
     name = implementation or ("reference" if spec.gradient == "unrolled" else "xla")
-    if name not in known:
-        raise ValueError(f"implementation={implementation!r} must be None or one of {', '.join(known)}")
     reasons = []
     if name.startswith("pallas"):
         reasons.append("this version has no Pallas kernels; use implementation='xla' or None")

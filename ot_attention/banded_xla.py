@@ -9,7 +9,6 @@ Vectors over rows or columns stay flat, `[N, L]`; `N` counts batch elements and 
 
 import functools
 import math
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ class Band:
         self.rows, self.columns = rows, columns
 
     @classmethod
-    def create(cls, n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, band: int | None) -> Self:
+    def create(cls, n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, band: int | None) -> "Band":
         index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
         first, last = support.row_windows(index, n_q, n_k, band)
         block, width, blocks = block_shape(rows, columns, band)
@@ -59,7 +58,7 @@ class Band:
     def _whole(self) -> bool:
         return self.row_index.shape[1] == 1
 
-    def take_rows(self, x: Float[Array, "N rows ..."]) -> Float[Array, "N blocks block ..."]:
+    def take_rows(self, x: Shaped[Array, "N rows ..."]) -> Shaped[Array, "N blocks block ..."]:
         """Rows in tile order; a slot without a row of its own repeats another block's, or is 0."""
         return x[:, None] if self._whole else _take(x, self.row_index)
 

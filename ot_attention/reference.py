@@ -13,9 +13,9 @@ from ot_attention.spec import Heads, SinkhornSpec
 def solve(
     heads: Heads, spec: SinkhornSpec
 ) -> tuple[
-    Float[Array, "heads rows+1 columns+1"],
-    Float[Array, "heads rows+1"],
-    Float[Array, "heads columns+1"],
+    Float[Array, "heads all_rows all_columns"],
+    Float[Array, "heads all_rows"],
+    Float[Array, "heads all_columns"],
     Float[Array, "heads"],
 ]:
     """Plan, log-potentials f and g, and residual of the augmented problem (contract, section 2)."""
@@ -52,8 +52,8 @@ def attend(
     heads: Heads, spec: SinkhornSpec
 ) -> tuple[
     Float[Array, "heads rows value"],
-    Float[Array, "heads rows+1"],
-    Float[Array, "heads columns+1"],
+    Float[Array, "heads all_rows"],
+    Float[Array, "heads all_columns"],
     Float[Array, "heads"],
 ]:
     """Output, f, g and residual."""

@@ -38,8 +38,8 @@ class Solved(NamedTuple):
     """Output, and potentials after the last base step and after every tail step, dustbin last."""
 
     out: Float[Array, "N rows value"]
-    f: Float[Array, "N R+1 rows+1"]
-    g: Float[Array, "N R+1 columns+1"]
+    f: Float[Array, "N R+1 all_rows"]
+    g: Float[Array, "N R+1 all_columns"]
     residual: Float[Array, "N"]
 
 
@@ -81,8 +81,8 @@ class _Problem(NamedTuple):
     """Support and targets of a group of heads."""
 
     band: Band
-    a: Float[Array, "N rows+1"]
-    b: Float[Array, "N columns+1"]
+    a: Float[Array, "N all_rows"]
+    b: Float[Array, "N all_columns"]
     exists: Bool[Array, "N"]  # the dustbin
 
 
@@ -113,7 +113,7 @@ def _forward(heads: Heads, spec: SinkhornSpec) -> Solved:
     """T + R steps (contract, section 2), few of which need an exp over the band.
 
     After one step in the log domain the kernel `K = exp(S + f + g)` is scaled, `u = a / (K v)`, `v = b / (K^T u)`,
-    until all steps are done or a scaling leaves its range; then that step is made in the log domain instead, which renews K.
+    until all steps are done or a scaling leaves its range; then that step is made in the log domain, which renews K.
     """
     problem = _problem(heads, spec)
     band, a, b, _ = problem
@@ -202,7 +202,6 @@ def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array
 
 def _tail_gradient(arguments, spec: SinkhornSpec, one_tile: bool) -> tuple[Array, Array, Array, Array]:
     heads, solved, (d_out, d_f, d_g) = arguments
-    d_out = support.zero_padding(d_out, heads.n_q)
     problem = _problem(heads, spec)
     band, a, b, _ = problem
     f, g = solved.f.swapaxes(0, 1), solved.g.swapaxes(0, 1)
@@ -216,8 +215,8 @@ def _tail_gradient(arguments, spec: SinkhornSpec, one_tile: bool) -> tuple[Array
         return _exp(_shift(band, scores, f[r], g[s])), jnp.ones_like(a), jnp.ones_like(b)
 
     dv = band.transpose_times(plan.tiles, d_out)
-    g_bar = d_g + _with_bin((heads.v * dv).sum(-1), 0)
-    f_bar = d_f + _with_bin((d_out * solved.out).sum(-1), 0)
+    g_bar = d_g + _with_bin((heads.v * dv).sum(-1))
+    f_bar = d_f + _with_bin((d_out * solved.out).sum(-1))
     staircase = []  # (kernel, X, Y): minus dS is the sum of kernel * X_i Y_j
     for r in range(spec.tail_steps, 0, -1):
         kernel, row, column = factor(r, r)
@@ -245,8 +244,9 @@ def _tail_gradient(arguments, spec: SinkhornSpec, one_tile: bool) -> tuple[Array
     return scale * band.times(d_tiles, heads.k), scale * band.transpose_times(d_tiles, heads.q), dv, d_bin
 
 
-def _with_bin(x: Array, bin_value: float) -> Array:
-    return jnp.pad(x, ((0, 0), (0, 1)), constant_values=bin_value)
+def _with_bin(x: Array) -> Array:
+    """A vector over residues with a 0 for the dustbin."""
+    return jnp.pad(x, ((0, 0), (0, 1)))
 
 
 def _ratio(x: Array, y: Array) -> Array:
@@ -288,23 +288,23 @@ def _exp(kernel: Kernel) -> Kernel:
     return Kernel(*(jnp.exp(x) for x in kernel))
 
 
-def _times(band: Band, kernel: Kernel, x: Float[Array, "N columns+1"]) -> Float[Array, "N rows+1"]:
+def _times(band: Band, kernel: Kernel, x: Float[Array, "N all_columns"]) -> Float[Array, "N all_rows"]:
     residues = band.times(kernel.tiles, x[:, :-1]) + kernel.column * x[:, -1:]
     dustbin = (kernel.row * x[:, :-1]).sum(-1) + kernel.corner * x[:, -1]
     return jnp.concatenate([residues, dustbin[:, None]], -1)
 
 
-def _transpose_times(band: Band, kernel: Kernel, x: Float[Array, "N rows+1"]) -> Float[Array, "N columns+1"]:
+def _transpose_times(band: Band, kernel: Kernel, x: Float[Array, "N all_rows"]) -> Float[Array, "N all_columns"]:
     residues = band.transpose_times(kernel.tiles, x[:, :-1]) + kernel.row * x[:, -1:]
     dustbin = (kernel.column * x[:, :-1]).sum(-1) + kernel.corner * x[:, -1]
     return jnp.concatenate([residues, dustbin[:, None]], -1)
 
 
-def _row_max(band: Band, kernel: Kernel) -> Float[Array, "N rows+1"]:
+def _row_max(band: Band, kernel: Kernel) -> Float[Array, "N all_rows"]:
     residues = jnp.maximum(band.row_max(kernel.tiles), kernel.column)
     return jnp.concatenate([residues, jnp.maximum(kernel.row.max(-1), kernel.corner)[:, None]], -1)
 
 
-def _column_max(band: Band, kernel: Kernel) -> Float[Array, "N columns+1"]:
+def _column_max(band: Band, kernel: Kernel) -> Float[Array, "N all_columns"]:
     residues = jnp.maximum(band.column_max(kernel.tiles), kernel.row)
     return jnp.concatenate([residues, jnp.maximum(kernel.column.max(-1), kernel.corner)[:, None]], -1)

@@ -44,7 +44,7 @@ def row_windows(
 
 def dense_support(
     n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], rows: int, columns: int, band: int | None, dustbin: Dustbin
-) -> Bool[Array, "*batch rows+1 columns+1"]:
+) -> Bool[Array, "*batch all_rows all_columns"]:
     """Support of the augmented problem as a mask, dustbin last."""
     index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
     first, last = row_windows(index, n_q, n_k, band)
@@ -75,7 +75,7 @@ def targets(
     band: int | None,
     dustbin: Dustbin,
     dtype: jnp.dtype,
-) -> tuple[Float[Array, "*batch rows+1"], Float[Array, "*batch columns+1"]]:
+) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
     """Row and column sums the plan must have (contract, section 1); 0 where there is no support, as at padding."""
     index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
     first, last = row_windows(index, n_q, n_k, band)

@@ -1,0 +1,60 @@
+"""What all configurations share. Start one of the others: `python train.py --config=configs/r2_balanced.py`."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "total_steps": 600,
+            "batch_size": 32,
+            "seed": 0,
+            "data": {
+                "dir": "data/default",  # relative to the repository; shards made by scripts/build_pfam.py
+                "buckets": (64, 128, 192, 256, 384),  # padded lengths; longer pairs are left out of training
+                "pairs_per_family": 100,  # a family counts as many times as it has pairs, at most this often
+                "workers": 0,  # processes that prepare batches; 0 for a thread
+                "prefetch": 4,
+            },
+            "model": {
+                "width": 128,
+                "depth": 6,
+                "kernel": 5,
+                "dilations": 4,
+                "heads": 4,
+                "attention_every": 3,
+                "plan_width": 64,
+                "value_width": 64,
+                "substitution_prior": False,
+                "dtype": "float32",
+            },
+            "attention": {  # the fields of ot_attention.SinkhornSpec
+                "epsilon": 1.0,
+                "base_steps": 20,
+                "tail_steps": 2,
+                "band": 64,
+                "dustbin": "none",
+                "gradient": "tail",
+                "solver": "sinkhorn",
+                "newton_steps": 2,
+                "cg_steps": 8,
+            },
+            "loss": {"reconstruction": 1.0, "sparse_ce": 0.0, "mask_rate": 0.15},
+            "optimizer": {
+                "learning_rate": 2e-3,
+                "warmup_steps": 50,
+                "final_fraction": 0.02,
+                "weight_decay": 1e-3,
+                "clip_norm": 1.0,
+                "ema": 0.99,
+                "accumulate": 1,
+            },
+            "checkpoint": {"every": 100, "keep": 2, "keep_every": 0},
+            "log": {
+                "every": 10,  # steps between lines of metrics.jsonl
+                "eval_every": 200,  # steps between evaluations on the validation split; 0 for none
+                "eval_pairs": 256,
+                "wandb": "offline",  # "offline", "online" (needs an account) or "disabled"
+            },
+        }
+    )

@@ -1,0 +1,83 @@
+"""What a model has to beat: two diagonals that never look at a residue, and Needleman-Wunsch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import parasail
+from jaxtyping import Float64, Int32
+
+from data import vocab
+from data.transforms import NO_TARGET, Pair
+
+FIRST_GAP = 11  # the first residue of a gap costs this, each further one FURTHER_GAP
+FURTHER_GAP = 1
+
+_INSERT, _DELETE = 1, 2  # operation codes of a packed CIGAR (SAM specification, 4.2): residues of x alone, of y alone
+
+
+class Prediction(NamedTuple):
+    positions: Float64[np.ndarray, " x_length"]  # where in y each residue of x is placed; compared with the barycenter
+    match: Int32[np.ndarray, " x_length"]  # the same as a hard alignment: position in y, or -1
+
+
+def diagonal(pair: Pair) -> Prediction:
+    """j = i, also past the end of y, where it is a place (and as far off as it is) but no residue to align with."""
+    rows = np.arange(len(pair.x))
+    match = np.where(rows < len(pair.y), rows, NO_TARGET)
+    return Prediction(rows.astype(np.float64), match.astype(np.int32))
+
+
+def scaled_diagonal(pair: Pair) -> Prediction:
+    """j = c(i) = (i + 1/2) n_y / n_x - 1/2; aligned with the nearest residue of y, each x_i with one.
+
+    Where x is the longer, several x_i share a residue of y: a rule that sees no gap cannot say which of them it skips.
+    """
+    numerator = (2 * np.arange(len(pair.x)) + 1) * len(pair.y)
+    positions = numerator / (2 * len(pair.x)) - 0.5
+    # floor(c + 1/2) in whole numbers: no rounding error can leave 0..n_y - 1
+    return Prediction(positions, (numerator // (2 * len(pair.x))).astype(np.int32))
+
+
+def nw_blosum62(pair: Pair) -> Prediction:
+    """Global alignment (Needleman-Wunsch with affine gaps, BLOSUM62, gaps 11 and 1, ends cost the same).
+
+    A residue of x that is left unaligned is placed between its aligned neighbours by linear interpolation, and beside
+    the only neighbour at an end; where nothing at all is aligned, on the scaled diagonal.
+
+    Raises:
+      ValueError: a sequence is empty.
+    """
+    if not (len(pair.x) and len(pair.y)):
+        raise ValueError(f"pair: lengths {len(pair.x)} and {len(pair.y)} were given, both must be at least 1")
+    result = parasail.nw_trace_striped_sat(
+        vocab.decode(pair.x), vocab.decode(pair.y), FIRST_GAP, FURTHER_GAP, parasail.blosum62
+    )
+    match = _matches(np.asarray(result.cigar.seq, np.uint32), len(pair.x))
+    rows = np.flatnonzero(match != NO_TARGET)
+    if not rows.size:
+        return Prediction(scaled_diagonal(pair).positions, match)
+    return Prediction(np.interp(np.arange(len(match)), rows, match[rows]), match)
+
+
+BASELINES = {"diagonal": diagonal, "scaled_diagonal": scaled_diagonal, "nw_blosum62": nw_blosum62}
+
+
+def predict(name: str, pairs: Sequence[Pair]) -> list[Prediction]:
+    """The named baseline's predictions of many pairs.
+
+    Raises:
+      ValueError: no baseline has this name.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"name: {name!r} was given, the baselines are {', '.join(BASELINES)}")
+    return [BASELINES[name](pair) for pair in pairs]
+
+
+def _matches(cigar: np.ndarray, x_length: int) -> Int32[np.ndarray, " x_length"]:
+    operations = np.repeat(cigar & 15, cigar >> 4)
+    x_step, y_step = operations != _DELETE, operations != _INSERT
+    match = np.full(x_length, NO_TARGET, np.int32)
+    both = x_step & y_step
+    match[np.cumsum(x_step)[both] - 1] = np.cumsum(y_step)[both] - 1
+    return match

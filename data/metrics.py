@@ -1,0 +1,187 @@
+"""Alignment metrics: counters for one pair, and their means over many with bootstrap intervals.
+
+A pair is scored once, into sums and counts (`PairScores`); every metric is a ratio of such sums, so that means over a
+split, an identity bin or a bootstrap sample of families are all the same few additions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Float64, Int, Int32
+
+from data.transforms import NO_TARGET, Pair, pair_identity
+
+BINS = ("<.15", ".15-.20", ".20-.25", ".25-.30", ".30-.40", ".40-.60", ">.60")
+_BIN_EDGES = (0.15, 0.20, 0.25, 0.30, 0.40, 0.60)  # a bin holds its lower edge
+
+PROBABILITY_FLOOR = 1e-6  # a true column outside the band costs 13.8 nats, not infinitely many
+
+Summary = dict[str, dict[str, float]]  # {metric: {"value", "low", "high"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScores:
+    """Sums and counts of one pair. NaN: does not apply (a diagonal has no cross-entropy)."""
+
+    family: str
+    identity: float  # of the aligned residues; NaN where none is aligned
+    aligned: int  # residues of x with a target: what the first three sums run over
+    abs_error: float = math.nan  # of the barycenter, residues
+    within_1: float = math.nan
+    cross_entropy: float = math.nan  # nats
+    true_positives: float = math.nan  # residue pairs predicted and in the reference
+    predicted: float = math.nan
+    reference: float = math.nan
+    reconstruction_nats: float = math.nan
+    reconstruction_residues: float = math.nan
+    masked_nats: float = math.nan  # the same with residues of x masked before the queries are computed
+    masked_residues: float = math.nan
+
+    def with_reconstruction(self, sums: dict[str, Float[np.ndarray, ""]]) -> "PairScores":
+        """The same with the four reconstruction sums filled in."""
+        return dataclasses.replace(self, **{name: float(value) for name, value in sums.items()})
+
+
+# Each metric is the sum of the first fields over the sum of the second.
+METRICS = {
+    "reconstruction": (("reconstruction_nats",), ("reconstruction_residues",)),
+    "reconstruction_masked": (("masked_nats",), ("masked_residues",)),
+    "sparse_ce": (("cross_entropy",), ("aligned",)),
+    "barycenter_mae": (("abs_error",), ("aligned",)),
+    "barycenter_within_1": (("within_1",), ("aligned",)),
+    "precision": (("true_positives",), ("predicted",)),
+    "recall": (("true_positives",), ("reference",)),
+    "f1": (("true_positives", "true_positives"), ("predicted", "reference")),
+}
+
+
+def identity_bin(identity: float) -> str | None:
+    """The contract's bin of an identity in [0, 1]; None for NaN."""
+    return None if math.isnan(identity) else BINS[int(np.searchsorted(_BIN_EDGES, identity, side="right"))]
+
+
+def barycenters(plan: Float[np.ndarray, "x_length y_length"]) -> Float64[np.ndarray, " x_length"]:
+    """Mean column of each row, weighted by the plan over real columns only.
+
+    A row without mass knows nothing of its place and gets what that is worth: the scaled diagonal.
+    """
+    x_length, y_length = plan.shape
+    mass = plan.sum(axis=1, dtype=np.float64)
+    moment = plan.astype(np.float64) @ np.arange(y_length)
+    scaled = (np.arange(x_length) + 0.5) * y_length / x_length - 0.5
+    return np.where(mass > 0, moment / np.where(mass > 0, mass, 1), scaled)
+
+
+def score_prediction(
+    family: str,
+    pair: Pair,
+    positions: Float64[np.ndarray, " x_length"],
+    match: Int32[np.ndarray, " x_length"],
+) -> PairScores:
+    """Scores soft positions in y and a hard alignment (position in y or -1) of the residues of x.
+
+    Raises:
+      ValueError: a position of an aligned residue is not finite.
+    """
+    aligned = pair.target != NO_TARGET
+    error = np.abs(positions - pair.target)[aligned]
+    if not np.isfinite(error).all():
+        raise ValueError(f"positions: NaN or inf for an aligned residue of a pair of {family}; all must be finite")
+    return PairScores(
+        family=family,
+        identity=pair_identity(pair),
+        aligned=int(aligned.sum()),
+        abs_error=float(error.sum()),
+        within_1=float((error <= 1).sum()),
+        true_positives=float((match == pair.target)[aligned].sum()),
+        predicted=float((match != NO_TARGET).sum()),
+        reference=float(aligned.sum()),
+    )
+
+
+def score_plan(
+    family: str, pair: Pair, plan: Float[np.ndarray, "rows columns"], match: Int32[np.ndarray, " x_length"]
+) -> PairScores:
+    """Scores a transport plan over the residues of x and y (no dustbin, no padding) and its decoded alignment.
+
+    Raises:
+      ValueError: the plan is not [length of x, length of y] or not finite.
+    """
+    if plan.shape != (len(pair.x), len(pair.y)):
+        raise ValueError(
+            f"plan: shape {plan.shape} was given for a pair of lengths {len(pair.x)} and {len(pair.y)} of {family}; "
+            "cut padding and the dustbin off first"
+        )
+    aligned = np.flatnonzero(pair.target != NO_TARGET)
+    nats = -np.log(np.maximum(plan[aligned, pair.target[aligned]], PROBABILITY_FLOOR))
+    scores = score_prediction(family, pair, barycenters(plan), match)
+    return dataclasses.replace(scores, cross_entropy=float(nats.sum(dtype=np.float64)))
+
+
+def summarise(
+    scores: Sequence[PairScores],
+    *,
+    average: str = "residues",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """Means over pairs with bootstrap 95 % intervals over families, overall and by identity bin.
+
+    Pairs of one family are not independent, so families are drawn with replacement, all their pairs with them. An
+    interval over few families is optimistic; over a single one it has no width.
+
+    Args:
+      average: "residues" pools the sums of all pairs (micro average, the contract's metrics); "pairs" is the mean of
+        each pair's own ratio, in which a long pair weighs no more than a short one.
+
+    Returns:
+      {"overall": {metric: {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics
+      that apply to no pair, and bins without a pair, are left out.
+    """
+    if average not in ("residues", "pairs"):
+        raise ValueError(f"average: {average!r} was given, allowed are 'residues' and 'pairs'")
+    ratios = {name: _ratio(scores, average, *fields) for name, fields in METRICS.items()}
+    families = np.unique([score.family for score in scores], return_inverse=True)[1]
+    bins = np.array([identity_bin(score.identity) or "" for score in scores])
+
+    def group(members: np.ndarray) -> Summary:
+        return _intervals({name: r[:, members] for name, r in ratios.items()}, families[members], resamples, seed)
+
+    return {
+        "overall": group(np.arange(len(scores))),
+        "bins": {name: group(np.flatnonzero(bins == name)) for name in BINS if (bins == name).any()},
+        "pairs": len(scores),
+    }
+
+
+def _ratio(
+    scores: Sequence[PairScores], average: str, numerator: Sequence[str], denominator: Sequence[str]
+) -> Float64[np.ndarray, "2 pairs"]:
+    """Numerator and denominator of each pair; both 0 where the metric does not apply to it."""
+    sums = [[sum(getattr(score, field) for field in fields) for score in scores] for fields in (numerator, denominator)]
+    ratio = np.array(sums, np.float64).reshape(2, len(scores))
+    applies = np.isfinite(ratio).all(axis=0) & (ratio[1] > 0)
+    ratio = np.where(applies, ratio, 0)
+    return ratio if average == "residues" else np.stack([ratio[0] / np.where(applies, ratio[1], 1), applies])
+
+
+def _intervals(
+    ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"], resamples: int, seed: int
+) -> Summary:
+    ratios = {name: ratio for name, ratio in ratios.items() if ratio[1].sum() > 0}
+    if not ratios:
+        return {}
+    _, family = np.unique(family, return_inverse=True)
+    count = int(family.max()) + 1
+    sums = np.array([[np.bincount(family, part, count) for part in ratio] for ratio in ratios.values()])
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = sums @ weights.T.astype(np.float64)  # [metrics, 2, resamples]
+    # A draw of families to which the metric does not apply says nothing about it.
+    drawn = np.where(drawn[:, 1] > 0, drawn[:, 0] / np.where(drawn[:, 1] > 0, drawn[:, 1], 1), np.nan)
+    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=1)
+    value = sums[:, 0].sum(axis=1) / sums[:, 1].sum(axis=1)
+    return {
+        name: {"value": float(value[k]), "low": float(low[k]), "high": float(high[k])} for k, name in enumerate(ratios)
+    }

@@ -1,0 +1,241 @@
+"""Pfam as a TFDS data set in ArrayRecord shards, one record a family; TensorFlow is not needed to write or to read it.
+
+    build(Recipe(inputs=("Pfam-A.seed.gz",), clans="Pfam-A.clans.tsv.gz"), "runs/pfam")
+    families = open_split("runs/pfam", "train")     # families[i] is a Family
+
+A build appears at its place whole or not at all: it grows in `<out>.incomplete`, gets its checksums and is renamed.
+"""
+
+import hashlib
+import json
+import operator
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import ClassVar, SupportsIndex
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from data.families import SALT, SPLITS, Family, read_clans, split_records
+from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, read_inputs
+
+CHECKSUMS = "SHA256SUMS"
+REPORT = "report.json"
+
+
+class Pfam(tfds.core.GeneratorBasedBuilder):
+    """Splits by clan; see data/families.py for what goes where."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "Splits by clan, held-out sequences, fixed evaluation pairs."}
+    code_path = None  # TFDS would look for a checksum file beside this one, through a package it does not declare
+
+    def __init__(self, *, recipe: Recipe | None = None, **kwargs):
+        super().__init__(file_format="array_record", **kwargs)
+        self.recipe = recipe
+        self.report = Report()
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pfam alignments, one record a family, split by clan (train, validation, test_ood); "
+            f"test_iid holds sequences withheld from the training families. Split salt: {SALT}.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "accession": tfds.features.Text(),
+                    "name": tfds.features.Text(),
+                    "clan": tfds.features.Text(),
+                    "rows": tfds.features.Tensor(shape=(None,), dtype=np.str_),
+                    "alignment": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="zlib"),
+                    "pairs": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
+                }
+            ),
+            homepage="https://www.ebi.ac.uk/interpro/entry/pfam/",
+            license="CC0 1.0",
+            citation="Mistry et al., Pfam: The protein families database in 2021, Nucleic Acids Res. 49, D412 (2021)",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        inputs, clans_path = self.local_files(dl_manager)
+        clans = read_clans(clans_path)
+        kept = self.survey(inputs, clans)
+        counts = Counter(split for splits in kept.values() for split in splits)
+        for split, count in counts.items():
+            if (self.recipe.num_shards or 1) > count:
+                raise ValueError(
+                    f"num_shards={self.recipe.num_shards}: split {split} has {count} records; ask for fewer"
+                )
+        # TFDS cannot write a split without records.
+        return {split: self._generate_examples(inputs, clans, kept, split) for split in SPLITS if counts[split]}
+
+    def local_files(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], str]:
+        """The Stockholm files and the clan table, downloaded first where the recipe names a release."""
+        recipe = self.recipe
+        if not recipe.release:
+            return recipe.inputs, recipe.clans
+        folder = f"{recipe.mirror.rstrip('/')}/Pfam{recipe.release}"
+        urls = {name: f"{folder}/{name}" for name in ("Pfam-A.seed.gz", "Pfam-A.clans.tsv.gz")}
+        try:
+            files = dl_manager.download(urls)
+        except tfds.download.DownloadError as error:
+            raise OSError(f"{error} Check release={recipe.release!r} and mirror={recipe.mirror!r}") from error
+        return (str(files["Pfam-A.seed.gz"]),), str(files["Pfam-A.clans.tsv.gz"])
+
+    def survey(self, inputs: tuple[str, ...], clans: dict[str, str]) -> dict[Place, tuple[str, ...]]:
+        """One pass ahead of the writing: the places of the records that are kept, and the splits of each."""
+        candidates: dict[str, list[Candidate]] = {}
+        placed = read_inputs(inputs, clans, self.recipe, self.report.skipped.append)
+        for place, family in tqdm(placed, desc="Reading families", unit=" families", mininterval=1.0):
+            candidates.setdefault(family.accession, []).append(candidate(place, inputs[place[0]], family))
+        kept = {}
+        for same in candidates.values():
+            best, left_out = choose(same)
+            self.report.dropped += left_out
+            if best is not None:
+                kept[best.place] = best.splits
+        return kept
+
+    def _generate_examples(
+        self,
+        inputs: tuple[str, ...],
+        clans: dict[str, str],
+        kept: dict[Place, tuple[str, ...]],
+        split: str,
+    ) -> Iterator[tuple[str, dict]]:
+        for place, family in read_inputs(inputs, clans, self.recipe, lambda _: None):
+            if split in kept.get(place, ()):
+                record = next(record for name, record in split_records(family) if name == split)
+                yield record.accession, to_example(record)
+
+
+def to_example(family: Family) -> dict:
+    example = {f.name: getattr(family, f.name) for f in fields(family)}
+    return {**example, "rows": np.array(family.rows, dtype=object)}
+
+
+def from_example(example: dict) -> Family:
+    text = {name: example[name].decode() for name in ("accession", "name", "clan")}
+    rows = tuple(name.decode() for name in example["rows"])
+    return Family(**text, rows=rows, alignment=example["alignment"], pairs=example["pairs"])
+
+
+def build(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    download_dir: str | Path | None = None,
+    builder: type[Pfam] = Pfam,
+    **config,
+) -> Report:
+    """Builds the shards in `out`/pfam; `config` goes to tfds.download.DownloadConfig (beam_options, say).
+
+    Raises:
+      FileExistsError: `out` has a data set and `overwrite` is off. Other errors leave `out` as it was.
+    """
+    out = Path(out).resolve()
+    final = out / builder.name
+    if final.exists() and not overwrite:
+        raise FileExistsError(f"out={out} has a data set: choose another folder, or overwrite=True (--overwrite)")
+    for path in (*recipe.inputs, *filter(None, [recipe.clans])):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"input {path} is not a file")
+    growing = out.with_name(out.name + ".incomplete")
+    shutil.rmtree(growing, ignore_errors=True)  # what a killed build left
+    kept_downloads = out.with_name(out.name + ".downloads") if recipe.release else growing / "downloads"
+    prepared = builder(recipe=recipe, data_dir=str(growing))
+    prepared.download_and_prepare(
+        download_dir=str(download_dir or kept_downloads),
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=recipe.num_shards, **config),
+    )
+    prepared.report.records = {split: prepared.info.splits[split].num_examples for split in prepared.info.splits}
+    folder = Path(prepared.data_dir)
+    (folder / REPORT).write_text(json.dumps(asdict(prepared.report), indent=1) + "\n")
+    (folder / CHECKSUMS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in _listed(folder)))
+    out.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        final.replace(growing / "replaced")
+    (growing / builder.name).replace(final)
+    shutil.rmtree(growing)
+    return prepared.report
+
+
+def verify(data_dir: str | Path) -> None:
+    """Checks every file of a data set against its SHA256SUMS; ValueError lists what is missing, changed or extra."""
+    folder = find_dataset(data_dir)
+    expected = dict(reversed(line.split("  ", 1)) for line in (folder / CHECKSUMS).read_text().splitlines())
+    found = {path.name: _sha256(path) for path in _listed(folder)}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(
+            f"{folder}: missing, changed or unknown files: {', '.join(wrong)}; build or copy the data again"
+        )
+
+
+def find_dataset(data_dir: str | Path) -> Path:
+    """The one folder below `data_dir` that holds a finished data set."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(
+            f"data.dir={data_dir} is not a folder; build one with scripts/build_pfam.py --out {data_dir}"
+        )
+    # The checksums are written last: without them a build was killed.
+    folders = sorted(p.parent for p in data_dir.rglob(CHECKSUMS) if p.with_name("dataset_info.json").is_file())
+    if not folders:
+        raise FileNotFoundError(f"data.dir={data_dir} holds no data set; build one with scripts/build_pfam.py")
+    if len(folders) > 1:
+        raise ValueError(f"data.dir={data_dir} holds several data sets, choose one: {', '.join(map(str, folders))}")
+    return folders[0]
+
+
+class FamilySource:
+    """Random access to the families of one split, as Grain wants it: len(), [i], picklable. Made by `open_split`."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder, self.split = folder, split
+        dataset = tfds.builder_from_directory(str(folder))
+        if split not in dataset.info.splits:
+            raise ValueError(
+                f"split {split!r} is empty in {folder}; it has {', '.join(dataset.info.splits)}: add families"
+            )
+        for path in dataset.info.splits[split].filepaths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"shard {path} is missing; build or copy the data again")
+        self.records = dataset.as_data_source(split=split)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: SupportsIndex) -> Family:
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index}: split {self.split!r} has {len(self)} families")
+        return from_example(self.records[index])
+
+    def __reduce__(self):
+        return FamilySource, (self.folder, self.split)
+
+
+def open_split(data_dir: str | Path, split: str) -> FamilySource:
+    """The families of a split of the data set below `data_dir`.
+
+    Raises:
+      FileNotFoundError: no such folder, or no data set or shard in it.
+      ValueError: unknown split, a split without families, or several data sets.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; the splits are {', '.join(SPLITS)}")
+    return FamilySource(find_dataset(data_dir), split)
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

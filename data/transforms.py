@@ -1,0 +1,61 @@
+"""Sequence pairs cut out of a multiple alignment."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+from data import vocab
+
+NO_TARGET = -1
+
+
+class Pair(NamedTuple):
+    """Two unaligned sequences and the reference alignment between them."""
+
+    x: Int32[np.ndarray, " x_length"]  # tokens
+    y: Int32[np.ndarray, " y_length"]  # tokens
+    target: Int32[np.ndarray, " x_length"]  # position in y aligned with x_i, or NO_TARGET
+
+
+def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
+    """Rows i and j of an alignment (ASCII, as in the file) as an unaligned pair with its reference alignment.
+
+    Two residues are aligned where they stand in the same column, upper or lower case alike: a seed is aligned by
+    curators in all its columns, and some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made
+    by a profile HMM (Pfam full) lower case marks insert states, whose columns only stack residues; mask those first.
+
+    Raises:
+      ValueError: i or j is no row of the alignment, or one of the rows holds a symbol that is no residue and no gap.
+    """
+    for name, row in (("i", i), ("j", j)):
+        if not 0 <= row < len(alignment):
+            raise ValueError(f"{name}: row {row} was given, the alignment has rows 0..{len(alignment) - 1}")
+    x_row, y_row = alignment[i], alignment[j]
+    x_occupied, y_occupied = _occupied(x_row), _occupied(y_row)
+    shared = x_occupied & y_occupied
+    target = np.full(x_occupied.sum(), NO_TARGET, np.int32)
+    target[np.cumsum(x_occupied)[shared] - 1] = np.cumsum(y_occupied)[shared] - 1
+    return Pair(vocab.encode(x_row[x_occupied]), vocab.encode(y_row[y_occupied]), target)
+
+
+def aligned_pairs(target: Int32[np.ndarray, " x_length"]) -> Int32[np.ndarray, "aligned 2"]:
+    """The reference alignment as rows (position in x, position in y), in order."""
+    aligned = np.flatnonzero(target != NO_TARGET)
+    return np.stack([aligned, target[aligned]], axis=1).astype(np.int32)
+
+
+def pair_identity(pair: Pair) -> float:
+    """Share of the aligned residue pairs that hold the same amino acid; NaN where nothing is aligned.
+
+    X (any ambiguous residue) equals nothing, itself included.
+    """
+    aligned = aligned_pairs(pair.target)
+    if not len(aligned):
+        return float("nan")
+    x, y = pair.x[aligned[:, 0]], pair.y[aligned[:, 1]]
+    return float(np.mean((x == y) & (x != vocab.X)))
+
+
+def _occupied(row: UInt8[np.ndarray, " columns"]) -> Bool[np.ndarray, " columns"]:
+    return ~np.isin(row, np.frombuffer(vocab.GAPS, np.uint8))

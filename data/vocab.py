@@ -1,0 +1,71 @@
+"""Residue tokens: 0 pads, 1..20 are the amino acids, 21 is any residue that is not one of them, 22 is the mask.
+
+The order of the twenty is that of the BLOSUM matrices, so that a substitution matrix's rows line up with tokens 1..20.
+"""
+
+import numpy as np
+import parasail
+from jaxtyping import Int, Int32, UInt8
+
+PAD = 0
+RESIDUES = "ARNDCQEGHILKMFPSTWYV"
+X = 21
+MASK = 22
+SIZE = 23
+
+AMBIGUOUS = "BJOUXZ"  # codes for ambiguous, rare (U selenocysteine, O pyrrolysine) or unknown residues: all become X
+GAPS = b"-."
+
+_INVALID = 255
+_LETTERS = "?" + RESIDUES + "X?"  # by token; padding and mask have no letter of their own
+
+
+def _token_table() -> UInt8[np.ndarray, "256"]:
+    table = np.full(256, _INVALID, np.uint8)
+    for token, letters in [*enumerate(RESIDUES, start=1), (X, AMBIGUOUS)]:
+        for letter in letters + letters.lower():
+            table[ord(letter)] = token
+    return table
+
+
+_TOKENS = _token_table()
+
+
+def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:
+    """Which ASCII symbols are residues (either case, ambiguity codes included); gaps and everything else are not."""
+    return _TOKENS[symbols] != _INVALID
+
+
+def encode(sequence: UInt8[np.ndarray, " length"] | bytes) -> Int32[np.ndarray, " length"]:
+    """Tokens of an ungapped ASCII sequence, upper or lower case alike.
+
+    Raises:
+      ValueError: a symbol that is no residue (gaps, '*', digits); remove gaps before encoding.
+    """
+    symbols = np.frombuffer(sequence, np.uint8) if isinstance(sequence, bytes) else sequence
+    tokens = _TOKENS[symbols]
+    bad = np.flatnonzero(tokens == _INVALID)
+    if bad.size:
+        raise ValueError(
+            f"sequence: symbol {chr(symbols[bad[0]])!r} at position {bad[0]} is no residue; allowed are the letters "
+            f"{RESIDUES + AMBIGUOUS} in either case: remove gaps and other symbols before encoding"
+        )
+    return tokens.astype(np.int32)
+
+
+def decode(tokens: Int[np.ndarray, " length"]) -> str:
+    """The upper-case letters of tokens 1..21; padding and mask read '?'.
+
+    Raises:
+      ValueError: a token outside 0..22.
+    """
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= SIZE):
+        raise ValueError(f"tokens: values {tokens.min()}..{tokens.max()} were given, allowed are 0..{SIZE - 1}")
+    return "".join(_LETTERS[token] for token in tokens)
+
+
+def blosum62() -> Int32[np.ndarray, "23 23"]:
+    """Scores of token pairs in half bits; 0 where one is padding, mask or X, of which nothing is known."""
+    scores = np.zeros((SIZE, SIZE), np.int32)
+    scores[1:21, 1:21] = parasail.blosum62.matrix[:20, :20]  # the same twenty in the same order
+    return scores

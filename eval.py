@@ -1,0 +1,205 @@
+"""Scores a trained run on held-out families, beside two diagonals and Needleman-Wunsch on the same pairs.
+
+python eval.py --workdir=runs/r2_balanced                          # both test splits, table, JSON and figures
+python eval.py --workdir=runs/r2_balanced --split=validation --step=0
+python eval.py --workdir=runs/r2_balanced --data=runs/pfam --output=table.json
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data import baselines, metrics, pfam, pipeline, vocab
+from models import decode, figures, loss
+from models.aligner import AlignerConfig
+from models.loss import LossConfig
+from models.state import Checkpoints, OptimizerConfig, Trainer
+from ot_attention import SinkhornSpec
+
+SPLITS = {
+    "validation": ("validation",),
+    "test_iid": ("test_iid",),
+    "test_ood": ("test_ood",),
+    "test": ("test_iid", "test_ood"),
+}
+_MASK_EVERY = 7  # residues; masked reconstruction asks for every seventh one
+_PICTURES = 3  # plans drawn for every split
+
+Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parse(arguments)
+    try:
+        report = evaluate_run(args.workdir, args.split, step=args.step, data_dir=args.data, limit=args.limit)
+        output = args.output or args.workdir / f"eval_{args.split}.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py: {error}")
+    print(table(report))
+    print(f"\nwritten: {output}, figures in {args.workdir / 'figures'}")
+
+
+def evaluate_run(
+    workdir: Path, split: str, *, step: int | None = None, data_dir: str | None = None, limit: int | None = None
+) -> dict:
+    """The contract's JSON for one run and the splits that `split` names; draws the figures into `<workdir>/figures`.
+
+    Raises ValueError or FileNotFoundError: no run in workdir, no such checkpoint, no data, an empty split.
+    """
+    config = read_config(workdir)
+    data_dir = resolve_data_dir(data_dir or config.data.dir)
+    trainer, state = make_trainer(config)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    state, _ = checkpoints.restore(state, step)
+    checkpoints.close()
+    predict = functools.partial(jax.jit(predictor(trainer)), state.ema)
+    (workdir / "figures").mkdir(exist_ok=True)
+    if (workdir / "metrics.jsonl").exists():
+        figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
+    report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}}
+    for name in SPLITS[split]:
+        families = pfam.open_split(data_dir, name)
+        draw = functools.partial(draw_plan, workdir / "figures", name)
+        report["splits"][name] = score_split(
+            predict, families, config.batch_size, config.data.buckets, limit=limit, draw=draw, progress=name
+        )
+        summary = {who: result["overall"] for who, result in report["splits"][name].items()}
+        others = {who: summary[who] for who in baselines.BASELINES}
+        bars = workdir / "figures" / f"{name}.png"
+        figures.comparison_bars({"model": summary["model"]}, others, bars, title=name)
+    return report
+
+
+def score_split(
+    predict: Predict,
+    families: pipeline.Families,
+    batch_size: int,
+    buckets: Sequence[int],
+    *,
+    limit: int | None = None,
+    draw: Callable | None = None,
+    progress: str = "",
+) -> dict[str, dict]:
+    """Summary of the model and of every baseline on the evaluation pairs of a split."""
+    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", *baselines.BASELINES)}
+    drawn = 0
+    batches = list(pipeline.evaluation_batches(families, batch_size, buckets, limit=limit))
+    for batch in tqdm(batches, desc=progress, unit=" batches", disable=not progress):
+        result = jax.device_get(predict(batch))
+        match, _ = decode.mea_batch(result["plan"], batch["x_length"], batch["y_length"])
+        for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
+            family = families[identity[0]].accession
+            plan, found = result["plan"][n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
+            score = metrics.score_plan(family, pair, plan, found)
+            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items() if k != "plan"}))
+            for who, baseline in baselines.BASELINES.items():
+                prediction = baseline(pair)
+                scores[who].append(metrics.score_prediction(family, pair, prediction.positions, prediction.match))
+            if draw and drawn < _PICTURES and n == 0:
+                draw(family, identity, plan, pair.target, found)
+                drawn += 1
+    return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items()}
+
+
+def predictor(trainer: Trainer) -> Callable:
+    """`(params, batch) -> plan and reconstruction sums`, with queries as they are and with residues of x masked."""
+
+    def predict(params, batch):
+        model = trainer.model(params)
+        x = batch["x"]
+        position = jnp.arange(x.shape[1]) + batch["id"].sum(-1, keepdims=True)
+        masked = (position % _MASK_EVERY == 0) & (x != vocab.PAD)
+        whole = loss.sums(model, batch | {"x_seen": x, "asked": x != vocab.PAD})
+        hidden = loss.sums(model, batch | {"x_seen": jnp.where(masked, vocab.MASK, x), "asked": masked})
+        return {
+            "plan": model.plan(x, batch["y"], batch["x_length"], batch["y_length"]),
+            "reconstruction_nats": whole["reconstruction"],
+            "reconstruction_residues": whole["reconstruction/count"],
+            "masked_nats": hidden["reconstruction"],
+            "masked_residues": hidden["reconstruction/count"],
+        }
+
+    return predict
+
+
+def make_trainer(config: ConfigDict):
+    """Trainer and initial state that a configuration describes; a misspelt key fails here."""
+    return Trainer.create(
+        AlignerConfig(**config.model),
+        SinkhornSpec(**config.attention),
+        OptimizerConfig(**config.optimizer),
+        LossConfig(**config.loss),
+        total_steps=config.total_steps,
+        seed=config.seed,
+    )
+
+
+def resolve_data_dir(directory: str) -> Path:
+    """As given if it exists; else relative to the repository, where the data that ship with it are."""
+    path = Path(directory)
+    beside = Path(__file__).parent / path
+    return beside if not path.exists() and beside.exists() else path
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run (no config.json): train one with --workdir={workdir}")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw_plan(directory: Path, split: str, family: str, identity, plan, target, match) -> None:
+    _, row_x, row_y = identity
+    path = directory / f"plan_{split}_{family}_{row_x}_{row_y}.png"
+    figures.plan_heatmap(plan, path, target=target, match=match, title=f"{family} ({split}), rows {row_x} and {row_y}")
+
+
+def table(report: dict) -> str:
+    """Every metric with its interval for every split, and F1 by identity bin, as text."""
+    lines = []
+    for split, result in report["splits"].items():
+        pairs = result["model"]["pairs"]
+        lines += [f"\n{split}: {pairs} pairs, step {report['step']}; 95 % intervals over families"]
+        names = [name for name in metrics.METRICS if name in result["model"]["overall"]]
+        lines.append(f"{'':24}" + "".join(f"{who:>24}" for who in result))
+        for name in names:
+            cells = [_cell(summary["overall"].get(name)) for summary in result.values()]
+            lines.append(f"{name:24}" + "".join(f"{cell:>24}" for cell in cells))
+        for name in result["model"]["bins"]:
+            cells = [f"{summary['bins'][name]['f1']['value']:.3f}" for summary in result.values()]
+            lines.append(f"{'f1, identity ' + name:24}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(metric: dict | None) -> str:
+    return "-" if metric is None else f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run, as given to train.py")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: test, which is both test splits")
+    parser.add_argument("--output", type=Path, help="JSON file; default: WORKDIR/eval_SPLIT.json")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--data", help="folder with other shards than those the run was trained on")
+    parser.add_argument("--limit", type=int, help="at most this many pairs a split, for a quick look")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

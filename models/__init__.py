@@ -1,0 +1,1 @@
+"""The aligner: encoder, optimal-transport cross attention, losses, training state, decoding and figures."""

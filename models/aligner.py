@@ -1,0 +1,174 @@
+"""The siamese aligner: one encoder for both sequences, a transport plan from x to y, a head that reads only that."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from data import vocab
+from models import attention
+from ot_attention import SinkhornSpec
+
+# BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
+_PRIOR_WEIGHT = 0.3466
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignerConfig:
+    """`config.model`. Widths are in channels.
+
+    depth: residual convolution blocks, their dilation doubling from 1 and starting again after `dilations`.
+    attention_every: a self-attention block follows every so many convolution blocks; 0 for none.
+    plan_width: of the queries and keys of the plan; half of it is rotated by length-scaled positions.
+    substitution_prior: adds BLOSUM62 with a learned weight to the plan's scores.
+    dtype: of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
+    """
+
+    width: int = 128
+    depth: int = 6
+    kernel: int = 5
+    dilations: int = 4
+    heads: int = 4
+    attention_every: int = 3
+    plan_width: int = 64
+    value_width: int = 64
+    substitution_prior: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for field in ("width", "depth", "kernel", "dilations", "heads", "plan_width", "value_width"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
+        if self.plan_width % 4:
+            raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+
+
+class ConvolutionBlock(nnx.Module):
+    """Residual: dilated convolution, then two layers on every position."""
+
+    def __init__(self, config: AlignerConfig, dilation: int, *, rngs: nnx.Rngs):
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.mix = nnx.Conv(width, width, (config.kernel,), kernel_dilation=(dilation,), dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, h: Float[Array, "batch length width"], real: Float[Array, "batch length 1"]):
+        return h + self.out(nnx.gelu(self.mix(self.norm(h) * real)))
+
+
+class AttentionBlock(nnx.Module):
+    """Residual: Sinkhorn self-attention."""
+
+    def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+        self.attention = attention.SelfAttention(config.width, config.heads, spec, dtype=dtype, rngs=rngs)
+
+    def __call__(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]):
+        return h + self.attention(self.norm(h), lengths)
+
+
+class Encoder(nnx.Module):
+    """Tokens of one sequence to features; padding does not change them."""
+
+    def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(vocab.SIZE, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        blocks: list[nnx.Module] = []
+        for i in range(config.depth):
+            blocks.append(ConvolutionBlock(config, 2 ** (i % config.dilations), rngs=rngs))
+            if config.attention_every and (i + 1) % config.attention_every == 0:
+                blocks.append(AttentionBlock(config, spec, rngs=rngs))
+        self.blocks = nnx.List(blocks)
+        self.norm = nnx.LayerNorm(config.width, rngs=rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
+    ) -> Float[Array, "batch length width"]:
+        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        h = self.embed(tokens)
+        for block in self.blocks:
+            h = block(h, real[..., None].astype(h.dtype)) if isinstance(block, ConvolutionBlock) else block(h, lengths)
+        return self.norm(h.astype(jnp.float32))
+
+
+class Aligner(nnx.Module):
+    """Aligns x with y by a plan from x to y, and predicts x's residues from what the plan brings of y.
+
+    Queries and keys come from the same projection, so that before any training alike residues in alike surroundings
+    score high. Half of each is rotated by the position, x's scaled to y's length: a learned pull to the diagonal.
+    """
+
+    def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
+        self.config, self.spec = config, spec
+        self.encoder = Encoder(config, spec, rngs=rngs)
+        self.plan_projection = nnx.Linear(config.width, config.plan_width, rngs=rngs)
+        self.value_projection = nnx.Linear(config.width, config.value_width, rngs=rngs)
+        self.dustbin = attention.Dustbin(1, spec)
+        self.decoder_in = nnx.Linear(config.value_width, config.width, rngs=rngs)
+        self.decoder_out = nnx.Linear(config.width, len(vocab.RESIDUES), rngs=rngs)
+        if config.substitution_prior:
+            self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
+
+    def __call__(
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        target: Int[Array, "batch x_length"],
+        x_length: Int[Array, "batch"],
+        y_length: Int[Array, "batch"],
+    ) -> tuple[attention.Transported, Float[Array, "batch x_length 20"]]:
+        """What the plan transports, and logits of x's residues made from that alone.
+
+        x may hold MASK: the plan then cannot route a masked residue to an identical one. `target` only selects which
+        of the plan's values are reported.
+        """
+        q, k, h_y = self._queries_and_keys(x, y, x_length, y_length)
+        values = self.value_projection(h_y)
+        lengths = x_length, y_length
+        transported = attention.transport(q, k, values, target, self.spec, lengths, self.dustbin.score)
+        return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
+
+    def plan(
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        x_length: Int[Array, "batch"],
+        y_length: Int[Array, "batch"],
+    ) -> Float[Array, "batch x_length y_length"]:
+        """The plan over residues, dense."""
+        q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
+        return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score)
+
+    def _queries_and_keys(self, x, y, x_length, y_length):
+        h_x, h_y = self._encode(x, y, x_length, y_length)
+        rows, columns = (jnp.arange(tokens.shape[1], dtype=jnp.float32)[None] for tokens in (x, y))
+        scale = (y_length / jnp.maximum(x_length, 1))[:, None]
+        q = self._positioned(self.plan_projection(h_x), (rows + 0.5) * scale - 0.5)
+        k = self._positioned(self.plan_projection(h_y), columns)
+        if self.config.substitution_prior:
+            q, k = self._with_prior(q, k, x, y)
+        return q, k, h_y
+
+    def _encode(self, x, y, x_length, y_length):
+        """Both sequences in one pass where they are padded alike, as training batches are."""
+        if x.shape != y.shape:
+            return self.encoder(x, x_length), self.encoder(y, y_length)
+        both = self.encoder(jnp.concatenate([x, y]), jnp.concatenate([x_length, y_length]))
+        return jnp.split(both, 2)
+
+    def _positioned(self, z, position):
+        still, turned = jnp.split(z, 2, axis=-1)
+        return jnp.concatenate([still, attention.rotate(turned[:, :, None], position)[:, :, 0]], -1)
+
+    def _with_prior(self, q, k, x, y):
+        """Extra channels whose product is the weighted BLOSUM62 score, so that attention itself needs no new input."""
+        blosum = jnp.asarray(vocab.blosum62(), q.dtype)
+        width = q.shape[-1] + vocab.SIZE
+        # Undoes the division of scores by sqrt(width) and epsilon for the prior, and keeps it for the rest.
+        learned = (width / q.shape[-1]) ** 0.5
+        prior = self.prior_weight[...] * width**0.5 * self.spec.epsilon * blosum[x]
+        return jnp.concatenate([q * learned, prior], -1), jnp.concatenate([k, jax.nn.one_hot(y, vocab.SIZE)], -1)

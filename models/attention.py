@@ -1,0 +1,103 @@
+"""Multi-head attention by optimal transport: the only module of the models that knows `ot_attention`."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, support, transport_plan
+
+_ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
+
+
+class SelfAttention(nnx.Module):
+    """Banded Sinkhorn self-attention with rotary positions."""
+
+    def __init__(self, width: int, heads: int, spec: SinkhornSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"model.heads={heads} must divide model.width={width} into even head widths")
+        self.spec, self.heads = spec, heads
+        self.project = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.dustbin = Dustbin(heads, spec)
+
+    def __call__(
+        self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]
+    ) -> Float[Array, "batch length width"]:
+        q, k, v = jnp.split(self.project(h), 3, axis=-1)
+        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
+        position = jnp.arange(h.shape[1], dtype=jnp.float32)[None]
+        q, k = rotate(q, position), rotate(k, position)
+        out, _ = sinkhorn_attention(q, k, v, self.spec, lengths, lengths, self.dustbin.score)
+        return self.out(out.reshape(h.shape))
+
+
+class Dustbin(nnx.Module):
+    """A learned dustbin score for every head; none where the spec has no dustbin."""
+
+    def __init__(self, heads: int, spec: SinkhornSpec):
+        self._score = None if spec.dustbin == "none" else nnx.Param(jnp.zeros(heads))
+
+    @property
+    def score(self) -> Float[Array, "heads"] | None:
+        return None if self._score is None else self._score[...]
+
+
+def rotate(x: Float[Array, "batch length heads width"], position: Float[Array, "_ length"]):
+    """Rotary positions: products of rotated vectors depend on the difference of their positions (in residues)."""
+    half = x.shape[-1] // 2
+    angle = position[:, :, None, None] * _ROTARY_BASE ** (-jnp.arange(half) / half)
+    sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Transported(NamedTuple):
+    """What one plan brings from y to x."""
+
+    values: Float[Array, "batch x_length value"]  # sum_j P_ij v_j; small where x_i is mostly gap
+    mass: Float[Array, "batch x_length"]  # sum_j P_ij over residues of y
+    barycenter: Float[Array, "batch x_length"]  # sum_j P_ij j / mass, in residues
+    log_target: Float[Array, "batch x_length"]  # log P_i,t(i); minus infinity outside the band and without a target
+    residual: Float[Array, "batch"]
+
+
+def transport(
+    q: Float[Array, "batch x_length width"],
+    k: Float[Array, "batch y_length width"],
+    values: Float[Array, "batch y_length value"],
+    target: Int[Array, "batch x_length"],
+    spec: SinkhornSpec,
+    lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]],
+    dustbin_score: Float[Array, "1"] | None,
+) -> Transported:
+    """Sends values of y to x along one head's plan; nothing of the plan's size is made.
+
+    Positions travel as two more values, and the plan at the reference alignment comes from the potentials.
+    """
+    position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=values.dtype), k.shape[:2])
+    carried = jnp.concatenate([values, jnp.ones_like(position)[..., None], position[..., None]], -1)
+    out, info = sinkhorn_attention(q[:, :, None], k[:, :, None], carried[:, :, None], spec, *lengths, dustbin_score)
+    values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
+    barycenter = moment / jnp.where(mass > 0, mass, 1)
+    return Transported(values, mass, barycenter, _log_plan(q, k, info, target, spec, lengths), info.residual[:, 0])
+
+
+def _log_plan(q, k, info: SinkhornInfo, target, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length"]:
+    """`log P_i,t(i) = S + f + g`, minus infinity outside the support."""
+    column = jnp.maximum(target, 0)
+    k_target = jnp.take_along_axis(k, column[..., None], axis=1)
+    score = (q.astype(jnp.float32) * k_target.astype(jnp.float32)).sum(-1) / (math.sqrt(q.shape[-1]) * spec.epsilon)
+    f, g = info.f[:, 0, : q.shape[1]], jnp.take_along_axis(info.g[:, 0], column, axis=1)
+    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), target.shape)
+    first, last = support.row_windows(rows, *lengths, spec.band)
+    inside = (target >= 0) & (first <= column) & (column <= last)
+    return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
+
+
+def plan(q, k, spec: SinkhornSpec, lengths, dustbin_score) -> Float[Array, "batch x_length y_length"]:
+    """The plan over residues, dense, for decoding and pictures."""
+    dense = transport_plan(q[:, :, None], k[:, :, None], spec, *lengths, dustbin_score)
+    return dense[:, 0, : q.shape[1], : k.shape[1]]

@@ -1,0 +1,229 @@
+"""Figures of plans, training curves and comparisons of runs, as PNG files.
+
+Everything is drawn on `Figure` objects, never through pyplot: no display is needed and no global state is left behind.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from models.decode import NO_MATCH
+
+# Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/); its yellow is too pale.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_BASELINE = "#9A9A9A"
+_DPI = 150
+_PANEL = (3.6, 2.7)  # inches
+
+LABELS = {
+    "loss": "loss",
+    "reconstruction": "reconstruction (nats per residue)",
+    "reconstruction_masked": "masked reconstruction (nats per residue)",
+    "sparse_ce": "sparse CE (nats per aligned residue)",
+    "barycenter_mae": "barycenter MAE (residues)",
+    "barycenter_within_1": "barycenter within 1 residue (share)",
+    "precision": "precision (share)",
+    "recall": "recall (share)",
+    "f1": "F1 of aligned residue pairs",
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm",
+}
+
+MetricRow = Mapping[str, object]  # one line of metrics.jsonl: "step", and numbers under "metric" or "split/metric"
+Curve = tuple[list[int | float], list[int | float]]  # steps, values
+
+
+def plan_heatmap(
+    plan: Float[np.ndarray, "x_length y_length"],
+    path: Path | str,
+    *,
+    target: Int[np.ndarray, " x_length"] | None = None,
+    match: Int[np.ndarray, " x_length"] | None = None,
+    title: str = "",
+) -> None:
+    """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1)."""
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
+    # The square root shows mass spread thinly over a band beside the peaks of a sharp row.
+    image = axes.imshow(plan, cmap="Greys", norm=PowerNorm(0.5, vmin=0, vmax=max(float(plan.max(initial=0)), 1e-12)))
+    size = max(1.0, min(6.0, 600 / max(plan.shape)))
+    if target is not None:
+        _points(axes, target, "reference", marker="s", markersize=size, color=_COLOURS[1], markerfacecolor="none")
+    if match is not None:
+        _points(axes, match, "decoded (MEA)", marker=".", markersize=size, color=_COLOURS[0])
+    axes.set(xlabel="position in y (residues)", ylabel="position in x (residues)", title=title)
+    figure.colorbar(image, ax=axes, label="plan $P_{ij}$ (square-root scale)", shrink=0.85)
+    if target is not None or match is not None:
+        axes.legend(loc="upper right", markerscale=8 / (size + 2))
+    figure.savefig(path, dpi=_DPI)
+
+
+def metric_curves(rows: Sequence[MetricRow], path: Path | str, *, metrics: Sequence[str] | None = None) -> None:
+    """Every metric of one run against the step, a panel each, a line for each split.
+
+    Args:
+      rows: the lines of metrics.jsonl; "validation/f1" is metric f1 of split validation, a plain "loss" is of train.
+      metrics: the panels, in order; all metrics found when left out.
+
+    Raises:
+      ValueError: no row holds a number to draw, or a metric asked for is in none.
+    """
+    curves = {"run": _curves(rows)}
+    names = _choose(metrics, [metric for _, metric in curves["run"]])
+    splits = list(dict.fromkeys(split for split, _ in curves["run"]))
+
+    def draw(axes: Axes, name: str) -> None:
+        for colour, split in zip(_cycle(len(splits)), splits, strict=True):
+            _line(axes, curves["run"].get((split, name)), label=split, color=colour)
+
+    _panels(names, draw, path, xlabel="step")
+
+
+def screen_figure(
+    runs: Mapping[str, Sequence[MetricRow]],
+    path: Path | str,
+    *,
+    split: str = "validation",
+    metrics: Sequence[str] | None = None,
+) -> None:
+    """One split's metrics of several runs against the step, a panel for each metric, a line for each run.
+
+    Raises:
+      ValueError: no run has a number of this split, or a metric asked for is in none.
+    """
+    curves = {run: _curves(rows) for run, rows in runs.items()}
+    found = [metric for curve in curves.values() for where, metric in curve if where == split]
+    names = _choose(metrics, found)
+
+    def draw(axes: Axes, name: str) -> None:
+        for colour, (run, curve) in zip(_cycle(len(curves)), curves.items(), strict=True):
+            _line(axes, curve.get((split, name)), label=run, color=colour)
+
+    _panels(names, draw, path, xlabel="step", title=split)
+
+
+def comparison_bars(
+    runs: Mapping[str, Mapping[str, Mapping[str, float]]],
+    baselines: Mapping[str, Mapping[str, Mapping[str, float]]],
+    path: Path | str,
+    *,
+    metrics: Sequence[str] | None = None,
+    title: str = "",
+) -> None:
+    """Final metrics of runs (coloured) beside the baselines (grey), with their intervals; a panel for each metric.
+
+    Args:
+      runs, baselines: {name: {metric: {"value", "low", "high"}}}, as `overall` in eval.py's JSON. A name without a
+        metric (a diagonal has no cross-entropy) keeps its line in that panel, empty.
+
+    Raises:
+      ValueError: nothing to draw, or a metric asked for is in none.
+    """
+    bars = {**runs, **baselines}
+    names = _choose(metrics, [metric for summary in bars.values() for metric in summary])
+    colours = [*_cycle(len(runs)), *[_BASELINE] * len(baselines)]
+
+    def draw(axes: Axes, name: str) -> None:
+        for row, (colour, summary) in enumerate(zip(colours, bars.values(), strict=True)):
+            if name in summary:
+                _bar(axes, row, summary[name], colour)
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.margins(x=0.22)
+        axes.set_xlim(left=0)
+
+    _panels(names, draw, path, title=title, height=0.34 * len(bars) + 0.9)
+
+
+def _points(axes: Axes, match: np.ndarray, label: str, **style: object) -> None:
+    rows = np.flatnonzero(match != NO_MATCH)
+    axes.plot(match[rows], rows, linestyle="none", markeredgewidth=0.7, label=label, **style)
+
+
+def _curves(rows: Sequence[MetricRow]) -> dict[tuple[str, str], Curve]:
+    curves: dict[tuple[str, str], Curve] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            split, _, metric = key.rpartition("/")
+            steps, values = curves.setdefault((split or "train", metric), ([], []))
+            steps.append(row["step"])
+            values.append(value)
+    return curves
+
+
+def _choose(wanted: Sequence[str] | None, found: Sequence[str]) -> list[str]:
+    known = list(dict.fromkeys(found))
+    if not known:
+        raise ValueError("metrics: there is no number to draw in what was given")
+    missing = [name for name in wanted or () if name not in known]
+    if missing:
+        raise ValueError(f"metrics: {', '.join(missing)} not found; there are {', '.join(known)}")
+    return list(wanted or sorted(known, key=lambda name: [*LABELS, name].index(name)))
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[k % len(_COLOURS)] for k in range(count)]
+
+
+def _line(axes: Axes, curve: Curve | None, **style: object) -> None:
+    if curve is None:
+        return
+    steps, values = curve
+    axes.plot(steps, values, linewidth=1.5, marker="o" if len(steps) <= 20 else None, markersize=3, **style)
+
+
+def _bar(axes: Axes, row: int, metric: Mapping[str, float], colour: str) -> None:
+    value, low, high = metric["value"], metric["low"], metric["high"]
+    axes.barh(row, value, height=0.7, color=colour)
+    axes.plot([low, high], [row, row], color="black", linewidth=1.2, solid_capstyle="butt")
+    axes.annotate(
+        f"{value:#.3g}",
+        (max(value, high), row),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )
+
+
+def _panels(
+    names: Sequence[str],
+    draw: Callable[[Axes, str], None],
+    path: Path | str,
+    *,
+    xlabel: str = "",
+    title: str = "",
+    height: float = _PANEL[1],
+) -> None:
+    columns = min(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(_PANEL[0] * columns, height * rows + 0.6), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, name in zip(grid, names, strict=False):
+        draw(axes, name)
+        axes.set_title(LABELS.get(name, name), fontsize=9)
+        axes.set_xlabel(xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(names) :]:
+        axes.remove()
+    _legend(figure, grid[: len(names)])
+    figure.suptitle(title)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for all panels, since a line means the same in each."""
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))

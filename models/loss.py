@@ -1,0 +1,104 @@
+"""The training loss and the metrics that need no decoding (contract, section 8), as sums over a batch."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from data import vocab
+from models.aligner import Aligner
+
+LEAST_PROBABILITY = 1e-6  # the floor of the sparse CE metric: 13.8 nats
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """`config.loss`: weights of the two terms, and the share of x that is masked while training.
+
+    With `mask_rate` above 0 only masked residues are reconstructed: an unmasked one can be routed to an identical
+    residue of y without any alignment.
+    """
+
+    reconstruction: float = 1.0
+    sparse_ce: float = 0.0
+    mask_rate: float = 0.15
+
+    def __post_init__(self):
+        if min(self.reconstruction, self.sparse_ce) < 0 or self.reconstruction + self.sparse_ce == 0:
+            raise ValueError(
+                f"loss.reconstruction={self.reconstruction} and loss.sparse_ce={self.sparse_ce} must not be negative, "
+                "nor both 0"
+            )
+        if not 0 <= self.mask_rate < 1:
+            raise ValueError(f"loss.mask_rate={self.mask_rate} must be at least 0 and below 1")
+
+
+def queries(
+    x: Int[Array, "batch length"], key: PRNGKeyArray, mask_rate: float
+) -> tuple[Int[Array, "batch length"], Bool[Array, "batch length"]]:
+    """x as the plan may see it, and the residues that reconstruction is asked for."""
+    if not mask_rate:
+        return x, x != vocab.PAD
+    asked = (jax.random.uniform(key, x.shape) < mask_rate) & (x != vocab.PAD)
+    return jnp.where(asked, vocab.MASK, x), asked
+
+
+def sums(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, "batch"]]:
+    """Sums over the residues of every pair, and under `<name>/count` how many; their quotients are the metrics.
+
+    `batch` holds, beside what the pipeline gives, `x_seen` (what queries are computed from) and `asked`.
+    """
+    transported, logits = model(batch["x_seen"], batch["y"], batch["target"], batch["x_length"], batch["y_length"])
+    nats = -jax.nn.log_softmax(logits)
+    nats = jnp.take_along_axis(nats, jnp.clip(batch["x"] - 1, 0, len(vocab.RESIDUES) - 1)[..., None], -1)[..., 0]
+    aligned, log_target = batch["target"] >= 0, transported.log_target
+    error = jnp.abs(transported.barycenter - batch["target"])
+    per_residue = {
+        "reconstruction": (nats, _known(batch)),
+        "sparse_ce": (-jnp.maximum(log_target, math.log(LEAST_PROBABILITY)), aligned),
+        # The floor has no gradient just where one is needed most; outside the band there is none to be had.
+        "sparse_ce_unfloored": (-log_target, aligned & jnp.isfinite(log_target)),
+        "barycenter_mae": (error, aligned),
+        "barycenter_within_1": (error <= 1, aligned),
+    }
+    result = {"residual": transported.residual, "residual/count": jnp.ones_like(transported.residual)}
+    for name, (value, where) in per_residue.items():
+        result[name] = jnp.where(where, value, 0).sum(-1)
+        result[f"{name}/count"] = where.sum(-1).astype(jnp.float32)
+    return result
+
+
+def totals(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+    """`sums` over the whole batch."""
+    return {name: value.sum() for name, value in sums(model, batch).items()}
+
+
+def counts(batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+    """The counts that `objective` divides by, known without the model."""
+    return {
+        "reconstruction/count": _known(batch).sum().astype(jnp.float32),
+        "sparse_ce/count": (batch["target"] >= 0).sum().astype(jnp.float32),
+    }
+
+
+def means(totals: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+    """The metrics of a batch."""
+    names = [name for name in totals if f"{name}/count" in totals and name != "sparse_ce_unfloored"]
+    return {name: _quotient(totals, name) for name in names}
+
+
+def objective(totals: dict[str, Float[Array, ""]], config: LossConfig) -> Float[Array, ""]:
+    """The weighted loss."""
+    cross_entropy = totals["sparse_ce_unfloored"] / jnp.maximum(totals["sparse_ce/count"], 1)
+    return config.reconstruction * _quotient(totals, "reconstruction") + config.sparse_ce * cross_entropy
+
+
+def _quotient(totals: dict[str, Float[Array, ""]], name: str) -> Float[Array, ""]:
+    return totals[name] / jnp.maximum(totals[f"{name}/count"], 1)
+
+
+def _known(batch: dict[str, Array]) -> Bool[Array, "batch length"]:
+    """Residues whose reconstruction counts: asked for, and one of the twenty."""
+    return batch["asked"] & (batch["x"] > 0) & (batch["x"] <= len(vocab.RESIDUES))

@@ -1,0 +1,177 @@
+"""What a run has to remember, parameters, optimiser, moving average, step: how it is updated and kept on disk."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from models import loss
+from models.aligner import Aligner, AlignerConfig
+from models.loss import LossConfig
+from ot_attention import SinkhornSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """`config.optimizer`: AdamW with linear warm-up and cosine decay to `final_fraction` of the rate.
+
+    accumulate: parts a batch is cut into, one after the other, for batches that do not fit into memory at once.
+    ema: decay of the moving average of the parameters, which is what is evaluated.
+    """
+
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    final_fraction: float = 0.02
+    weight_decay: float = 1e-3
+    clip_norm: float = 1.0
+    ema: float = 0.99
+    accumulate: int = 1
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"optimizer.ema={self.ema} must be at least 0 and below 1")
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ValueError(
+                f"optimizer.learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be above 0"
+            )
+
+    def schedule(self, total_steps: int) -> optax.Schedule:
+        warmup = min(self.warmup_steps, total_steps - 1)
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if warmup else self.learning_rate,
+            self.learning_rate,
+            warmup,
+            total_steps,
+            self.learning_rate * self.final_fraction,
+        )
+
+
+class TrainState(NamedTuple):
+    step: Int[Array, ""]
+    params: PyTree
+    ema: PyTree
+    optimizer: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The model's structure and the update rule: what is fixed while `TrainState` changes. Hashable by identity."""
+
+    graph: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    settings: OptimizerConfig
+    loss: LossConfig
+    seed: int
+
+    @classmethod
+    def create(cls, model: AlignerConfig, spec: SinkhornSpec, settings, loss_config, *, total_steps: int, seed: int):
+        """The trainer and a freshly initialised state."""
+        graph, params = nnx.split(Aligner(model, spec, rngs=nnx.Rngs(seed)))
+        schedule = settings.schedule(total_steps)
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(settings.clip_norm),
+            optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=_is_matrix),
+        )
+        params = nnx.to_pure_dict(params)
+        state = TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+        return cls(graph, optimizer, schedule, settings, loss_config, seed), state
+
+    def model(self, params: PyTree) -> Aligner:
+        return nnx.merge(self.graph, params)
+
+    def update(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """One step: the new state and scalar metrics of the batch before the update."""
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        x_seen, asked = loss.queries(batch["x"], key, self.loss.mask_rate)
+        grads, totals = self._gradients(state.params, batch | {"x_seen": x_seen, "asked": asked})
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A young average forgets faster, or the initial parameters would stay in it for 1 / (1 - ema) steps.
+        decay = jnp.minimum(self.settings.ema, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        metrics = loss.means(totals) | {
+            "loss": loss.objective(totals, self.loss),
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": self.schedule(state.step),
+        }
+        return TrainState(state.step + 1, params, ema, optimizer), metrics
+
+    def _gradients(self, params: PyTree, batch: dict[str, Array]) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
+        """Gradient of the loss and sums of the metrics over the batch, part by part."""
+        counts = loss.counts(batch)
+
+        def part_loss(params, part):
+            totals = loss.totals(self.model(params), part)
+            return loss.objective(totals | counts, self.loss), totals
+
+        gradient = jax.grad(part_loss, has_aux=True)
+        parts = self.settings.accumulate
+        if parts == 1:
+            return gradient(params, batch)
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda part: gradient(params, part), split))
+
+
+def _is_matrix(params: PyTree) -> PyTree:
+    """Weight decay leaves biases, norms and single scores alone."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+class Checkpoints:
+    """Checkpoints of a run in `<workdir>/checkpoints`: state, data iterator and configuration, written asynchronously.
+
+    keep: the newest so many stay; keep_every: and all whose step is a multiple of it (0 for none).
+    """
+
+    def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only
+        )
+        self.directory = workdir.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("state", "iterator", "config")
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, iterator: dict, config: dict) -> None:
+        """Starts saving; does nothing if this step is saved already."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()),
+            iterator=ocp.args.JsonSave(iterator),
+            config=ocp.args.JsonSave(config),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """State and iterator state of a step, by default the newest.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint, or none of that step; lists those there are.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            have = f"the steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+            raise FileNotFoundError(f"{self.directory} holds {have}{'' if step is None else f', not step {step}'}")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore())
+        restored = self._manager.restore(steps[-1] if step is None else step, args=items)
+        return TrainState(**restored["state"]), restored["iterator"]
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self._manager.wait_until_finished()
+        self._manager.close()

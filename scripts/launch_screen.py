@@ -1,0 +1,131 @@
+"""Trains several configurations one after the other, scores each, and writes one table and figures.
+
+  python scripts/launch_screen.py                                    # the four of the screen, on the data that ship
+  python scripts/launch_screen.py --data=runs/pfam --steps=500       # on larger shards
+  python scripts/launch_screen.py --configs supervised --out=runs/supervised -- --config.batch_size=16
+  python scripts/launch_screen.py --dry-run                          # only prints the commands
+
+Runs that are finished are not trained again and those that were interrupted go on: start it again after any stop.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval as evaluation  # noqa: E402
+from data.baselines import BASELINES  # noqa: E402
+from models import figures  # noqa: E402
+
+SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
+SPLITS = ("validation", *evaluation.SPLITS["test"])
+METRICS = (
+    "reconstruction",
+    "reconstruction_masked",
+    "sparse_ce",
+    "barycenter_mae",
+    "barycenter_within_1",
+    "precision",
+    "recall",
+    "f1",
+)
+
+
+def main() -> None:
+    args = _parse()
+    out = args.out
+    environment = os.environ | {
+        # The same programs are compiled again when a run resumes or is scored; on a CPU that takes minutes.
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled")),
+    }
+    for command in (command for name in args.configs for command in commands(name, args)):
+        print("$", shlex.join(command), flush=True)
+        if not args.dry_run:
+            subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    if not args.dry_run:
+        collect(args.configs, out)
+
+
+def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
+    """Training, then the scores before and after it."""
+    workdir = args.out.absolute() / name
+    train = [sys.executable, "train.py", f"--config=configs/{name}.py", f"--workdir={workdir}"]
+    if args.data:
+        train.append(f"--config.data.dir={args.data.absolute()}")
+    if args.steps:
+        train.append(f"--config.total_steps={args.steps}")
+    # Step 0 is a multiple of everything, so this keeps it.
+    train += [f"--config.checkpoint.keep_every={args.steps or 10**9}", *args.overrides]
+    score = (
+        [sys.executable, "eval.py", f"--workdir={workdir}", f"--limit={args.limit}"]
+        if args.limit
+        else [
+            sys.executable,
+            "eval.py",
+            f"--workdir={workdir}",
+        ]
+    )
+    result = [train]
+    for split in SPLITS:
+        result.append([*score, f"--split={split}", f"--output={workdir / f'end_{split}.json'}"])
+        result.append([*score, f"--split={split}", "--step=0", f"--output={workdir / f'start_{split}.json'}"])
+    return result
+
+
+def collect(names: list[str], out: Path) -> None:
+    """Writes screen.md, screen.json and the figures from the reports of every run."""
+    runs = {name: [_reports(out / name, when) for when in ("start", "end")] for name in names}
+    report = {split: {name: [one[split] for one in pair] for name, pair in runs.items()} for split in SPLITS}
+    (out / "screen.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = "\n\n".join(f"### {split}\n\n{markdown(of_runs)}" for split, of_runs in report.items())
+    (out / "screen.md").write_text(text + "\n")
+    curves = {name: evaluation.read_metrics(out / name) for name in names}
+    figures.screen_figure(curves, out / "curves.png")
+    for split, of_runs in report.items():
+        ends = {name: end["model"]["overall"] for name, (_, end) in of_runs.items()}
+        baselines = {who: next(iter(of_runs.values()))[1][who]["overall"] for who in BASELINES}
+        figures.comparison_bars(ends, baselines, out / f"{split}.png", title=split)
+    print(f"{text}\n\nwritten: {out / 'screen.md'}, screen.json and figures beside it")
+
+
+def markdown(of_runs: dict[str, list[dict]]) -> str:
+    """One split as a table: every run from its first to its last step, then the baselines."""
+    lines = ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for name, (start, end) in of_runs.items():
+        cells = [
+            f"{start['model']['overall'][metric]['value']:.2f} → {end['model']['overall'][metric]['value']:.3f}"
+            for metric in METRICS
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    last = next(iter(of_runs.values()))[1]
+    for who in BASELINES:
+        overall = last[who]["overall"]
+        cells = [f"{overall[metric]['value']:.3f}" if metric in overall else "" for metric in METRICS]
+        lines.append(f"| {who} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _reports(workdir: Path, when: str) -> dict[str, dict]:
+    return {split: json.loads((workdir / f"{when}_{split}.json").read_text())["splits"][split] for split in SPLITS}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=list(SCREEN), help=f"default: {' '.join(SCREEN)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/screen"), help="folder of the runs and the table")
+    parser.add_argument("--data", type=Path, help="shards made by build_pfam.py; default: those that ship")
+    parser.add_argument("--steps", type=int, help="total_steps of every run; default: the configuration's")
+    parser.add_argument("--limit", type=int, help="score at most this many pairs a split, for a quick look")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("overrides", nargs="*", help="after --: further options for train.py")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

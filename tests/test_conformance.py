@@ -1,0 +1,350 @@
+"""One suite for every implementation: each is compared with the dense reference in float64.
+
+Another implementation joins by its name in IMPLEMENTATIONS; what it cannot do it must refuse with UnsupportedError.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, transport_plan
+
+IMPLEMENTATIONS = ["reference", "xla"]
+DUSTBINS = ["none", "unit", "full"]
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes, true lengths (None: the padded ones) and scores of standard deviation `sd`."""
+
+    name: str
+    rows: int
+    columns: int
+    band: int | None
+    q_lengths: tuple[int, ...] = ()
+    k_lengths: tuple[int, ...] = ()
+    sd: float = 1.0
+    base_steps: int = 20
+    tail_steps: int = 2
+    width: int = 8
+
+    def spec(self, **changes) -> SinkhornSpec:
+        return SinkhornSpec(
+            **{"band": self.band, "base_steps": self.base_steps, "tail_steps": self.tail_steps} | changes
+        )
+
+
+CASES = [
+    Case("square", 40, 40, 8),
+    Case("ragged", 48, 40, 6, (48, 31), (40, 17)),
+    Case("full support", 24, 40, None, (24, 5), (40, 33)),
+    Case("length 1", 1, 1, 64),
+    Case("length 1 against many", 16, 300, 8, (1, 16), (300, 1)),
+    Case("blocks", 400, 400, 16, (400, 213), (400, 251)),
+    Case("blocks, x longer", 500, 300, 20, (500, 499), (300, 7)),
+    Case("blocks, y longer", 300, 500, 16, (3, 300), (500, 477)),
+    Case("wide blocks", 700, 700, 70, (700, 650), (690, 700)),
+    Case("empty problem", 40, 40, 8, (0, 40), (40, 0)),
+    Case("empty rows", 60, 60, 0, (60, 60), (30, 41)),
+    Case("sharp", 64, 64, 8, sd=30.0, base_steps=5),
+    Case("no base steps", 64, 64, 8, sd=30.0, base_steps=0, tail_steps=1),
+    Case("long tail", 40, 36, 8, base_steps=3, tail_steps=5),
+]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def inputs(case: Case, dustbin: str, dtype="float64", seed=0):
+    """q, k, v with NaN and inf as padding, lengths, dustbin score, cotangent; batch of 2, 2 heads."""
+    rng = np.random.default_rng(seed)
+    n_q, n_k = (
+        np.array(n or (size, size)) for n, size in ((case.q_lengths, case.rows), (case.k_lengths, case.columns))
+    )
+    q = rng.normal(size=(2, case.rows, 2, case.width)) * case.sd
+    k, v = (rng.normal(size=(2, case.columns, 2, width)) for width in (case.width, 5))
+    cotangent = rng.normal(size=(2, case.rows, 2, 5))
+    for b in range(2):
+        q[b, n_q[b] :], k[b, n_k[b] :], v[b, n_k[b] :] = np.nan, np.inf, np.nan
+        cotangent[b, n_q[b] :] = np.nan  # what comes back through padding must not matter either
+    score = None if dustbin == "none" else jnp.array([0.5, -1.0], dtype)
+    return [jnp.asarray(x, dtype) for x in (q, k, v)], (jnp.asarray(n_q), jnp.asarray(n_k)), score, cotangent
+
+
+def attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent):
+    """Output, potentials, residual, and gradients of q, k, v and the dustbin score, also through the potentials."""
+
+    def run(q, k, v, score):
+        out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)
+        return (out, info.f, info.g), info.residual
+
+    (out, f, g), pull_back, residual = jax.vjp(run, *arrays, score, has_aux=True)
+    cotangents = jnp.asarray(cotangent, out.dtype), jnp.cos(jnp.arange(f.size)).reshape(f.shape).astype(f.dtype)
+    gradients = pull_back((*cotangents, jnp.full_like(g, 0.1)))
+    return {"out": out, "f": f, "g": g, "residual": residual} | {
+        name: x for name, x in zip(("dq", "dk", "dv", "dscore"), gradients, strict=True) if x is not None
+    }
+
+
+def error(actual, expected) -> float:
+    scale = max(1e-3, float(np.abs(expected).max(initial=0)))
+    return float(np.abs(np.asarray(actual, np.float64) - np.asarray(expected)).max(initial=0)) / scale
+
+
+@pytest.mark.parametrize("dustbin", DUSTBINS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_same_numbers_as_the_reference_in_float64(implementation, case, dustbin):
+    arguments = case.spec(dustbin=dustbin), *inputs(case, dustbin)
+    expected = attend_and_pull_back("reference", *arguments)
+    actual = attend_and_pull_back(implementation, *arguments)
+    for name, value in expected.items():
+        assert np.isfinite(value).all(), name
+        assert error(actual[name], value) < 1e-10, name
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_random_shapes_lengths_and_bands(implementation, seed):
+    rng = np.random.default_rng(seed)
+    rows, columns = rng.integers(1, 400, 2).tolist()
+    lengths = [tuple(rng.integers(0, size + 1, 2).tolist()) for size in (rows, columns)]
+    case = Case("random", rows, columns, int(rng.integers(0, 40)), *lengths, sd=float(rng.uniform(0.1, 5)))
+    dustbin = DUSTBINS[seed % 3]
+    arguments = case.spec(dustbin=dustbin), *inputs(case, dustbin, seed=seed)
+    expected, actual = (attend_and_pull_back(name, *arguments) for name in ("reference", implementation))
+    for name, value in expected.items():
+        assert error(actual[name], value) < 1e-10, name
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[5]], ids=lambda case: case.name)
+@pytest.mark.parametrize("dustbin", DUSTBINS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float32_error_is_that_of_the_dense_reference(implementation, dustbin, case):
+    """At most 2 x the dense reference's own float32 error, plus a few units in the last place of 32 steps' sums."""
+    spec = case.spec(dustbin=dustbin)
+    exact = attend_and_pull_back("reference", spec, *inputs(case, dustbin))
+    dense, actual = (
+        attend_and_pull_back(name, spec, *inputs(case, dustbin, "float32")) for name in ("reference", implementation)
+    )
+    for name in exact.keys() - {"residual"}:
+        assert error(actual[name], exact[name]) <= 2 * error(dense[name], exact[name]) + 16 * EPS["float32"], name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_inputs_are_computed_in_float32(implementation):
+    case, spec = CASES[1], CASES[1].spec(dustbin="full")
+    arrays, lengths, score, cotangent = inputs(case, "full", "bfloat16")
+    actual = attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent)
+    assert actual["out"].dtype == actual["dq"].dtype == jnp.bfloat16
+    assert actual["f"].dtype == jnp.float32
+    exact = attend_and_pull_back("reference", spec, [x.astype("float64") for x in arrays], lengths, score, cotangent)
+    for name in ("f", "g"):
+        assert error(actual[name], exact[name]) < 64 * EPS["float32"], name
+    for name in ("out", "dq", "dk", "dv"):
+        assert error(actual[name], exact[name]) < 2.0**-7, name
+
+
+def test_tail_gradient_equals_finite_differences_of_the_surrogate():
+    """Independent of automatic differentiation: the potentials after T steps are frozen by hand."""
+    case = Case("small", 7, 6, 3)
+    arrays, lengths, score, cotangent = inputs(case, "full")
+    q, k, v = arrays
+    base = case.spec(dustbin="full", base_steps=19, tail_steps=1)
+    _, info = sinkhorn_attention(q, k, v, base, *lengths, score, "reference")
+
+    def surrogate(q, score):
+        """Two plain steps from the frozen g, written out for one head at a time."""
+        total = 0.0
+        for b, h in np.ndindex(2, 2):
+            s = np.zeros((8, 7))
+            s[:7, :6] = q[b, :, h] @ np.asarray(k)[b, :, h].T / np.sqrt(8)
+            s[:7, 6] = s[7, :6] = score[h]
+            i, j = np.arange(7)[:, None], np.arange(6)
+            s[:7, :6][np.abs(j - ((i + 0.5) * 6 / 7 - 0.5)) > 3] = -np.inf
+            a, c = np.array([1.0] * 7 + [6]), np.array([1.0] * 6 + [7])
+            g = np.asarray(info.g)[b, h]
+            for _ in range(2):
+                f = np.log(a) - np.log(np.exp(s + g).sum(1))
+                g = np.log(c) - np.log(np.exp(s + f[:, None]).sum(0))
+            out = np.exp(s + f[:, None] + g)[:7, :6] @ np.asarray(v)[b, :, h]
+            total += (out * cotangent[b, :, h]).sum()
+        return total
+
+    spec = case.spec(dustbin="full", base_steps=20, tail_steps=2)
+
+    def loss(q, score):
+        return (sinkhorn_attention(q, k, v, spec, *lengths, score, "xla")[0] * cotangent).sum()
+
+    dq, dscore = jax.grad(loss, (0, 1))(q, score)
+    q, score, step = np.asarray(q), np.asarray(score), 1e-6
+    direction = np.random.default_rng(1).normal(size=q.shape)
+    slope = (surrogate(q + step * direction, score) - surrogate(q - step * direction, score)) / (2 * step)
+    assert slope == pytest.approx(float((dq * direction).sum()), rel=1e-6)
+    slope = (surrogate(q, score + step) - surrogate(q, score - step)) / (2 * step)
+    assert slope == pytest.approx(float(dscore.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dustbin", DUSTBINS)
+def test_plan_has_the_contracts_marginals_and_support(dustbin):
+    n_q, n_k, band = 30, 24, 8
+    case = Case("marginals", n_q, n_k, band, base_steps=3000)
+    arrays, lengths, score, _ = inputs(case, dustbin)
+    plan = np.asarray(transport_plan(*arrays[:2], case.spec(dustbin=dustbin), *lengths, score))
+    extra = dustbin != "none"
+    assert plan.shape == (2, 2, n_q + extra, n_k + extra)
+    rows, columns = np.ones(n_q), np.full(n_k, 1.0 if extra else n_q / n_k)
+    bins = {"none": ([], []), "unit": ([1], [1 + n_q - n_k]), "full": ([n_k], [n_q])}[dustbin]
+    assert np.allclose(plan.sum(-1), [*rows, *bins[0]], atol=1e-6)
+    assert np.allclose(plan.sum(-2), [*columns, *bins[1]], atol=1e-12)
+    i, j = np.arange(n_q)[:, None], np.arange(n_k)
+    inside = np.abs(j - ((i + 0.5) * n_k / n_q - 0.5)) <= band
+    assert ((plan[..., :n_q, :n_k] > 0) == inside).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_output_is_the_plan_times_the_values(implementation):
+    arrays, lengths, score, _ = inputs(CASES[1], "full")
+    spec = CASES[1].spec(dustbin="full")
+    out, info = sinkhorn_attention(*arrays, spec, *lengths, score, implementation)
+    plan = transport_plan(*arrays[:2], spec, *lengths, score)
+    values = jnp.where(jnp.arange(40)[:, None, None] < lengths[1][:, None, None, None], arrays[2], 0)
+    assert np.allclose(out, jnp.einsum("bhij,bjhd->bihd", plan[:, :, :-1, :-1], values), atol=1e-12)
+    row_sums, target = plan.sum(-1), np.ones((2, 1, 49))
+    target[0, :, -1], target[1, :, -1], target[1, :, 31:-1] = 40, 17, 0
+    assert np.allclose(info.residual, np.abs(row_sums - target).max(-1), atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_jit_vmap_and_repetition_change_nothing(implementation):
+    arrays, lengths, score, _ = inputs(CASES[1], "unit")
+    spec = CASES[1].spec(dustbin="unit")
+
+    def loss(arrays, lengths):
+        out, info = sinkhorn_attention(*arrays, spec, *lengths, score, implementation)
+        return (out**2).sum() + info.f.sum()
+
+    run = jax.value_and_grad(loss)
+    eager, (again, once_more) = run(arrays, lengths), [jax.jit(run)(arrays, lengths) for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, again, once_more)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), eager, again)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), (arrays, lengths))
+    values, gradients = jax.vmap(run)(*stacked)
+    np.testing.assert_allclose(values, [eager[0]] * 2, rtol=1e-9)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-9, atol=1e-12), gradients, eager[1])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shard_map_over_the_batch(implementation):
+    arrays, lengths, score, _ = inputs(CASES[0], "full")
+    spec, mesh = CASES[0].spec(dustbin="full"), jax.make_mesh((1,), ("data",))
+    data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def run(arrays, lengths, score):
+        return sinkhorn_attention(*arrays, spec, *lengths, score, implementation)[0]
+
+    def loss(run):
+        return jax.jit(jax.grad(lambda *x: (run(*x) ** 2).sum(), allow_int=True))(arrays, lengths, score)
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(data, data, whole), out_specs=data)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), loss(sharded), loss(run))
+
+
+def test_sharp_scores_in_float32_stay_exact():
+    """Scores of sd 30 and epsilon 0.05: scalings leave float32's range and are folded into the potentials."""
+    for case, epsilon in ((Case("sd 30", 256, 256, 16, sd=30.0), 1.0), (Case("epsilon", 256, 250, 16, sd=1.5), 0.05)):
+        arrays, lengths, score, _ = inputs(case, "full")
+        spec = case.spec(dustbin="full", epsilon=epsilon)
+        exact, _ = sinkhorn_attention(*arrays, spec, *lengths, score, "reference")
+        single = [[x.astype("float32") for x in arrays], score.astype("float32")]
+        dense, banded = (
+            sinkhorn_attention(*single[0], spec, *lengths, single[1], name)[0] for name in ("reference", "xla")
+        )
+        assert error(banded, exact) <= 2 * error(dense, exact) + 16 * EPS["float32"]
+
+
+def test_only_the_band_is_computed_and_nothing_of_its_size_is_kept():
+    length, band = 2048, 64
+    shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+
+    def attend(q, k, v):
+        return sinkhorn_attention(q, k, v, SinkhornSpec(band=band), implementation="xla")[0]
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(attend, *x)[1], shape, shape, shape))
+    assert max(x.size for x in kept) <= 2 * length * 16
+    text = jax.jit(jax.grad(lambda *x: attend(*x).sum())).lower(shape, shape, shape).as_text()
+    assert f"{length}x{length}" not in text
+    compiled = jax.jit(jax.grad(lambda *x: attend(*x).sum())).lower(shape, shape, shape).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * length * length  # one dense float32 head
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"q": np.zeros((2, 5, 4))}, "q has shape"),
+        ({"q": np.zeros((2, 5, 3, 4), np.int32)}, "q has dtype"),
+        ({"k": np.zeros((2, 5, 2, 4))}, "k has shape"),
+        ({"v": np.zeros((2, 6, 3, 4))}, "v has shape"),
+        ({"q_lengths": np.array([6, 1])}, "q_lengths"),
+        ({"k_lengths": np.array([-1, 1])}, "k_lengths"),
+        ({"q_lengths": np.array([1.0, 1.0])}, "q_lengths"),
+        ({"q_lengths": np.array([1])}, "q_lengths"),
+        ({"dustbin_score": np.zeros(3)}, "dustbin_score is given"),
+        ({"spec": SinkhornSpec(dustbin="full")}, "dustbin_score is missing"),
+        ({"spec": SinkhornSpec(dustbin="full"), "dustbin_score": np.zeros(2)}, "dustbin_score must be"),
+        ({"implementation": "cuda"}, "implementation"),
+    ],
+)
+def test_bad_arguments_are_named(changes, names):
+    good = dict.fromkeys(("q", "k", "v"), np.zeros((2, 5, 3, 4))) | {"spec": SinkhornSpec()}
+    with pytest.raises(ValueError, match=names):
+        sinkhorn_attention(**good | changes)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epsilon": -1.0},
+        {"epsilon": float("nan")},
+        {"tail_steps": 0},
+        {"base_steps": -1},
+        {"band": -1},
+        {"band": 2.5},
+        {"dustbin": "some"},
+        {"gradient": "exact"},
+        {"solver": "adam"},
+        {"cg_steps": 0},
+    ],
+)
+def test_bad_specs_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SinkhornSpec(**bad)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "changes"),
+    [("pallas_tpu", {}), ("pallas_gpu", {}), ("xla", {"gradient": "unrolled"}), ("xla", {"solver": "newton"})],
+)
+def test_what_is_not_there_is_refused(implementation, changes):
+    x = np.zeros((1, 4, 1, 4), np.float32)
+    with pytest.raises(UnsupportedError, match="use "):
+        sinkhorn_attention(x, x, x, SinkhornSpec(**changes), implementation=implementation)
+
+
+def test_unrolled_gradient_is_that_of_all_steps():
+    arrays, lengths, _, cotangent = inputs(CASES[0], "none")
+
+    def gradient(**changes):
+        spec = CASES[0].spec(**changes)
+        return jax.grad(lambda q: (sinkhorn_attention(q, *arrays[1:], spec, *lengths)[0] * cotangent).sum())(arrays[0])
+
+    unrolled = gradient(base_steps=4, tail_steps=2, gradient="unrolled")
+    assert error(unrolled, gradient(base_steps=0, tail_steps=6)) < 1e-12
+    assert error(unrolled, gradient(base_steps=4, tail_steps=2)) > 1e-3

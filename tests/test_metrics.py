@@ -1,0 +1,120 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from data import metrics
+from data.metrics import PairScores
+from data.transforms import Pair
+
+
+def pair(target: list[int], y_length: int, x: list[int] | None = None, y: list[int] | None = None) -> Pair:
+    x = x or [1] * len(target)
+    y = y or [1] * y_length
+    return Pair(np.array(x, np.int32), np.array(y, np.int32), np.array(target, np.int32))
+
+
+def scores(family: str, identity: float = 0.5, **sums: float) -> PairScores:
+    return PairScores(**{"family": family, "identity": identity, "aligned": 10, **sums})
+
+
+@pytest.mark.parametrize(
+    ("identity", "name"),
+    [
+        (0.0, "<.15"),
+        (0.149, "<.15"),
+        (0.15, ".15-.20"),
+        (0.2, ".20-.25"),
+        (0.25, ".25-.30"),
+        (0.3, ".30-.40"),
+        (0.399, ".30-.40"),
+        (0.4, ".40-.60"),
+        (0.599, ".40-.60"),
+        (0.6, ">.60"),
+        (1.0, ">.60"),
+        (math.nan, None),
+    ],
+)
+def test_identity_bins_hold_their_lower_edge(identity, name):
+    assert metrics.identity_bin(identity) == name
+
+
+def test_barycenter_uses_real_mass_and_rows_without_mass_fall_on_the_scaled_diagonal():
+    plan = np.array([[0.2, 0.2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1e-6]], np.float32)
+    np.testing.assert_allclose(metrics.barycenters(plan), [0.5, 1.5, 3.0])
+
+
+def test_plan_scores_by_hand():
+    plan = np.array([[0.5, 0.0, 0.5], [0.0, 0.25, 0.0], [0.1, 0.1, 0.8], [0.0, 0.0, 1.0]], np.float32)
+    one = pair([0, 2, -1, 2], 3, x=[1, 2, 3, 4], y=[1, 9, 4])
+    got = metrics.score_plan("PF1", one, plan, np.array([0, 1, -1, 2], np.int32))
+    assert (got.aligned, got.reference, got.predicted, got.true_positives) == (3, 3, 3, 2)
+    assert got.identity == pytest.approx(2 / 3)
+    assert got.abs_error == pytest.approx(1 + 1 + 0)
+    assert got.within_1 == 3
+    assert got.cross_entropy == pytest.approx(math.log(2) + math.log(1e6) + 0)
+    assert math.isnan(got.reconstruction_nats)
+
+
+def test_predicting_an_unaligned_residue_costs_precision_and_not_recall():
+    got = metrics.score_prediction("PF1", pair([0, -1], 2), np.array([0.0, 1.0]), np.array([0, 1], np.int32))
+    overall = metrics.summarise([got])["overall"]
+    assert (overall["precision"]["value"], overall["recall"]["value"]) == (0.5, 1.0)
+    assert overall["f1"]["value"] == pytest.approx(2 / 3)
+
+
+def test_summary_pools_residues_or_averages_pairs():
+    some = [scores("a", abs_error=10.0), dataclasses.replace(scores("b", abs_error=90.0), aligned=30)]
+    assert metrics.summarise(some)["overall"]["barycenter_mae"]["value"] == pytest.approx(100 / 40)
+    assert metrics.summarise(some, average="pairs")["overall"]["barycenter_mae"]["value"] == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="allowed are 'residues' and 'pairs'"):
+        metrics.summarise(some, average="families")
+
+
+def test_summary_has_the_contracts_shape_and_leaves_out_what_does_not_apply():
+    got = metrics.summarise([scores("a", 0.1, within_1=5.0), scores("b", 0.7), scores("c", math.nan, within_1=1.0)])
+    assert got["pairs"] == 3
+    assert set(got["overall"]) == {"barycenter_within_1"}
+    assert set(got["overall"]["barycenter_within_1"]) == {"value", "low", "high"}
+    assert set(got["bins"]) == {"<.15", ">.60"}
+    assert got["bins"][">.60"] == {}
+    assert got["bins"]["<.15"]["barycenter_within_1"]["value"] == 0.5
+    # pairs to which a metric does not apply weigh nothing in its denominator
+    assert got["overall"]["barycenter_within_1"]["value"] == pytest.approx(6 / 20)
+    assert metrics.summarise([]) == {"overall": {}, "bins": {}, "pairs": 0}
+
+
+def test_reconstruction_is_reported_both_ways():
+    one = scores("a", reconstruction_nats=4.0, reconstruction_residues=8.0, masked_nats=9.0, masked_residues=3.0)
+    overall = metrics.summarise([one])["overall"]
+    assert overall["reconstruction"]["value"] == 0.5
+    assert overall["reconstruction_masked"]["value"] == 3.0
+
+
+def test_interval_draws_whole_families():
+    """Seven times the same pair in each family tells no more than one: the pairs of a family move together."""
+    values = np.random.default_rng(1).normal(5, 1, 60)
+    single = [scores(f"f{k}", abs_error=10 * v) for k, v in enumerate(values)]
+    repeated = [score for score in single for _ in range(7)]
+    first, second = (metrics.summarise(s)["overall"]["barycenter_mae"] for s in (single, repeated))
+    assert first == pytest.approx(second)
+    # and about as wide as theory has it: 2 x 1.96 sd / sqrt(60)
+    assert first["high"] - first["low"] == pytest.approx(2 * 1.96 * values.std() / math.sqrt(60), rel=0.1)
+    assert first["low"] < first["value"] < first["high"]
+
+
+def test_interval_is_reproducible_and_without_width_for_one_family():
+    some = [scores(f"f{k}", abs_error=float(k)) for k in range(10)]
+    assert metrics.summarise(some, seed=3) == metrics.summarise(some, seed=3)
+    assert metrics.summarise(some, seed=3) != metrics.summarise(some, seed=4)
+    alone = metrics.summarise([scores("f", abs_error=1.0), scores("f", abs_error=3.0)])["overall"]["barycenter_mae"]
+    assert alone == {"value": pytest.approx(0.2), "low": pytest.approx(0.2), "high": pytest.approx(0.2)}
+
+
+def test_unusable_predictions_are_refused():
+    one, match = pair([0, 1], 2), np.array([0, 1], np.int32)
+    with pytest.raises(ValueError, match="NaN or inf for an aligned residue of a pair of PF1"):
+        metrics.score_prediction("PF1", one, np.array([0.0, np.nan]), match)
+    with pytest.raises(ValueError, match=r"plan: shape \(2, 3\).*cut padding and the dustbin off"):
+        metrics.score_plan("PF1", one, np.zeros((2, 3), np.float32), match)
