@@ -89,7 +89,10 @@ def _by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
     n_q, n_k = (jnp.repeat(n.astype(jnp.int32), heads) for n in (q_lengths, k_lengths))
     q, k, v = (x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3]) for x in (q, k, v))
     q, k, v = (support.zero_padding(x, n).astype(dtype) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
-    return Heads(q, k, v, jnp.tile(dustbin_score.astype(dtype), batch), n_q, n_k)
+    heads = Heads(q, k, v, jnp.tile(dustbin_score.astype(dtype), batch), n_q, n_k)
+    for x in heads:
+        heads = support.varying_like(x, heads)
+    return heads
 
 
 def _check(q, k, spec, q_lengths, k_lengths, dustbin_score, v=None, implementation=None) -> dict:

@@ -62,21 +62,21 @@ class Band:
         """Rows in tile order; a slot without a row of its own repeats another block's, or is 0."""
         return x[:, None] if self._whole else _take(x, self.row_index)
 
-    def take_columns(self, x: Float[Array, "N columns ..."]) -> Float[Array, "N blocks width ..."]:
+    def take_columns(self, x: Float[Array, "N columns ..."]) -> Float[Array, "N blocks reach ..."]:
         return x[:, None] if self._whole else _take(x, self.column_index)
 
     def put_rows(self, tiles: Float[Array, "N blocks block ..."]) -> Float[Array, "N rows ..."]:
         flat = tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
         return flat if self._whole else _take(flat, self.slot)
 
-    def add_columns(self, tiles: Float[Array, "N blocks width ..."]) -> Float[Array, "N columns ..."]:
+    def add_columns(self, tiles: Float[Array, "N blocks reach ..."]) -> Float[Array, "N columns ..."]:
         """Sums what several blocks say about the same column."""
         if self._whole:
             return tiles[:, 0]
         zeros = jnp.zeros((tiles.shape[0], self.columns, *tiles.shape[3:]), tiles.dtype)
         return jax.vmap(lambda zero, index, x: zero.at[index].add(x, mode="drop"))(zeros, self.column_index, tiles)
 
-    def max_columns(self, tiles: Float[Array, "N blocks width"]) -> Float[Array, "N columns"]:
+    def max_columns(self, tiles: Float[Array, "N blocks reach"]) -> Float[Array, "N columns"]:
         if self._whole:
             return tiles[:, 0]
         low = jnp.full((tiles.shape[0], self.columns), -jnp.inf, tiles.dtype)
@@ -84,13 +84,11 @@ class Band:
 
     def outer(
         self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]
-    ) -> Float[Array, "N blocks block columns"]:
+    ) -> Float[Array, "N blocks block reach"]:
         """`x_i . y_j` for every cell of the tiles, in the support or not."""
         return jnp.einsum("nbid,nbjd->nbij", self.take_rows(x), self.take_columns(y), precision=_PRECISION)
 
-    def mask(
-        self, tiles: Float[Array, "N blocks block columns"], fill: float
-    ) -> Float[Array, "N blocks block columns"]:
+    def mask(self, tiles: Float[Array, "N blocks block reach"], fill: float) -> Float[Array, "N blocks block reach"]:
         first, last = (self.take_rows(x)[..., None] for x in (self.first, self.last))
         column = self.column_index[:, :, None, :]
         return jnp.where((column >= first) & (column <= last) & self.in_block[..., None], tiles, fill)

@@ -31,18 +31,16 @@ def solve(
     scores = jnp.where((row == rows) ^ (column == columns), bin_scores, scores)  # the corner stays 0
     scores = jnp.where(mask, scores, -jnp.inf)
 
-    def step(g):
+    def step(potentials, _=None):
+        _, g = potentials
         f = _log_scaling(scores + g[:, None, :], a, axis=-1)
-        return f, _log_scaling(scores + f[:, :, None], b, axis=-2)
+        return (f, _log_scaling(scores + f[:, :, None], b, axis=-2)), None
 
-    g = jnp.zeros_like(b)
-    f = jnp.zeros_like(a)
-    for _ in range(spec.base_steps):
-        f, g = step(g)
+    potentials = support.varying_like(q, (jnp.zeros_like(a), jnp.zeros_like(b)))
+    potentials, _ = jax.lax.scan(step, potentials, length=spec.base_steps)
     if spec.gradient == "tail":
-        f, g = jax.lax.stop_gradient((f, g))
-    for _ in range(spec.tail_steps):
-        f, g = step(g)
+        potentials = jax.lax.stop_gradient(potentials)
+    (f, g), _ = jax.lax.scan(step, potentials, length=spec.tail_steps)
     plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
     deviation = jnp.where(a > 0, jnp.abs(plan.sum(-1) - a), 0)
     return plan, f, g, jax.lax.stop_gradient(deviation.max(-1))

@@ -28,7 +28,7 @@ _GROUP_BYTES = 4 * 2**20
 class Kernel(NamedTuple):
     """A matrix over the augmented support: the band's tiles, and the dustbin's column, row and corner."""
 
-    tiles: Float[Array, "N blocks block width"]
+    tiles: Float[Array, "N blocks block reach"]
     column: Float[Array, "N rows"]
     row: Float[Array, "N columns"]
     corner: Float[Array, "N"]
@@ -118,7 +118,7 @@ def _forward(heads: Heads, spec: SinkhornSpec) -> Solved:
     problem = _problem(heads, spec)
     band, a, b, _ = problem
     steps = spec.base_steps + spec.tail_steps
-    unit = jnp.where(a > 0, jnp.ones_like(a), 0), jnp.where(b > 0, jnp.ones_like(b), 0)
+    unit = jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b)
 
     def record(history, step, f, g):
         slot = jnp.maximum(step - spec.base_steps, 0)  # base steps overwrite each other
@@ -144,11 +144,9 @@ def _forward(heads: Heads, spec: SinkhornSpec) -> Solved:
         step, _, u, v, history = jax.lax.while_loop(lambda c: (c[0] < steps) & c[1], scale, start)
         return step, kernel, u, v, history
 
-    # Zeros made from the inputs, so that under `shard_map` they vary over the mesh as the results do.
-    tiles = jnp.zeros_like(band.outer(heads.q[..., :0], heads.k[..., :0]))
-    kernel = Kernel(tiles, jnp.zeros_like(a[:, :-1]), jnp.zeros_like(b[:, :-1]), jnp.zeros_like(a[:, -1]))
+    kernel = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: _scores(problem, heads, spec)))
     history = tuple(jnp.zeros((spec.tail_steps + 1, *x.shape), x.dtype) for x in (a, b))
-    carry = (jnp.array(0), kernel, *unit, history)
+    carry = support.varying_like(heads.q, (jnp.array(0), kernel, *unit, history))
     _, kernel, u, v, (f, g) = jax.lax.while_loop(lambda c: c[0] < steps, renew, carry)
 
     out = u[:, :-1, None] * band.times(kernel.tiles, v[:, :-1, None] * heads.v)

@@ -6,7 +6,7 @@ minus infinity and their targets 0, so that no other code asks whether there is 
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ot_attention.spec import Dustbin
 
@@ -111,3 +111,16 @@ def zero_padding(x: jax.Array, lengths: Int[Array, "*batch"]) -> jax.Array:
     """`x [*batch, length, ...]` with 0 from its length on, whatever stood there (NaN and inf included)."""
     real = jnp.arange(x.shape[lengths.ndim]) < lengths[..., None]
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - real.ndim)), x, jnp.zeros((), x.dtype))
+
+
+def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
+    """Under `shard_map`, marks arrays that are alike on all devices as varying over the mesh axes that x varies over.
+
+    A loop must start from what its steps return, and a `custom_vjp` takes gradients of the type of its inputs.
+    """
+
+    def mark(y):
+        missing = tuple(jax.typeof(x).manual_axis_type.varying - jax.typeof(y).manual_axis_type.varying)
+        return jax.lax.pcast(y, missing, to="varying") if missing else y
+
+    return jax.tree.map(mark, tree)
