@@ -15,15 +15,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import baselines, metrics, pfam, pipeline, vocab
 from models import decode, figures, loss
 from models.aligner import AlignerConfig
+from models.attention import SinkhornSpec
 from models.loss import LossConfig
 from models.state import Checkpoints, OptimizerConfig, Trainer
-from ot_attention import SinkhornSpec
 
 SPLITS = {
     "validation": ("validation",),
@@ -39,6 +40,7 @@ Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
     try:
         report = evaluate_run(args.workdir, args.split, step=args.step, data_dir=args.data, limit=args.limit)
         output = args.output or args.workdir / f"eval_{args.split}.json"
@@ -58,7 +60,7 @@ def evaluate_run(
     Raises ValueError or FileNotFoundError: no run in workdir, no such checkpoint, no data, an empty split.
     """
     config = read_config(workdir)
-    data_dir = resolve_data_dir(data_dir or config.data.dir)
+    shards = resolve_data_dir(data_dir or config.data.dir)
     trainer, state = make_trainer(config)
     checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(state, step)
@@ -69,7 +71,7 @@ def evaluate_run(
         figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
     report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}}
     for name in SPLITS[split]:
-        families = pfam.open_split(data_dir, name)
+        families = pfam.open_split(shards, name)
         draw = functools.partial(draw_plan, workdir / "figures", name)
         report["splits"][name] = score_split(
             predict, families, config.batch_size, config.data.buckets, limit=limit, draw=draw, progress=name

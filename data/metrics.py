@@ -7,6 +7,7 @@ split, an identity bin or a bootstrap sample of families are all the same few ad
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int32
@@ -41,7 +42,8 @@ class PairScores:
 
     def with_reconstruction(self, sums: dict[str, Float[np.ndarray, ""]]) -> "PairScores":
         """The same with the four reconstruction sums filled in."""
-        return dataclasses.replace(self, **{name: float(value) for name, value in sums.items()})
+        values: dict[str, Any] = {name: float(value) for name, value in sums.items()}
+        return dataclasses.replace(self, **values)
 
 
 # Each metric is the sum of the first fields over the sum of the second.

@@ -34,7 +34,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES: ClassVar = {"1.0.0": "Splits by clan, held-out sequences, fixed evaluation pairs."}
     code_path = None  # TFDS would look for a checksum file beside this one, through a package it does not declare
 
-    def __init__(self, *, recipe: Recipe | None = None, **kwargs):
+    def __init__(self, *, recipe: Recipe, **kwargs):
         super().__init__(file_format="array_record", **kwargs)
         self.recipe = recipe
         self.report = Report()
@@ -167,7 +167,8 @@ def build(
 def verify(data_dir: str | Path) -> None:
     """Checks every file of a data set against its SHA256SUMS; ValueError lists what is missing, changed or extra."""
     folder = find_dataset(data_dir)
-    expected = dict(reversed(line.split("  ", 1)) for line in (folder / CHECKSUMS).read_text().splitlines())
+    lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
+    expected = {name: checksum for checksum, name in lines}
     found = {path.name: _sha256(path) for path in _listed(folder)}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:

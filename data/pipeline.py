@@ -8,31 +8,21 @@ the same whatever the number of worker processes, hosts or restarts, and resumin
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import Any, TypedDict, cast
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 
 from data import vocab
-from data.families import Family
+from data.sampling import Families, LengthIndex, check_buckets, row_lengths
 from data.transforms import NO_TARGET, Pair, pair
 
 _LAST_STEP = 2**40  # Grain wants a length; no run gets there
 _ATTEMPTS = 4  # draws of an example before a pair without any aligned residue is accepted
 _CACHED_FAMILIES = 512  # decoded records kept, mostly below 50 KB each; reading one takes longer than making its pair
-
-
-@runtime_checkable
-class Families(Protocol):
-    """The families of one split by index; a list will do. Must be picklable if there are worker processes."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Family: ...
 
 
 class Batch(TypedDict):
@@ -67,64 +57,10 @@ class PipelineConfig:
     prefetch: int = 4
 
     def __post_init__(self):
-        _check_buckets(self.buckets)
+        check_buckets(self.buckets)
         for name, least in (("batch_size", 1), ("pairs_per_family", 1), ("prefetch", 1), ("seed", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} was given, allowed is {least} or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class LengthIndex:
-    """All pairs of a split, counted by family and length bucket, each reachable by its rank.
-
-    The rows of a family that hold any residue stand in order of length. Two of them at places a > b have the rank
-    a (a - 1) / 2 + b. The longer row decides the bucket, so the pairs of one bucket are one run of ranks.
-
-    Attributes:
-      rows: Row numbers by length, family after family.
-      first: Where each family begins in `rows`.
-      ranks: Pairs of bucket k are those with ranks[:, k] <= rank < ranks[:, k + 1].
-      mass: How many of the (capped) pairs of a family fall into each bucket.
-      left_out: Share of the capped pairs that is longer than the largest bucket, 0 to 1.
-    """
-
-    rows: Int32[np.ndarray, " rows"]
-    first: Int64[np.ndarray, " families"]
-    ranks: Int64[np.ndarray, "families edges"]
-    mass: Float64[np.ndarray, "families buckets"]
-    left_out: float
-
-    @classmethod
-    def build(cls, families: Families, buckets: Sequence[int], pairs_per_family: int) -> "LengthIndex":
-        """Reads every family once.
-
-        Raises:
-          ValueError: there is no family, or no pair that fits into the largest bucket.
-        """
-        if not len(families):
-            raise ValueError("families: the split is empty; a split that training reads needs at least one family")
-        rows, edges = zip(*(_rows_by_length(families[i], buckets) for i in range(len(families))), strict=True)
-        sizes = np.array([len(r) for r in rows])
-        ranks = _rank(np.stack(edges), 0)
-        total = _rank(sizes, 0)
-        weight = np.minimum(total, pairs_per_family)
-        mass = np.diff(ranks) * (weight / np.maximum(total, 1))[:, None]
-        if not mass.any():
-            raise ValueError(
-                f"buckets: no pair of the {len(families)} families fits into the largest, {buckets[-1]}; "
-                "give larger buckets, or families with at least two sequences"
-            )
-        left_out = 1 - mass.sum() / weight.sum()
-        return cls(np.concatenate(rows), np.cumsum(sizes) - sizes, ranks, mass, float(left_out))
-
-    def draw(
-        self, family: Int64[np.ndarray, "*shape"], bucket: int, rng: np.random.Generator
-    ) -> Int32[np.ndarray, "*shape 3"]:
-        """Ids of pairs, uniform over those of each family in the bucket, in either order."""
-        longer, shorter = _unrank(rng.integers(self.ranks[family, bucket], self.ranks[family, bucket + 1]))
-        swap = rng.random(family.shape) < 0.5
-        x, y = (self.rows[self.first[family] + np.where(swap, a, b)] for a, b in ((shorter, longer), (longer, shorter)))
-        return np.stack([family, x, y], axis=-1).astype(np.int32)
 
 
 class PairStream:
@@ -189,13 +125,13 @@ class BatchIterator(grain.DatasetIterator):
         batch = next(self._batches)
         self.step += 1
         if self.stream.config.workers:  # arrays in shared memory, which Grain unlinks: hand out ordinary ones
-            batch = Batch(**{name: np.array(array) for name, array in batch.items()})
+            batch = cast(Batch, {name: np.array(array) for name, array in batch.items()})
         return batch
 
-    def get_state(self) -> dict[str, int | str]:
+    def get_state(self) -> dict[str, Any]:
         return {"step": self.step, "stream": self._fingerprint}
 
-    def set_state(self, state: dict[str, int | str]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Continues at the saved step.
 
         Raises:
@@ -273,7 +209,7 @@ def evaluation_batches(
       ValueError: no family or no evaluation pair in the split (with limit: none that fits), limit below 1, batch_size
         not divisible by divisible_by or shard_count.
     """
-    _check_buckets(buckets)
+    check_buckets(buckets)
     _shard_rows(batch_size, shard_index, shard_count)
     if divisible_by < 1 or batch_size % divisible_by:
         raise ValueError(f"divisible_by: {divisible_by} was given, allowed are divisors of batch_size = {batch_size}")
@@ -330,40 +266,13 @@ def _assemble(pairs: Sequence[Pair], ids: Int[np.ndarray, "batch 3"], length: in
     return batch
 
 
-def _lengths(family: Family) -> Int64[np.ndarray, " rows"]:
-    """Residues of every row."""
-    return vocab.is_residue(family.alignment).sum(axis=1)
-
-
-def _rows_by_length(
-    family: Family, buckets: Sequence[int]
-) -> tuple[Int32[np.ndarray, " rows"], Int64[np.ndarray, " edges"]]:
-    """Rows with residues, shortest first, and how many of them fit into no bucket, the first bucket, the second, ..."""
-    lengths = _lengths(family)
-    order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    return order.astype(np.int32), np.searchsorted(lengths[order], [0, *buckets], side="right")
-
-
-def _rank(longer: Int64[np.ndarray, "*shape"], shorter: Int64[np.ndarray, "*shape"] | int) -> np.ndarray:
-    """Rank of the pair of rows at places longer > shorter; with shorter = 0: how many pairs come before `longer`."""
-    return longer * (longer - 1) // 2 + shorter
-
-
-def _unrank(rank: Int64[np.ndarray, "*shape"]) -> tuple[Int64[np.ndarray, "*shape"], Int64[np.ndarray, "*shape"]]:
-    """Inverse of `_rank`, exact to 2^31 rows; from 2^27 on the root may be rounded up to the next row."""
-    longer = ((1 + np.sqrt(1 + 8.0 * rank)) / 2).astype(np.int64)
-    longer -= _rank(longer, 0) > rank
-    return longer, rank - _rank(longer, 0)
-
-
 def _evaluation_pairs(families: Families) -> tuple[Int64[np.ndarray, "pairs 3"], Int64[np.ndarray, " pairs"]]:
     """Ids of all evaluation pairs, family after family, and the length of the longer sequence of each."""
     ids, lengths = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)]
     for f in range(len(families)):
         family = families[f]
         ids.append(np.insert(family.pairs.astype(np.int64), 0, f, axis=1))
-        lengths.append(_lengths(family)[family.pairs].max(axis=1, initial=0))
+        lengths.append(row_lengths(family)[family.pairs].max(axis=1, initial=0))
     if not any(map(len, ids)):
         raise ValueError(
             f"families: none of the {len(families)} families of this split has evaluation pairs; "
@@ -410,8 +319,3 @@ def _shard_rows(batch_size: int, shard_index: int, shard_count: int) -> slice:
         raise ValueError(f"batch_size: {batch_size} was given, allowed are multiples of shard_count = {shard_count}")
     part = batch_size // shard_count
     return slice(shard_index * part, (shard_index + 1) * part)
-
-
-def _check_buckets(buckets: Sequence[int]) -> None:
-    if not buckets or buckets[0] < 1 or any(a >= b for a, b in itertools.pairwise(buckets)):
-        raise ValueError(f"buckets: {tuple(buckets)} was given, allowed are positive lengths in ascending order")

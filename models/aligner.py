@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from data import vocab
 from models import attention
-from ot_attention import SinkhornSpec
+from models.attention import SinkhornSpec
 
 # BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
 _PRIOR_WEIGHT = 0.3466

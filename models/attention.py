@@ -92,7 +92,7 @@ def _log_plan(q, k, info: SinkhornInfo, target, spec: SinkhornSpec, lengths) -> 
     score = (q.astype(jnp.float32) * k_target.astype(jnp.float32)).sum(-1) / (math.sqrt(q.shape[-1]) * spec.epsilon)
     f, g = info.f[:, 0, : q.shape[1]], jnp.take_along_axis(info.g[:, 0], column, axis=1)
     rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), target.shape)
-    first, last = support.row_windows(rows, *lengths, spec.band)
+    first, last = support.row_windows(rows, lengths[0], lengths[1], spec.band)
     inside = (target >= 0) & (first <= column) & (column <= last)
     return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
 

@@ -6,6 +6,7 @@ Everything is drawn on `Figure` objects, never through pyplot: no display is nee
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -36,7 +37,7 @@ LABELS = {
     "gradient_norm": "gradient norm",
 }
 
-MetricRow = Mapping[str, object]  # one line of metrics.jsonl: "step", and numbers under "metric" or "split/metric"
+MetricRow = Mapping[str, Any]  # one line of metrics.jsonl: "step", and numbers under "metric" or "split/metric"
 Curve = tuple[list[int | float], list[int | float]]  # steps, values
 
 
@@ -142,7 +143,7 @@ def comparison_bars(
     _panels(names, draw, path, title=title, height=0.34 * len(bars) + 0.9)
 
 
-def _points(axes: Axes, match: np.ndarray, label: str, **style: object) -> None:
+def _points(axes: Axes, match: np.ndarray, label: str, **style: Any) -> None:
     rows = np.flatnonzero(match != NO_MATCH)
     axes.plot(match[rows], rows, linestyle="none", markeredgewidth=0.7, label=label, **style)
 
@@ -174,7 +175,7 @@ def _cycle(count: int) -> list[str]:
     return [_COLOURS[k % len(_COLOURS)] for k in range(count)]
 
 
-def _line(axes: Axes, curve: Curve | None, **style: object) -> None:
+def _line(axes: Axes, curve: Curve | None, **style: Any) -> None:
     if curve is None:
         return
     steps, values = curve

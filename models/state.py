@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from models import loss
 from models.aligner import Aligner, AlignerConfig
+from models.attention import SinkhornSpec
 from models.loss import LossConfig
-from ot_attention import SinkhornSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Trainer:
     @classmethod
     def create(cls, model: AlignerConfig, spec: SinkhornSpec, settings, loss_config, *, total_steps: int, seed: int):
         """The trainer and a freshly initialised state."""
-        graph, params = nnx.split(Aligner(model, spec, rngs=nnx.Rngs(seed)))
+        graph, parameters = nnx.split(Aligner(model, spec, rngs=nnx.Rngs(seed)))
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(
             optax.clip_by_global_norm(settings.clip_norm),
             optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=_is_matrix),
         )
-        params = nnx.to_pure_dict(params)
+        params = nnx.to_pure_dict(parameters)
         state = TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
         return cls(graph, optimizer, schedule, settings, loss_config, seed), state
 

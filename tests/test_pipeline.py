@@ -14,16 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from data.families import Family
-from data.pipeline import (
-    LengthIndex,
-    PairStream,
-    PipelineConfig,
-    _rank,
-    _unrank,
-    evaluation_batches,
-    train_iterator,
-    unbatch,
-)
+from data.pipeline import PairStream, PipelineConfig, evaluation_batches, train_iterator, unbatch
+from data.sampling import LengthIndex, _rank, _unrank
 from data.transforms import NO_TARGET, pair
 from data.vocab import RESIDUES, is_residue
 
