@@ -137,9 +137,10 @@ def predictor(trainer: Trainer) -> Callable:
 
 def make_trainer(config: ConfigDict):
     """Trainer and initial state that a configuration describes; a misspelt key fails here."""
+    band = config.attention.band  # a flag cannot say None
     return Trainer.create(
         AlignerConfig(**config.model),
-        SinkhornSpec(**config.attention),
+        SinkhornSpec(**dict(config.attention) | {"band": None if band == -1 else band}),
         OptimizerConfig(**config.optimizer),
         LossConfig(**config.loss),
         total_steps=config.total_steps,

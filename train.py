@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import eval as evaluation
+from configs import base
 from data import pfam, pipeline
 from models.state import Checkpoints, TrainState
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
 def train(config: ConfigDict, workdir: Path) -> TrainState:
     """Runs or resumes; returns the final state."""
     # ---- the run's folder, data, model ----
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
     data_dir = evaluation.resolve_data_dir(config.data.dir)
     trainer, state = evaluation.make_trainer(config)
     options = {key: value for key, value in config.data.items() if key != "dir"}
@@ -60,6 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     validate = validation(trainer, data_dir, config) if config.log.eval_every else None
 
     # ---- resume ----
+    replace(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1) + "\n")
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
     if checkpoints.steps():
         state, position = checkpoints.restore(state)
@@ -75,7 +77,9 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
     # ---- the loop: step n is checked and logged while step n + 1 computes ----
     update = jax.jit(trainer.update, donate_argnums=0)
-    progress = tqdm(total=config.total_steps, initial=start, unit=" steps", desc=workdir.name, smoothing=0.05)
+    progress = tqdm(
+        total=config.total_steps, initial=start, unit=" steps", desc=workdir.name, smoothing=0.05, mininterval=1
+    )
     previous = None
     for step in range(start + 1, config.total_steps + 1):
         batch = next(iterator)
@@ -176,14 +180,9 @@ class MetricsLog:
         self._wandb.finish()
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json, or compares it with the one there.
-
-    Raises ValueError: the folder holds a run of another configuration.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    wanted = json.loads(config.to_json())
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Raises ValueError if the folder holds a run of another configuration."""
+    path, wanted = workdir / "config.json", json.loads(config.to_json())
     if path.exists():
         found = json.loads(path.read_text())
         changed = [
@@ -196,13 +195,12 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
                 f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir to "
                 "start a new run, or the same values to go on with this one"
             )
-    replace(path, json.dumps(wanted, indent=1) + "\n")
 
 
 def differences(old: dict, new: dict, prefix: str = ""):
     """Dotted names of what differs, with both values."""
     for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
+        a, b = old.get(key, {}), new.get(key, {})
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
@@ -210,11 +208,24 @@ def differences(old: dict, new: dict, prefix: str = ""):
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Absl's parsing, with one line where ml_collections would show a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        known = ", ".join(f"--config.{key}" for key, *_ in differences({}, json.loads(base.get_config().to_json())))
+        missing = " ".join(str(error.args[0]).split())
+        sys.exit(f"train.py: the configuration has no key {missing}. There are: {known}")
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                 "epsilon": 1.0,
                 "base_steps": 20,
                 "tail_steps": 2,
-                "band": 64,
+                "band": 64,  # residues to either side of the diagonal; -1 for all
                 "dustbin": "none",
                 "gradient": "tail",
                 "solver": "sinkhorn",

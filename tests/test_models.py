@@ -1,0 +1,336 @@
+"""The aligner, its loss and its update rule: what padding, masks, plans and settings may and may not change."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from data import metrics, vocab
+from data.transforms import Pair
+from models import loss
+from models.aligner import Aligner, AlignerConfig
+from models.loss import LossConfig
+from models.state import OptimizerConfig, Trainer
+from ot_attention import SinkhornSpec
+
+SMALL = AlignerConfig(width=16, depth=2, heads=2, attention_every=2, plan_width=8, value_width=8)
+SPECS = {
+    "balanced": SinkhornSpec(base_steps=4, band=5),
+    "dustbin": SinkhornSpec(base_steps=4, band=5, dustbin="full"),
+}
+X_LENGTHS, Y_LENGTHS = np.array([20, 13, 17, 12], np.int32), np.array([18, 20, 12, 15], np.int32)
+
+
+def make_model(spec: SinkhornSpec, **changes) -> Aligner:
+    """A model of small widths whose plan is far from uniform, as a trained one's is."""
+    model = Aligner(AlignerConfig(**(vars(SMALL) | changes)), spec, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    params["plan_projection"]["kernel"] *= 2.0
+    return nnx.merge(graph, params)
+
+
+def tokens(rng: np.random.Generator, lengths: np.ndarray, padded: int) -> np.ndarray:
+    drawn = rng.integers(1, 21, (len(lengths), padded), dtype=np.int32)
+    return np.where(np.arange(padded) < lengths[:, None], drawn, vocab.PAD)
+
+
+def make_batch(padded: int = 20, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random pairs; targets rise, and some lie outside the band."""
+    rng = np.random.default_rng(seed)
+    target = np.full((4, padded), -1, np.int32)
+    for row, x_length, y_length in zip(target, X_LENGTHS, Y_LENGTHS, strict=True):
+        aligned = min(x_length, y_length) - 3
+        row[np.sort(rng.choice(x_length, aligned, replace=False))] = np.sort(
+            rng.choice(y_length, aligned, replace=False)
+        )
+    x, y = tokens(rng, X_LENGTHS, padded), tokens(rng, Y_LENGTHS, padded)
+    target[0, :2], target[0, 2:4] = -1, (13, 15)
+    batch = {"x": x, "y": y, "target": target, "x_length": X_LENGTHS, "y_length": Y_LENGTHS}
+    return batch | {"x_seen": x, "asked": x != vocab.PAD}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph, params, x, y, target, x_length, y_length):
+    model = nnx.merge(graph, params)
+    transported, logits = model(x, y, target, x_length, y_length)
+    return transported._asdict() | {"logits": logits, "plan": model.plan(x, y, x_length, y_length)}
+
+
+def forward(model: Aligner, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = ("x_seen", "y", "target", "x_length", "y_length")
+    return jax.device_get(_forward(*nnx.split(model), *(jnp.asarray(batch[name]) for name in names)))
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def model(request) -> Aligner:
+    return make_model(SPECS[request.param])
+
+
+@pytest.fixture(scope="module")
+def whole(model) -> dict[str, np.ndarray]:
+    return forward(model, make_batch())
+
+
+def unpadded(result: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What belongs to residues, pair after pair."""
+    parts = []
+    for n, (rows, columns) in enumerate(zip(X_LENGTHS, Y_LENGTHS, strict=True)):
+        parts += [result[name][n, :rows] for name in ("logits", "values", "mass", "barycenter", "log_target")]
+        parts += [result["plan"][n, :rows, :columns], result["residual"][n]]
+    return parts
+
+
+def assert_same(a: list[np.ndarray], b: list[np.ndarray]) -> None:
+    for one, other in zip(a, b, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+# ---- what must not matter ----
+
+
+@pytest.mark.parametrize("padded", [(27, 27), (20, 27)], ids=["both", "one"])
+def test_length_and_content_of_padding_do_not_matter(model, whole, padded):
+    batch = make_batch()
+    rng = np.random.default_rng(1)
+    for name, length, lengths in zip(("x_seen", "y"), padded, (X_LENGTHS, Y_LENGTHS), strict=True):
+        wider = np.pad(batch[name], ((0, 0), (0, length - 20)))
+        junk = rng.integers(0, vocab.SIZE, wider.shape, dtype=np.int32)
+        batch[name] = np.where(np.arange(length) < lengths[:, None], wider, junk)
+    batch["target"] = np.pad(batch["target"], ((0, 0), (0, padded[0] - 20)), constant_values=-1)
+    assert_same(unpadded(forward(model, batch)), unpadded(whole))
+
+
+def test_pairs_of_a_batch_do_not_see_each_other(model, whole):
+    order = np.array([2, 0, 3, 1])
+    shuffled = forward(model, {name: value[order] for name, value in make_batch().items()})
+    for name, value in shuffled.items():
+        np.testing.assert_allclose(value, whole[name][order], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_x_reaches_its_reconstruction_through_the_plan_alone():
+    """With one residue to choose from, every x_i gets it whole: nothing of x is left in the logits."""
+    model = make_model(SinkhornSpec(base_steps=4, band=None))
+    batch = make_batch() | {"y_length": np.ones(4, np.int32), "target": np.full((4, 20), -1, np.int32)}
+    batch["y"] = np.where(np.arange(20) < 1, batch["y"], vocab.PAD)
+    result = forward(model, batch)
+    other = forward(model, batch | {"x_seen": np.where(batch["x"] > 0, batch["x"] % 20 + 1, 0)})
+    first = result["logits"][:, :1]
+    for n, length in enumerate(X_LENGTHS):
+        np.testing.assert_allclose(result["logits"][n, :length], np.broadcast_to(first[n], (length, 20)), atol=1e-5)
+        np.testing.assert_allclose(other["logits"][n, :length], result["logits"][n, :length], atol=1e-5)
+    elsewhere = forward(model, batch | {"y": np.where(batch["y"] > 0, batch["y"] % 20 + 1, 0)})
+    assert np.abs(elsewhere["logits"] - result["logits"])[:, 0].max() > 1e-2, "the logits do not even depend on y"
+
+
+def test_a_masked_residue_does_not_tell_what_it_was(model):
+    x = jnp.asarray(make_batch()["x"])
+    key = jax.random.key(3)
+    seen, asked = loss.queries(x, key, 0.3)
+    renamed, asked_again = loss.queries(jnp.where(asked, x % 20 + 1, x), key, 0.3)
+    assert asked.any() and (asked == asked_again).all()
+    np.testing.assert_array_equal(seen, renamed)
+    np.testing.assert_array_equal(seen, np.where(asked, vocab.MASK, x))
+    assert not (asked & (x == vocab.PAD)).any()
+
+
+def test_every_residue_is_asked_for_where_nothing_is_masked():
+    x = jnp.asarray(make_batch()["x"])
+    seen, asked = loss.queries(x, jax.random.key(0), 0.0)
+    np.testing.assert_array_equal(seen, x)
+    np.testing.assert_array_equal(asked, x != vocab.PAD)
+
+
+def test_the_share_of_masked_residues():
+    _, asked = loss.queries(jnp.ones((100, 200), jnp.int32), jax.random.key(0), 0.15)
+    assert float(asked.mean()) == pytest.approx(0.15, abs=0.01)  # 4 standard errors
+
+
+# ---- the plan, streamed and dense ----
+
+
+def test_what_is_streamed_agrees_with_the_dense_plan(whole):
+    target = make_batch()["target"]
+    for n, (rows, columns) in enumerate(zip(X_LENGTHS, Y_LENGTHS, strict=True)):
+        plan = whole["plan"][n, :rows, :columns].astype(np.float64)
+        mass = plan.sum(-1)
+        np.testing.assert_allclose(whole["mass"][n, :rows], mass, rtol=1e-4)
+        np.testing.assert_allclose(whole["barycenter"][n, :rows], plan @ np.arange(columns) / mass, rtol=1e-4)
+        at_target = np.where(target[n, :rows] >= 0, plan[np.arange(rows), target[n, :rows]], 0)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(whole["log_target"][n, :rows], np.log(at_target), rtol=1e-4, atol=1e-4)
+    inside = np.isfinite(whole["log_target"])
+    assert inside.any() and (~inside & (target >= 0)).any(), "targets must lie on both sides of the band's edge"
+
+
+def test_metrics_while_training_are_those_of_the_evaluation(model, whole):
+    batch = make_batch()
+    sums = jax.device_get(loss.sums(model, {name: jnp.asarray(value) for name, value in batch.items()}))
+    for n, (rows, columns) in enumerate(zip(X_LENGTHS, Y_LENGTHS, strict=True)):
+        pair = Pair(batch["x"][n, :rows], batch["y"][n, :columns], batch["target"][n, :rows])
+        plan = whole["plan"][n, :rows, :columns]
+        score = metrics.score_plan("family", pair, plan, np.full(rows, -1, np.int32))
+        assert sums["sparse_ce/count"][n] == sums["barycenter_mae/count"][n] == score.aligned
+        assert sums["sparse_ce"][n] == pytest.approx(score.cross_entropy, rel=1e-4)
+        assert sums["barycenter_mae"][n] == pytest.approx(score.abs_error, rel=1e-4)
+        assert sums["barycenter_within_1"][n] == score.within_1
+
+
+def test_reconstruction_counts_asked_residues_of_the_twenty(model, whole):
+    batch = make_batch()
+    x = batch["x"].copy()
+    x[:, 4] = vocab.X
+    asked = (np.arange(20) % 3 == 1) & (x != vocab.PAD)
+    arrays = {name: jnp.asarray(value) for name, value in (batch | {"x": x, "asked": asked}).items()}
+    sums = jax.device_get(loss.sums(model, arrays))
+    known = asked & (x != vocab.X)
+    log_probability = np.asarray(jax.nn.log_softmax(whole["logits"]))
+    nats = -np.take_along_axis(log_probability, np.clip(x - 1, 0, 19)[..., None], -1)[..., 0]
+    np.testing.assert_array_equal(sums["reconstruction/count"], known.sum(-1))
+    np.testing.assert_allclose(sums["reconstruction"], np.where(known, nats, 0).sum(-1), rtol=1e-4)
+    assert known.sum() < asked.sum()
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.0])
+def test_the_prior_adds_log_odds_of_substitution_to_the_scores(epsilon):
+    """log P = S + f_i + g_j: what is left of a difference without row and column means is a difference of scores."""
+    spec = SinkhornSpec(epsilon=epsilon, base_steps=4, band=None)
+    full = np.full(4, 20, np.int32)
+    batch = make_batch() | {"x_length": full, "y_length": full}
+    rng = np.random.default_rng(5)
+    batch |= {"x_seen": tokens(rng, full, 20), "y": tokens(rng, full, 20)}
+    model = make_model(spec, substitution_prior=True)
+    plain, prior = forward(make_model(spec), batch)["plan"], forward(model, batch)["plan"]
+    expected = math.log(2) / 2 * vocab.blosum62()[batch["x_seen"][:, :, None], batch["y"][:, None, :]]
+    difference = np.log(prior) - np.log(plain)
+    np.testing.assert_allclose(_centred(difference), _centred(expected), atol=2e-3)
+
+
+def _centred(scores):
+    return scores - scores.mean(1, keepdims=True) - scores.mean(2, keepdims=True) + scores.mean((1, 2), keepdims=True)
+
+
+# ---- the update ----
+
+
+def make_trainer(model=SMALL, loss_config=None, **settings):
+    # Warm-up begins at a rate of 0; without it the first update already changes something.
+    optimizer = OptimizerConfig(**({"warmup_steps": 0} | settings))
+    loss_config = loss_config or LossConfig(sparse_ce=0.5)
+    return Trainer.create(model, SPECS["dustbin"], optimizer, loss_config, total_steps=10, seed=1)
+
+
+def training_batch() -> dict[str, jax.Array]:
+    batch = make_batch()
+    return {name: jnp.asarray(batch[name]) for name in ("x", "y", "target", "x_length", "y_length")}
+
+
+@pytest.fixture(scope="module")
+def updated():
+    trainer, state = make_trainer()
+    return state, *jax.jit(trainer.update)(state, training_batch())
+
+
+def test_update_changes_every_parameter_and_counts(updated):
+    before, after, measured = updated
+    assert int(after.step) == 1
+    same = [
+        jax.tree_util.keystr(path)
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True
+        )
+        if (np.asarray(old) == np.asarray(new)).all()
+    ]
+    assert same == []
+    assert {"loss", "gradient_norm", "learning_rate", "reconstruction", "sparse_ce", "residual"} <= measured.keys()
+
+
+def test_the_average_follows_slowly_and_at_first_faster():
+    trainer, state = make_trainer(ema=0.9)
+    update = jax.jit(trainer.update)
+    for step, decay in ((0, 1 / 10), (7, 8 / 17), (10_000, 0.9)):
+        after, _ = update(state._replace(step=jnp.array(step, jnp.int32)), training_batch())
+        expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, after.params)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.ema, expected)
+
+
+def test_accumulation_gives_the_update_of_the_whole_batch(updated):
+    """Parts hold different numbers of aligned residues, so their means must not simply be averaged."""
+    _, whole, of_whole = updated
+    trainer, state = make_trainer(accumulate=2)
+    parts, of_parts = jax.jit(trainer.update)(state, training_batch())
+    for name, value in of_whole.items():
+        np.testing.assert_allclose(of_parts[name], value, rtol=1e-4, err_msg=name)
+    # Adam's first step is the sign of the gradient where that is above its epsilon: its moments are what to compare.
+    for a, b in zip(jax.tree.leaves(parts.optimizer), jax.tree.leaves(whole.optimizer), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32(updated):
+    trainer, state = make_trainer(AlignerConfig(**(vars(SMALL) | {"dtype": "bfloat16"})))
+    after, measured = jax.jit(trainer.update)(state, training_batch())
+    kept = jax.tree.leaves((after.params, after.ema, after.optimizer))
+    assert {str(x.dtype) for x in kept} == {"float32", "int32"}
+    assert all(np.isfinite(x).all() for x in [*kept, *measured.values()])
+    _, _, in_float32 = updated
+    difference = abs(float(measured["loss"] - in_float32["loss"]))
+    assert 0 < difference < 0.05, "0: nothing was computed in bfloat16"
+
+
+def test_loss_is_the_weighted_sum(updated):
+    _, _, measured = updated  # reconstruction 1, sparse CE 0.5, two of whose targets lie outside the band
+    totals = {"reconstruction": 6.0, "reconstruction/count": 3.0, "sparse_ce_unfloored": 12.0, "sparse_ce/count": 4.0}
+    totals = {name: jnp.asarray(value) for name, value in totals.items()}
+    assert float(loss.objective(totals, LossConfig(reconstruction=0.5, sparse_ce=2.0))) == pytest.approx(
+        0.5 * 2 + 2 * 3
+    )
+    assert float(loss.objective(totals, LossConfig())) == pytest.approx(2)
+    assert float(measured["reconstruction"]) < float(measured["loss"])
+    assert float(measured["loss"]) < float(measured["reconstruction"] + 0.5 * measured["sparse_ce"])
+
+
+def test_learning_rate_warms_up_and_decays():
+    settings = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, final_fraction=0.1)
+    rate = settings.schedule(20)
+    assert [float(rate(step)) for step in (0, 2, 4, 20, 100)] == pytest.approx([0, 5e-3, 1e-2, 1e-3, 1e-3])
+    rates = [float(rate(step)) for step in range(4, 21)]
+    assert rates == sorted(rates, reverse=True)
+    assert float(settings.schedule(3)(2)) == pytest.approx(1e-2), (
+        "a run shorter than its warm-up reaches the top at its end"
+    )
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: AlignerConfig(width=0), r"model\.width=0"),
+        (lambda: AlignerConfig(depth=-1), r"model\.depth=-1"),
+        (lambda: AlignerConfig(plan_width=6), r"model\.plan_width=6.*multiple of 4"),
+        (lambda: AlignerConfig(dtype="float16"), r"model\.dtype='float16'.*bfloat16"),
+        (lambda: make_model(SPECS["balanced"], heads=3), r"model\.heads=3.*model\.width=16"),
+        (lambda: LossConfig(reconstruction=0.0), r"loss\.reconstruction=0\.0.*loss\.sparse_ce=0\.0"),
+        (lambda: LossConfig(sparse_ce=-1.0), r"loss\.sparse_ce=-1\.0"),
+        (lambda: LossConfig(mask_rate=1.0), r"loss\.mask_rate=1\.0"),
+        (lambda: OptimizerConfig(accumulate=0), r"optimizer\.accumulate=0"),
+        (lambda: OptimizerConfig(ema=1.0), r"optimizer\.ema=1\.0"),
+        (lambda: OptimizerConfig(learning_rate=0.0), r"optimizer\.learning_rate=0\.0"),
+        (lambda: OptimizerConfig(clip_norm=-1.0), r"clip_norm=-1\.0"),
+        (lambda: SinkhornSpec(epsilon=-1.0), r"epsilon=-1\.0"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+@pytest.mark.parametrize("kind", [AlignerConfig, LossConfig, OptimizerConfig, SinkhornSpec])
+def test_a_misspelt_setting_is_named(kind):
+    with pytest.raises(TypeError, match="wdith"):
+        kind(wdith=3)
