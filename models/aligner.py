@@ -48,7 +48,7 @@ class AlignerConfig:
 
 
 class ConvolutionBlock(nnx.Module):
-    """Residual: dilated convolution, then two layers on every position."""
+    """Residual: a dilated convolution, then one layer at every position."""
 
     def __init__(self, config: AlignerConfig, dilation: int, *, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)

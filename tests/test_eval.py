@@ -1,0 +1,104 @@
+"""eval.py: the contract's report for a run, its table and its figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+import eval as evaluation
+from data import metrics
+from data.baselines import BASELINES
+
+WHO = ("model", *BASELINES)
+OF_A_MODEL = {"reconstruction", "reconstruction_masked", "sparse_ce"}
+
+
+@pytest.fixture(scope="module")
+def finished() -> Path:
+    return tiny.trained()
+
+
+@pytest.fixture(scope="module")
+def scored(finished, tmp_path_factory) -> tuple[dict, str]:
+    """The JSON that the command line writes, and what it prints."""
+    output = tmp_path_factory.mktemp("scores") / "deep" / "scores.json"
+    done = tiny.program("eval.py", f"--workdir={finished}", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stdout
+
+
+def test_report_has_the_shape_of_the_contract(scored):
+    report, _ = scored
+    assert report["step"] == tiny.STEPS and report["config"]["model"]["width"] == 16
+    assert list(report["splits"]) == ["test_iid", "test_ood"]
+    for result in report["splits"].values():
+        assert list(result) == ["model", "diagonal", "scaled_diagonal", "nw_blosum62"]
+        for who, summary in result.items():
+            assert summary.keys() == {"overall", "bins", "pairs"}
+            assert summary["overall"].keys() == metrics.METRICS.keys() - (set() if who == "model" else OF_A_MODEL)
+            assert summary["pairs"] == result["model"]["pairs"] > 50
+            assert summary["bins"].keys() == result["model"]["bins"].keys() <= set(metrics.BINS)
+            for group in (summary["overall"], *summary["bins"].values()):
+                for metric in group.values():
+                    assert metric.keys() == {"value", "low", "high"}
+                    assert metric["low"] <= metric["high"]
+    assert report["splits"]["test_iid"] != report["splits"]["test_ood"]
+
+
+def test_needleman_wunsch_beats_the_diagonals_on_real_families(scored):
+    """Or the pairs and the predictions were not of the same sequences."""
+    report, _ = scored
+    for result in report["splits"].values():
+        f1 = {who: summary["overall"]["f1"]["value"] for who, summary in result.items()}
+        assert f1["nw_blosum62"] > 0.6 > max(f1["diagonal"], f1["scaled_diagonal"])
+
+
+def test_the_table_holds_every_number_of_the_report(scored):
+    report, printed = scored
+    lines = {split: part for split, part in zip(report["splits"], printed.split("\ntest_")[1:], strict=True)}
+    for split, result in report["splits"].items():
+        table = {line.split("  ")[0]: line for line in lines[split].splitlines()}
+        for name in metrics.METRICS:
+            known = [who for who in WHO if name in result[who]["overall"]]
+            cells = [result[who]["overall"][name] for who in known]
+            told = [f"{cell['value']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})" for cell in cells]
+            assert table[name].split("  ", 1)[1].split() == " ".join(told + ["-"] * (len(WHO) - len(known))).split()
+        for name in result["model"]["bins"]:
+            told = [f"{result[who]['bins'][name]['f1']['value']:.3f}" for who in WHO]
+            assert table[f"f1, identity {name}"].split()[-len(WHO) :] == told
+
+
+def test_figures_are_drawn(finished, scored):
+    names = {path.name for path in (finished / "figures").glob("*.png")}
+    assert {"training.png", "test_iid.png", "test_ood.png"} <= names
+    for split in ("test_iid", "test_ood"):
+        assert any(name.startswith(f"plan_{split}_PF") for name in names)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (finished / "figures").glob("*.png"))
+
+
+def test_a_restored_checkpoint_scores_as_it_did_while_training(finished):
+    limit = tiny.OVERRIDES["log.eval_pairs"]
+    logged = {row["step"]: row for row in evaluation.read_metrics(finished) if "validation/f1" in row}
+    report = evaluation.evaluate_run(finished, "validation", step=tiny.STEPS, limit=limit)
+    overall = report["splits"]["validation"]["model"]["overall"]
+    assert report["splits"]["validation"]["model"]["pairs"] == limit
+    assert {f"validation/{name}": metric["value"] for name, metric in overall.items()} | {
+        "step": tiny.STEPS
+    } == pytest.approx(logged[tiny.STEPS], rel=1e-5)
+    assert logged[0]["validation/reconstruction"] != pytest.approx(logged[tiny.STEPS]["validation/reconstruction"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--step=4"], "holds the steps 0, 6, not step 4"),
+        (["--data=nowhere"], "nowhere is not a folder"),
+        (["--workdir=nowhere"], "nowhere holds no run"),
+    ],
+)
+def test_mistakes_are_told(finished, arguments, told):
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main([f"--workdir={finished}", *arguments])
+    assert told in str(stopped.value) and str(stopped.value).startswith("eval.py: ")
+    assert "\n" not in str(stopped.value)

@@ -1,0 +1,171 @@
+"""train.py: a run that is stopped goes on as if it never had been, and nothing of a run is lost to a mistake."""
+
+import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import eval as evaluation
+import train
+from models.state import Checkpoints
+
+RATES = {"residues_per_second", "examples_per_second"}
+
+
+@pytest.fixture(scope="module")
+def finished() -> Path:
+    return tiny.trained()
+
+
+def rows(workdir: Path) -> list[dict]:
+    """The logged metrics without the rates."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in RATES} for line in lines]
+
+
+def kept(workdir: Path) -> list[int]:
+    checkpoints = Checkpoints(workdir, read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps
+
+
+def restored(workdir: Path, step: int):
+    _, like = evaluation.make_trainer(tiny.config_of(workdir))
+    checkpoints = Checkpoints(workdir, read_only=True)
+    result = checkpoints.restore(like, step)
+    checkpoints.close()
+    return result
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(path: Path) -> None:
+    """Checkpoints are written while training goes on; the folder has its final name once it is whole."""
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.05)
+
+
+def test_folder_of_a_run(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["model"]["width"] == 16 and config["data"]["buckets"] == [320]
+    assert config["attention"]["dustbin"] == "full", "the configuration named must be the one trained"
+    assert kept(finished) == [0, tiny.STEPS], "the newest one, and multiples of keep_every"
+    logged = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "loss" in row] == list(range(1, tiny.STEPS + 1))
+    assert [row["step"] for row in logged if "validation/f1" in row] == [0, 3, 6]
+    assert all(row["residues_per_second"] > 0 for row in logged if "loss" in row)
+    values = [value for row in logged for value in row.values()]
+    assert np.isfinite(values).all()
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
+    """Parameters, optimiser, average and metrics are the same to the last bit, so the batches were too."""
+    workdir = tmp_path / "stopped"
+    config = tiny.config_of(finished)
+    check_and_log = train.check_and_log
+
+    def stop_after_step_5(step, *rest):
+        check_and_log(step, *rest)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_and_log", stop_after_step_5)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, workdir)
+    wait_for(workdir / "checkpoints" / "3")
+    assert rows(workdir)[-1]["step"] == 5, "steps after the checkpoint were logged, and must not appear twice"
+    train.train(config, workdir)
+
+    assert rows(workdir) == rows(finished)
+    (state, position), (expected, expected_position) = restored(workdir, tiny.STEPS), restored(finished, tiny.STEPS)
+    assert position == expected_position and position["step"] == tiny.STEPS
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def test_training_moved_the_parameters(finished):
+    """Or equal runs would prove nothing."""
+    (start, _), (end, _) = restored(finished, 0), restored(finished, tiny.STEPS)
+    for name in ("params", "ema"):
+        pairs = zip(jax.tree.leaves(getattr(start, name)), jax.tree.leaves(getattr(end, name)), strict=True)
+        assert all((np.asarray(a) != np.asarray(b)).any() for a, b in pairs), name
+
+
+def test_a_finished_run_started_again_changes_nothing(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "again")
+    state = train.train(tiny.config_of(finished), workdir)
+    assert int(state.step) == tiny.STEPS
+    assert contents(workdir) == contents(finished)
+
+
+def test_the_folder_of_another_run_is_refused_untouched(finished):
+    before = contents(finished)
+    with pytest.raises(ValueError, match=r"another configuration.*model\.width was 16, is 8.*another --workdir"):
+        train.train(tiny.config_of(finished, model__width=8), finished)
+    with pytest.raises(ValueError, match=r"seed was 0, is 1"):
+        train.train(tiny.config_of(finished, seed=1), finished)
+    assert contents(finished) == before
+
+
+def test_what_does_not_change_the_model_may_change(finished):
+    free = {"total_steps": 9, "log__every": 2, "log__eval_pairs": 8, "checkpoint__keep": 3, "data__prefetch": 2}
+    train.check_workdir(finished, tiny.config_of(finished, **free))
+
+
+def test_a_mistaken_setting_leaves_no_folder(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"optimizer\.ema=2"):
+        train.train(tiny.config_of(finished, optimizer__ema=2.0), tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train.train(tiny.config_of(finished, data__dir=str(tmp_path / "nowhere")), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_non_finite_loss_stops_before_anything_of_it_is_kept(finished, tmp_path):
+    """A first update of 1e38 leaves finite parameters whose squares overflow in the second step."""
+    config = tiny.config_of(
+        finished,
+        optimizer__learning_rate=1e38,
+        optimizer__warmup_steps=0,
+        checkpoint__every=2,
+        checkpoint__keep=9,
+        log__eval_every=0,
+    )
+    with tiny.quick_compilation(), pytest.raises(train.NonFiniteError, match=r"step 2: loss nan.*nonfinite_2\.json"):
+        train.train(config, tmp_path)
+    told = json.loads((tmp_path / "nonfinite_2.json").read_text())
+    assert told["step"] == 2 and not np.isfinite(told["metrics"]["loss"])
+    assert np.shape(told["ids"]) == (4, 3) and np.min(told["ids"]) >= 0
+    assert kept(tmp_path) == [0]
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_mistakes_on_the_command_line_take_one_line(tmp_path):
+    config = f"--config={tiny.ROOT / 'configs/r2_balanced.py'}"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    mistakes = {
+        "--config is missing": [],
+        "model.width": [config, "--config.model.wdith=8"],
+        "holds no data set": [config, f"--config.data.dir={empty}"],
+    }
+    with ThreadPoolExecutor() as pool:
+        ended = pool.map(
+            lambda mistake: tiny.program("train.py", f"--workdir={tmp_path / 'run'}", *mistake), mistakes.values()
+        )
+    for told, done in zip(mistakes, ended, strict=True):
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
+        assert told in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,79 @@
+"""A configuration that trains in seconds on the data that ship, and a run of it that several test modules read."""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+# 320 holds every evaluation pair but a few, so that nearly all is one compiled shape.
+OVERRIDES = {
+    "model.width": 16,
+    "model.depth": 1,
+    "model.heads": 2,
+    "model.attention_every": 0,
+    "model.plan_width": 8,
+    "model.value_width": 8,
+    "attention.base_steps": 3,
+    "attention.band": 16,
+    "data.buckets": (320,),
+    "batch_size": 4,
+    "total_steps": STEPS,
+    "checkpoint.every": 3,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": STEPS,
+    "log.every": 1,
+    "log.eval_every": 3,
+    "log.eval_pairs": 4,
+    "log.wandb": "disabled",
+}
+
+
+def flags(**overrides: object) -> list[str]:
+    """The overrides as train.py's options; `a__b` stands for a.b."""
+    changes = {name.replace("__", "."): value for name, value in overrides.items()}
+    return [f"--config.{name}={value}" for name, value in (OVERRIDES | changes).items()]
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess:
+    """Runs a command line as a user does, from another folder than the repository's."""
+    command = [sys.executable, str(ROOT / str(arguments[0])), *map(str, arguments[1:])]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@functools.cache
+def trained() -> Path:
+    """Folder of a finished run, made by the command line once in a session; do not change it."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    workdir = Path(folder.name) / "tiny"
+    done = program("train.py", f"--config={ROOT / 'configs/r2_dustbin.py'}", f"--workdir={workdir}", *flags())
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def config_of(workdir: Path, **overrides: object) -> ConfigDict:
+    """The run's configuration with changes; `a__b` stands for a.b."""
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    with config.ignore_type():
+        config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+    return config
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """Small programs run once: optimising them takes longer than running them."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
