@@ -73,7 +73,7 @@ def config_of(workdir: Path, **overrides: object) -> ConfigDict:
 @contextlib.contextmanager
 def quick_compilation():
     """Small programs run once: optimising them takes longer than running them."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
