@@ -40,10 +40,9 @@ class PairScores:
     masked_nats: float = math.nan  # the same with residues of x masked before the queries are computed
     masked_residues: float = math.nan
 
-    def with_reconstruction(self, sums: dict[str, Float[np.ndarray, ""]]) -> "PairScores":
-        """The same with the four reconstruction sums filled in."""
-        values: dict[str, Any] = {name: float(value) for name, value in sums.items()}
-        return dataclasses.replace(self, **values)
+    def with_reconstruction(self, sums: dict[str, Any]) -> "PairScores":
+        """The same with the four reconstruction sums, given by field name, filled in."""
+        return dataclasses.replace(self, **{name: float(value) for name, value in sums.items()})  # type: ignore[arg-type]
 
 
 # Each metric is the sum of the first fields over the sum of the second.

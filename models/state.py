@@ -100,7 +100,7 @@ class Trainer:
         ema = optax.incremental_update(params, state.ema, 1 - decay)
         metrics = loss.means(totals) | {
             "loss": loss.objective(totals, self.loss),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": self.schedule(state.step),
         }
         return TrainState(state.step + 1, params, ema, optimizer), metrics
