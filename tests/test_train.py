@@ -70,9 +70,13 @@ def test_folder_of_a_run(finished):
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
-    """Parameters, optimiser, average and metrics are the same to the last bit, so the batches were too."""
-    workdir = tmp_path / "stopped"
+    """Parameters, optimiser, average and metrics are the same to the last bit, so the batches were too.
+
+    Both runs are made in this process: on jax 0.12 one made in another can differ in the last bit from step 0 on.
+    """
+    whole, workdir = tmp_path / "whole", tmp_path / "stopped"
     config = tiny.config_of(finished)
+    train.train(config, whole)
     check_and_log = train.check_and_log
 
     def stop_after_step_5(step, *rest):
@@ -88,8 +92,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(finished, tmp_path, m
     assert rows(workdir)[-1]["step"] == 5, "steps after the checkpoint were logged, and must not appear twice"
     train.train(config, workdir)
 
-    assert rows(workdir) == rows(finished)
-    (state, position), (expected, expected_position) = restored(workdir, tiny.STEPS), restored(finished, tiny.STEPS)
+    assert rows(workdir) == rows(whole)
+    (state, position), (expected, expected_position) = restored(workdir, tiny.STEPS), restored(whole, tiny.STEPS)
     assert position == expected_position and position["step"] == tiny.STEPS
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
@@ -132,8 +136,15 @@ def test_a_mistaken_setting_leaves_no_folder(finished, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_non_finite_loss_stops_before_anything_of_it_is_kept(finished, tmp_path):
+def test_non_finite_loss_stops_before_anything_of_it_is_kept(finished, tmp_path, monkeypatch):
     """A first update of 1e38 leaves finite parameters whose squares overflow in the second step."""
+    saved, save = [], Checkpoints.save
+
+    def noted_save(self, state, *rest):
+        saved.append(int(state.step))  # what is on disk says nothing of a checkpoint still being written
+        save(self, state, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", noted_save)
     config = tiny.config_of(
         finished,
         optimizer__learning_rate=1e38,
@@ -147,7 +158,7 @@ def test_non_finite_loss_stops_before_anything_of_it_is_kept(finished, tmp_path)
     told = json.loads((tmp_path / "nonfinite_2.json").read_text())
     assert told["step"] == 2 and not np.isfinite(told["metrics"]["loss"])
     assert np.shape(told["ids"]) == (4, 3) and np.min(told["ids"]) >= 0
-    assert kept(tmp_path) == [0]
+    assert saved == [0]
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
