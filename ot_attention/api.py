@@ -158,10 +158,10 @@ def _choose(implementation: str | None, spec: SinkhornSpec) -> str:
     reasons = []
     if name.startswith("pallas"):
         reasons.append("this version has no Pallas kernels; use implementation='xla' or None")
-    if spec.gradient == "implicit":
-        reasons.append("this version has no gradient='implicit'; use gradient='tail'")
-    if spec.solver == "newton":
-        reasons.append("this version has no solver='newton'; use solver='sinkhorn' with more base_steps")
+    if spec.gradient == "unrolled" and spec.solver == "newton":
+        reasons.append(
+            "gradient='unrolled' goes through plain steps only; use solver='sinkhorn' or gradient='implicit'"
+        )
     if spec.gradient == "unrolled" and name != "reference":
         reasons.append("gradient='unrolled' keeps every step; use implementation='reference' or gradient='tail'")
     if reasons:

@@ -118,7 +118,7 @@ def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, in
     """Rows and columns of a tile, and the number of tiles."""
     if band is None:
         return rows, columns, 1
-    block = 64 if band <= 64 else 128
+    block = 64
     width, blocks = block + 2 * band, math.ceil(max(rows, columns) / block)
     # With so little outside the band, moving rows and columns in and out of tiles costs more than it saves.
     if blocks * block * width > 0.75 * rows * columns:

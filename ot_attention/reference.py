@@ -1,12 +1,13 @@
 """The definition, dense and plain, for any float dtype. Frozen: never optimised; all else is tested against it."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ot_attention import support
+from ot_attention import implicit, support
 from ot_attention.spec import Heads, SinkhornSpec
 
 
@@ -37,10 +38,18 @@ def solve(
         return (f, _log_scaling(scores + f[:, :, None], b, axis=-2)), None
 
     potentials = support.varying_like(q, (jnp.zeros_like(a), jnp.zeros_like(b)))
+    hats = implicit.hats(n_q, n_k, rows, columns, spec.band, q.dtype)
     potentials, _ = jax.lax.scan(step, potentials, length=spec.base_steps)
+    if spec.solver == "newton":
+        for _ in range(spec.newton_steps):
+            f, g = potentials
+            system = _system(jnp.exp(scores + f[:, :, None] + g[:, None, :]), hats)
+            potentials, _ = step((f, g + implicit.newton_correction(system, a, spec.cg_steps)))
     if spec.gradient == "tail":
         potentials = jax.lax.stop_gradient(potentials)
     (f, g), _ = jax.lax.scan(step, potentials, length=spec.tail_steps)
+    if spec.gradient == "implicit":
+        f, g = _converged(scores, *jax.lax.stop_gradient((f, g)), hats, spec.cg_steps)
     plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
     deviation = jnp.where(a > 0, jnp.abs(plan.sum(-1) - a), 0)
     return plan, f, g, jax.lax.stop_gradient(deviation.max(-1))
@@ -57,6 +66,35 @@ def attend(
     """Output, f, g and residual."""
     plan, f, g, residual = solve(heads, spec)
     return jnp.einsum("hij,hjd->hid", plan[:, :-1, :-1], heads.v, precision="highest"), f, g, residual
+
+
+def _system(plan: Float[Array, "heads rows columns"], hats) -> implicit.Plan:
+    def times(x):
+        return jnp.einsum("hij,hj...->hi...", plan, x, precision="highest")
+
+    def transpose_times(x):
+        return jnp.einsum("hij,hi->hj", plan, x, precision="highest")
+
+    return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), hats)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _converged(scores, f, g, hats, cg_steps):
+    """f and g, with the derivative that they have where the marginals are met (contract, section 4)."""
+    return f, g
+
+
+def _converged_fwd(scores, f, g, hats, cg_steps):
+    return (f, g), (jnp.exp(scores + f[:, :, None] + g[:, None, :]), hats)
+
+
+def _converged_bwd(cg_steps, kept, cotangents):
+    plan, hats = kept
+    x, y = implicit.solve(_system(plan, hats), *cotangents, cg_steps)
+    return -plan * (x[:, :, None] + y[:, None, :]), None, None, None
+
+
+_converged.defvjp(_converged_fwd, _converged_bwd)
 
 
 def _log_scaling(

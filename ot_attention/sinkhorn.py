@@ -1,4 +1,4 @@
-"""The Sinkhorn loop and its one `custom_vjp`, above the products of `banded_xla.Band`; the dustbin is handled here.
+"""The Sinkhorn loop and its one `custom_vjp`, above the products of `Kernel`.
 
 Between forward and backward only q, k, v, the output and vectors over rows and columns are kept (arXiv 2605.08123).
 Heads are taken in groups, one group's band at a time: it stays in cache, and memory does not grow with the batch.
@@ -10,28 +10,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from ot_attention import support
+from ot_attention import implicit, support
 from ot_attention.banded_xla import Band, block_shape
+from ot_attention.kernel import Dustbin, Kernel
 from ot_attention.spec import Heads, SinkhornSpec
 
-# Potentials are folded into the kernel before the scalings leave this range; kernel entries too small for float32 then
-# hold less than 1e-10 of a row's mass, also after `_log_step` has divided by a column mass of at least _LEAST_MASS.
+# Potentials are folded into the kernel before the scalings leave this range. Kernel entries are at most 1 and at least
+# 1e-38, so that those too small for float32 hold less than 1e-10 of a row's or column's mass.
 _SCALING_RANGE = 1e10
-_LEAST_MASS = 1e-8
-# Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_Tail`).
+# Below, `exp(S)` needs no row maximum.
+_LARGEST_PLAIN_SCORE = 16.0
+# Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_tail_factors`).
 _LARGEST_TAIL_CHANGE = 30.0
 _GROUP_BYTES = 4 * 2**20
-
-
-class Kernel(NamedTuple):
-    """A matrix over the augmented support: the band's tiles, and the dustbin's column, row and corner."""
-
-    tiles: Float[Array, "N blocks block reach"]
-    column: Float[Array, "N rows"]
-    row: Float[Array, "N columns"]
-    corner: Float[Array, "N"]
 
 
 class Solved(NamedTuple):
@@ -78,173 +71,236 @@ def _by_group(function, arguments, spec: SinkhornSpec):
 
 
 class _Problem(NamedTuple):
-    """Support and targets of a group of heads."""
+    """Scores of a group of heads, and what rows and columns must sum to."""
 
-    band: Band
+    scores: Kernel
     a: Float[Array, "N all_rows"]
     b: Float[Array, "N all_columns"]
-    exists: Bool[Array, "N"]  # the dustbin
+    spec: SinkhornSpec
+    lengths: tuple[Int[Array, "N"], Int[Array, "N"]]
 
+    @classmethod
+    def create(cls, heads: Heads, spec: SinkhornSpec) -> "_Problem":
+        q, k, _, bin_score, n_q, n_k = heads
+        rows, columns = q.shape[1], k.shape[1]
+        a, b = support.targets(n_q, n_k, rows, columns, spec.band, spec.dustbin, q.dtype)
+        band = Band.create(n_q, n_k, rows, columns, spec.band)
+        tiles = band.mask(band.outer(q * _score_scale(heads, spec), k), -jnp.inf)
+        dustbin = None
+        if spec.dustbin != "none":
+            exists, bin_score = support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None], bin_score[:, None]
+            dustbin = Dustbin(
+                column=jnp.where(exists & (a[:, :-1] > 0), bin_score, -jnp.inf),
+                row=jnp.where(exists & (b[:, :-1] > 0), bin_score, -jnp.inf),
+                corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf),
+            )
+        scores = Kernel(band, tiles, dustbin)
+        return cls(scores, a, b, spec, (n_q, n_k))
 
-def _problem(heads: Heads, spec: SinkhornSpec) -> _Problem:
-    rows, columns = heads.q.shape[1], heads.k.shape[1]
-    a, b = support.targets(heads.n_q, heads.n_k, rows, columns, spec.band, spec.dustbin, heads.q.dtype)
-    band = Band.create(heads.n_q, heads.n_k, rows, columns, spec.band)
-    return _Problem(band, a, b, support.dustbin_exists(heads.n_q, heads.n_k, spec.dustbin))
+    def plan(self, times, transpose_times, row_sums, column_sums) -> implicit.Plan:
+        hats = implicit.hats(*self.lengths, self.a.shape[1] - 1, self.b.shape[1] - 1, self.spec.band, self.a.dtype)
+        return implicit.Plan(times, transpose_times, row_sums, column_sums, hats)
 
 
 def _score_scale(heads: Heads, spec: SinkhornSpec) -> float:
     return 1 / (math.sqrt(heads.q.shape[-1]) * spec.epsilon)
 
 
-def _scores(problem: _Problem, heads: Heads, spec: SinkhornSpec) -> Kernel:
-    """Scores on the augmented support, minus infinity outside."""
-    band, a, b, exists = problem
-    bin_score = heads.dustbin_score[:, None]
-    return Kernel(
-        tiles=band.mask(band.outer(heads.q * _score_scale(heads, spec), heads.k), -jnp.inf),
-        column=jnp.where(exists[:, None] & (a[:, :-1] > 0), bin_score, -jnp.inf),
-        row=jnp.where(exists[:, None] & (b[:, :-1] > 0), bin_score, -jnp.inf),
-        corner=jnp.where(exists, 0, jnp.full_like(a[:, -1], -jnp.inf)),
-    )
+def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
+    """A bound on the absolute scores, by Cauchy and Schwarz."""
+    longest_q, longest_k = (jnp.sqrt((x * x).sum(-1).max()) for x in (heads.q, heads.k))
+    return jnp.maximum(longest_q * longest_k * _score_scale(heads, spec), jnp.abs(heads.dustbin_score).max())
+
+
+class _Progress(NamedTuple):
+    """Where the iteration stands: the potentials of the last base step and of each tail step so far."""
+
+    step: Int[Array, ""]
+    corrections: Int[Array, ""]  # Newton's
+    f: Float[Array, "R+1 N all_rows"]
+    g: Float[Array, "R+1 N all_columns"]
+
+    def record(self, spec: SinkhornSpec, f, g) -> "_Progress":
+        """The potentials that this step has reached; those of base steps overwrite each other."""
+        slot = jnp.maximum(self.step - spec.all_base_steps, 0)
+        f, g = (jax.lax.dynamic_update_index_in_dim(h, x, slot, 0) for h, x in ((self.f, f), (self.g, g)))
+        return self._replace(f=f, g=g)
+
+    def last(self, spec: SinkhornSpec) -> tuple[Array, Array]:
+        slot = jnp.maximum(self.step - spec.all_base_steps, 0)
+        return tuple(jax.lax.dynamic_index_in_dim(h, slot, keepdims=False) for h in (self.f, self.g))
 
 
 def _forward(heads: Heads, spec: SinkhornSpec) -> Solved:
-    """T + R steps (contract, section 2), few of which need an exp over the band.
+    """All steps (contract, section 2), few of which need an exp over the band.
 
-    After one step in the log domain the kernel `K = exp(S + f + g)` is scaled, `u = a / (K v)`, `v = b / (K^T u)`,
-    until all steps are done or a scaling leaves its range; then that step is made in the log domain, which renews K.
+    The kernel `K = exp(S + g - row maximum)` is scaled, `u = a / (K v)`, `v = b / (K^T u)`, until all steps are done or
+    a scaling leaves its range. Then K is made anew from the g reached, after a step in the log domain if there was no
+    progress otherwise.
     """
-    problem = _problem(heads, spec)
-    band, a, b, _ = problem
-    steps = spec.base_steps + spec.tail_steps
-    unit = jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b)
-
-    def record(history, step, f, g):
-        slot = jnp.maximum(step - spec.base_steps, 0)  # base steps overwrite each other
-        return tuple(
-            jax.lax.dynamic_update_index_in_dim(h, x, slot, axis=0) for h, x in zip(history, (f, g), strict=True)
-        )
+    problem = _Problem.create(heads, spec)
+    a, b, scores = problem.a, problem.b, problem.scores
+    steps = spec.all_base_steps + spec.tail_steps
 
     def renew(carry):
-        step, history = carry[0], carry[-1]
-        g = jax.lax.dynamic_index_in_dim(history[1], jnp.maximum(step - spec.base_steps, 0), keepdims=False)
-        f, g, kernel = _log_step(problem, _scores(problem, heads, spec), g)
+        start, *_ = carry
+        f, g = start.last(spec)
+        top = jax.lax.cond(
+            (start.step == 0) & (_largest_score(heads, spec) < _LARGEST_PLAIN_SCORE),
+            lambda: jnp.zeros_like(f),
+            lambda: jnp.where(a > 0, scores.shift(jnp.zeros_like(f), g).row_max(), 0),
+        )
+        top = jnp.where(start.step == steps, -f, top)  # the last step was one in the log domain: u = v = 1
+        kernel = scores.shift(-top, g).exp()
+        progress, u, v = _scale(problem, kernel, top, g, start)
+        out = u[:, :-1, None] * kernel.band.times(kernel.tiles, v[:, :-1, None] * heads.v)
+        residual = jnp.abs(u * kernel.times(v) - a).max(-1)
+        stuck = (progress.step == start.step) & (start.step < steps)
+        progress = jax.lax.cond(stuck, functools.partial(_log_step, problem), lambda p: p, progress)
+        return progress, (progress.step < steps) | stuck, out, residual
 
-        def scale(carry):
-            step, _, u, v, history = carry
-            new_u = _ratio(a, _times(band, kernel, v))
-            new_v = _ratio(b, _transpose_times(band, kernel, new_u))
-            fine = _in_range(new_u, a) & _in_range(new_v, b)
-            u, v = jnp.where(fine, new_u, u), jnp.where(fine, new_v, v)
-            step = step + fine
-            return step, fine, u, v, record(history, step, f + _log(u), g + _log(v))
-
-        start = (step + 1, step > -1, *unit, record(history, step + 1, f, g))
-        step, _, u, v, history = jax.lax.while_loop(lambda c: (c[0] < steps) & c[1], scale, start)
-        return step, kernel, u, v, history
-
-    kernel = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: _scores(problem, heads, spec)))
-    history = tuple(jnp.zeros((spec.tail_steps + 1, *x.shape), x.dtype) for x in (a, b))
-    carry = support.varying_like(heads.q, (jnp.array(0), kernel, *unit, history))
-    _, kernel, u, v, (f, g) = jax.lax.while_loop(lambda c: c[0] < steps, renew, carry)
-
-    out = u[:, :-1, None] * band.times(kernel.tiles, v[:, :-1, None] * heads.v)
-    residual = jnp.abs(u * _times(band, kernel, v) - a).max(-1)
-    return Solved(out, f.swapaxes(0, 1), g.swapaxes(0, 1), residual)
+    history = (jnp.zeros((spec.tail_steps + 1, *x.shape), x.dtype) for x in (a, b))
+    start = _Progress(jnp.array(0), jnp.array(0), *history)
+    going = start, jnp.array(True), jnp.zeros((*heads.q.shape[:2], heads.v.shape[-1]), a.dtype), jnp.zeros_like(a[:, 0])
+    progress, _, out, residual = jax.lax.while_loop(lambda c: c[1], renew, support.varying_like(heads.q, going))
+    return Solved(out, progress.f.swapaxes(0, 1), progress.g.swapaxes(0, 1), residual)
 
 
-def _log_step(problem: _Problem, scores: Kernel, g: Array) -> tuple[Array, Array, Kernel]:
-    """One step from g in the log domain: f, g and `exp(S + f + g)`."""
-    band, a, b, _ = problem
-    start = _shift(band, scores, jnp.zeros_like(a), g)
-    top = jnp.where(a > 0, _row_max(band, start), 0)
-    rows_at_most_1 = _exp(_shift(band, start, -top, jnp.zeros_like(b)))
-    u = _ratio(a, _times(band, rows_at_most_1, jnp.ones_like(b)))
-    f = _log(u) - top
-    mass = _transpose_times(band, rows_at_most_1, u)
+def _scale(problem: _Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[_Progress, Array, Array]:
+    """Steps by scaling `K = exp(S + g - top)`, until all are done or one would leave the range."""
+    a, b, spec = problem.a, problem.b, problem.spec
 
-    def shared_exp():
-        v = _ratio(b, mass)
-        return g + _log(v), _scale(band, rows_at_most_1, u, v)
+    def potentials(u, v):
+        return jnp.where(a > 0, _log(u) - top, 0), g + _log(v)
 
-    def own_exp():
-        shifted = _shift(band, scores, f, jnp.zeros_like(b))
-        top = jnp.where(b > 0, _column_max(band, shifted), 0)
-        total = _transpose_times(band, _exp(_shift(band, shifted, jnp.zeros_like(a), -top)), jnp.ones_like(a))
-        g = _log(_ratio(b, total)) - top
-        return g, _exp(_shift(band, shifted, jnp.zeros_like(a), g))
+    def correct(progress, u, v):
+        plan = problem.plan(
+            lambda x: _scaled(u, kernel.times(_scaled(v, x))),
+            lambda x: v * kernel.transpose_times(u * x),
+            u * kernel.times(v),
+            b,
+        )
+        v = v * jnp.exp(implicit.newton_correction(plan, a, spec.cg_steps))
+        return progress._replace(corrections=progress.corrections + 1), u, v
 
-    # A column that no row likes underflows in the shared exp; it then gets a maximum of its own.
-    g, kernel = jax.lax.cond(jnp.all((mass >= _LEAST_MASS * b) | (b == 0)), shared_exp, own_exp)
-    return f, g, kernel
+    def step(carry):
+        progress, _, u, v = carry
+        if spec.solver == "newton":
+            due = (progress.step >= spec.base_steps + progress.corrections) & (progress.corrections < spec.newton_steps)
+            progress, u, v = jax.lax.cond(due, correct, lambda *x: x, progress, u, v)
+        new_u = _ratio(a, kernel.times(v))
+        new_v = _ratio(b, kernel.transpose_times(new_u))
+        fine = _in_range(new_u, a) & _in_range(new_v, b)
+        u, v = jnp.where(fine, new_u, u), jnp.where(fine, new_v, v)
+        progress = progress._replace(step=progress.step + fine)
+        progress = jax.lax.cond(
+            progress.step >= spec.all_base_steps, lambda p: p.record(spec, *potentials(u, v)), lambda p: p, progress
+        )
+        return progress, fine, u, v
+
+    steps = spec.all_base_steps + spec.tail_steps
+    carry = start, start.step >= 0, jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b)
+    progress, _, u, v = jax.lax.while_loop(lambda c: (c[0].step < steps) & c[1], step, carry)
+    return progress.record(spec, *potentials(u, v)), u, v
+
+
+def _log_step(problem: _Problem, progress: _Progress) -> _Progress:
+    """One step in the log domain, for scores whose rows and columns have nothing in common."""
+    scores, a, b, spec = problem.scores, problem.a, problem.b, problem.spec
+    _, g = progress.last(spec)
+    shifted = scores.shift(jnp.zeros_like(a), g)
+    top = jnp.where(a > 0, shifted.row_max(), 0)
+    f = _log(_ratio(a, shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b)))) - top
+    shifted = scores.shift(f, jnp.zeros_like(b))
+    top = jnp.where(b > 0, shifted.column_max(), 0)
+    g = _log(_ratio(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
+    return progress._replace(step=progress.step + 1).record(spec, f, g)
 
 
 def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array]:
-    """Gradients of q, k, v and the dustbin score through the R tail steps (contract, section 3).
+    """Gradients of q, k, v and the dustbin score: `dS = P * (G - sum of x_i y_j)`, the plan P made once more.
 
-    The plan is made once more; each of the 2 R staircase factors is that plan times a row and a column vector, so dS is
-    the plan times a low-rank field. Where potentials move so far within the tail that such a vector would overflow,
-    every factor is made from the scores instead.
+    The sum has two terms for every tail step, or two for the converged plan: one product gives the whole field.
     """
-    _, solved, _ = arguments
-    change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
-    gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
-    return jax.lax.cond(
-        gentle,
-        functools.partial(_tail_gradient, spec=spec, one_tile=True),
-        functools.partial(_tail_gradient, spec=spec, one_tile=False),
-        arguments,
-    )
-
-
-def _tail_gradient(arguments, spec: SinkhornSpec, one_tile: bool) -> tuple[Array, Array, Array, Array]:
     heads, solved, (d_out, d_f, d_g) = arguments
-    problem = _problem(heads, spec)
-    band, a, b, _ = problem
-    f, g = solved.f.swapaxes(0, 1), solved.g.swapaxes(0, 1)
-    scores = _scores(problem, heads, spec)
-    plan = _exp(_shift(band, scores, f[-1], g[-1]))
-
-    def factor(r, s):
-        """`exp(S + f_r + g_s)`, as a kernel and the row and column vectors that scale it."""
-        if one_tile:
-            return plan, jnp.exp(f[r] - f[-1]), jnp.exp(g[s] - g[-1])
-        return _exp(_shift(band, scores, f[r], g[s])), jnp.ones_like(a), jnp.ones_like(b)
-
+    problem = _Problem.create(heads, spec)
+    band = problem.scores.band
+    plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
     dv = band.transpose_times(plan.tiles, d_out)
     g_bar = d_g + _with_bin((heads.v * dv).sum(-1))
     f_bar = d_f + _with_bin((d_out * solved.out).sum(-1))
-    staircase = []  # (kernel, X, Y): minus dS is the sum of kernel * X_i Y_j
-    for r in range(spec.tail_steps, 0, -1):
-        kernel, row, column = factor(r, r)
-        y = column * _ratio(g_bar, b)
-        staircase.append((kernel, row, y))
-        f_bar = f_bar - row * _times(band, kernel, y)
-        kernel, row, column = factor(r, r - 1)
-        x = row * _ratio(f_bar, a)
-        staircase.append((kernel, x, column))
-        g_bar, f_bar = -column * _transpose_times(band, kernel, x), jnp.zeros_like(f_bar)
 
-    if one_tile:  # one product over Dv + 2 R columns gives the whole field
-        x, y = (jnp.stack(side, -1) for side in list(zip(*staircase, strict=True))[1:])
-        field = band.outer(jnp.concatenate([d_out, -x[:, :-1]], -1), jnp.concatenate([heads.v, y[:, :-1]], -1))
-        d_tiles = plan.tiles * field
+    if spec.gradient == "implicit":
+        x, y = _implicit_terms(problem, plan, f_bar, g_bar)
     else:
-        d_tiles = plan.tiles * band.outer(d_out, heads.v)
-        for kernel, x, y in staircase:
-            d_tiles = d_tiles - band.scale(kernel.tiles, x[:, :-1], y[:, :-1])
-    d_bin = -sum(
-        (kernel.column * x[:, :-1]).sum(-1) * y[:, -1] + (kernel.row * y[:, :-1]).sum(-1) * x[:, -1]
-        for kernel, x, y in staircase
-    )
+        change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
+        gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
+        x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
+    d_scores = plan.modulate(jnp.concatenate([_with_bin(d_out), -x], -1), jnp.concatenate([_with_bin(heads.v), y], -1))
+    if spec.gradient == "tail":
+        exact = functools.partial(_minus_exact_tail, spec=spec)
+        d_scores = jax.lax.cond(gentle, lambda d, *_: d, exact, d_scores, heads, solved, f_bar, g_bar)
+
     scale = _score_scale(heads, spec)
-    return scale * band.times(d_tiles, heads.k), scale * band.transpose_times(d_tiles, heads.q), dv, d_bin
+    dq, dk = band.times(d_scores.tiles, heads.k), band.transpose_times(d_scores.tiles, heads.q)
+    d_bin = jnp.zeros_like(heads.dustbin_score)
+    if d_scores.bin is not None:
+        d_bin = d_scores.bin.column.sum(-1) + d_scores.bin.row.sum(-1)
+    return scale * dq, scale * dk, dv, d_bin
+
+
+def _tail_terms(problem: _Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
+    """The 2 R staircase factors of the tail (contract, section 3), each the plan times a row and a column vector."""
+    rows, columns = (jnp.exp(x - x[:, -1:]).swapaxes(0, 1) for x in (solved.f, solved.g))
+    terms = []
+    for r in range(problem.spec.tail_steps, 0, -1):
+        y = columns[r] * _ratio(g_bar, problem.b)
+        f_bar = f_bar - rows[r] * plan.times(y)
+        x = rows[r] * _ratio(f_bar, problem.a)
+        g_bar = -columns[r - 1] * plan.transpose_times(x)
+        terms += [(rows[r], y), (x, columns[r - 1])]
+        f_bar = jnp.zeros_like(f_bar)
+    return (jnp.stack(side, -1) for side in zip(*terms, strict=True))
+
+
+def _minus_exact_tail(d_scores: Kernel, heads: Heads, solved: Solved, f_bar, g_bar, spec: SinkhornSpec) -> Kernel:
+    """The same where potentials move so far within the tail that those vectors would overflow.
+
+    Each factor is made from the scores and taken off, one after the other.
+    """
+    problem = _Problem.create(heads, spec)
+    a, b, scores = problem.a, problem.b, problem.scores
+    f, g = solved.f.swapaxes(0, 1), solved.g.swapaxes(0, 1)
+
+    def step(carry, potentials):
+        d_scores, f_bar, g_bar = carry
+        f, g, earlier_g = potentials
+        factor, y = scores.shift(f, g).exp(), _ratio(g_bar, b)
+        f_bar = f_bar - factor.times(y)
+        d_scores = d_scores.minus(factor.scale(jnp.ones_like(a), y))
+        factor, x = scores.shift(f, earlier_g).exp(), _ratio(f_bar, a)
+        d_scores = d_scores.minus(factor.scale(x, jnp.ones_like(b)))
+        return (d_scores, jnp.zeros_like(f_bar), -factor.transpose_times(x)), None
+
+    return jax.lax.scan(step, (d_scores, f_bar, g_bar), (f[1:], g[1:], g[:-1]), reverse=True)[0][0]
+
+
+def _implicit_terms(problem: _Problem, plan: Kernel, f_bar, g_bar):
+    """The converged plan's multipliers (contract, section 4): `dS = P * (G - x_i - y_j)`."""
+    one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
+    system = problem.plan(plan.times, plan.transpose_times, plan.times(one_column), problem.b)
+    x, y = implicit.solve(system, f_bar, g_bar, problem.spec.cg_steps)
+    return jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)
+
+
+def _scaled(scaling: Array, x: Array) -> Array:
+    """`diag(scaling) x` for a vector or several columns."""
+    return scaling.reshape(scaling.shape + (1,) * (x.ndim - 2)) * x
 
 
 def _with_bin(x: Array) -> Array:
-    """A vector over residues with a 0 for the dustbin."""
-    return jnp.pad(x, ((0, 0), (0, 1)))
+    """Vectors over residues with a 0 for the dustbin."""
+    return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _ratio(x: Array, y: Array) -> Array:
@@ -260,49 +316,3 @@ def _log(x: Array) -> Array:
 
 def _in_range(scaling: Array, target: Array) -> Bool[Array, ""]:
     return jnp.all(((scaling > 1 / _SCALING_RANGE) & (scaling < _SCALING_RANGE)) | (target == 0))
-
-
-def _shift(band: Band, kernel: Kernel, f: Array, g: Array) -> Kernel:
-    """`S + f_i + g_j`."""
-    return Kernel(
-        band.shift(kernel.tiles, f[:, :-1], g[:, :-1]),
-        kernel.column + f[:, :-1] + g[:, -1:],
-        kernel.row + f[:, -1:] + g[:, :-1],
-        kernel.corner + f[:, -1] + g[:, -1],
-    )
-
-
-def _scale(band: Band, kernel: Kernel, u: Array, v: Array) -> Kernel:
-    """`u_i K v_j`."""
-    return Kernel(
-        band.scale(kernel.tiles, u[:, :-1], v[:, :-1]),
-        kernel.column * u[:, :-1] * v[:, -1:],
-        kernel.row * u[:, -1:] * v[:, :-1],
-        kernel.corner * u[:, -1] * v[:, -1],
-    )
-
-
-def _exp(kernel: Kernel) -> Kernel:
-    return Kernel(*(jnp.exp(x) for x in kernel))
-
-
-def _times(band: Band, kernel: Kernel, x: Float[Array, "N all_columns"]) -> Float[Array, "N all_rows"]:
-    residues = band.times(kernel.tiles, x[:, :-1]) + kernel.column * x[:, -1:]
-    dustbin = (kernel.row * x[:, :-1]).sum(-1) + kernel.corner * x[:, -1]
-    return jnp.concatenate([residues, dustbin[:, None]], -1)
-
-
-def _transpose_times(band: Band, kernel: Kernel, x: Float[Array, "N all_rows"]) -> Float[Array, "N all_columns"]:
-    residues = band.transpose_times(kernel.tiles, x[:, :-1]) + kernel.row * x[:, -1:]
-    dustbin = (kernel.column * x[:, :-1]).sum(-1) + kernel.corner * x[:, -1]
-    return jnp.concatenate([residues, dustbin[:, None]], -1)
-
-
-def _row_max(band: Band, kernel: Kernel) -> Float[Array, "N all_rows"]:
-    residues = jnp.maximum(band.row_max(kernel.tiles), kernel.column)
-    return jnp.concatenate([residues, jnp.maximum(kernel.row.max(-1), kernel.corner)[:, None]], -1)
-
-
-def _column_max(band: Band, kernel: Kernel) -> Float[Array, "N all_columns"]:
-    residues = jnp.maximum(band.column_max(kernel.tiles), kernel.row)
-    return jnp.concatenate([residues, jnp.maximum(kernel.column.max(-1), kernel.corner)[:, None]], -1)

@@ -38,7 +38,8 @@ class SinkhornSpec:
     band: W, half-width in residues of the support around the length-scaled diagonal; None for full support.
     dustbin: "none"; "unit" (the paper's single dustbin of unit capacity); "full" (any residue may be a gap).
     gradient: "tail" (exact for the surrogate), "implicit" (of the converged plan), "unrolled" (all T + R steps).
-    solver, newton_steps, cg_steps: "newton" replaces slow Sinkhorn convergence by Newton steps.
+    solver, newton_steps: "newton" makes so many Newton steps after the base steps, each followed by one more base step.
+    cg_steps: conjugate gradient steps of each Newton step, and of the implicit gradient.
 
     Raises ValueError for values out of range.
     """
@@ -53,6 +54,11 @@ class SinkhornSpec:
     newton_steps: int = 2
     cg_steps: int = 8
 
+    @property
+    def all_base_steps(self) -> int:
+        """Steps without gradient, the one after each Newton step included."""
+        return self.base_steps + (self.newton_steps if self.solver == "newton" else 0)
+
     def __post_init__(self):
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise ValueError(f"epsilon={self.epsilon!r} must be a finite number above 0")
@@ -63,6 +69,8 @@ class SinkhornSpec:
         for name, allowed in (("dustbin", Dustbin), ("gradient", Gradient), ("solver", Solver)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(allowed))}")
+        if self.solver == "newton" and self.base_steps < 1:
+            raise ValueError("base_steps=0 must be at least 1 with solver='newton': Newton starts from met column sums")
 
 
 def _check_int(name: str, value: object, least: int, hint: str = "") -> None:

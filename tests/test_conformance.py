@@ -117,6 +117,22 @@ def test_same_numbers_as_the_reference_in_float64(implementation, case, dustbin)
         assert error(actual[name], value) < 1e-10, name
 
 
+CONVERGING = {"base_steps": 5, "solver": "newton", "gradient": "implicit"}
+
+
+@pytest.mark.parametrize(
+    ("case", "dustbin"), [pytest.param(c, d, id=f"{c.name}, {d}") for c in CASES[:-4] for d in c.dustbins[:1]]
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation, case, dustbin):
+    """Both go through the same linear solver; products and everything around it are the implementation's own."""
+    arguments = case.spec(dustbin=dustbin, **CONVERGING), *inputs(case, dustbin)
+    expected, actual = (attend_and_pull_back(name, *arguments) for name in ("reference", implementation))
+    for name, value in expected.items():
+        assert np.isfinite(value).all(), name
+        assert error(actual[name], value) < 1e-8, name
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_random_shapes_lengths_and_bands(implementation, seed):
@@ -345,7 +361,12 @@ def test_bad_specs_are_named(bad):
 
 @pytest.mark.parametrize(
     ("implementation", "changes"),
-    [("pallas_tpu", {}), ("pallas_gpu", {}), ("xla", {"gradient": "unrolled"}), ("xla", {"solver": "newton"})],
+    [
+        ("pallas_tpu", {}),
+        ("pallas_gpu", {}),
+        ("xla", {"gradient": "unrolled"}),
+        ("reference", {"gradient": "unrolled", "solver": "newton"}),
+    ],
 )
 def test_what_is_not_there_is_refused(implementation, changes):
     x = np.zeros((1, 4, 1, 4), np.float32)
