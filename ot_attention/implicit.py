@@ -63,6 +63,8 @@ def solve(
     for anything that depends on f_i + g_j alone; what they differ by is taken off f_bar in proportion to a.
     """
     a, b = plan.row_sums, plan.column_sums
+    # Potentials without support are constants: what is asked of them must not count in the sums.
+    f_bar, g_bar = jnp.where(a > 0, f_bar, 0), jnp.where(b > 0, g_bar, 0)
     precondition = _preconditioner(plan)
 
     def without_constant(r):
