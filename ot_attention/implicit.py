@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ot_attention.support import divide
+
 # Hats that a hat can meet through the plan: theirs reach W / 2 to either side, the band W, their distance is W / 2.
 _NEIGHBOURS = 3
 _COLOURS = 2 * _NEIGHBOURS + 1
@@ -24,12 +26,14 @@ _LARGEST_CHANGE = 2.0  # of a potential in one Newton step
 
 
 class Plan(NamedTuple):
-    """Products with a plan over the augmented support, its marginals, and hats over its rows and columns."""
+    """Products with a plan over the augmented support, its marginals and dustbin, and hats over rows and columns."""
 
     times: Callable[[Array], Array]  # [N, all_columns] or [N, all_columns, m] -> the same of all_rows
     transpose_times: Callable[[Array], Array]  # [N, all_rows] -> [N, all_columns]
     row_sums: Float[Array, "N all_rows"]
     column_sums: Float[Array, "N all_columns"]
+    bin_column: Float[Array, "N all_rows"]  # the plan's last column and row
+    bin_row: Float[Array, "N all_columns"]
     hats: tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]
 
 
@@ -68,29 +72,29 @@ def solve(
     precondition = _preconditioner(plan)
 
     def without_constant(r):
-        return r - a * _divide(r.sum(-1, keepdims=True), a.sum(-1, keepdims=True))
+        return r - a * divide(r.sum(-1, keepdims=True), a.sum(-1, keepdims=True))
 
     def step(_, carry):
         x, r, p, rz = carry
-        product = a * p - plan.times(_divide(plan.transpose_times(p), b))
+        product = a * p - plan.times(divide(plan.transpose_times(p), b))
         curvature = _dot(p, product)
         # Below rounding there is nothing left to gain, and a quotient of two roundings would do harm.
-        alpha = jnp.where(curvature > 8 * jnp.finfo(r.dtype).eps * _dot(p, a * p), _divide(rz, curvature), 0)
+        alpha = jnp.where(curvature > 8 * jnp.finfo(r.dtype).eps * _dot(p, a * p), divide(rz, curvature), 0)
         x, r = x + alpha * p, without_constant(r - alpha * product)
         z = precondition(r)
         rz, old = _dot(r, z), rz
-        return x, r, z + jnp.where(alpha > 0, _divide(rz, old), 0) * p, rz
+        return x, r, z + jnp.where(alpha > 0, divide(rz, old), 0) * p, rz
 
-    r = without_constant(f_bar - plan.times(_divide(g_bar, b)))
+    r = without_constant(f_bar - plan.times(divide(g_bar, b)))
     z = precondition(r)
     x, *_ = jax.lax.fori_loop(0, steps, step, (jnp.zeros_like(r), r, z, _dot(r, z)))
-    return x, _divide(g_bar - plan.transpose_times(x), b)
+    return x, divide(g_bar - plan.transpose_times(x), b)
 
 
 def newton_correction(plan: Plan, a: Float[Array, "N all_rows"], steps: int) -> Float[Array, "N all_columns"]:
     """What a Newton step towards row sums a adds to g, for a plan whose column sums are met already."""
     x, y = solve(plan, a - plan.row_sums, jnp.zeros_like(plan.column_sums), steps)
-    centre = _divide(_dot(a, x), a.sum(-1, keepdims=True))
+    centre = divide(_dot(a, x), a.sum(-1, keepdims=True))
     x, y = jnp.where(a > 0, x - centre, 0), jnp.where(plan.column_sums > 0, y + centre, 0)
     largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.abs(y).max(-1, keepdims=True))
     correction = y * _LARGEST_CHANGE / jnp.maximum(largest, _LARGEST_CHANGE)
@@ -106,32 +110,26 @@ def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
     a, b, (row_hats, column_hats) = plan.row_sums, plan.column_sums, plan.hats
     number = row_hats.shape[-1]
     colours = column_hats.reshape(*column_hats.shape[:2], -1, _COLOURS).sum(2)
-    bin_row, bin_column = (jnp.zeros_like(x).at[:, -1].set(1) for x in (a, b))
-    seen = plan.times(jnp.concatenate([colours, bin_column[..., None]], -1))
-    met = jnp.tile(jnp.einsum("nim,nik->nmk", row_hats, seen[..., :-1]), (1, 1, number // _COLOURS))
+    seen = plan.times(colours)
+    met = jnp.tile(jnp.einsum("nim,nik->nmk", row_hats, seen), (1, 1, number // _COLOURS))
     index = jnp.arange(number)
     met = jnp.where(jnp.abs(index[:, None] - index) <= _NEIGHBOURS, met, 0)
-    of_column = jnp.einsum("nim,ni->nm", row_hats, seen[..., -1])
-    of_row = jnp.einsum("njm,nj->nm", column_hats, plan.transpose_times(bin_row))
-    coarse = jnp.concatenate(
-        [
-            jnp.concatenate([met, of_column[..., None]], -1),
-            jnp.concatenate([of_row, seen[:, -1, -1:]], -1)[:, None],
-        ],
-        1,
-    )
-    row_hats = jnp.concatenate([row_hats, bin_row[..., None]], -1)
-    column_hats = jnp.concatenate([column_hats, bin_column[..., None]], -1)
+    of_column = jnp.einsum("nim,ni->nm", row_hats, plan.bin_column)
+    of_row = jnp.einsum("njm,nj->nm", column_hats, plan.bin_row)
+    corner = plan.bin_row[:, -1:, None]
+    met = jnp.concatenate([met, of_column[..., None]], -1)
+    coarse = jnp.concatenate([met, jnp.concatenate([of_row[:, None], corner], -1)], 1)
+    row_hats, column_hats = (_with_dustbin_hat(x) for x in (row_hats, column_hats))
     row_mass, column_mass = (jnp.einsum("nim,ni,nik->nmk", x, s, x) for x, s in ((row_hats, a), (column_hats, b)))
     schur = row_mass - coarse @ _inverse(column_mass) @ coarse.swapaxes(1, 2)
     # The constant is in the kernel of the exact system; any positive weight there leaves solutions as they are.
     diagonal = jnp.diagonal(row_mass, axis1=1, axis2=2)
-    inverse = _inverse(schur + _divide(diagonal[:, :, None] * diagonal[:, None], diagonal.sum(-1)[:, None, None]))
+    inverse = _inverse(schur + divide(diagonal[:, :, None] * diagonal[:, None], diagonal.sum(-1)[:, None, None]))
     inverse = jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, 0)
 
     def precondition(r):
         coarse = jnp.einsum("nmk,nk->nm", inverse, jnp.einsum("nim,ni->nm", row_hats, r))
-        return _divide(r, a) + jnp.where(a > 0, jnp.einsum("nim,nm->ni", row_hats, coarse), 0)
+        return divide(r, a) + jnp.where(a > 0, jnp.einsum("nim,nm->ni", row_hats, coarse), 0)
 
     return precondition
 
@@ -150,6 +148,6 @@ def _dot(x: Float[Array, "N length"], y: Float[Array, "N length"]) -> Float[Arra
     return (x * y).sum(-1, keepdims=True)
 
 
-def _divide(x: Array, y: Array) -> Array:
-    """x / y, 0 where y is 0: nothing lies there."""
-    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
+def _with_dustbin_hat(hats: Float[Array, "N all m"]) -> Float[Array, "N all m+1"]:
+    """One more hat, over the dustbin alone."""
+    return jnp.pad(hats, ((0, 0), (0, 0), (0, 1))).at[:, -1, -1].set(1)

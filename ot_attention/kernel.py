@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ot_attention import support
 from ot_attention.banded_xla import Band
 
 
@@ -70,7 +71,7 @@ class Kernel(NamedTuple):
         """`K x`, for a vector or for several columns at once."""
         residues = self.band.times(self.tiles, x[:, :-1])
         if self.bin is None:
-            return _append(residues, 0)
+            return support.with_dustbin(residues)
         column, row, corner = (z.reshape(z.shape + (1,) * (x.ndim - 2)) for z in self.bin)
         dustbin = (row * x[:, :-1]).sum(1, keepdims=True) + corner * x[:, -1:]
         return jnp.concatenate([residues + column * x[:, -1:], dustbin], 1)
@@ -79,7 +80,7 @@ class Kernel(NamedTuple):
         """`K^T x`."""
         residues = self.band.transpose_times(self.tiles, x[:, :-1])
         if self.bin is None:
-            return _append(residues, 0)
+            return support.with_dustbin(residues)
         column, row, corner = self.bin
         dustbin = (column * x[:, :-1]).sum(1, keepdims=True) + corner * x[:, -1:]
         return jnp.concatenate([residues + row * x[:, -1:], dustbin], 1)
@@ -87,17 +88,13 @@ class Kernel(NamedTuple):
     def row_max(self) -> Float[Array, "N all_rows"]:
         residues = self.band.row_max(self.tiles)
         if self.bin is None:
-            return _append(residues, -jnp.inf)
+            return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
         return jnp.concatenate([jnp.maximum(residues, column), jnp.maximum(row.max(-1, keepdims=True), corner)], 1)
 
     def column_max(self) -> Float[Array, "N all_columns"]:
         residues = self.band.column_max(self.tiles)
         if self.bin is None:
-            return _append(residues, -jnp.inf)
+            return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
         return jnp.concatenate([jnp.maximum(residues, row), jnp.maximum(column.max(-1, keepdims=True), corner)], 1)
-
-
-def _append(x: Float[Array, "N length ..."], last: float) -> Float[Array, "N all ..."]:
-    return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2), constant_values=last)

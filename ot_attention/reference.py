@@ -1,4 +1,8 @@
-"""The definition, dense and plain, for any float dtype. Frozen: never optimised; all else is tested against it."""
+"""The definition, dense and plain, for any float dtype. Frozen: never optimised; all else is tested against it.
+
+The linear solve of Newton steps and implicit gradients is shared with the other implementations (contract, section 4);
+its own oracle is dense linear algebra in the tests.
+"""
 
 import functools
 import math
@@ -75,7 +79,7 @@ def _system(plan: Float[Array, "heads rows columns"], hats) -> implicit.Plan:
     def transpose_times(x):
         return jnp.einsum("hij,hi->hj", plan, x, precision="highest")
 
-    return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), hats)
+    return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), plan[:, :, -1], plan[:, -1], hats)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

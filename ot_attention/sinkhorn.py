@@ -17,12 +17,12 @@ from ot_attention.banded_xla import Band, block_shape
 from ot_attention.kernel import Dustbin, Kernel
 from ot_attention.spec import Heads, SinkhornSpec
 
-# Potentials are folded into the kernel before the scalings leave this range. Kernel entries are at most 1 and at least
-# 1e-38, so that those too small for float32 hold less than 1e-10 of a row's or column's mass.
+# Potentials are folded into the kernel before the scalings leave this range. A row's largest kernel entry is 1, or at
+# least e^-16 where the row maximum is skipped: entries too small for float32 hold under 1e-10 of a row or column.
 _SCALING_RANGE = 1e10
 # Below, `exp(S)` needs no row maximum.
 _LARGEST_PLAIN_SCORE = 16.0
-# Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_tail_factors`).
+# Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_minus_exact_tail`).
 _LARGEST_TAIL_CHANGE = 30.0
 _GROUP_BYTES = 4 * 2**20
 
@@ -97,9 +97,23 @@ class _Problem(NamedTuple):
         scores = Kernel(band, tiles, dustbin)
         return cls(scores, a, b, spec, (n_q, n_k))
 
-    def plan(self, times, transpose_times, row_sums, column_sums) -> implicit.Plan:
+    def linear_system(self, kernel: Kernel, u, v) -> implicit.Plan:
+        """That of the plan `u_i K v_j`, whose column sums are met."""
+        bin_column, bin_row = jnp.zeros_like(self.a), jnp.zeros_like(self.b)
+        if kernel.bin is not None:
+            column, row, corner = kernel.bin
+            bin_column = u * jnp.concatenate([column, corner], -1) * v[:, -1:]
+            bin_row = u[:, -1:] * jnp.concatenate([row, corner], -1) * v
         hats = implicit.hats(*self.lengths, self.a.shape[1] - 1, self.b.shape[1] - 1, self.spec.band, self.a.dtype)
-        return implicit.Plan(times, transpose_times, row_sums, column_sums, hats)
+        return implicit.Plan(
+            times=lambda x: _scaled(u, kernel.times(_scaled(v, x))),
+            transpose_times=lambda x: v * kernel.transpose_times(u * x),
+            row_sums=u * kernel.times(v),
+            column_sums=self.b,
+            bin_column=bin_column,
+            bin_row=bin_row,
+            hats=hats,
+        )
 
 
 def _score_scale(heads: Heads, spec: SinkhornSpec) -> float:
@@ -174,13 +188,8 @@ def _scale(problem: _Problem, kernel: Kernel, top, g, start: _Progress) -> tuple
         return jnp.where(a > 0, _log(u) - top, 0), g + _log(v)
 
     def correct(progress, u, v):
-        plan = problem.plan(
-            lambda x: _scaled(u, kernel.times(_scaled(v, x))),
-            lambda x: v * kernel.transpose_times(u * x),
-            u * kernel.times(v),
-            b,
-        )
-        v = v * jnp.exp(implicit.newton_correction(plan, a, spec.cg_steps))
+        system = problem.linear_system(kernel, u, v)
+        v = v * jnp.exp(implicit.newton_correction(system, a, spec.cg_steps))
         return progress._replace(corrections=progress.corrections + 1), u, v
 
     def step(carry):
@@ -188,8 +197,8 @@ def _scale(problem: _Problem, kernel: Kernel, top, g, start: _Progress) -> tuple
         if spec.solver == "newton":
             due = (progress.step >= spec.base_steps + progress.corrections) & (progress.corrections < spec.newton_steps)
             progress, u, v = jax.lax.cond(due, correct, lambda *x: x, progress, u, v)
-        new_u = _ratio(a, kernel.times(v))
-        new_v = _ratio(b, kernel.transpose_times(new_u))
+        new_u = support.divide(a, kernel.times(v))
+        new_v = support.divide(b, kernel.transpose_times(new_u))
         fine = _in_range(new_u, a) & _in_range(new_v, b)
         u, v = jnp.where(fine, new_u, u), jnp.where(fine, new_v, v)
         progress = progress._replace(step=progress.step + fine)
@@ -210,10 +219,10 @@ def _log_step(problem: _Problem, progress: _Progress) -> _Progress:
     _, g = progress.last(spec)
     shifted = scores.shift(jnp.zeros_like(a), g)
     top = jnp.where(a > 0, shifted.row_max(), 0)
-    f = _log(_ratio(a, shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b)))) - top
+    f = _log(support.divide(a, shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b)))) - top
     shifted = scores.shift(f, jnp.zeros_like(b))
     top = jnp.where(b > 0, shifted.column_max(), 0)
-    g = _log(_ratio(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
+    g = _log(support.divide(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
     return progress._replace(step=progress.step + 1).record(spec, f, g)
 
 
@@ -227,8 +236,8 @@ def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array
     band = problem.scores.band
     plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
     dv = band.transpose_times(plan.tiles, d_out)
-    g_bar = d_g + _with_bin((heads.v * dv).sum(-1))
-    f_bar = d_f + _with_bin((d_out * solved.out).sum(-1))
+    g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
+    f_bar = d_f + support.with_dustbin((d_out * solved.out).sum(-1))
 
     if spec.gradient == "implicit":
         x, y = _implicit_terms(problem, plan, f_bar, g_bar)
@@ -236,7 +245,9 @@ def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array
         change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
         gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
         x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
-    d_scores = plan.modulate(jnp.concatenate([_with_bin(d_out), -x], -1), jnp.concatenate([_with_bin(heads.v), y], -1))
+    d_scores = plan.modulate(
+        jnp.concatenate([support.with_dustbin(d_out), -x], -1), jnp.concatenate([support.with_dustbin(heads.v), y], -1)
+    )
     if spec.gradient == "tail":
         exact = functools.partial(_minus_exact_tail, spec=spec)
         d_scores = jax.lax.cond(gentle, lambda d, *_: d, exact, d_scores, heads, solved, f_bar, g_bar)
@@ -254,9 +265,9 @@ def _tail_terms(problem: _Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
     rows, columns = (jnp.exp(x - x[:, -1:]).swapaxes(0, 1) for x in (solved.f, solved.g))
     terms = []
     for r in range(problem.spec.tail_steps, 0, -1):
-        y = columns[r] * _ratio(g_bar, problem.b)
+        y = columns[r] * support.divide(g_bar, problem.b)
         f_bar = f_bar - rows[r] * plan.times(y)
-        x = rows[r] * _ratio(f_bar, problem.a)
+        x = rows[r] * support.divide(f_bar, problem.a)
         g_bar = -columns[r - 1] * plan.transpose_times(x)
         terms += [(rows[r], y), (x, columns[r - 1])]
         f_bar = jnp.zeros_like(f_bar)
@@ -275,10 +286,10 @@ def _minus_exact_tail(d_scores: Kernel, heads: Heads, solved: Solved, f_bar, g_b
     def step(carry, potentials):
         d_scores, f_bar, g_bar = carry
         f, g, earlier_g = potentials
-        factor, y = scores.shift(f, g).exp(), _ratio(g_bar, b)
+        factor, y = scores.shift(f, g).exp(), support.divide(g_bar, b)
         f_bar = f_bar - factor.times(y)
         d_scores = d_scores.minus(factor.scale(jnp.ones_like(a), y))
-        factor, x = scores.shift(f, earlier_g).exp(), _ratio(f_bar, a)
+        factor, x = scores.shift(f, earlier_g).exp(), support.divide(f_bar, a)
         d_scores = d_scores.minus(factor.scale(x, jnp.ones_like(b)))
         return (d_scores, jnp.zeros_like(f_bar), -factor.transpose_times(x)), None
 
@@ -288,7 +299,7 @@ def _minus_exact_tail(d_scores: Kernel, heads: Heads, solved: Solved, f_bar, g_b
 def _implicit_terms(problem: _Problem, plan: Kernel, f_bar, g_bar):
     """The converged plan's multipliers (contract, section 4): `dS = P * (G - x_i - y_j)`."""
     one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
-    system = problem.plan(plan.times, plan.transpose_times, plan.times(one_column), problem.b)
+    system = problem.linear_system(plan, one_row, one_column)
     x, y = implicit.solve(system, f_bar, g_bar, problem.spec.cg_steps)
     return jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)
 
@@ -296,17 +307,6 @@ def _implicit_terms(problem: _Problem, plan: Kernel, f_bar, g_bar):
 def _scaled(scaling: Array, x: Array) -> Array:
     """`diag(scaling) x` for a vector or several columns."""
     return scaling.reshape(scaling.shape + (1,) * (x.ndim - 2)) * x
-
-
-def _with_bin(x: Array) -> Array:
-    """Vectors over residues with a 0 for the dustbin."""
-    return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
-
-
-def _ratio(x: Array, y: Array) -> Array:
-    """x / y, 0 where either is 0: a target without support, or nothing to divide."""
-    zero = (x == 0) | (y == 0)
-    return jnp.where(zero, 0, x / jnp.where(zero, 1, y))
 
 
 def _log(x: Array) -> Array:

@@ -107,6 +107,16 @@ def _reached(
     return (start <= column) & (column <= end)
 
 
+def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:
+    """Vectors over residues with one more entry, the dustbin's."""
+    return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2), constant_values=last)
+
+
+def divide(x: Array, y: Array) -> Array:
+    """x / y, 0 where y is 0: nothing lies there."""
+    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
+
+
 def zero_padding(x: jax.Array, lengths: Int[Array, "*batch"]) -> jax.Array:
     """`x [*batch, length, ...]` with 0 from its length on, whatever stood there (NaN and inf included)."""
     real = jnp.arange(x.shape[lengths.ndim]) < lengths[..., None]

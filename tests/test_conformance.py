@@ -246,9 +246,10 @@ def test_output_is_the_plan_times_the_values(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_jit_vmap_and_repetition_change_nothing(implementation):
+@pytest.mark.parametrize("settings", [{}, CONVERGING], ids=["plain", "converging"])
+def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[1], "unit")
-    spec = CASES[1].spec(dustbin="unit")
+    spec = CASES[1].spec(dustbin="unit", **settings)
 
     def loss(arrays, lengths):
         out, info = sinkhorn_attention(*arrays, spec, *lengths, score, implementation)
@@ -266,9 +267,10 @@ def test_jit_vmap_and_repetition_change_nothing(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_shard_map_over_the_batch(implementation):
+@pytest.mark.parametrize("settings", [{}, CONVERGING], ids=["plain", "converging"])
+def test_shard_map_over_the_batch(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[0], "full")
-    spec, mesh = CASES[0].spec(dustbin="full"), jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    spec, mesh = CASES[0].spec(dustbin="full", **settings), jax.sharding.Mesh(jax.devices()[:1], ("data",))
     data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
 
     def run(arrays, lengths, score):
