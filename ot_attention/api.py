@@ -15,7 +15,7 @@ from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec,
 _DTYPES = ("bfloat16", "float32", "float64")
 
 
-def _checked(function):
+def checked(function):
     """Checks arguments before anything else can fail on them: every misuse is a ValueError naming the argument."""
     signature = inspect.signature(function)
 
@@ -29,7 +29,7 @@ def _checked(function):
     return wrapper
 
 
-@_checked
+@checked
 def sinkhorn_attention(
     q: Float[Array, "batch rows heads width"],
     k: Float[Array, "batch columns heads width"],
@@ -51,7 +51,7 @@ def sinkhorn_attention(
             the padded ones instead: their values are not known there.
         UnsupportedError: the named implementation cannot do this, and what to change.
     """
-    arguments = _by_head(q, k, v, dustbin_score, q_lengths, k_lengths)
+    arguments = by_head(q, k, v, dustbin_score, q_lengths, k_lengths)
     attend = reference.attend if _choose(implementation, spec) == "reference" else sinkhorn.attend
     out, *info = attend(arguments, spec)
     out = support.zero_padding(out, arguments.n_q)  # it is 0 already: this is for what comes back through padding
@@ -61,7 +61,7 @@ def sinkhorn_attention(
     return out.swapaxes(1, 2).astype(v.dtype), SinkhornInfo(f, g, jax.lax.stop_gradient(residual))
 
 
-@_checked
+@checked
 def transport_plan(
     q: Float[Array, "batch rows heads width"],
     k: Float[Array, "batch columns heads width"],
@@ -76,13 +76,13 @@ def transport_plan(
     Raises as `sinkhorn_attention` does.
     """
     _choose("reference", spec)
-    plan, *_ = reference.solve(_by_head(q, k, k, dustbin_score, q_lengths, k_lengths), spec)
+    plan, *_ = reference.solve(by_head(q, k, k, dustbin_score, q_lengths, k_lengths), spec)
     if spec.dustbin == "none":
         plan = plan[:, :-1, :-1]
     return plan.reshape(q.shape[0], -1, *plan.shape[1:])
 
 
-def _by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
+def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
     """Heads as the leading axis of everything, padding 0, in the dtype of the computation."""
     batch, _, heads, _ = q.shape
     dtype = jnp.promote_types(jnp.promote_types(q.dtype, k.dtype), jnp.promote_types(v.dtype, jnp.float32))

@@ -1,5 +1,6 @@
 """A matrix over the augmented support, the band's tiles and the dustbin's vectors, and its products."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -37,8 +38,12 @@ class Kernel(NamedTuple):
         shifted = Dustbin(column + f[:, :-1] + g_bin, row + f_bin + g[:, :-1], corner + f_bin + g_bin)
         return Kernel(self.band, tiles, shifted)
 
+    def map(self, function: Callable[[Array], Array]) -> "Kernel":
+        """A function of every entry, also of those outside the support."""
+        return Kernel(self.band, function(self.tiles), self.bin and Dustbin(*map(function, self.bin)))
+
     def exp(self) -> "Kernel":
-        return Kernel(self.band, jnp.exp(self.tiles), self.bin and Dustbin(*map(jnp.exp, self.bin)))
+        return self.map(jnp.exp)
 
     def scale(self, u: Float[Array, "N all_rows"], v: Float[Array, "N all_columns"]) -> "Kernel":
         """`u_i K v_j`."""

@@ -39,25 +39,25 @@ class Solved(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def attend(heads: Heads, spec: SinkhornSpec):
     """Output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual `[N]` of every head."""
-    solved = _by_group(functools.partial(_forward, spec=spec), heads, spec)
+    solved = by_group(functools.partial(forward, spec=spec), heads, spec)
     return solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual
 
 
 def _attend_fwd(heads, spec):
-    solved = _by_group(functools.partial(_forward, spec=spec), heads, spec)
+    solved = by_group(functools.partial(forward, spec=spec), heads, spec)
     return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual), (heads, solved)
 
 
 def _attend_bwd(spec, kept, cotangents):
     heads, solved = kept
-    dq, dk, dv, ds = _by_group(functools.partial(_backward, spec=spec), (heads, solved, cotangents[:3]), spec)
+    dq, dk, dv, ds = by_group(functools.partial(_backward, spec=spec), (heads, solved, cotangents[:3]), spec)
     return (Heads(dq, dk, dv, ds, None, None),)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _by_group(function, arguments, spec: SinkhornSpec):
+def by_group(function, arguments, spec: SinkhornSpec):
     """Maps over groups of heads whose tiles fit `_GROUP_BYTES`, at least one head."""
     heads = arguments if isinstance(arguments, Heads) else arguments[0]
     number, rows, _ = heads.q.shape
@@ -70,7 +70,7 @@ def _by_group(function, arguments, spec: SinkhornSpec):
     return jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), jax.lax.map(function, split))
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """Scores of a group of heads, and what rows and columns must sum to."""
 
     scores: Kernel
@@ -80,7 +80,7 @@ class _Problem(NamedTuple):
     lengths: tuple[Int[Array, "N"], Int[Array, "N"]]
 
     @classmethod
-    def create(cls, heads: Heads, spec: SinkhornSpec) -> "_Problem":
+    def create(cls, heads: Heads, spec: SinkhornSpec) -> "Problem":
         q, k, _, bin_score, n_q, n_k = heads
         rows, columns = q.shape[1], k.shape[1]
         a, b = support.targets(n_q, n_k, rows, columns, spec.band, spec.dustbin, q.dtype)
@@ -145,14 +145,14 @@ class _Progress(NamedTuple):
         return tuple(jax.lax.dynamic_index_in_dim(h, slot, keepdims=False) for h in (self.f, self.g))
 
 
-def _forward(heads: Heads, spec: SinkhornSpec) -> Solved:
+def forward(heads: Heads, spec: SinkhornSpec) -> Solved:
     """All steps (contract, section 2), few of which need an exp over the band.
 
     The kernel `K = exp(S + g - row maximum)` is scaled, `u = a / (K v)`, `v = b / (K^T u)`, until all steps are done or
     a scaling leaves its range. Then K is made anew from the g reached, after a step in the log domain if there was no
     progress otherwise.
     """
-    problem = _Problem.create(heads, spec)
+    problem = Problem.create(heads, spec)
     a, b, scores = problem.a, problem.b, problem.scores
     steps = spec.all_base_steps + spec.tail_steps
 
@@ -180,7 +180,7 @@ def _forward(heads: Heads, spec: SinkhornSpec) -> Solved:
     return Solved(out, progress.f.swapaxes(0, 1), progress.g.swapaxes(0, 1), residual)
 
 
-def _scale(problem: _Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[_Progress, Array, Array]:
+def _scale(problem: Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[_Progress, Array, Array]:
     """Steps by scaling `K = exp(S + g - top)`, until all are done or one would leave the range."""
     a, b, spec = problem.a, problem.b, problem.spec
 
@@ -213,7 +213,7 @@ def _scale(problem: _Problem, kernel: Kernel, top, g, start: _Progress) -> tuple
     return progress.record(spec, *potentials(u, v)), u, v
 
 
-def _log_step(problem: _Problem, progress: _Progress) -> _Progress:
+def _log_step(problem: Problem, progress: _Progress) -> _Progress:
     """One step in the log domain, for scores whose rows and columns have nothing in common."""
     scores, a, b, spec = problem.scores, problem.a, problem.b, problem.spec
     _, g = progress.last(spec)
@@ -232,7 +232,7 @@ def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array
     The sum has two terms for every tail step, or two for the converged plan: one product gives the whole field.
     """
     heads, solved, (d_out, d_f, d_g) = arguments
-    problem = _Problem.create(heads, spec)
+    problem = Problem.create(heads, spec)
     band = problem.scores.band
     plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
     dv = band.transpose_times(plan.tiles, d_out)
@@ -260,7 +260,7 @@ def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array
     return scale * dq, scale * dk, dv, d_bin
 
 
-def _tail_terms(problem: _Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
+def _tail_terms(problem: Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
     """The 2 R staircase factors of the tail (contract, section 3), each the plan times a row and a column vector."""
     rows, columns = (jnp.exp(x - x[:, -1:]).swapaxes(0, 1) for x in (solved.f, solved.g))
     terms = []
@@ -279,7 +279,7 @@ def _minus_exact_tail(d_scores: Kernel, heads: Heads, solved: Solved, f_bar, g_b
 
     Each factor is made from the scores and taken off, one after the other.
     """
-    problem = _Problem.create(heads, spec)
+    problem = Problem.create(heads, spec)
     a, b, scores = problem.a, problem.b, problem.scores
     f, g = solved.f.swapaxes(0, 1), solved.g.swapaxes(0, 1)
 
@@ -296,7 +296,7 @@ def _minus_exact_tail(d_scores: Kernel, heads: Heads, solved: Solved, f_bar, g_b
     return jax.lax.scan(step, (d_scores, f_bar, g_bar), (f[1:], g[1:], g[:-1]), reverse=True)[0][0]
 
 
-def _implicit_terms(problem: _Problem, plan: Kernel, f_bar, g_bar):
+def _implicit_terms(problem: Problem, plan: Kernel, f_bar, g_bar):
     """The converged plan's multipliers (contract, section 4): `dS = P * (G - x_i - y_j)`."""
     one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
     system = problem.linear_system(plan, one_row, one_column)

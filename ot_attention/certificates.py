@@ -1,0 +1,203 @@
+"""How far a plan and its gradient can be from the converged ones: bounds, not estimates (contract, section 5).
+
+Distances of potentials are oscillations, `osc(x) = max x - min x`, since a constant moves from f to g for free. A half
+step, g -> f or f -> g, never increases them. How much it decreases them is known in two ways:
+
+- at once for all potentials, where every row meets every column: by `tanh(Delta / 4)`, Delta the projective diameter of
+  `exp(S)` (Birkhoff 1957, Hopf 1963; Franklin and Lorenz 1989 for Sinkhorn's iteration);
+- near given potentials, also in a band, where some columns meet every row, as a dustbin's does: the derivative of
+  g -> f is minus the matrix of row shares `P_ij / a_i`, whose rows agree in `delta = sum_j min_i P_ij / a_i` of their
+  mass, so that it contracts by `1 - delta` (Dobrushin 1956). Shares change by at most e^-r within a distance r.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ot_attention import sinkhorn, support
+from ot_attention.api import by_head, checked
+from ot_attention.kernel import Kernel
+from ot_attention.spec import Heads, SinkhornSpec
+
+
+class Bias(NamedTuple):
+    """Bounds for every batch element and head; infinite where nothing is known.
+
+    rate: by which a step (both halves) decreases distances, between where the iteration stands and its fixed point.
+    potentials: `osc(g_0 - g)` and `osc(f_0 - f)`, with f_0 and g_0 after the base steps, f and g the fixed point.
+    plan: relative error of any entry of the plan after the tail steps, `|P_ij / P*_ij - 1|`.
+    gradient: of `gradient="tail"`, `sum_ij |dS_ij - dS*_ij|` for the same cotangent G of the plan, over `max G - min G`
+        (in the support; the dustbin's G is 0 in attention). Relative to the mass of the plan, `sum_j b_j`.
+        Infinite for other gradients, of which it says nothing.
+    """
+
+    rate: Float[Array, "batch heads"]
+    potentials: Float[Array, "batch heads"]
+    plan: Float[Array, "batch heads"]
+    gradient: Float[Array, "batch heads"]
+
+
+@checked
+def contraction(
+    q: Float[Array, "batch rows heads width"],
+    k: Float[Array, "batch columns heads width"],
+    spec: SinkhornSpec,
+    q_lengths: Int[Array, "batch"] | None = None,
+    k_lengths: Int[Array, "batch"] | None = None,
+    dustbin_score: Float[Array, "heads"] | None = None,
+) -> Float[Array, "batch heads"]:
+    """Birkhoff and Hopf's bound `tanh(Delta / 4)^2` on the rate of a step from any potentials; 1 outside its reach.
+
+    Its reach are blocks without zeros: problems in which every row meets every column. Costs rows^2 x columns there and
+    nothing elsewhere; memory is one head's rows x min(columns, 2 W + 1). Raises as `sinkhorn_attention` does.
+    """
+    heads = by_head(q, k, k, dustbin_score, q_lengths, k_lengths)
+    rate = jax.lax.map(functools.partial(_contraction, spec=spec), heads)
+    return (rate**2).reshape(q.shape[0], -1)
+
+
+@checked
+def posterior_bias(
+    q: Float[Array, "batch rows heads width"],
+    k: Float[Array, "batch columns heads width"],
+    spec: SinkhornSpec,
+    q_lengths: Int[Array, "batch"] | None = None,
+    k_lengths: Int[Array, "batch"] | None = None,
+    dustbin_score: Float[Array, "heads"] | None = None,
+) -> Bias:
+    """Solves the problem and bounds what is missing to convergence, `osc(g_1 - g_0) / (1 - rate)`.
+
+    Cost: the solve, two passes over the band, and `contraction`. Raises as `sinkhorn_attention` does.
+    """
+    heads = by_head(q, k, k, dustbin_score, q_lengths, k_lengths)
+    everywhere = jax.lax.map(functools.partial(_contraction, spec=spec), heads)
+    changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), heads, spec)
+    bias = _bias(changes, overlaps, everywhere, spec)
+    return Bias(*(x.reshape(q.shape[0], -1) for x in bias))
+
+
+def _contraction(head: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
+    """Of a half step; 1 if a row does not meet a column."""
+    head = head._replace(k=head.k if spec.band is None else head.k[: 2 * spec.band + 1])  # none meets all rows beyond
+    rows, columns = head.q.shape[0], head.k.shape[0]
+    first, last = support.row_windows(jnp.arange(rows, dtype=jnp.int32), head.n_q, head.n_k, spec.band)
+    exists = jnp.arange(rows) < head.n_q
+    complete = jnp.all(~exists | ((first == 0) & (last == head.n_k - 1)))
+
+    def half_step():
+        scores = head.q @ head.k.T / (spec.epsilon * head.q.shape[-1] ** 0.5)
+        bin_column = head.dustbin_score if spec.dustbin != "none" else scores[:, 0]  # without one, nothing new
+        scores = jnp.concatenate([scores, jnp.broadcast_to(bin_column, rows)[:, None]], 1)
+        is_column = (jnp.arange(columns + 1) < head.n_k) | (jnp.arange(columns + 1) == columns)
+
+        def oscillation(row):
+            """Of a row's difference to any other, in logarithms."""
+            highest = jnp.where(is_column, scores - row, -jnp.inf).max(-1)
+            lowest = jnp.where(is_column, scores - row, jnp.inf).min(-1)
+            return jnp.where(exists, highest - lowest, 0).max()
+
+        none = jnp.zeros((), scores.dtype)
+        diameter = jax.lax.fori_loop(0, head.n_q, lambda i, d: jnp.maximum(d, oscillation(scores[i])), none)
+        if spec.dustbin != "none":
+            bin_row = jnp.full(columns + 1, head.dustbin_score).at[-1].set(0)
+            diameter = jnp.maximum(diameter, oscillation(bin_row))
+        return jnp.tanh(diameter / 4)
+
+    empty = (head.n_q == 0) | (head.n_k == 0)
+    return jax.lax.cond(complete & ~empty, half_step, lambda: jnp.where(empty, 0.0, 1.0).astype(head.q.dtype))
+
+
+def _nearby(heads: Heads, spec: SinkhornSpec) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """What the first tail step changes of f and of g, and what rows and what columns have in common there."""
+    solved, problem = sinkhorn.forward(heads, spec), sinkhorn.Problem.create(heads, spec)
+    f, g = solved.f[:, 1], solved.g[:, 0]  # f is the half step from g, so that row sums are met
+    rounding = 16 * jnp.finfo(f.dtype).eps * (1 + jnp.abs(f).max(-1) + jnp.abs(g).max(-1))
+    changes = _oscillation(f - solved.f[:, 0], problem.a), _oscillation(solved.g[:, 1] - g, problem.b)
+    overlaps = _row_overlap(problem.scores, f, g, problem), _column_overlap(problem.scores, f, solved.g[:, 1], problem)
+    empty = problem.a.sum(-1) == 0
+    return tuple(x + rounding for x in changes), tuple(jnp.where(empty, 1, x) for x in overlaps)
+
+
+def _row_overlap(scores: Kernel, f, g, problem: sinkhorn.Problem) -> Float[Array, "N"]:
+    """`sum_j min_i P_ij / a_i`, over columns that meet every row."""
+    rows = (problem.a > 0).astype(f.dtype)
+    complete = scores.map(_exists).transpose_times(rows) == rows.sum(-1, keepdims=True)
+    shares = scores.shift(f - jnp.log(jnp.where(rows > 0, problem.a, 1)), g)
+    return jnp.where(complete & (problem.b > 0), jnp.exp(-shares.map(_negative).column_max()), 0).sum(-1)
+
+
+def _column_overlap(scores: Kernel, f, g, problem: sinkhorn.Problem) -> Float[Array, "N"]:
+    """`sum_i min_j P_ij / b_j`, over rows that meet every column."""
+    columns = (problem.b > 0).astype(f.dtype)
+    complete = scores.map(_exists).times(columns) == columns.sum(-1, keepdims=True)
+    shares = scores.shift(f, g - jnp.log(jnp.where(columns > 0, problem.b, 1)))
+    return jnp.where(complete & (problem.a > 0), jnp.exp(-shares.map(_negative).row_max()), 0).sum(-1)
+
+
+def _bias(changes: tuple[Array, ...], overlaps: tuple[Array, ...], everywhere, spec: SinkhornSpec) -> Bias:
+    """The bounds from what a step changes of f and g. All iterates and the fixed point lie within `distance` of g_0.
+
+    That holds for any distance d with `d >= change + rate(d) d`: the ball is then mapped into itself.
+    """
+    f_change, change = changes
+
+    def half_rates(distance):
+        return tuple(jnp.minimum(1 - jnp.exp(-distance) * overlap, everywhere) for overlap in overlaps)
+
+    def rate(distance):
+        to_f, to_g = half_rates(distance)
+        return to_f * to_g
+
+    distance = 1.001 * jax.lax.fori_loop(0, 200, lambda _, d: change / (1 - rate(d)), change)
+    known = distance * (1 - rate(distance)) >= change
+    distance = jnp.where(known, distance, 0)
+    to_f, to_g = half_rates(distance)
+    step = to_f * to_g
+    plan = jnp.expm1(to_f * step ** (spec.tail_steps - 1) * distance)
+    gradient = _tail_bias(distance, to_f, to_g, spec.tail_steps) if spec.gradient == "tail" else jnp.inf
+    potentials = jnp.maximum(distance, f_change + to_f * distance)  # f_0 is a half step before g_0, f_1 one after
+    bounds = (jnp.where(known, x, jnp.inf) for x in (potentials, plan, gradient))
+    return Bias(jnp.where(known, step, 1), *bounds)
+
+
+def _tail_bias(distance, to_f, to_g, tail_steps: int):
+    """In the sum norm, for a cotangent G between -1/2 and 1/2 and a plan of mass 1.
+
+    Contract, section 3: gbar_r and fbar_r are measures that the shares of columns and of rows carry to and fro, and
+    each subtracts a field of its own norm. The matrices of step r differ from those at the fixed point by factors of at
+    most `1 + off`, and the converged gradient has infinitely many steps. Measures of sum 0 lose as potentials do.
+    """
+    rate = to_f * to_g
+
+    def off(r):
+        """Of `exp(S + f_r + g_r)` and of `exp(S + f_r + g_{r-1})`."""
+        return jnp.expm1(to_f * rate ** (r - 1) * distance), jnp.expm1(rate ** (r - 1) * distance)
+
+    plan, _ = off(tail_steps)
+    bias = g_error = plan / 2
+    g_norm, f_norm, f_error = 0.5, 1.0, plan / 2 + (plan / 2 + g_error)
+    for r in range(tail_steps, 0, -1):
+        with_g, with_f = off(r)
+        if r < tail_steps:
+            f_norm, f_error = to_g * g_norm, with_g * g_norm + to_g * g_error
+        bias += with_g * g_norm + g_error + with_f * f_norm + f_error
+        g_norm, g_error = to_f * f_norm, with_f * f_norm + to_f * f_error
+    return bias + g_norm * (1 + to_g) / (1 - rate)
+
+
+def _oscillation(x: Float[Array, "N length"], target: Float[Array, "N length"]) -> Float[Array, "N"]:
+    there = target > 0
+    change = jnp.where(there, x, -jnp.inf).max(-1) - jnp.where(there, x, jnp.inf).min(-1)
+    return jnp.where(there.any(-1), change, 0)
+
+
+def _exists(scores: Array) -> Array:
+    return jnp.isfinite(scores).astype(scores.dtype)
+
+
+def _negative(scores: Array) -> Array:
+    """Minus scores, so that their largest is the least; minus infinity outside the support stays."""
+    return jnp.where(jnp.isfinite(scores), -scores, -jnp.inf)
