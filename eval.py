@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import baselines, metrics, pfam, pipeline, vocab
 from models import decode, figures, loss
 from models.aligner import AlignerConfig
-from models.attention import SinkhornSpec
+from models.attention import Certificate, SinkhornSpec
 from models.loss import LossConfig
 from models.state import Checkpoints, OptimizerConfig, Trainer
 
@@ -34,6 +34,7 @@ SPLITS = {
 }
 _MASK_EVERY = 7  # residues; masked reconstruction asks for every seventh one
 _PICTURES = 3  # plans drawn for every split
+_CERTIFIED = 128  # pairs of every split whose plans are certified
 
 Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -69,12 +70,16 @@ def evaluate_run(
     (workdir / "figures").mkdir(exist_ok=True)
     if (workdir / "metrics.jsonl").exists():
         figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
-    report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}}
+    certify = functools.partial(jax.jit(certifier(trainer)), state.ema)
+    report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}, "certificates": {}}
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
         draw = functools.partial(draw_plan, workdir / "figures", name)
         report["splits"][name] = score_split(
             predict, families, config.batch_size, config.data.buckets, limit=limit, draw=draw, progress=name
+        )
+        report["certificates"][name] = certify_split(
+            certify, families, config.batch_size, config.data.buckets, min(limit or _CERTIFIED, _CERTIFIED)
         )
         summary = {who: result["overall"] for who, result in report["splits"][name].items()}
         others = {who: summary[who] for who in baselines.BASELINES}
@@ -135,6 +140,37 @@ def predictor(trainer: Trainer) -> Callable:
     return predict
 
 
+def certify_split(
+    certify: Callable, families: pipeline.Families, batch_size: int, buckets: Sequence[int], limit: int
+) -> dict[str, dict]:
+    """For every layer and certificate the median and the worst over pairs and heads (None: infinite), and the share
+    that is finite, from `limit` pairs at most.
+    """
+    found: dict[str, list[Certificate]] = {}
+    for batch in pipeline.evaluation_batches(families, batch_size, buckets, limit=limit):
+        for layer, certificate in jax.device_get(certify(batch)).items():
+            real = np.resize(batch["id"][:, 0] >= 0, len(certificate.residual))  # self-attention has x, then y
+            found.setdefault(layer, []).append(Certificate(*(x[real] for x in certificate)))
+    return {layer: _spread(jax.tree.map(lambda *x: np.concatenate(x), *of)) for layer, of in found.items()}
+
+
+def _spread(certificate: Certificate) -> dict[str, dict]:
+    def number(x):
+        return float(x) if np.isfinite(x) else None
+
+    return {
+        name: {"median": number(np.median(x)), "worst": number(x.max()), "finite": float(np.isfinite(x).mean())}
+        for name, x in certificate._asdict().items()
+    }
+
+
+def certifier(trainer: Trainer) -> Callable:
+    """`(params, batch) -> certificates` of every layer."""
+    return lambda params, batch: trainer.model(params).certificates(
+        batch["x"], batch["y"], batch["x_length"], batch["y_length"]
+    )
+
+
 def make_trainer(config: ConfigDict):
     """Trainer and initial state that a configuration describes; a misspelt key fails here."""
     band = config.attention.band  # a flag cannot say None
@@ -186,7 +222,21 @@ def table(report: dict) -> str:
         for name in result["model"]["bins"]:
             cells = [f"{summary['bins'][name]['f1']['value']:.3f}" for summary in result.values()]
             lines.append(f"{'f1, identity ' + name:24}" + "".join(f"{cell:>24}" for cell in cells))
+        lines += _certificate_lines(report["certificates"][split])
     return "\n".join(lines)
+
+
+def _certificate_lines(layers: dict[str, dict]) -> list[str]:
+    names = Certificate._fields
+    lines = [f"{'median / worst':24}" + "".join(f"{name:>20}" for name in names)]
+    for layer, spread in layers.items():
+        cells = (" / ".join(_number(spread[name][which]) for which in ("median", "worst")) for name in names)
+        lines.append(f"{layer:24}" + "".join(f"{cell:>20}" for cell in cells))
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.2g}"
 
 
 def _cell(metric: dict | None) -> str:

@@ -1,6 +1,7 @@
 """The siamese aligner: one encoder for both sequences, a transport plan from x to y, a head that reads only that."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,9 @@ class AttentionBlock(nnx.Module):
     def __call__(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]):
         return h + self.attention(self.norm(h), lengths)
 
+    def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> attention.Certificate:
+        return self.attention.certificate(self.norm(h), lengths)
+
 
 class Encoder(nnx.Module):
     """Tokens of one sequence to features; padding does not change them."""
@@ -88,11 +92,24 @@ class Encoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
     ) -> Float[Array, "batch length width"]:
+        *_, h = self._features(tokens, lengths)
+        return self.norm(h.astype(jnp.float32))
+
+    def certificates(
+        self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
+    ) -> list[attention.Certificate]:
+        """Of every self-attention block."""
+        features = zip(self.blocks, self._features(tokens, lengths), strict=False)
+        return [block.certificate(h, lengths) for block, h in features if isinstance(block, AttentionBlock)]
+
+    def _features(self, tokens, lengths) -> Iterator[Float[Array, "batch length width"]]:
+        """What goes into each block, and what comes out of the last."""
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         h = self.embed(tokens)
         for block in self.blocks:
+            yield h
             h = block(h, real[..., None].astype(h.dtype)) if isinstance(block, ConvolutionBlock) else block(h, lengths)
-        return self.norm(h.astype(jnp.float32))
+        yield h
 
 
 class Aligner(nnx.Module):
@@ -142,6 +159,20 @@ class Aligner(nnx.Module):
         """The plan over residues, dense."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score)
+
+    def certificates(
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        x_length: Int[Array, "batch"],
+        y_length: Int[Array, "batch"],
+    ) -> dict[str, attention.Certificate]:
+        """Of every self-attention, for x and y one after the other, and of the plan."""
+        blocks = zip(self.encoder.certificates(x, x_length), self.encoder.certificates(y, y_length), strict=True)
+        both = [jax.tree.map(lambda *of: jnp.concatenate(of), *of_block) for of_block in blocks]
+        q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
+        plan = attention.certify(q[:, :, None], k[:, :, None], self.spec, (x_length, y_length), self.dustbin.score)
+        return {f"self-attention {i + 1}": of_block for i, of_block in enumerate(both)} | {"plan": plan}
 
     def _queries_and_keys(self, x, y, x_length, y_length):
         h_x, h_y = self._encode(x, y, x_length, y_length)

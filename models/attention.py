@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, support, transport_plan
+from ot_attention.certificates import contraction, posterior_bias
 
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
 
@@ -26,12 +27,20 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]
     ) -> Float[Array, "batch length width"]:
+        q, k, v = self._project(h)
+        out, _ = sinkhorn_attention(q, k, v, self.spec, lengths, lengths, self.dustbin.score)
+        return self.out(out.reshape(h.shape))
+
+    def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> "Certificate":
+        """Of the plans that a call with the same arguments applies."""
+        q, k, _ = self._project(h)
+        return certify(q, k, self.spec, (lengths, lengths), self.dustbin.score)
+
+    def _project(self, h):
         q, k, v = jnp.split(self.project(h), 3, axis=-1)
         q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
         position = jnp.arange(h.shape[1], dtype=jnp.float32)[None]
-        q, k = rotate(q, position), rotate(k, position)
-        out, _ = sinkhorn_attention(q, k, v, self.spec, lengths, lengths, self.dustbin.score)
-        return self.out(out.reshape(h.shape))
+        return rotate(q, position), rotate(k, position), v
 
 
 class Dustbin(nnx.Module):
@@ -95,6 +104,24 @@ def _log_plan(q, k, info: SinkhornInfo, target, spec: SinkhornSpec, lengths) -> 
     first, last = support.row_windows(rows, lengths[0], lengths[1], spec.band)
     inside = (target >= 0) & (first <= column) & (column <= last)
     return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
+
+
+class Certificate(NamedTuple):
+    """How near to convergence plans are: `ot_attention.certificates`, whose bounds are infinite where none is known."""
+
+    residual: Float[Array, "batch heads"]
+    contraction: Float[Array, "batch heads"]
+    rate: Float[Array, "batch heads"]
+    potentials: Float[Array, "batch heads"]
+    plan: Float[Array, "batch heads"]
+    gradient: Float[Array, "batch heads"]
+
+
+def certify(q, k, spec: SinkhornSpec, lengths, dustbin_score) -> Certificate:
+    """For queries and keys `[batch, length, heads, width]`."""
+    arguments = q, k, spec, *lengths, dustbin_score
+    _, info = sinkhorn_attention(q, k, k, spec, *lengths, dustbin_score)
+    return Certificate(info.residual, contraction(*arguments), *posterior_bias(*arguments))
 
 
 def plan(q, k, spec: SinkhornSpec, lengths, dustbin_score) -> Float[Array, "batch x_length y_length"]:

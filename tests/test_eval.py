@@ -69,6 +69,19 @@ def test_the_table_holds_every_number_of_the_report(scored):
             assert table[f"f1, identity {name}"].split()[-len(WHO) :] == told
 
 
+def test_certificates_of_the_layers_are_reported(scored):
+    report, printed = scored
+    for layers in report["certificates"].values():
+        assert list(layers) == ["plan"]  # the tiny model has no self-attention
+        for name, spread in layers["plan"].items():
+            assert spread.keys() == {"median", "worst", "finite"}, name
+        assert layers["plan"]["residual"]["worst"] > layers["plan"]["residual"]["median"] > 0
+        assert 0 < layers["plan"]["rate"]["median"] <= layers["plan"]["contraction"]["worst"] == 1
+        told = next(line for line in printed.splitlines() if line.startswith("plan "))
+        assert f"{layers['plan']['residual']['median']:.2g} / {layers['plan']['residual']['worst']:.2g}" in printed
+        assert len(told.split()) == 1 + 3 * len(layers["plan"])
+
+
 def test_figures_are_drawn(finished, scored):
     names = {path.name for path in (finished / "figures").glob("*.png")}
     assert {"training.png", "test_iid.png", "test_ood.png"} <= names

@@ -73,6 +73,20 @@ def forward(model: Aligner, batch: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return jax.device_get(_forward(*nnx.split(model), *(jnp.asarray(batch[name]) for name in names)))
 
 
+def test_certificates_are_those_of_the_plans_that_are_applied():
+    model, batch = make_model(SPECS["dustbin"]), make_batch()
+    pair = tuple(jnp.asarray(batch[name]) for name in ("x", "y", "x_length", "y_length"))
+    certificates = model.certificates(*pair)
+    assert list(certificates) == ["self-attention 1", "plan"]
+    transported, _ = model(pair[0], pair[1], jnp.asarray(batch["target"]), *pair[2:])
+    np.testing.assert_allclose(certificates["plan"].residual[:, 0], transported.residual, rtol=1e-5)
+    attend = model.encoder.blocks[1]
+    h_y = model.encoder.blocks[0](model.encoder.embed(pair[1]), (pair[1] != vocab.PAD)[..., None].astype(float))
+    alone = attend.certificate(h_y, pair[3])
+    np.testing.assert_allclose(certificates["self-attention 1"].residual[4:], alone.residual, rtol=1e-4, atol=1e-6)
+    assert alone.residual.shape == (4, SMALL.heads)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(graph, params, batch):
     return loss.sums(nnx.merge(graph, params), batch)
