@@ -8,7 +8,7 @@ Every round calls each method of a case once to warm up and once against the clo
 machine does hits all of them; times are medians, and ratios are to the faster of the two softmax programs. Rows carry
 the error first: the largest deviation from the same computation in float64, relative to its largest value, and for
 gradients also the distance to the gradient of the converged plan. ott-jax is measured where it is installed
-(pip install ott-jax).
+(pip install ott-jax; requirements-dev.txt has it).
 """
 
 import argparse
@@ -36,7 +36,7 @@ from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention
 from ot_attention.banded_xla import Band
 
 _MOST_ORACLE_CELLS = 4 * 2048 * 2048  # dense in float64; beyond, the banded implementation in float64 judges
-_STEPS = 22  # T + R, what ott-jax is given too
+_STEPS = SinkhornSpec().base_steps + SinkhornSpec().tail_steps  # what ott-jax is given too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,21 +162,30 @@ METHODS: dict[str, Callable[[Case, str], Callable]] = {
     "ott implicit": lambda case, _: ott(case, implicit=True),
     "ott kernel mode": lambda case, _: ott(case, implicit=False, lse_mode=False),
 }
+# Whose computation in float64 a method is compared with, if not its own.
+_SAME_AS = {"softmax": "softmax head by head"} | {m: "dense unrolled" for m in METHODS if m.startswith("ott")}
 
 
-def exact(method: str, case: Case) -> Callable:
-    """The same computation, to be run in float64."""
-    if method.startswith("softmax"):
-        return softmax(case, head_by_head=True)
-    if method.startswith("ott") or method == "dense unrolled":
-        return sinkhorn(case, "reference", gradient="unrolled")
+# ---- oracles, in float64 ----
+
+
+@functools.lru_cache(maxsize=4)
+def exact(method: str, case: Case) -> tuple:
+    """Output and gradients of the same computation, dense where that fits."""
     cells = case.batch * case.heads * case.length**2
-    return METHODS[method](case, "reference" if cells <= _MOST_ORACLE_CELLS else "xla")
+    return in_float64(METHODS[method](case, "reference" if cells <= _MOST_ORACLE_CELLS else "xla"), case)
 
 
-def converged(case: Case) -> Callable:
+@functools.lru_cache(maxsize=1)
+def converged(case: Case) -> tuple:
+    """Output and gradients at the fixed point."""
     spec = {"base_steps": 20, "solver": "newton", "newton_steps": 8, "cg_steps": 60, "gradient": "implicit"}
-    return sinkhorn(case, "xla", **spec)
+    return in_float64(sinkhorn(case, "xla", **spec), case)
+
+
+def in_float64(attend: Callable, case: Case) -> tuple:
+    with jax.enable_x64(True):
+        return jax.jit(forward_backward(attend))(*case.arguments("float64"))
 
 
 # ---- measuring ----
@@ -195,15 +204,14 @@ def forward_backward(attend: Callable) -> Callable:
 def errors(method: str, case: Case, attend: Callable) -> dict[str, float]:
     """Of the output and of the gradients, in float32 against float64, and of the gradient against the converged one."""
     actual = jax.jit(forward_backward(attend))(*case.arguments())
+    expected = exact(_SAME_AS.get(method, method), case)
     with jax.enable_x64(True):
-        arguments = case.arguments("float64")
-        expected = jax.jit(forward_backward(exact(method, case)))(*arguments)
         found = {"out": _deviation(actual[0], expected[0])}
         found |= {"gradient": max(_deviation(x, y) for x, y in zip(actual[1:], expected[1:], strict=True))}
         if not method.startswith("softmax"):
-            limit = jax.jit(forward_backward(converged(case)))(*arguments)
             found["gradient_to_converged"] = max(
-                float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in zip(actual[1:3], limit[1:3], strict=True)
+                float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
+                for x, y in zip(actual[1:3], converged(case)[1:3], strict=True)
             )
     return found
 
