@@ -30,6 +30,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: run
 
 # What may change when a run goes on; anything else makes it another run.
 _FREE_KEYS = ("total_steps", "checkpoint.", "log.", "data.workers", "data.prefetch")
+_TRACED = 3  # steps
 
 
 class NonFiniteError(Exception):
@@ -82,12 +83,19 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     )
     previous = None
     for step in range(start + 1, config.total_steps + 1):
+        if step == config.log.trace:
+            jax.profiler.start_trace(workdir / "trace")
+        asked = time.perf_counter()
         batch = next(iterator)
+        log.waited += time.perf_counter() - asked
         ids = batch.pop("id")
         state, metrics = update(state, batch)
         if previous:
             check_and_log(*previous, log, progress, workdir)
         previous = step, metrics, ids, int(batch["x_length"].sum() + batch["y_length"].sum())
+        if step == min(config.log.trace + _TRACED - 1, config.total_steps) and start < config.log.trace <= step:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
         save = step % config.checkpoint.every == 0 or step == config.total_steps
         evaluate = validate and (step % config.log.eval_every == 0 or step == config.total_steps)
         if save or evaluate:
@@ -147,6 +155,7 @@ class MetricsLog:
     def __init__(self, workdir: Path, config: ConfigDict, start: int):
         self.path, self.every = workdir / "metrics.jsonl", config.log.every
         self.residues_per_second = 0.0
+        self.waited = 0.0  # seconds, for batches
         self._time, self._residues, self._examples = time.perf_counter(), 0, 0
         if self.path.exists():
             kept = [row for row in evaluation.read_metrics(workdir) if row["step"] <= start and start > 0]
@@ -166,7 +175,11 @@ class MetricsLog:
         seconds = time.perf_counter() - self._time
         if step % self.every == 0 or step == 1:
             self.residues_per_second = self._residues / seconds
-            rates = {"residues_per_second": self.residues_per_second, "examples_per_second": self._examples / seconds}
+            rates = {
+                "residues_per_second": self.residues_per_second,
+                "examples_per_second": self._examples / seconds,
+                "data_share": self.waited / seconds,
+            }
             self.write(step, values | rates)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -174,7 +187,7 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
         self._wandb.log(values, step=step)
-        self._time, self._residues, self._examples = time.perf_counter(), 0, 0
+        self.waited, self._time, self._residues, self._examples = 0.0, time.perf_counter(), 0, 0
 
     def close(self) -> None:
         self._wandb.finish()

@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
                 "every": 10,  # steps between lines of metrics.jsonl
                 "eval_every": 200,  # steps between evaluations on the validation split; 0 for none
                 "eval_pairs": 256,
+                "trace": 0,  # step from which on three are traced into <workdir>/trace; 0 for none
                 "wandb": "offline",  # "offline", "online" (needs an account) or "disabled"
             },
         }

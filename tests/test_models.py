@@ -292,6 +292,8 @@ def test_accumulation_gives_the_update_of_the_whole_batch(updated):
     # Adam's first step is the sign of the gradient where that is above its epsilon: its moments are what to compare.
     for a, b in zip(jax.tree.leaves(parts.optimizer), jax.tree.leaves(whole.optimizer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match=r"optimizer\.accumulate=3 must divide the batch of 4 pairs"):
+        make_trainer(accumulate=3)[0].update(state, training_batch())
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32(updated):

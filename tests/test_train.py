@@ -15,7 +15,7 @@ import eval as evaluation
 import train
 from models.state import Checkpoints
 
-RATES = {"residues_per_second", "examples_per_second"}
+RATES = {"residues_per_second", "examples_per_second", "data_share"}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,14 @@ def test_folder_of_a_run(finished):
     logged = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if "loss" in row] == list(range(1, tiny.STEPS + 1))
     assert [row["step"] for row in logged if "validation/f1" in row] == [0, 3, 6]
-    assert all(row["residues_per_second"] > 0 for row in logged if "loss" in row)
+    assert all(row["residues_per_second"] > 0 and 0 <= row["data_share"] < 1 for row in logged if "loss" in row)
     values = [value for row in logged for value in row.values()]
     assert np.isfinite(values).all()
+
+
+def test_steps_are_traced_when_asked(finished, tmp_path):
+    train.train(tiny.config_of(finished, log__trace=2, log__eval_every=0, total_steps=3), tmp_path / "traced")
+    assert list((tmp_path / "traced" / "trace").rglob("*.xplane.pb"))
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
