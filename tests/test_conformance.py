@@ -309,13 +309,25 @@ def test_only_the_band_is_computed_and_nothing_of_its_size_is_kept():
     assert f"{length}x{length}" not in text
 
 
-def test_memory_grows_linearly_with_length():
-    def temporary_bytes(length):
-        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-        run = jax.grad(lambda x: sinkhorn_attention(x, x, x, SinkhornSpec(band=64), implementation="xla")[0].sum())
-        return jax.jit(run).lower(shape).compile().memory_analysis().temp_size_in_bytes
+def temporary_bytes(shape: tuple[int, ...], spec: SinkhornSpec) -> int:
+    """Of the compiled gradient."""
+    run = jax.grad(lambda x: sinkhorn_attention(x, x, x, spec, implementation="xla")[0].sum())
+    compiled = jax.jit(run).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(16384) < 2.1 * temporary_bytes(8192)
+
+@pytest.mark.parametrize("settings", [{}, CONVERGING], ids=["plain", "converging"])
+def test_memory_grows_linearly_with_length(settings):
+    spec = SinkhornSpec(band=64, **settings)
+    assert temporary_bytes((1, 16384, 2, 16), spec) < 2.1 * temporary_bytes((1, 8192, 2, 16), spec)
+
+
+def test_memory_holds_the_band_of_one_head_whatever_their_number():
+    spec, length, width = SinkhornSpec(band=256), 2048, 16
+    one, many = (temporary_bytes((batch, length, 2, width), spec) for batch in (1, 8))
+    band, arrays = 4 * length * (2 * 256 + 64), 4 * length * width
+    assert one > band
+    assert many - one < 14 * 12 * arrays < 14 * band  # of 14 more heads: q, k, v, output, gradients, potentials
 
 
 @pytest.mark.parametrize(
