@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ot_attention import reference, sinkhorn, support
+from ot_attention import pallas_tpu, reference, sinkhorn, support
 from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec, UnsupportedError
 
+_ATTEND = {"reference": reference.attend, "xla": sinkhorn.attend, "pallas_tpu": pallas_tpu.attend}
 _DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -52,8 +53,7 @@ def sinkhorn_attention(
         UnsupportedError: the named implementation cannot do this, and what to change.
     """
     arguments = by_head(q, k, v, dustbin_score, q_lengths, k_lengths)
-    attend = reference.attend if _choose(implementation, spec) == "reference" else sinkhorn.attend
-    out, *info = attend(arguments, spec)
+    out, *info = _ATTEND[_choose(implementation, spec)](arguments, spec)
     out = support.zero_padding(out, arguments.n_q)  # it is 0 already: this is for what comes back through padding
     out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in (out, *info))
     if spec.dustbin == "none":
@@ -156,8 +156,12 @@ def _check_lengths(name: str, lengths, batch: int, longest: int) -> Int[Array, "
 def _choose(implementation: str | None, spec: SinkhornSpec) -> str:
     name = implementation or ("reference" if spec.gradient == "unrolled" else "xla")
     reasons = []
-    if name.startswith("pallas"):
-        reasons.append("this version has no Pallas kernels; use implementation='xla' or None")
+    if name == "pallas_gpu":
+        reasons.append("this version has no kernels for GPUs; use implementation='xla' or None")
+    if name == "pallas_tpu" and spec.solver == "newton":
+        reasons.append("its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'")
+    if name == "pallas_tpu" and spec.gradient == "implicit":
+        reasons.append("its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'")
     if spec.gradient == "unrolled" and spec.solver == "newton":
         reasons.append(
             "gradient='unrolled' goes through plain steps only; use solver='sinkhorn' or gradient='implicit'"

@@ -44,7 +44,7 @@ class Band:
             column_index = one + jnp.arange(columns, dtype=jnp.int32)
             return cls(first, last, index[:, None], index, column_index, index[:, None] < rows, rows, columns)
         number = jnp.arange(blocks + 1, dtype=jnp.int32)
-        start = jnp.minimum(_first_row_at(number * block, n_q[:, None], n_k[:, None]), rows)
+        start = jnp.minimum(first_row_at(number * block, n_q[:, None], n_k[:, None]), rows)
         row_index = start[:, :-1, None] + jnp.arange(block, dtype=jnp.int32)
         in_block = row_index < start[:, 1:, None]
         home = jnp.sum(index[:, :, None] >= start[:, None, 1:-1], axis=-1, dtype=jnp.int32)
@@ -126,7 +126,7 @@ def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, in
     return block, width, blocks
 
 
-def _first_row_at(
+def first_row_at(
     position: Int[Array, "blocks"], n_q: Int[Array, "N 1"], n_k: Int[Array, "N 1"]
 ) -> Int[Array, "N blocks"]:
     """First row at or after a position along the longer sequence: least i with `(i + 1/2) longer / n_q >= position`."""
