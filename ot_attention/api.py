@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import get_args
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ot_attention import pallas_tpu, reference, sinkhorn, support
 from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec, UnsupportedError
 
-_ATTEND = {"reference": reference.attend, "xla": sinkhorn.attend, "pallas_tpu": pallas_tpu.attend}
+_ATTEND: dict[str, Callable] = {"reference": reference.attend, "xla": sinkhorn.attend, "pallas_tpu": pallas_tpu.attend}
 _DTYPES = ("bfloat16", "float32", "float64")
 
 

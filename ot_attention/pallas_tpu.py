@@ -1,8 +1,8 @@
 """Forward and backward on a TPU: one head's band is computed once into VMEM and stays there for all steps.
 
-Rows are cut into blocks of at most 128 whose diagonal lies within 128 positions of the longer sequence; a block's columns
-start at a multiple of 128. Vectors over columns lie along lanes. Vectors over rows are columns of a tile while they
-are used, and lie along lanes, `[blocks, 128]`, where they are kept. A step is one sweep: a tile's row sums give
+Rows are cut into blocks of at most 128 whose diagonal lies within 128 positions of the longer sequence; a block's
+columns start at a multiple of 128. Vectors over columns lie along lanes. Vectors over rows are columns of a tile while
+they are used, and lie along lanes, `[blocks, 128]`, where they are kept. A step is one sweep: a tile's row sums give
 u = a / (K v), and u its share of the column sums, so that K is read once. Blocks without rows are skipped.
 """
 
@@ -18,12 +18,13 @@ from jaxtyping import Array
 
 from ot_attention import support
 from ot_attention.banded_xla import first_row_at
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
 
 _BLOCK = 128
 # The band is made anew from the potentials before the scalings leave this range.
 _SCALING_RANGE = 1e10
 _VMEM_BYTES = 110 * 2**20
+_TILE_BYTES = 48 * 2**20  # of that, for the band: the rest holds q, k, v, gradients, each twice
 _PRECISION = "highest"
 
 
@@ -65,9 +66,10 @@ class _Problem(NamedTuple):
         q, k, _, score, n_q, n_k = heads
         dtype = q.dtype
         position = _BLOCK * jnp.arange(sizes.blocks + 1, dtype=jnp.int32)
-        start = jnp.broadcast_to(position, (*n_q.shape, sizes.blocks + 1))
-        if spec.band is not None:
-            start = first_row_at(start, n_q[:, None], n_k[:, None])
+        if spec.band is None:
+            start = jnp.broadcast_to(position, (*n_q.shape, sizes.blocks + 1))
+        else:
+            start = first_row_at(position, n_q[:, None], n_k[:, None])
         own, end = jnp.minimum(start[:, :-1], n_q[:, None]), jnp.minimum(start[:, 1:], n_q[:, None])
         start = jnp.minimum(own, sizes.rows - _BLOCK)
         rows = start[..., None] + jnp.arange(_BLOCK, dtype=jnp.int32)
@@ -429,20 +431,21 @@ def _log(x):
 
 def _call(kernel, heads: Heads, spec: SinkhornSpec, problem: _Problem, sizes: _Sizes, inputs, outputs, scratch):
     """Runs a kernel for every head: its inputs and outputs are whole arrays of that head, in VMEM."""
-    number = len(heads.n_q)
+    number, dtype = len(heads.n_q), heads.q.dtype
+    axes = jax.typeof(heads.q).manual_axis_type  # under shard_map, those that the heads vary over
 
     def block(shape):
         return pl.BlockSpec((None, *shape), lambda n, *_: (n, *(0 for _ in shape)))
 
     return pl.pallas_call(
         functools.partial(kernel, sizes=sizes, spec=spec),
-        out_shape=[jax.ShapeDtypeStruct((number, *shape), heads.q.dtype) for shape in outputs],
+        out_shape=[jax.ShapeDtypeStruct((number, *shape), dtype, manual_axis_type=axes) for shape in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(number,),
             in_specs=[block(x.shape[1:]) for x in inputs],
             out_specs=[block(shape) for shape in outputs],
-            scratch_shapes=[pltpu.VMEM(shape, heads.q.dtype) for shape in scratch],
+            scratch_shapes=[pltpu.VMEM(shape, dtype) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         name=kernel.__name__.strip("_"),
@@ -475,7 +478,7 @@ def _attend_fwd(heads: Heads, spec: SinkhornSpec):
     return (out, all_f, all_g, bins[:, last, 2]), (heads, f, g, bins)
 
 
-def _attend_bwd(spec: SinkhornSpec, kept, cotangents):
+def _attend_bwd(spec, kept, cotangents):
     heads, f, g, bins = kept
     d_out, d_f, d_g, _ = cotangents
     rows, columns = heads.q.shape[1], heads.k.shape[1]
@@ -498,7 +501,8 @@ def _attend_bwd(spec: SinkhornSpec, kept, cotangents):
             (spec.tail_steps, sizes.columns),
         ),
     )
-    return (Heads(dq[:, :rows], dk[:, :columns], dv[:, :columns], d_score[:, 0, 0], None, None),)
+    gradients = dq[:, :rows], dk[:, :columns], dv[:, :columns], d_score[:, 0, 0]
+    return (Heads(*gradients, None, None),)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
@@ -508,6 +512,12 @@ def _prepare(heads: Heads, spec: SinkhornSpec) -> tuple[_Sizes, _Problem, tuple]
     """What both kernels start from."""
     q, k, v = heads.q, heads.k, heads.v
     sizes = _Sizes.create(q.shape[1], k.shape[1], spec.band)
+    held = sizes.blocks * _BLOCK * sizes.reach * q.dtype.itemsize
+    if held > _TILE_BYTES:
+        raise UnsupportedError(
+            f"implementation 'pallas_tpu' cannot do this: the band of one head takes {held / 2**20:.0f} MiB, and "
+            f"{_TILE_BYTES / 2**20:.0f} fit into VMEM; use a smaller spec.band or implementation='xla'"
+        )
     problem = _Problem.create(heads, spec, sizes)
     arrays = _padded(q, sizes.rows), _padded(k, sizes.columns), _padded(v, sizes.columns)
     return sizes, problem, (*arrays, problem.first, problem.last, problem.a, problem.b)

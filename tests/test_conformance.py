@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, transport_plan
 
-IMPLEMENTATIONS = ["reference", "xla"]
+IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
+PLAIN_ONLY = ["pallas_tpu"]  # neither Newton steps nor implicit gradients
 DUSTBINS = ["none", "unit", "full"]
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 
@@ -59,8 +61,16 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def float64():
-    with jax.enable_x64(True):
+    jax.config.update("jax_enable_x64", True)  # for all threads: interpreted kernels have their own
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True)
+def tpu_kernels_are_interpreted(capfd):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 def inputs(case: Case, dustbin: str, dtype="float64", seed=0):
@@ -118,12 +128,15 @@ def test_same_numbers_as_the_reference_in_float64(implementation, case, dustbin)
 
 
 CONVERGING = {"base_steps": 5, "solver": "newton", "gradient": "implicit"}
+SETTINGS = [pytest.param(name, {}, id=name) for name in IMPLEMENTATIONS] + [
+    pytest.param(name, CONVERGING, id=f"{name}, converging") for name in IMPLEMENTATIONS if name not in PLAIN_ONLY
+]
 
 
 @pytest.mark.parametrize(
     ("case", "dustbin"), [pytest.param(c, d, id=f"{c.name}, {d}") for c in CASES for d in c.dustbins[:1]]
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS[1:] if name not in PLAIN_ONLY])
 def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation, case, dustbin):
     """Both go through the same linear solver; products and everything around it are the implementation's own."""
     arguments = case.spec(dustbin=dustbin, **CONVERGING), *inputs(case, dustbin)
@@ -245,8 +258,7 @@ def test_output_is_the_plan_times_the_values(implementation):
     assert np.allclose(info.residual, np.abs(row_sums - target).max(-1), atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("settings", [{}, CONVERGING], ids=["plain", "converging"])
+@pytest.mark.parametrize(("implementation", "settings"), SETTINGS)
 def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[1], "unit")
     spec = CASES[1].spec(dustbin="unit", **settings)
@@ -266,8 +278,7 @@ def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-9, atol=1e-12), gradients, eager[1])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("settings", [{}, CONVERGING], ids=["plain", "converging"])
+@pytest.mark.parametrize(("implementation", "settings"), SETTINGS)
 def test_shard_map_over_the_batch(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[0], "full")
     spec, mesh = CASES[0].spec(dustbin="full", **settings), jax.sharding.Mesh(jax.devices()[:1], ("data",))
@@ -376,7 +387,8 @@ def test_bad_specs_are_named(bad):
 @pytest.mark.parametrize(
     ("implementation", "changes"),
     [
-        ("pallas_tpu", {}),
+        ("pallas_tpu", {"solver": "newton"}),
+        ("pallas_tpu", {"gradient": "implicit"}),
         ("pallas_gpu", {}),
         ("xla", {"gradient": "unrolled"}),
         ("reference", {"gradient": "unrolled", "solver": "newton"}),
