@@ -29,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, e
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: runs/<name of the configuration>")
 
 # What may change when a run goes on; anything else makes it another run.
-_FREE_KEYS = ("total_steps", "checkpoint.", "log.", "data.workers", "data.prefetch")
+_FREE_KEYS = ("total_steps", "checkpoint.", "log.", "data.workers", "data.prefetch", "model.implementation")
 _TRACED = 3  # steps
 
 

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
                 "plan_width": 64,
                 "value_width": 64,
                 "substitution_prior": False,
+                "implementation": "auto",  # of the attention: or "reference", "xla", "pallas_tpu"
                 "dtype": "float32",
             },
             "attention": {  # the fields of ot_attention.SinkhornSpec

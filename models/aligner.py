@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from data import vocab
 from models import attention
-from models.attention import SinkhornSpec
+from models.attention import Implementation, SinkhornSpec
 
 # BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
 _PRIOR_WEIGHT = 0.3466
@@ -24,6 +25,7 @@ class AlignerConfig:
     attention_every: a self-attention block follows every so many convolution blocks; 0 for none.
     plan_width: of the queries and keys of the plan; half of it is rotated by length-scaled positions.
     substitution_prior: adds BLOSUM62 with a learned weight to the plan's scores.
+    implementation: of the attention: "auto", "reference", "xla" or "pallas_tpu".
     dtype: of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
     """
 
@@ -36,6 +38,7 @@ class AlignerConfig:
     plan_width: int = 64
     value_width: int = 64
     substitution_prior: bool = False
+    implementation: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -44,6 +47,9 @@ class AlignerConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
         if self.plan_width % 4:
             raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
+        if self.implementation not in ("auto", *get_args(Implementation)):
+            allowed = ", ".join(("auto", *get_args(Implementation)))
+            raise ValueError(f"model.implementation={self.implementation!r} must be one of {allowed}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 
@@ -67,7 +73,9 @@ class AttentionBlock(nnx.Module):
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
-        self.attention = attention.SelfAttention(config.width, config.heads, spec, dtype=dtype, rngs=rngs)
+        self.attention = attention.SelfAttention(
+            config.width, config.heads, spec, config.implementation, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]):
         return h + self.attention(self.norm(h), lengths)
@@ -146,7 +154,9 @@ class Aligner(nnx.Module):
         q, k, h_y = self._queries_and_keys(x, y, x_length, y_length)
         values = self.value_projection(h_y)
         lengths = x_length, y_length
-        transported = attention.transport(q, k, values, target, self.spec, lengths, self.dustbin.score)
+        transported = attention.transport(
+            q, k, values, target, self.spec, lengths, self.dustbin.score, self.config.implementation
+        )
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
 
     def plan(

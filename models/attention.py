@@ -1,7 +1,7 @@
 """Multi-head attention by optimal transport: the only module of the models that knows `ot_attention`."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, support, transport_plan
 from ot_attention.certificates import contraction, posterior_bias
+from ot_attention.spec import Implementation
 
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
 
@@ -16,10 +17,12 @@ _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longe
 class SelfAttention(nnx.Module):
     """Banded Sinkhorn self-attention with rotary positions."""
 
-    def __init__(self, width: int, heads: int, spec: SinkhornSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, spec: SinkhornSpec, implementation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         if width % heads or (width // heads) % 2:
             raise ValueError(f"model.heads={heads} must divide model.width={width} into even head widths")
-        self.spec, self.heads = spec, heads
+        self.spec, self.heads, self.implementation = spec, heads, _named(implementation)
         self.project = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.dustbin = Dustbin(heads, spec)
@@ -28,7 +31,7 @@ class SelfAttention(nnx.Module):
         self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]
     ) -> Float[Array, "batch length width"]:
         q, k, v = self._project(h)
-        out, _ = sinkhorn_attention(q, k, v, self.spec, lengths, lengths, self.dustbin.score)
+        out, _ = sinkhorn_attention(q, k, v, self.spec, lengths, lengths, self.dustbin.score, self.implementation)
         return self.out(out.reshape(h.shape))
 
     def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> "Certificate":
@@ -41,6 +44,11 @@ class SelfAttention(nnx.Module):
         q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
         position = jnp.arange(h.shape[1], dtype=jnp.float32)[None]
         return rotate(q, position), rotate(k, position), v
+
+
+def _named(implementation: str) -> Implementation | None:
+    """That of `config.model`, where "auto" stands for None."""
+    return None if implementation == "auto" else cast(Implementation, implementation)
 
 
 class Dustbin(nnx.Module):
@@ -81,6 +89,7 @@ def transport(
     spec: SinkhornSpec,
     lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]],
     dustbin_score: Float[Array, "1"] | None,
+    implementation: str,
 ) -> Transported:
     """Sends values of y to x along one head's plan; nothing of the plan's size is made.
 
@@ -88,7 +97,8 @@ def transport(
     """
     position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=values.dtype), k.shape[:2])
     carried = jnp.concatenate([values, jnp.ones_like(position)[..., None], position[..., None]], -1)
-    out, info = sinkhorn_attention(q[:, :, None], k[:, :, None], carried[:, :, None], spec, *lengths, dustbin_score)
+    heads = q[:, :, None], k[:, :, None], carried[:, :, None]
+    out, info = sinkhorn_attention(*heads, spec, *lengths, dustbin_score, _named(implementation))
     values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
     barycenter = moment / jnp.where(mass > 0, mass, 1)
     return Transported(values, mass, barycenter, _log_plan(q, k, info, target, spec, lengths), info.residual[:, 0])

@@ -45,8 +45,9 @@ def sinkhorn_attention(
     """Attention whose weights are an entropic transport plan (contract, sections 1 to 3; arXiv 2605.08123).
 
     Lengths default to the padded ones; `dustbin_score` is required if and only if `spec.dustbin` is not "none".
-    `implementation`: None chooses; "reference" is dense and plain, "xla" computes the band only; a named one is used or
-    refused, never replaced. The output has the dtype of v; potentials are float32, or float64 for float64 inputs.
+    `implementation`: None chooses; "reference" is dense and plain, "xla" computes the band only, "pallas_tpu" keeps it
+    on a TPU's chip; a named one is used or refused, never replaced. The output has the dtype of v; potentials are
+    float32, or float64 for float64 inputs.
 
     Raises:
         ValueError: shapes, dtypes or lengths that do not fit, naming the argument. Lengths inside `jit` are clipped to
@@ -54,7 +55,7 @@ def sinkhorn_attention(
         UnsupportedError: the named implementation cannot do this, and what to change.
     """
     arguments = by_head(q, k, v, dustbin_score, q_lengths, k_lengths)
-    out, *info = _ATTEND[_choose(implementation, spec)](arguments, spec)
+    out, *info = _ATTEND[_choose(implementation, spec, q.shape[1], k.shape[1], arguments.q.dtype)](arguments, spec)
     out = support.zero_padding(out, arguments.n_q)  # it is 0 already: this is for what comes back through padding
     out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in (out, *info))
     if spec.dustbin == "none":
@@ -76,7 +77,7 @@ def transport_plan(
     For small inputs, plots and tests: memory is rows x columns for every head. Differentiable as the attention is.
     Raises as `sinkhorn_attention` does.
     """
-    _choose("reference", spec)
+    _choose("reference", spec, q.shape[1], k.shape[1], q.dtype)
     plan, *_ = reference.solve(by_head(q, k, k, dustbin_score, q_lengths, k_lengths), spec)
     if spec.dustbin == "none":
         plan = plan[:, :-1, :-1]
@@ -154,15 +155,18 @@ def _check_lengths(name: str, lengths, batch: int, longest: int) -> Int[Array, "
     return jnp.clip(jnp.asarray(lengths), 0, longest)
 
 
-def _choose(implementation: str | None, spec: SinkhornSpec) -> str:
-    name = implementation or ("reference" if spec.gradient == "unrolled" else "xla")
+def _choose(implementation: str | None, spec: SinkhornSpec, rows: int, columns: int, dtype) -> str:
+    """The implementation to use. Raises UnsupportedError if the named one cannot do it."""
+    name = implementation or "xla"
+    if implementation is None and spec.gradient == "unrolled":
+        name = "reference"
+    elif implementation is None and jax.default_backend() == "tpu":
+        name = "xla" if pallas_tpu.refusal(spec, rows, columns, dtype) else "pallas_tpu"
     reasons = []
     if name == "pallas_gpu":
         reasons.append("this version has no kernels for GPUs; use implementation='xla' or None")
-    if name == "pallas_tpu" and spec.solver == "newton":
-        reasons.append("its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'")
-    if name == "pallas_tpu" and spec.gradient == "implicit":
-        reasons.append("its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'")
+    if name == "pallas_tpu" and (reason := pallas_tpu.refusal(spec, rows, columns, dtype)):
+        reasons.append(reason)
     if spec.gradient == "unrolled" and spec.solver == "newton":
         reasons.append(
             "gradient='unrolled' goes through plain steps only; use solver='sinkhorn' or gradient='implicit'"

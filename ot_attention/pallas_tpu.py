@@ -437,7 +437,7 @@ def _call(kernel, heads: Heads, spec: SinkhornSpec, problem: _Problem, sizes: _S
     def block(shape):
         return pl.BlockSpec((None, *shape), lambda n, *_: (n, *(0 for _ in shape)))
 
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, sizes=sizes, spec=spec),
         out_shape=[jax.ShapeDtypeStruct((number, *shape), dtype, manual_axis_type=axes) for shape in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -449,7 +449,31 @@ def _call(kernel, heads: Heads, spec: SinkhornSpec, problem: _Problem, sizes: _S
         ),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         name=kernel.__name__.strip("_"),
-    )(problem.start, problem.some, problem.column, problem.scalars, *inputs)
+    )
+    try:
+        return call(problem.start, problem.some, problem.column, problem.scalars, *inputs)
+    except ValueError as error:
+        if "interpret mode" not in str(error):
+            raise
+        raise UnsupportedError(
+            "implementation 'pallas_tpu' cannot do this: there is no TPU here; use implementation='xla' or None"
+        ) from error
+
+
+def refusal(spec: SinkhornSpec, rows: int, columns: int, dtype) -> str | None:
+    """Why the kernels cannot do this and what to change, or None."""
+    if spec.solver == "newton":
+        return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
+    if spec.gradient == "implicit":
+        return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
+    sizes = _Sizes.create(rows, columns, spec.band)
+    held = sizes.blocks * _BLOCK * sizes.reach * jnp.dtype(dtype).itemsize
+    if held <= _TILE_BYTES:
+        return None
+    return (
+        f"the band of one head takes {held / 2**20:.0f} MiB, and {_TILE_BYTES / 2**20:.0f} fit into VMEM; "
+        "use a smaller spec.band or implementation='xla'"
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -512,12 +536,6 @@ def _prepare(heads: Heads, spec: SinkhornSpec) -> tuple[_Sizes, _Problem, tuple]
     """What both kernels start from."""
     q, k, v = heads.q, heads.k, heads.v
     sizes = _Sizes.create(q.shape[1], k.shape[1], spec.band)
-    held = sizes.blocks * _BLOCK * sizes.reach * q.dtype.itemsize
-    if held > _TILE_BYTES:
-        raise UnsupportedError(
-            f"implementation 'pallas_tpu' cannot do this: the band of one head takes {held / 2**20:.0f} MiB, and "
-            f"{_TILE_BYTES / 2**20:.0f} fit into VMEM; use a smaller spec.band or implementation='xla'"
-        )
     problem = _Problem.create(heads, spec, sizes)
     arrays = _padded(q, sizes.rows), _padded(k, sizes.columns), _padded(v, sizes.columns)
     return sizes, problem, (*arrays, problem.first, problem.last, problem.a, problem.b)

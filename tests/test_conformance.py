@@ -400,6 +400,12 @@ def test_what_is_not_there_is_refused(implementation, changes):
         sinkhorn_attention(x, x, x, SinkhornSpec(**changes), implementation=implementation)
 
 
+def test_a_band_that_does_not_fit_on_the_chip_is_refused():
+    x = jax.ShapeDtypeStruct((1, 16384, 1, 64), jnp.float32)
+    with pytest.raises(UnsupportedError, match="the band of one head takes 144 MiB, and 48 fit into VMEM; use "):
+        jax.eval_shape(lambda x: sinkhorn_attention(x, x, x, SinkhornSpec(band=1024), implementation="pallas_tpu"), x)
+
+
 def test_unrolled_gradient_is_that_of_all_steps():
     arrays, lengths, _, cotangent = inputs(CASES[0], "none")
 
