@@ -85,7 +85,7 @@ def surrogate(scores, a, b, cotangent, base_steps, tail_steps):
 @functools.partial(jax.jit)
 @jax.vmap
 def converged(scores, a, b, f_and_g):
-    f, g = iterate(scores, a, b, f_and_g, 20000)
+    f, g = iterate(scores, a, b, f_and_g, 5000)
     return f, g, plan_of(scores, f, g)
 
 
