@@ -59,7 +59,7 @@ class _Problem(NamedTuple):
     last: Array
     a: Array  # [N, blocks, 128]
     b: Array  # [N, 1, columns]
-    rows: Array  # [N, blocks, 128] int32, which row it is; the last one where there is none
+    rows: Array  # [N, blocks, 128] int32, which row it is; the dustbin's where there is none
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec, sizes: _Sizes) -> "_Problem":
@@ -90,19 +90,14 @@ class _Problem(NamedTuple):
         )
 
     def to_slots(self, f: Array) -> Array:
-        """Vectors over all rows, `[N, ..., rows + 1]`, as `[N, ..., blocks, 128]`, 0 where there is no row."""
-        index = self.rows.reshape(len(f), *(1,) * (f.ndim - 2), -1)
-        slots = jnp.take_along_axis(f, index, -1).reshape(*f.shape[:-1], *self.rows.shape[1:])
-        return jnp.where(self.a.reshape(len(f), *(1,) * (f.ndim - 2), *self.a.shape[1:]) > 0, slots, 0)
+        """A vector over all rows, `[N, rows + 1]`, as `[N, blocks, 128]`, 0 where there is no row."""
+        slots = jnp.take_along_axis(f, self.rows.reshape(len(f), -1), 1).reshape(self.rows.shape)
+        return jnp.where(self.a > 0, slots, 0)
 
     def to_rows(self, slots: Array, number: int) -> Array:
-        """The reverse, `[N, ..., blocks, 128]` to `[N, ..., rows]`."""
-        flat = slots.reshape(*slots.shape[:-2], -1)
-        index = jnp.broadcast_to(self.rows.reshape(len(flat), *(1,) * (flat.ndim - 2), -1), flat.shape)
-        put = jnp.vectorize(
-            lambda x, index: jnp.zeros(number + 1, x.dtype).at[index].set(x, mode="drop"), signature="(n),(n)->(m)"
-        )
-        return put(flat, index)[..., :-1]
+        """The reverse, `[N, blocks, 128]` to `[N, number]`."""
+        put = jax.vmap(lambda x, index: jnp.zeros(number + 1, x.dtype).at[index].set(x))
+        return put(slots.reshape(len(slots), -1), self.rows.reshape(len(slots), -1))[:, :-1]
 
 
 class _Head:
@@ -111,7 +106,7 @@ class _Head:
     def __init__(self, start, some, column, scalars, q, k, first, last, a, b, sizes: _Sizes, spec: SinkhornSpec):
         self.start, self.some, self.column = start, some, column
         self.q, self.k, self.first, self.last, self.a, self.b = q, k, first, last, a, b
-        self.sizes, self.dtype, self.dustbin = sizes, q.dtype, spec.dustbin != "none"
+        self.sizes, self.dustbin = sizes, spec.dustbin != "none"
         self.scale = 1 / (math.sqrt(q.shape[-1]) * spec.epsilon)
         self.score, self.a_bin, self.b_bin = (jnp.full((1, 1), scalars[pl.program_id(0), i]) for i in range(3))
 

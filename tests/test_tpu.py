@@ -89,7 +89,7 @@ def run(program: str) -> str:
 
 @pytest.mark.parametrize("topology", ["v6e:2x4", "v5e:2x4", "v5p:2x2x1"])
 def test_kernels_compile_for_the_chip(topology):
-    compile_for(topology, CONFIGURED)
+    assert compile_for(topology, CONFIGURED).keys() == set(CONFIGURED)
 
 
 def test_a_training_step_compiles_for_the_chip():
