@@ -13,7 +13,22 @@ from jaxtyping import Array, Float, Int
 from ot_attention import pallas_tpu, reference, sinkhorn, support
 from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec, UnsupportedError
 
-_ATTEND: dict[str, Callable] = {"reference": reference.attend, "xla": sinkhorn.attend, "pallas_tpu": pallas_tpu.attend}
+
+def _without_padding(attend: Callable) -> Callable:
+    """For implementations that take padding as 0 and one dtype: kernels see to both on the chip."""
+
+    def attend_to_cleaned(heads: Heads, spec: SinkhornSpec):
+        out, *info = attend(cleaned(heads), spec)
+        return support.zero_padding(out, heads.n_q), *info  # it is 0 already: for what comes back through padding
+
+    return attend_to_cleaned
+
+
+_ATTEND: dict[str, Callable] = {
+    "reference": _without_padding(reference.attend),
+    "xla": _without_padding(sinkhorn.attend),
+    "pallas_tpu": pallas_tpu.attend,
+}
 _DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -55,8 +70,7 @@ def sinkhorn_attention(
         UnsupportedError: the named implementation cannot do this, and what to change.
     """
     arguments = by_head(q, k, v, dustbin_score, q_lengths, k_lengths)
-    out, *info = _ATTEND[_choose(implementation, spec, q.shape[1], k.shape[1], arguments.q.dtype)](arguments, spec)
-    out = support.zero_padding(out, arguments.n_q)  # it is 0 already: this is for what comes back through padding
+    out, *info = _ATTEND[_choose(implementation, spec, arguments)](arguments, spec)
     out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in (out, *info))
     if spec.dustbin == "none":
         f, g = f[..., :-1], g[..., :-1]
@@ -77,24 +91,31 @@ def transport_plan(
     For small inputs, plots and tests: memory is rows x columns for every head. Differentiable as the attention is.
     Raises as `sinkhorn_attention` does.
     """
-    _choose("reference", spec, q.shape[1], k.shape[1], q.dtype)
-    plan, *_ = reference.solve(by_head(q, k, k, dustbin_score, q_lengths, k_lengths), spec)
+    heads = cleaned(by_head(q, k, k, dustbin_score, q_lengths, k_lengths))
+    _choose("reference", spec, heads)
+    plan, *_ = reference.solve(heads, spec)
     if spec.dustbin == "none":
         plan = plan[:, :-1, :-1]
     return plan.reshape(q.shape[0], -1, *plan.shape[1:])
 
 
 def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
-    """Heads as the leading axis of everything, padding 0, in the dtype of the computation."""
+    """Heads as the leading axis of everything."""
     batch, _, heads, _ = q.shape
-    dtype = jnp.promote_types(jnp.promote_types(q.dtype, k.dtype), jnp.promote_types(v.dtype, jnp.float32))
     n_q, n_k = (jnp.repeat(n.astype(jnp.int32), heads) for n in (q_lengths, k_lengths))
     q, k, v = (x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3]) for x in (q, k, v))
+    result = Heads(q, k, v, jnp.tile(dustbin_score, batch), n_q, n_k)
+    for x in result:
+        result = support.varying_like(x, result)
+    return result
+
+
+def cleaned(heads: Heads) -> Heads:
+    """With 0 as padding, whatever stood there, in the dtype of the computation: float32 or float64."""
+    q, k, v, score, n_q, n_k = heads
+    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     q, k, v = (support.zero_padding(x, n).astype(dtype) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
-    heads = Heads(q, k, v, jnp.tile(dustbin_score.astype(dtype), batch), n_q, n_k)
-    for x in heads:
-        heads = support.varying_like(x, heads)
-    return heads
+    return Heads(q, k, v, score.astype(dtype), n_q, n_k)
 
 
 def _check(q, k, spec, q_lengths, k_lengths, dustbin_score, v=None, implementation=None) -> dict:
@@ -155,17 +176,17 @@ def _check_lengths(name: str, lengths, batch: int, longest: int) -> Int[Array, "
     return jnp.clip(jnp.asarray(lengths), 0, longest)
 
 
-def _choose(implementation: str | None, spec: SinkhornSpec, rows: int, columns: int, dtype) -> str:
+def _choose(implementation: str | None, spec: SinkhornSpec, heads: Heads) -> str:
     """The implementation to use. Raises UnsupportedError if the named one cannot do it."""
     name = implementation or "xla"
     if implementation is None and spec.gradient == "unrolled":
         name = "reference"
     elif implementation is None and jax.default_backend() == "tpu":
-        name = "xla" if pallas_tpu.refusal(spec, rows, columns, dtype) else "pallas_tpu"
+        name = "xla" if pallas_tpu.refusal(heads, spec) else "pallas_tpu"
     reasons = []
     if name == "pallas_gpu":
         reasons.append("this version has no kernels for GPUs; use implementation='xla' or None")
-    if name == "pallas_tpu" and (reason := pallas_tpu.refusal(spec, rows, columns, dtype)):
+    if name == "pallas_tpu" and (reason := pallas_tpu.refusal(heads, spec)):
         reasons.append(reason)
     if spec.gradient == "unrolled" and spec.solver == "newton":
         reasons.append(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ot_attention import sinkhorn, support
-from ot_attention.api import by_head, checked
+from ot_attention.api import by_head, checked, cleaned
 from ot_attention.kernel import Kernel
 from ot_attention.spec import Heads, SinkhornSpec
 
@@ -54,7 +54,7 @@ def contraction(
     Its reach are blocks without zeros: problems in which every row meets every column. Costs rows^2 x columns there and
     nothing elsewhere; memory is one head's rows x min(columns, 2 W + 1). Raises as `sinkhorn_attention` does.
     """
-    heads = by_head(q, k, k, dustbin_score, q_lengths, k_lengths)
+    heads = cleaned(by_head(q, k, k, dustbin_score, q_lengths, k_lengths))
     rate = jax.lax.map(functools.partial(_contraction, spec=spec), heads)
     return (rate**2).reshape(q.shape[0], -1)
 
@@ -72,7 +72,7 @@ def posterior_bias(
 
     Cost: the solve, two passes over the band, and `contraction`. Raises as `sinkhorn_attention` does.
     """
-    heads = by_head(q, k, k, dustbin_score, q_lengths, k_lengths)
+    heads = cleaned(by_head(q, k, k, dustbin_score, q_lengths, k_lengths))
     everywhere = jax.lax.map(functools.partial(_contraction, spec=spec), heads)
     changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), heads, spec)
     bias = _bias(changes, overlaps, everywhere, spec)

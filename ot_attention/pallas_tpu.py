@@ -1,9 +1,13 @@
-"""Forward and backward on a TPU: one head's band is computed once into VMEM and stays there for all steps.
+"""Forward and backward on a TPU, one head at a time, in tiles of 128 x 128 scores.
 
-Rows are cut into blocks of at most 128 whose diagonal lies within 128 positions of the longer sequence; a block's
-columns start at a multiple of 128. Vectors over columns lie along lanes. Vectors over rows are columns of a tile while
-they are used, and lie along lanes, `[blocks, 128]`, where they are kept. A step is one sweep: a tile's row sums give
-u = a / (K v), and u its share of the column sums, so that K is read once. Blocks without rows are skipped.
+Sequences lie along lanes, `[width, length]`, which is how XLA stores heads narrower than 128: nothing is copied to get
+there, and no array but q, k, v, the output and a few vectors is in main memory. A group of 128 rows meets the tiles
+from its first row's first column to its last row's last; those and no others are visited, so neither padding nor what
+the band leaves out costs anything, and only tiles on an edge of the band are masked. The dustbin is one column more, in
+a last tile of its own.
+
+A step is one sweep: a tile's row sums give u = 1 / (K v), and u its share of the column sums. The tiles are made once
+and stay in VMEM for all steps where they fit (see `_holding`); otherwise they are made anew from q and k in every step.
 """
 
 import functools
@@ -17,192 +21,273 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from ot_attention import support
-from ot_attention.banded_xla import first_row_at
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
 
-_BLOCK = 128
-# The band is made anew from the potentials before the scalings leave this range.
+_TILE = 128
+# The tiles are made anew from the potentials before the scalings leave this range.
 _SCALING_RANGE = 1e10
-_VMEM_BYTES = 110 * 2**20
-_TILE_BYTES = 48 * 2**20  # of that, for the band: the rest holds q, k, v, gradients, each twice
-_PRECISION = "highest"
+_MIB = 2**20
+# Of one core. Elsewhere, and where it is not known what is compiled for, the smallest of those supported is assumed.
+_VMEM = dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128 * _MIB)
+_LEAST_VMEM = 64 * _MIB
+_RESERVED_VMEM = 8 * _MIB  # for what the compiler keeps there
+_SMEM_BYTES = 512 * 2**10  # of 1 MiB
 
 
 class _Sizes(NamedTuple):
-    """Of one head's problem; columns and reach are multiples of 128."""
+    """Of one head's problem, in tiles."""
 
-    rows: int
-    columns: int
-    blocks: int
-    reach: int
+    groups: int  # of rows
+    chunks: int  # of columns
+    tiles: int  # at most so many meet the band, with those of the dustbin
 
     @property
-    def slots(self) -> tuple[int, int]:
-        return self.blocks, _BLOCK
+    def rows(self) -> int:
+        return self.groups * _TILE
+
+    @property
+    def columns(self) -> int:
+        return self.chunks * _TILE
+
+    @property
+    def all_rows(self) -> int:
+        """With one tile more, whose first entry is the dustbin."""
+        return self.rows + _TILE
+
+    @property
+    def all_columns(self) -> int:
+        return self.columns + _TILE
 
     @classmethod
-    def create(cls, rows: int, columns: int, band: int | None) -> "_Sizes":
-        padded = -(-columns // _BLOCK) * _BLOCK
-        longest = rows if band is None else max(rows, columns)
-        reach = padded if band is None else min(-(-(2 * _BLOCK + 2 * band) // _BLOCK) * _BLOCK, padded)
-        return cls(max(-(-rows // 8) * 8, _BLOCK), padded, -(-longest // _BLOCK), reach)
+    def create(cls, heads: Heads, spec: SinkhornSpec) -> "_Sizes":
+        groups, chunks = (-(-x.shape[1] // _TILE) for x in (heads.q, heads.k))
+        tiles = groups * chunks
+        if spec.band is not None:
+            # A group's rows span their share of the columns and 2 W more; at either end it touches part of a tile.
+            tiles = min(tiles, math.floor(chunks + groups * ((2 * spec.band + _TILE - 1) / _TILE + 1)))
+        return cls(groups, chunks, tiles + (groups if spec.dustbin != "none" else 0))
 
 
 class _Problem(NamedTuple):
     """What the kernels are told about every head, beside q, k and v."""
 
-    start: Array  # [N, blocks] int32, first of the 128 rows that a block reads; its own are among them
-    some: Array  # [N, blocks] int32, whether it has any
-    column: Array  # [N, blocks] int32, first column of each block's reach
-    scalars: Array  # [N, 3], dustbin score and targets of the dustbin's row and column
-    first: Array  # [N, blocks, 128], window of each row
-    last: Array
-    a: Array  # [N, blocks, 128]
-    b: Array  # [N, 1, columns]
-    rows: Array  # [N, blocks, 128] int32, which row it is; the dustbin's where there is none
+    whole: Array  # int32, for each head its lengths and for each group the four numbers of `_Group`
+    scalars: Array  # for each head the dustbin's score and the target of its row
+    b: Array  # [N, 1, all columns], targets of columns
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec, sizes: _Sizes) -> "_Problem":
-        q, k, _, score, n_q, n_k = heads
-        dtype = q.dtype
-        position = _BLOCK * jnp.arange(sizes.blocks + 1, dtype=jnp.int32)
-        if spec.band is None:
-            start = jnp.broadcast_to(position, (*n_q.shape, sizes.blocks + 1))
-        else:
-            start = first_row_at(position, n_q[:, None], n_k[:, None])
-        own, end = jnp.minimum(start[:, :-1], n_q[:, None]), jnp.minimum(start[:, 1:], n_q[:, None])
-        start = jnp.minimum(own, sizes.rows - _BLOCK)
-        rows = start[..., None] + jnp.arange(_BLOCK, dtype=jnp.int32)
-        exists = (rows >= own[..., None]) & (rows < end[..., None])
-        first, last = support.row_windows(rows.reshape(len(n_q), -1), n_q, n_k, spec.band)
-        first, last = (
-            jnp.where(exists, x.reshape(rows.shape), fill) for x, fill in ((first, sizes.columns), (last, -1))
-        )
-        column = jnp.where(own < end, first.min(-1), 0) // _BLOCK * _BLOCK
-        a, b = support.targets(n_q, n_k, q.shape[1], k.shape[1], spec.band, spec.dustbin, dtype)
-        scalars = jnp.stack([score, a[:, -1], b[:, -1]], -1)
-        rows = jnp.where(exists, rows, q.shape[1])
-        a = jnp.where(exists, jnp.take_along_axis(a, rows.reshape(len(n_q), -1), 1).reshape(rows.shape), 0)
-        b = jnp.pad(b[:, None, :-1], ((0, 0), (0, 0), (0, sizes.columns - k.shape[1])))
-        column = jnp.minimum(column, sizes.columns - sizes.reach)
-        return cls(
-            start, (own < end).astype(jnp.int32), column, scalars, first.astype(dtype), last.astype(dtype), a, b, rows
-        )
+        n_q, n_k, dtype = heads.n_q, heads.n_k, _dtype(heads)
+        start = jnp.broadcast_to(jnp.arange(0, sizes.rows, _TILE, dtype=jnp.int32), (len(n_q), sizes.groups))
+        end = jnp.minimum(start + _TILE, n_q[:, None])
+        # Windows move forwards: the first row's bound all others' from below, the last row's from above.
+        least_first, least_last = support.row_windows(start, n_q, n_k, spec.band)
+        largest_first, largest_last = support.row_windows(end - 1, n_q, n_k, spec.band)
+        some = (start < n_q[:, None]) & (n_k[:, None] > 0)
+        first = jnp.where(some, least_first // _TILE, 0)
+        number = jnp.where(some, jnp.maximum(largest_last // _TILE + 1 - first, 0), 0)
+        # Tiles without an edge: every row exists, and has every column.
+        inner, inner_end = -(-largest_first // _TILE), (least_last + 1) // _TILE
+        inner_end = jnp.where(start + _TILE <= n_q[:, None], inner_end, inner)
+        groups = jnp.stack([first, number, inner, inner_end], -1)
+        whole = jnp.concatenate([jnp.stack([n_q, n_k], -1), groups.reshape(len(n_q), -1)], -1).reshape(-1)
+        a, b = support.targets(n_q, n_k, heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype)
+        scalars = jnp.stack([heads.dustbin_score.astype(dtype), a[:, -1]], -1).reshape(-1)
+        return cls(whole, scalars, _with_dustbin(b, sizes.columns))
 
-    def to_slots(self, f: Array) -> Array:
-        """A vector over all rows, `[N, rows + 1]`, as `[N, blocks, 128]`, 0 where there is no row."""
-        slots = jnp.take_along_axis(f, self.rows.reshape(len(f), -1), 1).reshape(self.rows.shape)
-        return jnp.where(self.a > 0, slots, 0)
 
-    def to_rows(self, slots: Array, number: int) -> Array:
-        """The reverse, `[N, blocks, 128]` to `[N, number]`."""
-        put = jax.vmap(lambda x, index: jnp.zeros(number + 1, x.dtype).at[index].set(x))
-        return put(slots.reshape(len(slots), -1), self.rows.reshape(len(slots), -1))[:, :-1]
+class _Group(NamedTuple):
+    """128 rows: which, where their tiles begin among all, and the tiles that they meet."""
+
+    rows: pl.Slice
+    base: Array
+    first: Array
+    number: Array
+    inner: Array  # first tile without an edge
+    inner_end: Array
 
 
 class _Head:
-    """One head inside a kernel: its references, its blocks, and scores made from them."""
+    """One head inside a kernel: its rows and tiles, and scores made from them."""
 
-    def __init__(self, start, some, column, scalars, q, k, first, last, a, b, sizes: _Sizes, spec: SinkhornSpec):
-        self.start, self.some, self.column = start, some, column
-        self.q, self.k, self.first, self.last, self.a, self.b = q, k, first, last, a, b
-        self.sizes, self.dustbin = sizes, spec.dustbin != "none"
-        self.scale = 1 / (math.sqrt(q.shape[-1]) * spec.epsilon)
-        self.score, self.a_bin, self.b_bin = (jnp.full((1, 1), scalars[pl.program_id(0), i]) for i in range(3))
+    def __init__(self, whole, scalars, q, k, sizes: _Sizes, spec: SinkhornSpec, dtype):
+        self.q, self.k, self.sizes, self.dtype = q, k, sizes, dtype
+        self.dustbin, self.band = spec.dustbin != "none", spec.band
+        self.scale = 1 / (math.sqrt(q.shape[0]) * spec.epsilon)
+        start = pl.program_id(0) * (2 + 4 * sizes.groups)
+        self.n_q, self.n_k = whole[start], whole[start + 1]
+        self._of_group = lambda group: [whole[start + 2 + 4 * group + i] for i in range(4)]
+        self.score, self.a_bin = (jnp.full((1, 1), scalars[2 * pl.program_id(0) + i]) for i in range(2))
+        self.bin_columns = pl.ds(sizes.columns, _TILE)
 
-    def each(self, body, carry=0):
-        """Runs `body(block, rows, columns, carry)` for every block that has rows."""
-        head = pl.program_id(0)
+    def groups(self, body, carry):
+        """Runs `body(group, carry)` for every group that has rows; there are none where y has no columns."""
 
-        def step(block, carry):
-            rows = pl.ds(self.start[head, block], _BLOCK)
-            columns = pl.ds(pl.multiple_of(self.column[head, block], _BLOCK), self.sizes.reach)
-            return jax.lax.cond(
-                self.some[head, block] > 0, lambda c: body(pl.ds(block, 1), rows, columns, c), lambda c: c, carry
-            )
+        def step(number, carry):
+            base, carry = carry
+            group = _Group(pl.ds(pl.multiple_of(number * _TILE, _TILE), _TILE), base, *self._of_group(number))
+            return base + group.number + self.dustbin, body(group, carry)
 
-        return jax.lax.fori_loop(0, self.sizes.blocks, step, carry)
+        end = jnp.where(self.n_k > 0, jax.lax.div(self.n_q + _TILE - 1, jnp.int32(_TILE)), 0)
+        return jax.lax.fori_loop(0, end, step, (jnp.array(0, jnp.int32), carry))[1]
 
-    def scores(self, block, rows, columns):
-        """`[128, reach]`, minus infinity outside the support."""
-        s = self.scale * _dot(self.q[rows, :], self.k[columns, :], (1, 1))
-        column = columns.start + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        first, last = (_upright(x[block, :]).astype(jnp.int32) for x in (self.first, self.last))
+    def tiles(self, group: _Group, body, carry, dustbin: bool = True):
+        """Runs `body(n, columns, carry)` for the group's tiles, n counting from 0, the dustbin's last."""
+        with_bin = self.dustbin and dustbin
+
+        def step(n, carry):
+            chunk = group.first + n
+            if with_bin:
+                chunk = jnp.where(n < group.number, chunk, self.sizes.chunks)
+            return body(n, pl.ds(pl.multiple_of(chunk * _TILE, _TILE), _TILE), carry)
+
+        return jax.lax.fori_loop(0, group.number + with_bin, step, carry)
+
+    def scores(self, group: _Group, queries, n, columns):
+        """A tile, minus infinity outside the support; `queries` are the group's, `[128, width]`."""
+
+        def residues():
+            # The last tile of y may be followed by the dustbin's, where there are no keys.
+            start = pl.multiple_of(jnp.minimum(columns.start, self.sizes.columns - _TILE), _TILE)
+            s = self.scale * _dot(queries, self.k[:, pl.ds(start, _TILE)], (1, 0)).astype(self.dtype)
+            inner = (columns.start >= group.inner * _TILE) & (columns.start < group.inner_end * _TILE)
+            return jax.lax.cond(inner, lambda: s, lambda: self._masked(group, s, columns))
+
+        def bin_column():
+            row, lane = group.rows.start + _iota(0), _iota(1)
+            return jnp.where((row < self.n_q) & (lane == 0), self.score, -jnp.inf)
+
+        return jax.lax.cond(n < group.number, residues, bin_column) if self.dustbin else residues()
+
+    def _masked(self, group: _Group, s, columns):
+        first, last = self._windows(group.rows.start + _iota(0, (_TILE, 1)))
+        column = columns.start + _iota(1)
         return jnp.where((column >= first) & (column <= last), s, -jnp.inf)
 
-    def there(self, x, target):
-        """x where a row or column has support."""
-        return jnp.where(target > 0, x, 0)
+    def _windows(self, row):
+        """`support.row_windows` without a division of integers, which the chip has not."""
+        exists = row < self.n_q
+        if self.band is None:
+            first, last = jnp.zeros_like(row), jnp.full_like(row, self.n_k - 1)
+        else:
+            # c(i) + 1/2 = odd n_k / (2 n_q). An estimate in floats is off by one at most; products wrap around, but
+            # what is left over is small and exact.
+            odd, denominator = 2 * row + 1, 2 * self.n_q
+            estimate = odd.astype(jnp.float32) * self.n_k.astype(jnp.float32) / denominator.astype(jnp.float32)
+            whole = estimate.astype(jnp.int32)
+            rest = odd * self.n_k - whole * denominator
+            off = (rest >= denominator).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
+            whole, twice_rest = whole + off, 2 * (rest - off * denominator)
+            first = jnp.maximum(whole + (twice_rest > denominator).astype(jnp.int32) - self.band, 0)
+            last = jnp.minimum(whole - (twice_rest < denominator).astype(jnp.int32) + self.band, self.n_k - 1)
+        return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
+
+    def supported(self, group: _Group):
+        """Which of the group's rows have any score, `[1, 128]`."""
+        row = group.rows.start + _iota(1, (1, _TILE))
+        first, last = self._windows(row)
+        return ((first <= last) | self.dustbin) & (row < self.n_q)
+
+    def bin_row(self, b):
+        """Scores of the dustbin's row, `[1, all columns]`; its corner is 0."""
+        column = _iota(1, (1, self.sizes.all_columns))
+        score = jnp.where(column < self.sizes.columns, self.score, 0)
+        return jnp.where((b > 0) & (self.a_bin > 0), score, -jnp.inf)
+
+    def rows_of(self, ref, group: _Group):
+        """The group's part of `[width, rows]`, 0 beyond the true length, whatever stands there."""
+        return _where(group.rows.start + _iota(1, (1, _TILE)) < self.n_q, ref[:, group.rows])
+
+    def columns_of(self, ref, columns):
+        """A tile's part of `[width, columns]`."""
+        return _where(columns.start + _iota(1, (1, _TILE)) < self.n_k, ref[:, columns])
+
+    def zeros(self):
+        return jnp.zeros((_TILE, _TILE), self.dtype)
 
 
-def _forward_kernel(start, some, column, scalars, q, k, v, first, last, a, b, *rest, sizes: _Sizes, spec: SinkhornSpec):
-    out, f_tail, g_tail, bins, tiles, top, f, g, weight, mass = rest
-    head = _Head(start, some, column, scalars, q, k, first, last, a, b, sizes, spec)
-    steps, dtype = spec.base_steps + spec.tail_steps, q.dtype
-    one = jnp.ones((1, 1), dtype)
-    for x in (out, f_tail, g_tail, bins, top, f, g):
+def _forward_kernel(whole, scalars, q, k, v, b, out, f_tail, g_tail, residual, *scratch, sizes, spec, holding, dtype):
+    strip, top, f, g, weight, mass, *tiles = scratch
+    head = _Head(whole, scalars, q, k, sizes, spec, dtype)
+    steps = spec.base_steps + spec.tail_steps
+    zero, bins = jnp.zeros((1, 1), dtype), head.bin_columns
+    for x in (out, f_tail, g_tail, f, g):
         x[...] = jnp.zeros_like(x)
 
-    def record(step, g, f_bin, g_bin):
-        """The potentials after so many steps; those of base steps overwrite each other."""
-        slot = pl.ds(jnp.maximum(step - spec.base_steps, 0), 1)
-        f_tail[slot, :, :] = f[...][None]
-        g_tail[slot, :] = g
-        bins[slot, :] = _lanes(f_bin, g_bin)
+    def record(step):
+        """f of every tail step, g of the last base step too; what base steps leave is overwritten."""
+        f_slot, g_slot = (jnp.maximum(step - spec.base_steps - n, 0) for n in (1, 0))
+        f_tail[:, pl.ds(pl.multiple_of(f_slot * sizes.all_rows, _TILE), sizes.all_rows)] = f[...]
+        g_tail[:, pl.ds(pl.multiple_of(g_slot * sizes.all_columns, _TILE), sizes.all_columns)] = g[...]
 
-    def gap(block, g_bin):
-        """The dustbin's column of the kernel."""
-        return head.there(jnp.exp(head.score + g_bin - _upright(top[block, :])), _upright(a[block, :]))
+    def gather(group):
+        """The scores of a group plus g into the strip; returns the largest of every row."""
+        queries = q[:, group.rows].T
 
-    def make_tiles(g_bin):
-        def body(block, rows, columns, carry):
-            s = head.scores(block, rows, columns) + g[:, columns]
-            highest = s.max(1, keepdims=True)
-            if head.dustbin:
-                highest = jnp.maximum(highest, head.score + g_bin)
-            highest = head.there(highest, _upright(a[block, :]))
-            top[block, :] = _flat(highest)
-            tiles[block, :, :] = jnp.exp(s - highest)[None]
+        def put(n, columns, highest):
+            s = head.scores(group, queries, n, columns) + g[:, columns]
+            strip[n] = s
+            return jnp.maximum(highest, s)
+
+        highest = head.tiles(group, put, jnp.full((_TILE, _TILE), -jnp.inf, dtype)).max(1, keepdims=True)
+        highest = jnp.where(highest > -jnp.inf, highest, 0)
+        top[:, group.rows] = _flat(highest)
+        return highest
+
+    def make(group, held):
+        """The group's part of the kernel `exp(S + g - top)`."""
+        highest = gather(group)
+
+        def scale(n, _, carry):
+            tile = jnp.exp(strip[n] - highest)
+            if held:
+                tiles[0][group.base + n] = tile.astype(holding)
+            else:
+                strip[n] = tile
             return carry
 
-        head.each(body)
+        head.tiles(group, scale, 0)
 
-    def sweep(g_bin, carry):
+    def sweep(carry, held):
         """A step: u from the rows of the kernel, and of its columns what the tiles of these rows hold."""
-        step, _, weight_bin = carry
+        step, _ = carry
         recorded = step + 1 >= spec.base_steps
         mass[...] = jnp.zeros_like(mass)
 
-        def body(block, rows, columns, carry):
-            mass_bin, low, high = carry
-            tile, target = tiles[block, :, :][0], _upright(a[block, :])
-            total = (tile * weight[:, columns]).sum(1, keepdims=True)
-            if head.dustbin:
-                total += gap(block, g_bin) * weight_bin
-            u = _ratio(target, total)
-            mass[:, columns] += (tile * u).sum(0, keepdims=True)
-            if head.dustbin:
-                mass_bin += _sum(gap(block, g_bin) * u)
+        def body(group, carry):
+            low, high = carry
+            if not held:
+                make(group, held)
+            tile = (lambda n: tiles[0][group.base + n].astype(dtype)) if held else (lambda n: strip[n])
+            total = head.tiles(group, lambda n, columns, sum: sum + tile(n) * weight[:, columns], head.zeros())
+            total = total.sum(1, keepdims=True)
+            u = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)  # the target of a row with support is 1
+
+            def add(n, columns, carry):
+                mass[:, columns] += (tile(n) * u).sum(0, keepdims=True)
+                return carry
+
+            head.tiles(group, add, 0)
 
             @pl.when(recorded)
             def _():
-                f[block, :] = head.there(_log(_flat(u)) - top[block, :], a[block, :])
+                scaling = _flat(u)
+                f[:, group.rows] = jnp.where(scaling > 0, _log(scaling) - top[:, group.rows], 0)
 
-            return mass_bin, jnp.minimum(low, jnp.where(target > 0, u, 1).min()), jnp.maximum(high, u.max())
+            return jnp.minimum(low, jnp.where(u > 0, u, 1).min()), jnp.maximum(high, u.max())
 
-        mass_bin, low, high = head.each(body, (0 * one, jnp.ones((), dtype), jnp.zeros((), dtype)))
-        u_bin, top_bin, new_bin = one, 0 * one, weight_bin
+        low, high = head.groups(body, (jnp.ones((), dtype), jnp.zeros((), dtype)))
         if head.dustbin:
-            top_bin = jnp.maximum(head.score + jnp.where(b[...] > 0, g[...], -jnp.inf).max(1, keepdims=True), g_bin)
-            row, corner = head.there(jnp.exp(head.score + g[...] - top_bin), b[...]), jnp.exp(g_bin - top_bin)
-            u_bin = _ratio(head.a_bin, _sum(row * weight[...]) + corner * weight_bin)
+            row = head.bin_row(b[...]) + g[...]
+            top_bin = _finite(row.max(1, keepdims=True))
+            row = jnp.exp(row - top_bin)
+            u_bin = _ratio(head.a_bin, (row * weight[...]).sum(1, keepdims=True))
             mass[...] += row * u_bin
-            new_bin = _ratio(head.b_bin, mass_bin + corner * u_bin)
+            f[:, sizes.rows :] = _lanes(jnp.where(head.a_bin > 0, _log(u_bin) - top_bin, 0), dtype)
+            low, high = jnp.minimum(low, jnp.where(u_bin > 0, u_bin, 1).min()), jnp.maximum(high, u_bin.max())
         new = _ratio(b[...], mass[...])
-        low = jnp.minimum(jnp.minimum(low, jnp.where(b[...] > 0, new, 1).min()), jnp.minimum(u_bin, new_bin).min())
-        high = jnp.maximum(jnp.maximum(high, new.max()), jnp.maximum(u_bin, new_bin).max())
-        # An empty problem has targets 0 and scalings 0: nothing to go wrong.
-        fine = ((low > 1 / _SCALING_RANGE) | (head.a_bin.max() == 0) & head.dustbin) & (high < _SCALING_RANGE)
+        low, high = jnp.minimum(low, jnp.where(b[...] > 0, new, 1).min()), jnp.maximum(high, new.max())
+        fine = (low > 1 / _SCALING_RANGE) & (high < _SCALING_RANGE)
 
         @pl.when(fine)
         def _():
@@ -210,213 +295,300 @@ def _forward_kernel(start, some, column, scalars, q, k, v, first, last, a, b, *r
 
         @pl.when(fine & recorded)
         def _():
-            record(step + 1, g[...] + _log(new), _log(u_bin) - top_bin, g_bin + _log(new_bin))
+            before = g[...]
+            g[...] = before + _log(new)
+            record(step + 1)
+            g[...] = before
 
-        return step + fine.astype(jnp.int32), fine, jnp.where(fine, new_bin, weight_bin)
+        return step + fine.astype(jnp.int32), fine
 
-    def log_step(step, g_bin):
+    def log_step(step):
         """One step in the log domain, for scores whose rows and columns have nothing in common."""
 
-        def rows_body(block, rows, columns, carry):
-            total = tiles[block, :, :][0].sum(1, keepdims=True)
-            if head.dustbin:
-                total += gap(block, g_bin)
-            f[block, :] = head.there(_log(_flat(_ratio(_upright(a[block, :]), total))) - top[block, :], a[block, :])
+        def of_rows(group, carry):
+            highest = gather(group)
+            total = head.tiles(group, lambda n, _, sum: sum + jnp.exp(strip[n] - highest), head.zeros())
+            total = _flat(total.sum(1, keepdims=True))
+            f[:, group.rows] = jnp.where(total > 0, -_log(total) - top[:, group.rows], 0)
             return carry
 
-        def highest_body(block, rows, columns, highest_bin):
-            s = head.scores(block, rows, columns) + _upright(f[block, :])
+        def of_columns(body):
+            """Runs `body(columns, S + f)` for all tiles."""
+
+            def of_group(group, carry):
+                queries, of_rows = q[:, group.rows].T, _upright(f[:, group.rows])
+
+                def of_tile(n, columns, carry):
+                    body(columns, head.scores(group, queries, n, columns) + of_rows)
+                    return carry
+
+                return head.tiles(group, of_tile, carry)
+
+            head.groups(of_group, 0)
+
+        def raise_top(columns, s):
             weight[:, columns] = jnp.maximum(weight[:, columns], s.max(0, keepdims=True))
-            return jnp.maximum(highest_bin, jnp.where(a[block, :] > 0, f[block, :], -jnp.inf).max(1, keepdims=True))
 
-        def mass_body(block, rows, columns, mass_bin):
-            s = head.scores(block, rows, columns) + _upright(f[block, :])
+        def add_mass(columns, s):
             mass[:, columns] += jnp.exp(s - weight[:, columns]).sum(0, keepdims=True)
-            return mass_bin + _sum(head.there(jnp.exp(head.score + f[block, :] - highest_bin), a[block, :]))
 
-        make_tiles(g_bin)
-        head.each(rows_body)
-        f_bin = 0 * one
-        if head.dustbin:
-            z = jnp.where(b[...] > 0, head.score + g[...], -jnp.inf)
-            high = jnp.maximum(z.max(1, keepdims=True), g_bin)
-            f_bin = _log(_ratio(head.a_bin, _sum(jnp.exp(z - high)) + jnp.exp(g_bin - high))) - high
+        head.groups(of_rows, 0)
         weight[...] = jnp.full_like(weight, -jnp.inf)
-        highest_bin = head.each(highest_body, -jnp.inf * one)
-        highest_bin = jnp.maximum(head.score + highest_bin, f_bin) if head.dustbin else 0 * one
+        of_columns(raise_top)
         if head.dustbin:
-            weight[...] = jnp.maximum(weight[...], head.score + f_bin)
-        weight[...] = head.there(weight[...], b[...])
+            row = head.bin_row(b[...])
+            highest = _finite((row + g[...]).max(1, keepdims=True))
+            f_bin = -_log(jnp.exp(row + g[...] - highest).sum(1, keepdims=True)) - highest
+            f_bin = jnp.where(head.a_bin > 0, f_bin + _log(head.a_bin), 0)
+            f[:, sizes.rows :] = _lanes(f_bin, dtype)
+            weight[...] = jnp.maximum(weight[...], row + f_bin)
+        weight[...] = jnp.where(b[...] > 0, weight[...], 0)
         mass[...] = jnp.zeros_like(mass)
-        mass_bin = head.each(mass_body, 0 * one)
+        of_columns(add_mass)
         if head.dustbin:
-            mass[...] += jnp.exp(head.score + f_bin - weight[...])
-            g_bin = _log(_ratio(head.b_bin, mass_bin + jnp.exp(f_bin - highest_bin))) - highest_bin
-        g[...] = head.there(_log(_ratio(b[...], mass[...])) - weight[...], b[...])
-        record(step + 1, g[...], f_bin, g_bin)
-        return step + 1, g_bin
+            mass[...] += jnp.exp(row + f_bin - weight[...])
+        g[...] = jnp.where(b[...] > 0, _log(_ratio(b[...], mass[...])) - weight[...], 0)
+        record(step + 1)
+        return step + 1
 
-    def renew(carry):
-        step, g_bin = carry
-        make_tiles(g_bin)
-        weight[...] = head.there(jnp.ones_like(weight), b[...])
-        going = step, jnp.array(True), one
-        step, fine, weight_bin = jax.lax.while_loop(
-            lambda c: (c[0] < steps) & c[1], functools.partial(sweep, g_bin), going
-        )
+    def renew(step, end, held):
+        if held:
+            head.groups(lambda group, carry: make(group, held) or carry, 0)
+        weight[...] = jnp.where(b[...] > 0, jnp.ones_like(weight), 0)
+        going = step, jnp.array(True)
+        if held:
+            step, fine = jax.lax.while_loop(lambda c: (c[0] < end) & c[1], functools.partial(sweep, held=held), going)
+        else:
+            step, fine = sweep(going, held)
         g[...] += _log(weight[...])
-        g_bin += _log(weight_bin)
-        return jax.lax.cond(fine, lambda step, g_bin: (step, g_bin), log_step, step, g_bin)
+        return jax.lax.cond(fine, lambda step: step, log_step, step)
 
-    jax.lax.while_loop(lambda c: c[0] < steps, renew, (jnp.array(0, jnp.int32), 0 * one))
-    f_bin, g_bin = (bins[spec.tail_steps :, i : i + 1] for i in range(2))
+    def iterate(start, end, held):
+        return jax.lax.while_loop(lambda step: step < end, functools.partial(renew, end=end, held=held), start)
 
-    def finish(block, rows, columns, residual):
-        f = _upright(f_tail[spec.tail_steps, block, :])
-        plan = jnp.exp(head.scores(block, rows, columns) + f + g_tail[spec.tail_steps :, columns])
-        total, target = plan.sum(1, keepdims=True), _upright(a[block, :])
-        # Rows of another block, which this one reads too, stay as they are.
-        out[rows, :] = jnp.where(target > 0, _dot(plan, v[columns, :], (1, 0)), out[rows, :])
+    # Rounded tiles serve the base steps only: the tail's potentials are what the backward is exact for.
+    rounded = holding is not None and jnp.dtype(holding) != dtype
+    step = iterate(jnp.array(0, jnp.int32), spec.base_steps if rounded else steps, holding is not None)
+    if rounded:
+        iterate(step, steps, False)
+
+    last_f, last_g = (spec.tail_steps - 1) * sizes.all_rows, spec.tail_steps * sizes.all_columns
+
+    def finish(group, largest):
+        queries, of_rows = q[:, group.rows].T, _upright(f_tail[:, _shifted(group.rows, last_f)])
+
+        def plan(n, columns):
+            return jnp.exp(head.scores(group, queries, n, columns) + of_rows + g_tail[:, _shifted(columns, last_g)])
+
+        def carry_values(n, columns, carry):
+            total, values = carry
+            tile = plan(n, columns)
+            return total + tile, values + _dot(head.columns_of(v, columns), tile, (1, 1)).astype(dtype)
+
+        start = head.zeros(), jnp.zeros((v.shape[0], _TILE), dtype)
+        total, values = head.tiles(group, carry_values, start, dustbin=False)
         if head.dustbin:
-            total += head.there(jnp.exp(head.score + f + g_bin), target)
-        return jnp.maximum(residual, jnp.abs(total - target).max(0, keepdims=True))
+            total += plan(group.number, bins)
+        supported = head.supported(group)
+        out[:, group.rows] = jnp.where(supported, values, 0).astype(out.dtype)
+        off = jnp.where(supported, jnp.abs(_flat(total.sum(1, keepdims=True)) - 1), 0)
+        return jnp.maximum(largest, off.max(1, keepdims=True))
 
-    residual = head.each(finish, 0 * one)
+    largest = head.groups(finish, zero)
     if head.dustbin:
-        row = head.there(jnp.exp(head.score + f_bin + g_tail[spec.tail_steps :, :]), b[...])
-        total = jnp.where(head.a_bin > 0, _sum(row) + jnp.exp(f_bin + g_bin), 0)
-        residual = jnp.maximum(residual, jnp.abs(total - head.a_bin))
-    bins[spec.tail_steps :, :] = _lanes(f_bin, g_bin, residual)
+        f_bin = f_tail[:, last_f + sizes.rows :][:, :1]
+        row = jnp.exp(head.bin_row(b[...]) + f_bin + g_tail[:, last_g:])
+        largest = jnp.maximum(largest, jnp.abs(row.sum(1, keepdims=True) - head.a_bin))
+    residual[...] = largest * jnp.ones_like(residual)
 
 
 def _backward_kernel(
-    start, some, column, scalars, q, k, v, first, last, a, b, f, g, bins, d_out, d_f, d_g, d_bins, *rest, sizes, spec
+    whole, scalars, q, k, v, b, f, g, d_out, d_f, d_g, dq, dk, dv, d_score, *scratch, sizes, spec, holding, dtype
 ):
-    """Contract, section 3. Scores stay in VMEM, and each factor is made from them: none can overflow."""
-    dq, dk, dv, d_score, tiles, f_bar, g_bar, next_g_bar, x_rows, y_columns = rest
-    head = _Head(start, some, column, scalars, q, k, first, last, a, b, sizes, spec)
-    tail = spec.tail_steps
-    for x in (dq, dk, dv, f_bar, x_rows):
+    """Contract, section 3. Every factor is made from the scores, with its own potentials: none can overflow."""
+    strip, f_bar, g_bar, next_g_bar, x_rows, y_columns, dk_sum, dv_sum, *tiles = scratch
+    head = _Head(whole, scalars, q, k, sizes, spec, dtype)
+    tail, zero, bins = spec.tail_steps, jnp.zeros((1, 1), dtype), head.bin_columns
+    for x in (dq, dk_sum, dv_sum, f_bar, x_rows):
         x[...] = jnp.zeros_like(x)
-    f_bins, g_bins = ([bins[r : r + 1, i : i + 1] for r in range(tail + 1)] for i in range(2))
 
-    def factor(block, columns, r, s):
-        """`exp(S + f_r + g_s)`."""
-        return jnp.exp(tiles[block, :, :][0] + _upright(f[r, block, :]) + g[s : s + 1, columns])
+    def of_rows(r, group):
+        return _upright(f[:, _shifted(group.rows, (r - 1) * sizes.all_rows)])
 
-    def bin_column(block, r, s):
-        return head.there(jnp.exp(head.score + f[r, block, :] + g_bins[s]), a[block, :])
+    def of_columns(s, columns):
+        return g[:, _shifted(columns, s * sizes.all_columns)]
 
     def bin_row(r, s):
-        return head.there(jnp.exp(head.score + f_bins[r] + g[s : s + 1, :]), b[...])
+        """`exp(S + f_r + g_s)` of the dustbin's row."""
+        f_bin = f[:, r * sizes.all_rows - _TILE : r * sizes.all_rows][:, :1]
+        return jnp.exp(head.bin_row(b[...]) + f_bin + g[:, s * sizes.all_columns : (s + 1) * sizes.all_columns])
 
-    def corner(r, s):
-        return jnp.where(head.a_bin > 0, jnp.exp(f_bins[r] + g_bins[s]), 0)
+    def make(group):
+        """The group's scores into the strip, or into the tiles that all passes read."""
+        queries = q[:, group.rows].T
+
+        def put(n, columns, carry):
+            if holding is None:
+                strip[n] = head.scores(group, queries, n, columns)
+            else:
+                tiles[0][group.base + n] = head.scores(group, queries, n, columns)
+            return carry
+
+        head.tiles(group, put, 0)
+
+    def scores(group, n):
+        return strip[n] if holding is None else tiles[0][group.base + n]
+
+    def each(body, carry):
+        """Runs `body(group, carry)` for every group, whose scores are there."""
+
+        def with_scores(group, carry):
+            if holding is None:
+                make(group)
+            return body(group, carry)
+
+        return head.groups(with_scores, carry)
+
+    if holding is not None:
+        head.groups(lambda group, carry: make(group) or carry, 0)
 
     # ---- the plan, what it carries back, and sums over rows and columns of P * G ----
-    g_bar[...] = d_g[...]
+    g_bar[...] = jnp.where(b[...] > 0, d_g[...], 0)
 
-    def begin(block, rows, columns, carry):
-        tiles[block, :, :] = head.scores(block, rows, columns)[None]
-        plan, target = factor(block, columns, tail, tail), _upright(a[block, :])
-        d_rows = jnp.where(target > 0, d_out[rows, :], 0)
-        dv[columns, :] += _dot(plan, d_rows, (0, 0))
-        weighted = plan * _dot(d_rows, v[columns, :], (1, 1))
-        f_bar[block, :] = d_f[block, :] + _flat(weighted.sum(1, keepdims=True))
-        g_bar[:, columns] += weighted.sum(0, keepdims=True)
+    def begin(group, carry):
+        d_rows, from_rows = head.rows_of(d_out, group), of_rows(tail, group)
+        upright = d_rows.T
+
+        def weigh(n, columns, total):
+            plan = jnp.exp(scores(group, n) + from_rows + of_columns(tail, columns))
+            dv_sum[:, columns] += _dot(d_rows, plan, (1, 0)).astype(dtype)
+            weighted = plan * _dot(upright, head.columns_of(v, columns), (1, 0)).astype(dtype)
+            g_bar[:, columns] += weighted.sum(0, keepdims=True)
+            return total + weighted
+
+        total = head.tiles(group, weigh, head.zeros(), dustbin=False)
+        f_bar[:, group.rows] = d_f[:, group.rows] + _flat(total.sum(1, keepdims=True))
         return carry
 
-    head.each(begin)
-    f_bar_bin, g_bar_bin = d_bins[:, 0:1], d_bins[:, 1:2]
+    each(begin, 0)
+    f_bar_bin = d_f[:, sizes.rows :][:, :1]
 
     # ---- the tail, last step first ----
-    score_bar, bins_x, bins_y = jnp.zeros((1, 1), q.dtype), {}, {}
+    score_bar, bins_x = zero, {}
     for r in range(tail, 0, -1):
-        y_columns[r - 1 : r, :] = _quotient(g_bar[...], b[...])
-        bins_y[r] = _quotient(g_bar_bin, head.b_bin)
-        if head.dustbin:
-            f_bar_bin = f_bar_bin - _sum(bin_row(r, r) * y_columns[r - 1 : r, :]) - corner(r, r) * bins_y[r]
-            bins_x[r] = _quotient(f_bar_bin, head.a_bin)
+        slot = r - 1
+        y = _ratio(g_bar[...], b[...], b[...] > 0)
+        y_columns[:, slot * sizes.all_columns : (slot + 1) * sizes.all_columns] = y
         next_g_bar[...] = jnp.zeros_like(next_g_bar)
 
-        def step(block, rows, columns, next_bin, r=r):
-            of_rows = (factor(block, columns, r, r) * y_columns[r - 1 : r, columns]).sum(1, keepdims=True)
-            bar = f_bar[block, :] - _flat(of_rows)
-            if head.dustbin:
-                bar -= bin_column(block, r, r) * bins_y[r]
-            x = _quotient(bar, a[block, :])
-            x_rows[r - 1, block, :] = x
-            next_g_bar[:, columns] -= (factor(block, columns, r, r - 1) * _upright(x)).sum(0, keepdims=True)
-            if head.dustbin:
-                next_bin -= _sum(bin_column(block, r, r - 1) * x)
-            f_bar[block, :] = jnp.zeros_like(x)
-            return next_bin
+        def step(group, carry, r=r, slot=slot):
+            from_rows = of_rows(r, group)
 
-        g_bar_bin = head.each(step, jnp.zeros((1, 1), q.dtype))
-        g_bar[...] = next_g_bar[...]
+            def times_y(n, columns, total):
+                factor = jnp.exp(scores(group, n) + from_rows + of_columns(r, columns))
+                return total + factor * y_columns[:, _shifted(columns, slot * sizes.all_columns)]
+
+            total = head.tiles(group, times_y, head.zeros()).sum(1, keepdims=True)
+            x = jnp.where(head.supported(group), f_bar[:, group.rows] - _flat(total), 0)
+            x_rows[:, _shifted(group.rows, slot * sizes.rows)] = x
+            f_bar[:, group.rows] = jnp.zeros_like(x)
+            x = _upright(x)
+
+            def times_x(n, columns, carry):
+                factor = jnp.exp(scores(group, n) + from_rows + of_columns(r - 1, columns))
+                next_g_bar[:, columns] -= (factor * x).sum(0, keepdims=True)
+                return carry
+
+            return head.tiles(group, times_x, carry)
+
+        each(step, 0)
         if head.dustbin:
-            g_bar[...] -= bin_row(r, r - 1) * bins_x[r]
-            g_bar_bin -= corner(r, r - 1) * bins_x[r]
-            f_bar_bin = jnp.zeros_like(f_bar_bin)
-            score_bar -= _sum(bin_row(r, r) * y_columns[r - 1 : r, :] + bin_row(r, r - 1) * bins_x[r])
+            here, earlier = bin_row(r, r), bin_row(r, r - 1)
+            f_bar_bin = f_bar_bin - (here * y).sum(1, keepdims=True)
+            bins_x[r] = _ratio(f_bar_bin, head.a_bin, head.a_bin > 0)
+            next_g_bar[...] -= earlier * bins_x[r]
+            of_score = here * y + earlier * bins_x[r]
+            residues = _iota(1, of_score.shape) < sizes.columns  # the corner's score is fixed
+            score_bar -= jnp.where(residues, of_score, 0).sum(1, keepdims=True)
+            f_bar_bin = zero
+        g_bar[...] = next_g_bar[...]
 
     # ---- scores, queries and keys ----
-    def finish(block, rows, columns, score_bar):
-        target = _upright(a[block, :])
-        d_rows = jnp.where(target > 0, d_out[rows, :], 0)
-        d_scores = factor(block, columns, tail, tail) * _dot(d_rows, v[columns, :], (1, 1))
-        for r in range(tail, 0, -1):
-            d_scores -= factor(block, columns, r, r) * y_columns[r - 1 : r, columns]
-            d_scores -= factor(block, columns, r, r - 1) * _upright(x_rows[r - 1, block, :])
-            if head.dustbin:
-                of_column = bin_column(block, r, r) * bins_y[r] + bin_column(block, r, r - 1) * x_rows[r - 1, block, :]
-                score_bar -= _sum(of_column)
-        d_scores *= head.scale
-        dq[rows, :] = jnp.where(target > 0, _dot(d_scores, k[columns, :], (1, 0)), dq[rows, :])
-        dk[columns, :] += _dot(d_scores, q[rows, :], (0, 0))
+    def finish(group, score_bar):
+        d_rows, q_rows = head.rows_of(d_out, group), head.rows_of(q, group)
+        upright = d_rows.T
+        from_rows = {r: of_rows(r, group) for r in range(1, tail + 1)}
+        x = [_upright(x_rows[:, _shifted(group.rows, slot * sizes.rows)]) for slot in range(tail)]
+
+        def d_scores(n, columns):
+            """Without the plan's own part, `P * G`."""
+            s, total = scores(group, n), head.zeros()
+            for r in range(tail, 0, -1):
+                y = y_columns[:, _shifted(columns, (r - 1) * sizes.all_columns)]
+                total -= jnp.exp(s + from_rows[r] + of_columns(r, columns)) * y
+                total -= jnp.exp(s + from_rows[r] + of_columns(r - 1, columns)) * x[r - 1]
+            return total
+
+        def pull_back(n, columns, total):
+            plan = jnp.exp(scores(group, n) + from_rows[tail] + of_columns(tail, columns))
+            d = d_scores(n, columns) + plan * _dot(upright, head.columns_of(v, columns), (1, 0)).astype(dtype)
+            d *= head.scale
+            dk_sum[:, columns] += _dot(q_rows, d, (1, 0)).astype(dtype)
+            return total + _dot(head.columns_of(k, columns), d, (1, 1)).astype(dtype)
+
+        total = head.tiles(group, pull_back, jnp.zeros((q.shape[0], _TILE), dtype), dustbin=False)
+        dq[:, group.rows] = total.astype(dq.dtype)
+        if head.dustbin:
+            score_bar += d_scores(group.number, bins).sum(1, keepdims=True).sum(0, keepdims=True)
         return score_bar
 
-    d_score[...] = _lanes(head.each(finish, score_bar))
-
-
-def _quotient(x, y):
-    """x / y, 0 where y is 0."""
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
-
-
-def _lanes(*values):
-    """`[1, 1]` values side by side, `[1, 128]`."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, _BLOCK), 1)
-    return sum(jnp.where(lane == i, x, 0) for i, x in enumerate(values))
+    d_score[...] = each(finish, score_bar) * jnp.ones_like(d_score)
+    dk[...], dv[...] = dk_sum[...].astype(dk.dtype), dv_sum[...].astype(dv.dtype)
 
 
 def _dot(x, y, contract: tuple[int, int]):
+    """A product that is as exact as its less exact factor; bfloat16 takes one pass of the matrix unit, float32 six."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, precision=_PRECISION, preferred_element_type=x.dtype)
+    if jnp.bfloat16 in (x.dtype, y.dtype):
+        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, dimensions, precision="highest", preferred_element_type=x.dtype)
+
+
+def _iota(axis: int, shape: tuple[int, int] = (_TILE, _TILE)):
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _shifted(part: pl.Slice, by: int) -> pl.Slice:
+    return pl.ds(pl.multiple_of(part.start + by, _TILE), _TILE)
 
 
 def _upright(x):
     """`[1, 128]` to `[128, 1]`."""
-    return jnp.where(_eye(), jnp.broadcast_to(x, (_BLOCK, _BLOCK)), 0).sum(1, keepdims=True)
+    return jnp.where(_iota(0) == _iota(1), jnp.broadcast_to(x, (_TILE, _TILE)), 0).sum(1, keepdims=True)
 
 
 def _flat(x):
     """`[128, 1]` to `[1, 128]`."""
-    return jnp.where(_eye(), jnp.broadcast_to(x, (_BLOCK, _BLOCK)), 0).sum(0, keepdims=True)
+    return jnp.where(_iota(0) == _iota(1), jnp.broadcast_to(x, (_TILE, _TILE)), 0).sum(0, keepdims=True)
 
 
-def _eye():
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (_BLOCK, _BLOCK), axis) for axis in range(2))
-    return row == column
+def _lanes(x, dtype):
+    """`[1, 1]` as the first of 128 lanes."""
+    return jnp.where(_iota(1, (1, _TILE)) == 0, x, 0).astype(dtype)
 
 
-def _sum(x):
-    return x.sum(1, keepdims=True).sum(0, keepdims=True)
+def _where(condition, x):
+    return jnp.where(condition, x, jnp.zeros_like(x))
 
 
-def _ratio(x, y):
-    """x / y; 0 where x is 0, and far out of range where y is 0 and x is not."""
-    return jnp.where(x > 0, x / jnp.maximum(y, 1e-30), 0)
+def _finite(x):
+    return jnp.where(x > -jnp.inf, x, 0)
+
+
+def _ratio(x, y, where=None):
+    """x / y where x is above 0 (or `where`), else 0; far out of range where y is 0 and x is not."""
+    return jnp.where(x > 0 if where is None else where, x / jnp.maximum(y, 1e-30), 0)
 
 
 def _log(x):
@@ -424,29 +596,157 @@ def _log(x):
     return jnp.log(jnp.where(x > 0, x, 1))
 
 
-def _call(kernel, heads: Heads, spec: SinkhornSpec, problem: _Problem, sizes: _Sizes, inputs, outputs, scratch):
-    """Runs a kernel for every head: its inputs and outputs are whole arrays of that head, in VMEM."""
-    number, dtype = len(heads.n_q), heads.q.dtype
+class _Blocks(NamedTuple):
+    """Shapes of one head's arrays in VMEM, and those of the kernel's own."""
+
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    scratch: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def forward(cls, heads: Heads, spec: SinkhornSpec, sizes: _Sizes) -> "_Blocks":
+        dtype, tail = _dtype(heads), spec.tail_steps
+        q, k, v = _sequences(heads, sizes)
+        row, column = _vector(sizes.rows, dtype), _vector(sizes.all_columns, dtype)
+        all_f, all_g = _vector(tail * sizes.all_rows, dtype), _vector((tail + 1) * sizes.all_columns, dtype)
+        out = jax.ShapeDtypeStruct((v.shape[0], sizes.rows), v.dtype)
+        scratch = _strip(sizes, dtype), row, _vector(sizes.all_rows, dtype), column, column, column
+        return cls((q, k, v, column), (out, all_f, all_g, _vector(_TILE, dtype)), scratch)
+
+    @classmethod
+    def backward(cls, heads: Heads, spec: SinkhornSpec, sizes: _Sizes) -> "_Blocks":
+        dtype, tail = _dtype(heads), spec.tail_steps
+        forward = cls.forward(heads, spec, sizes)
+        q, k, v, column = forward.inputs
+        out, all_f, all_g, lane = forward.outputs
+        scratch = (
+            *(_strip(sizes, dtype), _vector(sizes.rows, dtype), column, column),
+            *(_vector(tail * sizes.rows, dtype), _vector(tail * sizes.all_columns, dtype)),
+            *(jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v)),
+        )
+        inputs = q, k, v, column, all_f, all_g, out, _vector(sizes.all_rows, dtype), column
+        return cls(inputs, (q, k, v, lane), scratch)
+
+    def bytes(self, buffers: int) -> int:
+        return buffers * sum(map(_vmem_bytes, self.inputs + self.outputs)) + sum(map(_vmem_bytes, self.scratch))
+
+
+def _dtype(heads: Heads):
+    """Of potentials and sums."""
+    return jnp.promote_types(jnp.result_type(heads.q, heads.k, heads.v), jnp.float32)
+
+
+def _sequences(heads: Heads, sizes: _Sizes):
+    lengths = sizes.rows, sizes.columns, sizes.columns
+    return (jax.ShapeDtypeStruct((x.shape[2], n), x.dtype) for x, n in zip(heads[:3], lengths, strict=True))
+
+
+def _vector(length: int, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, length), dtype)
+
+
+def _strip(sizes: _Sizes, dtype) -> jax.ShapeDtypeStruct:
+    """The tiles of one group, at most."""
+    return jax.ShapeDtypeStruct((sizes.chunks + 1, _TILE, _TILE), dtype)
+
+
+def _vmem_bytes(x: jax.ShapeDtypeStruct) -> int:
+    *outer, rows, lanes = x.shape
+    sublanes = 32 // x.dtype.itemsize
+    return math.prod(outer) * -(-rows // sublanes) * sublanes * -(-lanes // _TILE) * _TILE * x.dtype.itemsize
+
+
+def _vmem_capacity() -> int:
+    """Of the chip that is compiled for, as far as it is known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == "tpu":
+        device = jax.devices()[0]
+    return (_VMEM.get(device.device_kind, _LEAST_VMEM) if device else _LEAST_VMEM) - _RESERVED_VMEM
+
+
+class _Memory(NamedTuple):
+    """What a kernel keeps in VMEM: the tiles' dtype (None: tiles are made anew), and blocks of how many heads."""
+
+    holding: jnp.dtype | None
+    buffers: int
+
+
+def _memory(blocks: _Blocks, sizes: _Sizes, dtypes: tuple) -> _Memory | None:
+    """The first of the ways to work that fits, None if none does.
+
+    dtypes: of tiles, in order of preference. Two buffers load the next head while this one is worked on.
+    """
+    for holding in (*dtypes, None):
+        held = 0 if holding is None else sizes.tiles * _TILE * _TILE * jnp.dtype(holding).itemsize
+        for buffers in (2, 1):
+            if blocks.bytes(buffers) + held <= _vmem_capacity():
+                return _Memory(holding, buffers)
+    return None
+
+
+def _tile_dtypes(heads: Heads) -> tuple:
+    """What tiles of the forward may be rounded to: to bfloat16 if q and k are.
+
+    Rounding q and k has moved scores by 2^-9 times their size; rounding exp(S) moves them by at most 2^-9, in the base
+    steps alone.
+    """
+    dtype = _dtype(heads)
+    return (dtype, jnp.bfloat16) if heads.q.dtype == heads.k.dtype == jnp.bfloat16 else (dtype,)
+
+
+def refusal(heads: Heads, spec: SinkhornSpec) -> str | None:
+    """Why the kernels cannot do this and what to change, or None."""
+    if spec.solver == "newton":
+        return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
+    if spec.gradient == "implicit":
+        return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
+    sizes = _Sizes.create(heads, spec)
+    for blocks in (_Blocks.forward(heads, spec, sizes), _Blocks.backward(heads, spec, sizes)):
+        if _memory(blocks, sizes, ()) is None:
+            return (
+                f"one head's q, k, v and gradients take {blocks.bytes(1) / _MIB:.0f} MiB of VMEM, which has "
+                f"{_vmem_capacity() / _MIB:.0f} for them; use shorter sequences, narrower heads or implementation='xla'"
+            )
+    told = 4 * len(heads.n_q) * (4 + 4 * sizes.groups)
+    if told > _SMEM_BYTES:
+        return (
+            f"{len(heads.n_q)} heads of {sizes.groups} groups of rows take {told / 2**10:.0f} KiB of scalar memory, "
+            f"which has {_SMEM_BYTES / 2**10:.0f} for them; use a smaller batch on each chip or implementation='xla'"
+        )
+    return None
+
+
+def _call(kernel, heads: Heads, spec: SinkhornSpec, sizes: _Sizes, blocks: _Blocks, dtypes, problem, inputs, shapes):
+    """Runs a kernel for every head; `shapes` are those of the outputs, whose last tile may be cut short."""
+    memory, dtype = _memory(blocks, sizes, dtypes), _dtype(heads)
     axes = jax.typeof(heads.q).manual_axis_type  # under shard_map, those that the heads vary over
 
-    def block(shape):
-        return pl.BlockSpec((None, *shape), lambda n, *_: (n, *(0 for _ in shape)))
+    def of_head(block):
+        return pl.BlockSpec((None, *block.shape), lambda n, *_: (n, 0, 0), pipeline_mode=pl.Buffered(memory.buffers))
 
+    scratch = [pltpu.VMEM(x.shape, x.dtype) for x in blocks.scratch]
+    if memory.holding is not None:
+        scratch.append(pltpu.VMEM((sizes.tiles, _TILE, _TILE), memory.holding))
     call = pl.pallas_call(
-        functools.partial(kernel, sizes=sizes, spec=spec),
-        out_shape=[jax.ShapeDtypeStruct((number, *shape), dtype, manual_axis_type=axes) for shape in outputs],
+        functools.partial(kernel, sizes=sizes, spec=spec, holding=memory.holding, dtype=dtype),
+        out_shape=[
+            jax.ShapeDtypeStruct((len(heads.n_q), *shape), block.dtype, manual_axis_type=axes)
+            for shape, block in zip(shapes, blocks.outputs, strict=True)
+        ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(number,),
-            in_specs=[block(x.shape[1:]) for x in inputs],
-            out_specs=[block(shape) for shape in outputs],
-            scratch_shapes=[pltpu.VMEM(shape, dtype) for shape in scratch],
+            num_scalar_prefetch=2,
+            grid=(len(heads.n_q),),
+            in_specs=[of_head(x) for x in blocks.inputs],
+            out_specs=[of_head(x) for x in blocks.outputs],
+            scratch_shapes=scratch,
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=_vmem_capacity() + _RESERVED_VMEM, dimension_semantics=("parallel",)
+        ),
         name=kernel.__name__.strip("_"),
     )
     try:
-        return call(problem.start, problem.some, problem.column, problem.scalars, *inputs)
+        return call(problem.whole, problem.scalars, *inputs)
     except ValueError as error:
         if "interpret mode" not in str(error):
             raise
@@ -455,86 +755,53 @@ def _call(kernel, heads: Heads, spec: SinkhornSpec, problem: _Problem, sizes: _S
         ) from error
 
 
-def refusal(spec: SinkhornSpec, rows: int, columns: int, dtype) -> str | None:
-    """Why the kernels cannot do this and what to change, or None."""
-    if spec.solver == "newton":
-        return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
-    if spec.gradient == "implicit":
-        return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
-    sizes = _Sizes.create(rows, columns, spec.band)
-    held = sizes.blocks * _BLOCK * sizes.reach * jnp.dtype(dtype).itemsize
-    if held <= _TILE_BYTES:
-        return None
-    return (
-        f"the band of one head takes {held / 2**20:.0f} MiB, and {_TILE_BYTES / 2**20:.0f} fit into VMEM; "
-        "use a smaller spec.band or implementation='xla'"
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def attend(heads: Heads, spec: SinkhornSpec):
-    """Output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual `[N]` of every head."""
+    """Output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual `[N]` of every head.
+
+    Padding of q, k and v may hold anything, and their dtypes may differ; the output has that of v.
+    """
     return _attend_fwd(heads, spec)[0]
 
 
 def _attend_fwd(heads: Heads, spec: SinkhornSpec):
-    q, k, v = heads.q, heads.k, heads.v
-    sizes, problem, inputs = _prepare(heads, spec)
-    kept = spec.tail_steps + 1
-    out, f, g, bins = _call(
-        _forward_kernel,
-        heads,
-        spec,
-        problem,
-        sizes,
-        inputs=inputs,
-        outputs=((sizes.rows, v.shape[2]), (kept, *sizes.slots), (kept, sizes.columns), (kept, _BLOCK)),
-        scratch=((*sizes.slots, sizes.reach), *2 * (sizes.slots,), *3 * ((1, sizes.columns),)),
+    rows, columns = heads.q.shape[1], heads.k.shape[1]
+    sizes = _Sizes.create(heads, spec)
+    blocks = _Blocks.forward(heads, spec, sizes)
+    problem = _Problem.create(heads, spec, sizes)
+    inputs = *(x.swapaxes(1, 2) for x in heads[:3]), problem.b
+    shapes = (heads.v.shape[2], rows), *(x.shape for x in blocks.outputs[1:])
+    out, f, g, residual = _call(
+        _forward_kernel, heads, spec, sizes, blocks, _tile_dtypes(heads), problem, inputs, shapes
     )
-    out, last = out[:, : q.shape[1]], spec.tail_steps
-    all_f = jnp.concatenate([problem.to_rows(f[:, last], q.shape[1]), bins[:, last, :1]], -1)
-    all_g = jnp.concatenate([g[:, last, : k.shape[1]], bins[:, last, 1:2]], -1)
-    return (out, all_f, all_g, bins[:, last, 2]), (heads, f, g, bins)
+    last_f, last_g = _last(f, sizes.all_rows, rows), _last(g, sizes.all_columns, columns)
+    return (out.swapaxes(1, 2), last_f, last_g, residual[:, 0, 0]), (heads, f, g)
 
 
 def _attend_bwd(spec, kept, cotangents):
-    heads, f, g, bins = kept
+    heads, f, g = kept
     d_out, d_f, d_g, _ = cotangents
-    rows, columns = heads.q.shape[1], heads.k.shape[1]
-    sizes, problem, inputs = _prepare(heads, spec)
-    d_bins = jnp.pad(jnp.stack([d_f[:, -1], d_g[:, -1]], -1)[:, None], ((0, 0), (0, 0), (0, _BLOCK - 2)))
-    d_g = jnp.pad(d_g[:, None, :-1], ((0, 0), (0, 0), (0, sizes.columns - columns)))
-    dq, dk, dv, d_score = _call(
-        _backward_kernel,
-        heads,
-        spec,
-        problem,
-        sizes,
-        inputs=(*inputs, f, g, bins, _padded(d_out, sizes.rows), problem.to_slots(d_f), d_g, d_bins),
-        outputs=(*(x.shape[1:] for x in inputs[:3]), (1, _BLOCK)),
-        scratch=(
-            (*sizes.slots, sizes.reach),
-            sizes.slots,
-            *2 * ((1, sizes.columns),),
-            (spec.tail_steps, *sizes.slots),
-            (spec.tail_steps, sizes.columns),
-        ),
-    )
-    gradients = dq[:, :rows], dk[:, :columns], dv[:, :columns], d_score[:, 0, 0]
-    return (Heads(*gradients, None, None),)
+    sizes = _Sizes.create(heads, spec)
+    blocks = _Blocks.backward(heads, spec, sizes)
+    problem = _Problem.create(heads, spec, sizes)
+    d_f, d_g = _with_dustbin(d_f, sizes.rows), _with_dustbin(d_g, sizes.columns)
+    inputs = *(x.swapaxes(1, 2) for x in heads[:3]), problem.b, f, g, d_out.swapaxes(1, 2), d_f, d_g
+    shapes = *(x.shape[1:] for x in inputs[:3]), (1, _TILE)
+    *gradients, d_score = _call(_backward_kernel, heads, spec, sizes, blocks, (_dtype(heads),), problem, inputs, shapes)
+    dq, dk, dv = (x.swapaxes(1, 2) for x in gradients)
+    return (Heads(dq, dk, dv, d_score[:, 0, 0].astype(heads.dustbin_score.dtype), None, None),)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _prepare(heads: Heads, spec: SinkhornSpec) -> tuple[_Sizes, _Problem, tuple]:
-    """What both kernels start from."""
-    q, k, v = heads.q, heads.k, heads.v
-    sizes = _Sizes.create(q.shape[1], k.shape[1], spec.band)
-    problem = _Problem.create(heads, spec, sizes)
-    arrays = _padded(q, sizes.rows), _padded(k, sizes.columns), _padded(v, sizes.columns)
-    return sizes, problem, (*arrays, problem.first, problem.last, problem.a, problem.b)
+def _with_dustbin(x: Array, length: int) -> Array:
+    """`[N, n + 1]`, the dustbin last, as `[N, 1, length + 128]`, the dustbin at `length`."""
+    x = jnp.concatenate([jnp.pad(x[:, :-1], ((0, 0), (0, length - x.shape[1] + 1))), x[:, -1:]], 1)
+    return jnp.pad(x, ((0, 0), (0, _TILE - 1)))[:, None]
 
 
-def _padded(x: Array, length: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+def _last(x: Array, all_of_one: int, length: int) -> Array:
+    """Of vectors one after the other, `[N, 1, ...]`, the last as `[N, length + 1]`, the dustbin last."""
+    x = x[:, 0, -all_of_one:]
+    return jnp.concatenate([x[:, :length], x[:, -_TILE][:, None]], 1)

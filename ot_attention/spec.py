@@ -79,7 +79,7 @@ def _check_int(name: str, value: object, least: int, hint: str = "") -> None:
 
 
 class Heads(NamedTuple):
-    """Inputs as implementations take them: batch and heads as one axis, padding already 0, one dtype."""
+    """Inputs as implementations take them: batch and heads as one axis."""
 
     q: Float[jax.Array, "heads rows width"]
     k: Float[jax.Array, "heads columns width"]

@@ -81,7 +81,7 @@ def targets(
     first, last = row_windows(index, n_q, n_k, band)
     exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
     a = ((first <= last) | exists) & (index < n_q[..., None])
-    b = (_reached(first, last, n_q, columns) | exists) & (jnp.arange(columns) < n_k[..., None])
+    b = (_reached(n_q, n_k, columns, band) | exists) & (jnp.arange(columns) < n_k[..., None])
     a, b = a.astype(dtype), b.astype(dtype)
     n_q, n_k = n_q[..., None].astype(dtype), n_k[..., None].astype(dtype)
     if dustbin == "none":
@@ -96,15 +96,18 @@ def targets(
 
 
 def _reached(
-    first: Int[Array, "*batch rows"], last: Int[Array, "*batch rows"], n_q: Int[Array, "*batch"], columns: int
+    n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], columns: int, band: int | None
 ) -> Bool[Array, "*batch columns"]:
     """Columns inside at least one row's window. A band narrower than the slope n_k / n_q leaves some outside all."""
-    column = jnp.arange(columns, dtype=jnp.int32)
-    # Windows move forwards, so only the first row whose window ends at or after a column can hold it.
-    ends = jnp.where(jnp.arange(first.shape[-1]) < n_q[..., None], last, jnp.iinfo(jnp.int32).max)
-    row = jnp.vectorize(lambda ends, column: jnp.searchsorted(ends, column), signature="(n),(m)->(m)")(ends, column)
-    start, end = (jnp.take_along_axis(x, jnp.minimum(row, x.shape[-1] - 1), axis=-1) for x in (first, last))
-    return (start <= column) & (column <= end)
+    column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (*n_q.shape, columns))
+    # The rows whose diagonal is nearest: to either side of (j + 1/2) n_q / n_k - 1/2.
+    odd = (2 * jnp.minimum(column, jnp.maximum(n_k[..., None] - 1, 0)) + 1).astype(jnp.uint32)
+    after = odd * n_q[..., None].astype(jnp.uint32) // (2 * jnp.maximum(n_k[..., None], 1)).astype(jnp.uint32)
+    reached = jnp.zeros(column.shape, bool)
+    for row in (after.astype(jnp.int32) - 1, after.astype(jnp.int32)):
+        first, last = row_windows(row, n_q, n_k, band)
+        reached |= (first <= column) & (column <= last)
+    return reached
 
 
 def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:
