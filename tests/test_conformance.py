@@ -4,6 +4,7 @@ Another implementation joins by its name in IMPLEMENTATIONS; what it cannot do i
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,17 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, transport_plan
+from ot_attention import SinkhornSpec, UnsupportedError, pallas_tpu, sinkhorn_attention, support, transport_plan
+from ot_attention.api import by_head
+from ot_attention.spec import Heads
+from ot_attention.tpu_tiles import Problem, Sizes
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
+INTERPRETED = ["pallas_tpu"]
 PLAIN_ONLY = ["pallas_tpu"]  # neither Newton steps nor implicit gradients
 DUSTBINS = ["none", "unit", "full"]
+# Interpreted kernels run once: compiling them takes longer.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 
 
@@ -39,6 +46,10 @@ class Case:
         return SinkhornSpec(
             **{"band": self.band, "base_steps": self.base_steps, "tail_steps": self.tail_steps} | changes
         )
+
+    def fewer_steps(self) -> "Case":
+        """For interpreted kernels, which take a second for every few steps."""
+        return dataclasses.replace(self, base_steps=min(self.base_steps, 5))
 
 
 CASES = [
@@ -64,6 +75,11 @@ def float64():
     jax.config.update("jax_enable_x64", True)  # for all threads: interpreted kernels have their own
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+def small_memory(monkeypatch, mib: float) -> None:
+    """Kernels believe in a chip of so little memory."""
+    monkeypatch.setattr(pallas_tpu, "_vmem_capacity", lambda: int(mib * 2**20))
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +112,7 @@ def attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent
         out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)
         return (out, info.f, info.g), info.residual
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK if implementation == "pallas_tpu" else None)
     def run_and_pull_back(*arrays):
         (out, f, g), pull_back, residual = jax.vjp(run, *arrays, has_aux=True)
         of_f = jnp.cos(jnp.arange(f.size)).reshape(f.shape).astype(f.dtype)
@@ -114,17 +130,97 @@ def error(actual, expected, least_scale=1.0) -> float:
     return float(np.abs(np.asarray(actual, np.float64) - np.asarray(expected)).max(initial=0)) / scale
 
 
-@pytest.mark.parametrize(
-    ("case", "dustbin"), [pytest.param(c, d, id=f"{c.name}, {d}") for c in CASES for d in c.dustbins]
-)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
-def test_same_numbers_as_the_reference_in_float64(implementation, case, dustbin):
-    arguments = case.spec(dustbin=dustbin), *inputs(case, dustbin)
-    expected = attend_and_pull_back("reference", *arguments)
-    actual = attend_and_pull_back(implementation, *arguments)
+def cases(name: str) -> list:
+    """All cases with all dustbins that they are for; interpreted kernels have one of each in the quick suite."""
+    quick = name not in INTERPRETED
+    return [
+        pytest.param(name, case, dustbin, id=f"{name}-{case.name}, {dustbin}", marks=() if here else pytest.mark.slow)
+        for n, case in enumerate(CASES)
+        for m, dustbin in enumerate(case.dustbins)
+        for here in [quick or m == n % len(case.dustbins)]
+    ]
+
+
+def assert_same_as_reference(implementation, spec, *arguments, tolerance=1e-10):
+    expected, actual = (attend_and_pull_back(name, spec, *arguments) for name in ("reference", implementation))
     for name, value in expected.items():
         assert np.isfinite(value).all(), name
-        assert error(actual[name], value) < 1e-10, name
+        assert error(actual[name], value) < tolerance, name
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case", "dustbin"), [c for name in IMPLEMENTATIONS[1:] for c in cases(name)]
+)
+def test_same_numbers_as_the_reference_in_float64(implementation, case, dustbin):
+    case = case.fewer_steps() if implementation in INTERPRETED else case
+    assert_same_as_reference(implementation, case.spec(dustbin=dustbin), *inputs(case, dustbin))
+
+
+@pytest.mark.parametrize("number", [4, 7, 11, 12], ids=lambda n: CASES[n].name)
+def test_a_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(number, monkeypatch):
+    case, dustbin = CASES[number].fewer_steps(), CASES[number].dustbins[-1]
+    arguments = inputs(case, dustbin)
+    spec = case.spec(dustbin=dustbin)
+    heads = heads_of(arguments)
+    sizes = Sizes.create(heads, spec)
+    without_tiles = pallas_tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20
+    small_memory(monkeypatch, without_tiles + 0.01)
+    assert pallas_tpu._memory(pallas_tpu._Blocks.backward(heads, spec, sizes), sizes, (jnp.float64,)).holding is None
+    assert_same_as_reference("pallas_tpu", spec, *arguments)
+
+
+def heads_of(arguments, dtype=None) -> Heads:
+    (q, k, v), (n_q, n_k), score, _ = arguments
+    return by_head(*(x.astype(dtype or x.dtype) for x in (q, k, v)), jnp.zeros(2) if score is None else score, n_q, n_k)
+
+
+def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(monkeypatch):
+    """The error budget of bfloat16 tiles: where float32's do not fit, and for bfloat16 queries and keys only."""
+    case = CASES[5]
+    spec = case.spec(dustbin="full")
+    arrays, lengths, score, cotangent = inputs(case, "full")
+    rounded = [x.astype("bfloat16") for x in arrays]
+    heads = heads_of((rounded, lengths, score, cotangent))
+    sizes = Sizes.create(heads, spec)
+    blocks = pallas_tpu._Blocks.forward(heads, spec, sizes)
+    small_memory(monkeypatch, (blocks.bytes(1) + 3 * sizes.tiles * 128 * 128) / 2**20)  # 2 bytes a score, not 4
+    assert pallas_tpu._memory(blocks, sizes, pallas_tpu._tile_dtypes(heads)).holding == jnp.bfloat16
+    assert pallas_tpu._tile_dtypes(heads_of((arrays, lengths, score, cotangent), "float32")) == (jnp.float32,)
+
+    def potentials(name, arrays):
+        return sinkhorn_attention(*arrays, spec, *lengths, score, name)[1]
+
+    exact, of_rounded = potentials("reference", arrays), potentials("reference", [x.astype("float64") for x in rounded])
+    ours = potentials("pallas_tpu", rounded)
+    for name in ("f", "g"):
+        of_inputs = np.abs(getattr(of_rounded, name) - getattr(exact, name)).max()
+        of_tiles = np.abs(getattr(ours, name) - getattr(of_rounded, name)).max()
+        assert 1e-6 < of_tiles < of_inputs, name  # rounding leaves a trace, or nothing was rounded
+
+
+@pytest.mark.parametrize("dustbin", ["none", "full"])
+def test_tiles_of_any_lengths_fit_the_memory_that_is_laid_out(dustbin):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        rows, columns, band = [*rng.integers(1, 2000, 2).tolist(), int(rng.integers(0, 300))]
+        n_q, n_k = (jnp.asarray(rng.integers(0, n + 1, 40), jnp.int32).at[0].set(n) for n in (rows, columns))
+        q, k = (jnp.zeros((40, n, 1)) for n in (rows, columns))
+        heads = Heads(q, k, k, jnp.zeros(40), n_q, n_k)
+        sizes = Sizes.create(heads, spec := SinkhornSpec(band=band, dustbin=dustbin))
+        told = np.asarray(Problem.create(heads, spec, sizes).whole).reshape(40, -1)[:, 2:]
+        first, number, inner, inner_end = np.moveaxis(told.reshape(40, sizes.groups, 4), -1, 0)
+        visited = np.where(np.arange(sizes.groups) * 128 < np.asarray(n_q)[:, None], number + (dustbin != "none"), 0)
+        assert visited.sum(1).max() <= sizes.tiles
+        assert (first >= 0).all() and (first + number <= sizes.chunks).all()
+        row = np.minimum(np.arange(sizes.rows), np.asarray(n_q)[:, None] - 1)
+        lower, upper = support.row_windows(jnp.asarray(row, jnp.int32), n_q, n_k, band)
+        lower, upper = (np.asarray(x).reshape(40, sizes.groups, 128) for x in (lower, upper))
+        real = (np.arange(sizes.groups) * 128 < np.asarray(n_q)[:, None]) & (np.asarray(n_k)[:, None] > 0)
+        met = real[..., None] & (lower <= upper)
+        assert (~met | ((lower >= 128 * first[..., None]) & (upper < 128 * (first + number)[..., None]))).all()
+        unmasked = real & (inner < inner_end) & (inner < first + number)
+        every = (lower.max(-1) <= 128 * inner) & (upper.min(-1) >= 128 * inner_end - 1)
+        assert every[unmasked].all()
 
 
 CONVERGING = {"base_steps": 5, "solver": "newton", "gradient": "implicit"}
@@ -140,10 +236,7 @@ SETTINGS = [pytest.param(name, {}, id=name) for name in IMPLEMENTATIONS] + [
 def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation, case, dustbin):
     """Both go through the same linear solver; products and everything around it are the implementation's own."""
     arguments = case.spec(dustbin=dustbin, **CONVERGING), *inputs(case, dustbin)
-    expected, actual = (attend_and_pull_back(name, *arguments) for name in ("reference", implementation))
-    for name, value in expected.items():
-        assert np.isfinite(value).all(), name
-        assert error(actual[name], value) < 1e-8, name
+    assert_same_as_reference(implementation, *arguments, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -152,12 +245,11 @@ def test_random_shapes_lengths_and_bands(implementation, seed):
     rng = np.random.default_rng(seed)
     rows, columns = rng.integers(1, 400, 2).tolist()
     lengths = [tuple(rng.integers(0, size + 1, 2).tolist()) for size in (rows, columns)]
-    case = Case("random", rows, columns, int(rng.integers(0, 40)), *lengths, sd=float(rng.uniform(0.1, 5)))
+    steps = 5 if implementation in INTERPRETED else 20
+    case = Case("random", rows, columns, int(rng.integers(0, 40)), *lengths, rng.uniform(0.1, 5), steps)
     dustbin = DUSTBINS[seed % 3]
     arguments = case.spec(dustbin=dustbin), *inputs(case, dustbin, seed=seed)
-    expected, actual = (attend_and_pull_back(name, *arguments) for name in ("reference", implementation))
-    for name, value in expected.items():
-        assert error(actual[name], value) < 1e-10, name
+    assert_same_as_reference(implementation, *arguments)
 
 
 @pytest.mark.parametrize("dustbin", DUSTBINS)
@@ -403,10 +495,13 @@ def test_what_is_not_there_is_refused(implementation, changes):
         sinkhorn_attention(x, x, x, SinkhornSpec(**changes), implementation=implementation)
 
 
-def test_a_band_that_does_not_fit_on_the_chip_is_refused():
-    x = jax.ShapeDtypeStruct((1, 16384, 1, 64), jnp.float32)
-    with pytest.raises(UnsupportedError, match="the band of one head takes 144 MiB, and 48 fit into VMEM; use "):
-        jax.eval_shape(lambda x: sinkhorn_attention(x, x, x, SinkhornSpec(band=1024), implementation="pallas_tpu"), x)
+def test_sequences_that_do_not_fit_on_the_chip_are_refused():
+    x = jax.ShapeDtypeStruct((1, 40000, 1, 128), jnp.float32)
+    with pytest.raises(UnsupportedError, match="take 219 MiB of VMEM, which has 56 for them; use shorter"):
+        jax.eval_shape(lambda x: sinkhorn_attention(x, x, x, SinkhornSpec(), implementation="pallas_tpu"), x)
+    x = jax.ShapeDtypeStruct((512, 4096, 8, 8), jnp.float32)
+    with pytest.raises(UnsupportedError, match="4096 heads of 32 groups of rows take 2112 KiB of scalar memory"):
+        jax.eval_shape(lambda x: sinkhorn_attention(x, x, x, SinkhornSpec(), implementation="pallas_tpu"), x)
 
 
 def test_unrolled_gradient_is_that_of_all_steps():

@@ -1,0 +1,252 @@
+"""One head's problem in tiles of 128 x 128 scores, as the TPU kernels see it.
+
+A group of 128 rows meets the tiles from its first row's first column to its last row's last; those and no others are
+visited, so neither padding nor what the band leaves out costs anything, and only tiles on an edge of the band are
+masked. The dustbin is one column more, in a last tile of its own.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from ot_attention import support
+from ot_attention.spec import Heads, SinkhornSpec
+
+TILE = 128
+
+
+class Sizes(NamedTuple):
+    """Of one head's problem, in tiles."""
+
+    groups: int  # of rows
+    chunks: int  # of columns
+    tiles: int  # at most so many meet the band, with those of the dustbin
+
+    @property
+    def rows(self) -> int:
+        return self.groups * TILE
+
+    @property
+    def columns(self) -> int:
+        return self.chunks * TILE
+
+    @property
+    def all_rows(self) -> int:
+        """With one tile more, whose first entry is the dustbin."""
+        return self.rows + TILE
+
+    @property
+    def all_columns(self) -> int:
+        return self.columns + TILE
+
+    @classmethod
+    def create(cls, heads: Heads, spec: SinkhornSpec) -> "Sizes":
+        groups, chunks = (-(-x.shape[1] // TILE) for x in (heads.q, heads.k))
+        tiles = groups * chunks
+        if spec.band is not None:
+            # A group's rows span their share of the columns and 2 W more; at either end it touches part of a tile.
+            tiles = min(tiles, math.floor(chunks + groups * ((2 * spec.band + TILE - 1) / TILE + 1)))
+        return cls(groups, chunks, tiles + (groups if spec.dustbin != "none" else 0))
+
+
+class Problem(NamedTuple):
+    """What the kernels are told about every head, beside q, k and v."""
+
+    whole: Array  # int32, for each head its lengths and for each group the four numbers of `Group`
+    scalars: Array  # for each head the dustbin's score and the target of its row
+    b: Array  # [N, 1, all columns], targets of columns
+
+    @classmethod
+    def create(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "Problem":
+        n_q, n_k, dtype = heads.n_q, heads.n_k, compute_dtype(heads)
+        start = jnp.broadcast_to(jnp.arange(0, sizes.rows, TILE, dtype=jnp.int32), (len(n_q), sizes.groups))
+        end = jnp.minimum(start + TILE, n_q[:, None])
+        # Windows move forwards: the first row's bound all others' from below, the last row's from above.
+        least_first, least_last = support.row_windows(start, n_q, n_k, spec.band)
+        largest_first, largest_last = support.row_windows(end - 1, n_q, n_k, spec.band)
+        some = (start < n_q[:, None]) & (n_k[:, None] > 0)
+        first = jnp.where(some, least_first // TILE, 0)
+        number = jnp.where(some, jnp.maximum(largest_last // TILE + 1 - first, 0), 0)
+        # Tiles without an edge: every row exists, and has every column.
+        inner, inner_end = -(-largest_first // TILE), (least_last + 1) // TILE
+        inner_end = jnp.where(start + TILE <= n_q[:, None], inner_end, inner)
+        groups = jnp.stack([first, number, inner, inner_end], -1)
+        whole = jnp.concatenate([jnp.stack([n_q, n_k], -1), groups.reshape(len(n_q), -1)], -1).reshape(-1)
+        a, b = support.targets(n_q, n_k, heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype)
+        scalars = jnp.stack([heads.dustbin_score.astype(dtype), a[:, -1]], -1).reshape(-1)
+        return cls(whole, scalars, with_dustbin(b, sizes.columns))
+
+
+class Group(NamedTuple):
+    """128 rows: which, where their tiles begin among all, and the tiles that they meet."""
+
+    rows: pl.Slice
+    base: Array
+    first: Array
+    number: Array
+    inner: Array  # first tile without an edge
+    inner_end: Array
+
+
+class Head:
+    """One head inside a kernel: its rows and tiles, and scores made from them."""
+
+    def __init__(self, whole, scalars, q, k, sizes: Sizes, spec: SinkhornSpec, dtype):
+        self.q, self.k, self.sizes, self.dtype = q, k, sizes, dtype
+        self.dustbin, self.band = spec.dustbin != "none", spec.band
+        self.scale = 1 / (math.sqrt(q.shape[0]) * spec.epsilon)
+        start = pl.program_id(0) * (2 + 4 * sizes.groups)
+        self.n_q, self.n_k = whole[start], whole[start + 1]
+        self._of_group = lambda group: [whole[start + 2 + 4 * group + i] for i in range(4)]
+        self.score, self.a_bin = (jnp.full((1, 1), scalars[2 * pl.program_id(0) + i]) for i in range(2))
+        self.bin_columns = pl.ds(sizes.columns, TILE)
+
+    def groups(self, body, carry):
+        """Runs `body(group, carry)` for every group that has rows; there are none where y has no columns."""
+
+        def step(number, carry):
+            base, carry = carry
+            group = Group(pl.ds(pl.multiple_of(number * TILE, TILE), TILE), base, *self._of_group(number))
+            return base + group.number + self.dustbin, body(group, carry)
+
+        end = jnp.where(self.n_k > 0, jax.lax.div(self.n_q + TILE - 1, jnp.int32(TILE)), 0)
+        return jax.lax.fori_loop(0, end, step, (jnp.array(0, jnp.int32), carry))[1]
+
+    def tiles(self, group: Group, body, carry, dustbin: bool = True):
+        """Runs `body(n, columns, carry)` for the group's tiles, n counting from 0, the dustbin's last."""
+        with_bin = self.dustbin and dustbin
+
+        def step(n, carry):
+            chunk = group.first + n
+            if with_bin:
+                chunk = jnp.where(n < group.number, chunk, self.sizes.chunks)
+            return body(n, pl.ds(pl.multiple_of(chunk * TILE, TILE), TILE), carry)
+
+        return jax.lax.fori_loop(0, group.number + with_bin, step, carry)
+
+    def scores(self, group: Group, queries, n, columns):
+        """A tile, minus infinity outside the support; `queries` are the group's, `[128, width]`."""
+
+        def residues():
+            # The last tile of y may be followed by the dustbin's, where there are no keys.
+            start = pl.multiple_of(jnp.minimum(columns.start, self.sizes.columns - TILE), TILE)
+            s = self.scale * dot(queries, self.k[:, pl.ds(start, TILE)], (1, 0)).astype(self.dtype)
+            inner = (columns.start >= group.inner * TILE) & (columns.start < group.inner_end * TILE)
+            return jax.lax.cond(inner, lambda: s, lambda: self._masked(group, s, columns))
+
+        def bin_column():
+            row, lane = group.rows.start + iota(0), iota(1)
+            return jnp.where((row < self.n_q) & (lane == 0), self.score, -jnp.inf)
+
+        return jax.lax.cond(n < group.number, residues, bin_column) if self.dustbin else residues()
+
+    def _masked(self, group: Group, s, columns):
+        first, last = self._windows(group.rows.start + iota(0, (TILE, 1)))
+        column = columns.start + iota(1)
+        return jnp.where((column >= first) & (column <= last), s, -jnp.inf)
+
+    def _windows(self, row):
+        """`support.row_windows` without a division of integers, which the chip has not."""
+        exists = row < self.n_q
+        if self.band is None:
+            first, last = jnp.zeros_like(row), jnp.full_like(row, self.n_k - 1)
+        else:
+            # c(i) + 1/2 = odd n_k / (2 n_q). An estimate in floats is off by one at most; products wrap around, but
+            # what is left over is small and exact.
+            odd, denominator = 2 * row + 1, 2 * self.n_q
+            estimate = odd.astype(jnp.float32) * self.n_k.astype(jnp.float32) / denominator.astype(jnp.float32)
+            whole = estimate.astype(jnp.int32)
+            rest = odd * self.n_k - whole * denominator
+            off = (rest >= denominator).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
+            whole, twice_rest = whole + off, 2 * (rest - off * denominator)
+            first = jnp.maximum(whole + (twice_rest > denominator).astype(jnp.int32) - self.band, 0)
+            last = jnp.minimum(whole - (twice_rest < denominator).astype(jnp.int32) + self.band, self.n_k - 1)
+        return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
+
+    def supported(self, group: Group):
+        """Which of the group's rows have any score, `[1, 128]`."""
+        row = group.rows.start + iota(1, (1, TILE))
+        first, last = self._windows(row)
+        return ((first <= last) | self.dustbin) & (row < self.n_q)
+
+    def bin_row(self, b):
+        """Scores of the dustbin's row, `[1, all columns]`; its corner is 0."""
+        column = iota(1, (1, self.sizes.all_columns))
+        score = jnp.where(column < self.sizes.columns, self.score, 0)
+        return jnp.where((b > 0) & (self.a_bin > 0), score, -jnp.inf)
+
+    def rows_of(self, ref, group: Group):
+        """The group's part of `[width, rows]`, 0 beyond the true length, whatever stands there."""
+        return _zero_unless(group.rows.start + iota(1, (1, TILE)) < self.n_q, ref[:, group.rows])
+
+    def columns_of(self, ref, columns):
+        """A tile's part of `[width, columns]`."""
+        return _zero_unless(columns.start + iota(1, (1, TILE)) < self.n_k, ref[:, columns])
+
+    def zeros(self):
+        return jnp.zeros((TILE, TILE), self.dtype)
+
+
+def compute_dtype(heads: Heads):
+    """Of potentials and sums."""
+    return jnp.promote_types(jnp.result_type(heads.q, heads.k, heads.v), jnp.float32)
+
+
+def with_dustbin(x: Array, length: int) -> Array:
+    """`[N, n + 1]`, the dustbin last, as `[N, 1, length + 128]`, the dustbin at `length`."""
+    x = jnp.concatenate([jnp.pad(x[:, :-1], ((0, 0), (0, length - x.shape[1] + 1))), x[:, -1:]], 1)
+    return jnp.pad(x, ((0, 0), (0, TILE - 1)))[:, None]
+
+
+def dot(x, y, contract: tuple[int, int]):
+    """A product that is as exact as its less exact factor; bfloat16 takes one pass of the matrix unit, float32 six."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    if jnp.bfloat16 in (x.dtype, y.dtype):
+        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, dimensions, precision="highest", preferred_element_type=x.dtype)
+
+
+def iota(axis: int, shape: tuple[int, int] = (TILE, TILE)):
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def shifted(part, by: int):
+    return pl.ds(pl.multiple_of(part.start + by, TILE), TILE)
+
+
+def upright(x):
+    """`[1, 128]` to `[128, 1]`."""
+    return jnp.where(iota(0) == iota(1), jnp.broadcast_to(x, (TILE, TILE)), 0).sum(1, keepdims=True)
+
+
+def flat(x):
+    """`[128, 1]` to `[1, 128]`."""
+    return jnp.where(iota(0) == iota(1), jnp.broadcast_to(x, (TILE, TILE)), 0).sum(0, keepdims=True)
+
+
+def lanes(x, dtype):
+    """`[1, 1]` as the first of 128 lanes."""
+    return jnp.where(iota(1, (1, TILE)) == 0, x, 0).astype(dtype)
+
+
+def _zero_unless(condition, x):
+    return jnp.where(condition, x, jnp.zeros_like(x))
+
+
+def finite(x):
+    return jnp.where(x > -jnp.inf, x, 0)
+
+
+def ratio(x, y, where=None):
+    """x / y where x is above 0 (or `where`), else 0; far out of range where y is 0 and x is not."""
+    return jnp.where(x > 0 if where is None else where, x / jnp.maximum(y, 1e-30), 0)
+
+
+def log(x):
+    """0 where x is 0: potentials without support are 0."""
+    return jnp.log(jnp.where(x > 0, x, 1))
