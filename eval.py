@@ -171,8 +171,8 @@ def certifier(trainer: Trainer) -> Callable:
     )
 
 
-def make_trainer(config: ConfigDict):
-    """Trainer and initial state that a configuration describes; a misspelt key fails here."""
+def make_trainer(config: ConfigDict) -> Trainer:
+    """What a configuration describes; a misspelt key fails here."""
     band = config.attention.band  # a flag cannot say None
     return Trainer.create(
         AlignerConfig(**config.model),
