@@ -70,7 +70,7 @@ def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation:
         attend = jax.shard_map(
             attend,
             in_specs=(by_length, by_length, by_length, P(sharding.DATA), P(heads)),
-            out_specs=(by_length, SinkhornInfo(by_head, by_head, by_head)),
+            out_specs=(by_length, by_head),
         )
     return attend(q, k, v, lengths, dustbin_score)
 

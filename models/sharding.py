@@ -1,11 +1,11 @@
 """Where arrays lie when several devices train: batches over the mesh axis "data", matrices over "model".
 
-On a mesh, XLA's partitioner places everything but the attention, which runs on each device's part (models/attention.py).
+XLA's partitioner places everything but the attention, which runs on each device's part (models/attention.py).
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 DATA, MODEL = "data", "model"
-# Parameter (layer, name) -> the dimension that is cut over "model". As in Megatron-LM (arXiv 1909.08053) the first matrix
-# of a block is cut by outputs and the second by inputs, so that a block needs one sum over devices, not two exchanges.
+# Parameter (layer, name) -> the dimension that is cut over "model". As in Megatron-LM (arXiv 1909.08053) the first
+# matrix of a block is cut by outputs, the second by inputs: a block needs one sum over devices, not two exchanges.
 # Everything else is on all devices: what it would save is less than what it would send.
 _CUT = {
     ("mix", "kernel"): -1,  # of a convolution block
@@ -87,7 +87,7 @@ def _rows_of(mesh: Mesh, process: int) -> range:
     theirs = [n for n, row in enumerate(mesh.devices) if any(device.process_index == process for device in row)]
     rows = range(theirs[0], theirs[-1] + 1)
     whole = len({device.process_index for device in mesh.devices[rows.start : rows.stop].flat}) == 1
-    if not whole and len(rows) > 1 or rows.start % len(rows) or len(mesh.devices) % len(rows):
+    if (not whole and len(rows) > 1) or rows.start % len(rows) or len(mesh.devices) % len(rows):
         raise ValueError(
             f"mesh.model={mesh.shape[MODEL]} must divide the number of devices of a process or be a multiple of it"
         )
@@ -117,12 +117,12 @@ def everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def from_hosts(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+def from_hosts(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """The global batch, of which every process gives its part (`host_shard`)."""
     return {name: jax.make_array_from_process_local_data(by_example(mesh), x) for name, x in batch.items()}
 
 
-def from_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+def from_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """The global batch, which every process gives whole."""
     return {name: jax.make_array_from_callback(x.shape, by_example(mesh), x.__getitem__) for name, x in batch.items()}
 

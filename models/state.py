@@ -1,12 +1,13 @@
 """What a run has to remember, parameters, optimiser, moving average, step: how it is updated and kept on disk."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -121,14 +122,17 @@ class Trainer:
             donate_argnums=0,
         )
 
-    def compiled_evaluation(self, evaluate: Callable, mesh: Mesh) -> jax.stages.Wrapped:
-        """A function of parameters and batch on a mesh; its results are on all devices."""
+    def compiled_evaluation(
+        self, evaluate: Callable, mesh: Mesh
+    ) -> Callable[[PyTree, Mapping[str, np.ndarray]], PyTree]:
+        """`evaluate(params, batch)` on a mesh: every process gives the whole batch and gets the whole result."""
         params = _shardings(self.abstract_state(mesh).params)
-        return jax.jit(
+        compiled = jax.jit(
             sharding.on(mesh, evaluate),
             in_shardings=(params, sharding.by_example(mesh)),
             out_shardings=sharding.everywhere(mesh),
         )
+        return lambda params, batch: jax.device_get(compiled(params, sharding.from_whole(batch, mesh)))
 
     def model(self, params: PyTree) -> Aligner:
         return nnx.merge(self.graph, params)
@@ -197,6 +201,9 @@ def _is_matrix(params: PyTree) -> PyTree:
 class Checkpoints:
     """Checkpoints of a run in `<workdir>/checkpoints`: state, data iterator and configuration, written asynchronously.
 
+    All processes of a run call the same methods; the folder is one that all of them see. What is restored may have been
+    saved from another mesh and by another number of processes.
+
     keep: the newest so many stay; keep_every: and all whose step is a multiple of it (0 for none).
     """
 
@@ -225,7 +232,7 @@ class Checkpoints:
         self._manager.save(step, args=items)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """State and iterator state of a step, by default the newest.
+        """State and iterator state of a step, by default the newest; the arrays lie as those of `like` do.
 
         Raises:
           FileNotFoundError: there is no checkpoint, or none of that step; lists those there are.
