@@ -212,7 +212,7 @@ def validation(trainer: Trainer, mesh: Mesh, data_dir: Path, config: ConfigDict)
 
 
 def check_and_log(step: int, metrics: dict, ids: jax.Array, log: "MetricsLog", progress: tqdm, workdir: Path) -> None:
-    """Stops the run at a non-finite loss or gradient, naming its batch; else logs the step. `ids`: of the global batch."""
+    """Stops the run at a non-finite loss or gradient, naming its batch; else logs it. `ids`: of the global batch."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     residues = round(values.pop("residues"))
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):

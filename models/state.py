@@ -106,7 +106,7 @@ class Trainer:
         )
 
     def initial_state(self, mesh: Mesh) -> TrainState:
-        """Computed where it lies; its values do not depend on the mesh."""
+        """Computed where it lies; the random numbers in it do not depend on the mesh."""
         return jax.jit(self.initial, out_shardings=_shardings(self.abstract_state(mesh)))()
 
     def compiled_update(self, mesh: Mesh) -> jax.stages.Wrapped:
