@@ -185,6 +185,12 @@ def test_a_checkpoint_of_eight_devices_is_read_on_one(on_eight):
         np.testing.assert_array_equal(x, saved[name])
 
 
+def test_what_is_said_to_be_cut_exists():
+    trainer, mesh = evaluation.make_trainer(config(**EIGHT)), sharding.make_mesh(sharding.MeshConfig(1), 8)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trainer.abstract_state(mesh).params)]
+    assert sharding._CUT.keys() <= {tuple(key.key for key in path[-2:]) for path in paths}
+
+
 def test_two_processes_read_the_batches_of_one_and_fail_together():
     address = f"localhost:{free_port()}"
     first, second = finish(*(start("-c", TWO_PROCESSES, address, process) for process in range(2)))
@@ -196,9 +202,10 @@ def test_two_processes_read_the_batches_of_one_and_fail_together():
     assert ids == [whole[step]["id"].tolist() for step in range(3)]
 
 
-TOTAL = 24
+TOTAL = 16
 TRAINING = SHARED | {
     "total_steps": TOTAL,
+    "data__buckets": (64,),
     "checkpoint__every": 2,
     "log__eval_every": 1000,  # before the first step and after the last
     "optimizer__learning_rate": 1e-4,  # or rounding would be amplified beyond any useful tolerance
@@ -241,7 +248,8 @@ def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> N
 def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path):
     alone, killed, as_one = tmp_path / "alone", tmp_path / "killed", tmp_path / "as_one"
     cache = tmp_path / "compiled"
-    finish(*train_together(alone, 1, cache))
+    with tiny.quick_compilation():
+        train.train(config(**TRAINING), alone)
     kill_after(2, killed, train_together(killed, 2, cache))
     assert max(logged(killed)) < TOTAL, "killed too late to show anything"
     shutil.copytree(killed, as_one)
