@@ -9,18 +9,19 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import baselines, metrics, pfam, pipeline, vocab
-from models import decode, figures, loss
+from models import decode, figures, loss, sharding
 from models.aligner import AlignerConfig
 from models.attention import Certificate, SinkhornSpec
 from models.loss import LossConfig
@@ -36,7 +37,7 @@ _MASK_EVERY = 7  # residues; masked reconstruction asks for every seventh one
 _PICTURES = 3  # plans drawn for every split
 _CERTIFIED = 128  # pairs of every split whose plans are certified
 
-Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+Predict = Callable[[pipeline.Batch], dict[str, np.ndarray]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,25 +63,30 @@ def evaluate_run(
     """
     config = read_config(workdir)
     shards = resolve_data_dir(data_dir or config.data.dir)
-    trainer, state = make_trainer(config)
+    trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
-    state, _ = checkpoints.restore(state, step)
+    state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
     checkpoints.close()
-    predict = functools.partial(jax.jit(predictor(trainer)), state.ema)
+    predict, certify = (
+        functools.partial(trainer.compiled_evaluation(function(trainer), mesh), state.ema)
+        for function in (predictor, certifier)
+    )
     (workdir / "figures").mkdir(exist_ok=True)
     if (workdir / "metrics.jsonl").exists():
         figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
-    certify = functools.partial(jax.jit(certifier(trainer)), state.ema)
     report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}, "certificates": {}}
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
         draw = functools.partial(draw_plan, workdir / "figures", name)
-        report["splits"][name] = score_split(
-            predict, families, config.batch_size, config.data.buckets, limit=limit, draw=draw, progress=name
+        batches = functools.partial(
+            pipeline.evaluation_batches,
+            families,
+            config.batch_size,
+            config.data.buckets,
+            divisible_by=mesh.shape["data"],
         )
-        report["certificates"][name] = certify_split(
-            certify, families, config.batch_size, config.data.buckets, min(limit or _CERTIFIED, _CERTIFIED)
-        )
+        report["splits"][name] = score_split(predict, families, batches(limit=limit), draw=draw, progress=name)
+        report["certificates"][name] = certify_split(certify, batches(limit=min(limit or _CERTIFIED, _CERTIFIED)))
         summary = {who: result["overall"] for who, result in report["splits"][name].items()}
         others = {who: summary[who] for who in baselines.BASELINES}
         bars = workdir / "figures" / f"{name}.png"
@@ -91,19 +97,16 @@ def evaluate_run(
 def score_split(
     predict: Predict,
     families: pipeline.Families,
-    batch_size: int,
-    buckets: Sequence[int],
+    batches: Iterable[pipeline.Batch],
     *,
-    limit: int | None = None,
     draw: Callable | None = None,
     progress: str = "",
 ) -> dict[str, dict]:
-    """Summary of the model and of every baseline on the evaluation pairs of a split."""
+    """Summary of the model and of every baseline on evaluation pairs of a split, the families'."""
     scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", *baselines.BASELINES)}
     drawn = 0
-    batches = list(pipeline.evaluation_batches(families, batch_size, buckets, limit=limit))
-    for batch in tqdm(batches, desc=progress, unit=" batches", disable=not progress):
-        result = jax.device_get(predict(batch))
+    for batch in tqdm(list(batches), desc=progress, unit=" batches", disable=not progress):
+        result = predict(batch)
         match, _ = decode.mea_batch(result["plan"], batch["x_length"], batch["y_length"])
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
             family = families[identity[0]].accession
@@ -140,15 +143,13 @@ def predictor(trainer: Trainer) -> Callable:
     return predict
 
 
-def certify_split(
-    certify: Callable, families: pipeline.Families, batch_size: int, buckets: Sequence[int], limit: int
-) -> dict[str, dict]:
+def certify_split(certify: Callable, batches: Iterable[pipeline.Batch]) -> dict[str, dict]:
     """For every layer and certificate the median and the worst over pairs and heads (None: infinite), and the share
-    that is finite, from `limit` pairs at most.
+    that is finite.
     """
     found: dict[str, list[Certificate]] = {}
-    for batch in pipeline.evaluation_batches(families, batch_size, buckets, limit=limit):
-        for layer, certificate in jax.device_get(certify(batch)).items():
+    for batch in batches:
+        for layer, certificate in certify(batch).items():
             real = np.resize(batch["id"][:, 0] >= 0, len(certificate.residual))  # self-attention has x, then y
             found.setdefault(layer, []).append(Certificate(*(x[real] for x in certificate)))
     return {layer: _spread(jax.tree.map(lambda *x: np.concatenate(x), *of)) for layer, of in found.items()}
@@ -171,8 +172,8 @@ def certifier(trainer: Trainer) -> Callable:
     )
 
 
-def make_trainer(config: ConfigDict):
-    """Trainer and initial state that a configuration describes; a misspelt key fails here."""
+def make_trainer(config: ConfigDict) -> Trainer:
+    """What a configuration describes; a misspelt key fails here."""
     band = config.attention.band  # a flag cannot say None
     return Trainer.create(
         AlignerConfig(**config.model),
@@ -182,6 +183,12 @@ def make_trainer(config: ConfigDict):
         total_steps=config.total_steps,
         seed=config.seed,
     )
+
+
+def local_mesh(batch_size: int) -> Mesh:
+    """As many of this machine's devices as can share a batch evenly."""
+    data = max(n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0)
+    return sharding.make_mesh(sharding.MeshConfig(data), batch_size)
 
 
 def resolve_data_dir(directory: str) -> Path:

@@ -5,6 +5,14 @@
   python train.py --config=configs/r2_balanced.py --config.data.dir=runs/pfam --config.total_steps=2000
 
 The folder of a run holds config.json, metrics.jsonl and checkpoints/. Score it with eval.py.
+
+All devices of this machine share a batch; --config.mesh says how. On several machines, or in several processes of one,
+start the same command in each, with one --workdir and one --config.data.dir that all of them see, and
+
+  --coordinator=HOST:PORT --processes=2 --process=0     # and --process=1 in the other; HOST is where process 0 runs
+  --coordinator=auto                                    # on a TPU slice or a cluster that JAX knows
+
+A run may go on with another number of processes or devices; its batches stay the same.
 """
 
 import functools
@@ -12,24 +20,37 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
 import jax
+import numpy as np
 import wandb
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import eval as evaluation
 from configs import base
 from data import pfam, pipeline
-from models.state import Checkpoints, TrainState
+from models import sharding
+from models.state import Checkpoints, Trainer, TrainState
+
+T = TypeVar("T")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, e.g. configs/r2_balanced.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: runs/<name of the configuration>")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "several processes train together: HOST:PORT of process 0, the same in all of them, or auto"
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; with --coordinator=HOST:PORT")
+_PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0; with --coordinator=HOST:PORT")
 
 # What may change when a run goes on; anything else makes it another run.
-_FREE_KEYS = ("total_steps", "checkpoint.", "log.", "data.workers", "data.prefetch", "model.implementation")
+_FREE_KEYS = ("total_steps", "checkpoint.", "log.", "mesh.", "data.workers", "data.prefetch", "model.implementation")
 _TRACED = 3  # steps
 
 
@@ -45,55 +66,88 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
+        join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
     except (ValueError, TypeError, OSError, NonFiniteError) as error:
         sys.exit(f"train.py: {error}")
 
 
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Makes this one of several processes; nothing of JAX may have run before. Raises ValueError."""
+    auto = coordinator in (None, "auto")
+    if auto and (processes, process) != (None, None):
+        raise ValueError("--processes and --process need --coordinator=HOST:PORT")
+    if not auto and (processes is None or process is None or not 0 <= process < processes):
+        raise ValueError(
+            f"--coordinator={coordinator} needs --processes=N and --process=I with I from 0 to N - 1; given were "
+            f"{processes} and {process}"
+        )
+    if coordinator:
+        jax.config.update("jax_enable_preemption_service", False)  # or SIGTERM would end nothing
+        try:
+            jax.distributed.initialize(None if auto else coordinator, processes, process)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--coordinator={coordinator}: no connection to the other processes: {error}") from error
+
+
 def train(config: ConfigDict, workdir: Path) -> TrainState:
-    """Runs or resumes; returns the final state."""
+    """Runs or resumes, together with the other processes if there are any; returns the final state."""
     # ---- the run's folder, data, model ----
-    check_workdir(workdir, config)
-    data_dir = evaluation.resolve_data_dir(config.data.dir)
-    trainer, state = evaluation.make_trainer(config)
-    options = {key: value for key, value in config.data.items() if key != "dir"}
-    pipeline_config = pipeline.PipelineConfig(batch_size=config.batch_size, seed=config.seed, **options)
-    iterator = pipeline.train_iterator(pfam.open_split(data_dir, "train"), pipeline_config)
-    validate = validation(trainer, data_dir, config) if config.log.eval_every else None
+    trainer, mesh, iterator, validate = in_all_processes(lambda: prepare(config, workdir))
 
     # ---- resume ----
-    replace(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1) + "\n")
+    leads = jax.process_index() == 0  # writes everything but the checkpoints, to which all contribute
+    settings = json.dumps(json.loads(config.to_json()), indent=1) + "\n"
+    in_all_processes(lambda: write_settings(workdir, settings))
+    in_all_processes(lambda: check_shared(workdir, settings))
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
     if checkpoints.steps():
-        state, position = checkpoints.restore(state)
+        state, position = checkpoints.restore(trainer.abstract_state(mesh))
         iterator.set_state(position)
+    else:
+        state = trainer.initial_state(mesh)
     start = int(state.step)
     log = MetricsLog(workdir, config, start)
     left_out = iterator.stream.index.left_out
-    print(f"{workdir}: step {start} of {config.total_steps}, {left_out:.1%} of pairs longer than the largest bucket")
+    if leads:
+        print(
+            f"{workdir}: step {start} of {config.total_steps}, {left_out:.1%} of pairs longer than the largest bucket"
+        )
     if start == 0:
         checkpoints.save(state, iterator.get_state(), config.to_dict())
         if validate:
             log.write(0, validate(state))
 
     # ---- the loop: step n is checked and logged while step n + 1 computes ----
-    update = jax.jit(trainer.update, donate_argnums=0)
+    update = trainer.compiled_update(mesh)
+    # Collectives of two steps on the threads of a CPU can wait for each other for ever.
+    one_at_a_time = jax.default_backend() == "cpu" and mesh.size > 1
     progress = tqdm(
-        total=config.total_steps, initial=start, unit=" steps", desc=workdir.name, smoothing=0.05, mininterval=1
+        total=config.total_steps,
+        initial=start,
+        unit=" steps",
+        desc=workdir.name,
+        smoothing=0.05,
+        mininterval=1,
+        disable=not leads,
     )
     previous = None
     for step in range(start + 1, config.total_steps + 1):
-        if step == config.log.trace:
+        if leads and step == config.log.trace:
             jax.profiler.start_trace(workdir / "trace")
         asked = time.perf_counter()
-        batch = next(iterator)
+        examples = next(iterator)
         log.waited += time.perf_counter() - asked
+        batch = sharding.from_hosts(cast(dict, examples), mesh)
         ids = batch.pop("id")
         state, metrics = update(state, batch)
+        if one_at_a_time:
+            jax.block_until_ready(state)
         if previous:
             check_and_log(*previous, log, progress, workdir)
-        previous = step, metrics, ids, int(batch["x_length"].sum() + batch["y_length"].sum())
-        if step == min(config.log.trace + _TRACED - 1, config.total_steps) and start < config.log.trace <= step:
+        previous = step, metrics, ids
+        last_traced = min(config.log.trace + _TRACED - 1, config.total_steps)
+        if leads and step == last_traced and start < config.log.trace <= step:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         save = step % config.checkpoint.every == 0 or step == config.total_steps
@@ -114,31 +168,58 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     return state
 
 
-def validation(trainer, data_dir: Path, config: ConfigDict):
-    """A function from the state to the model's metrics on a fixed sample of the validation split."""
+def prepare(config: ConfigDict, workdir: Path) -> tuple[Trainer, Mesh, pipeline.BatchIterator, Callable | None]:
+    """Trainer, mesh, this process's part of the batches, and validation if it is wanted; the folder is not touched."""
+    check_workdir(workdir, config)
+    data_dir = evaluation.resolve_data_dir(config.data.dir)
+    trainer = evaluation.make_trainer(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size)
+    if config.batch_size % (mesh.shape["data"] * config.optimizer.accumulate):
+        raise ValueError(
+            f"batch_size={config.batch_size} must be divisible by optimizer.accumulate={config.optimizer.accumulate} "
+            f"times mesh.data={mesh.shape['data']}"
+        )
+    options = {key: value for key, value in config.data.items() if key != "dir"}
+    pipeline_config = pipeline.PipelineConfig(batch_size=config.batch_size, seed=config.seed, **options)
+    shard_index, shard_count = sharding.host_shard(mesh)
+    iterator = pipeline.train_iterator(
+        pfam.open_split(data_dir, "train"), pipeline_config, shard_index=shard_index, shard_count=shard_count
+    )
+    return trainer, mesh, iterator, validation(trainer, mesh, data_dir, config) if config.log.eval_every else None
+
+
+def validation(trainer: Trainer, mesh: Mesh, data_dir: Path, config: ConfigDict) -> Callable:
+    """A function from the state to the model's metrics on a fixed sample of the validation split.
+
+    Every process computes all of them from the same predictions, so that all go on together.
+    """
     families = pfam.open_split(data_dir, "validation")
-    predict = jax.jit(evaluation.predictor(trainer))
+    predict = trainer.compiled_evaluation(evaluation.predictor(trainer), mesh)
 
     def validate(state: TrainState) -> dict[str, float]:
-        scores = evaluation.score_split(
-            functools.partial(predict, state.ema),
+        batches = pipeline.evaluation_batches(
             families,
             config.batch_size,
             config.data.buckets,
             limit=config.log.eval_pairs,
+            divisible_by=mesh.shape["data"],
         )
+        scores = evaluation.score_split(functools.partial(predict, state.ema), families, batches)
         overall = scores["model"]["overall"]
         return {f"validation/{name}": metric["value"] for name, metric in overall.items()}
 
     return validate
 
 
-def check_and_log(step, metrics, ids, residues, log: "MetricsLog", progress: tqdm, workdir: Path) -> None:
-    """Stops the run at a non-finite loss or gradient, naming its batch; else logs the step."""
+def check_and_log(step: int, metrics: dict, ids: jax.Array, log: "MetricsLog", progress: tqdm, workdir: Path) -> None:
+    """Stops the run at a non-finite loss or gradient, naming its batch; else logs it. `ids`: of the global batch."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    residues = round(values.pop("residues"))
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
         path = workdir / f"nonfinite_{step}.json"
-        path.write_text(json.dumps({"step": step, "metrics": values, "ids": ids.tolist()}) + "\n")
+        told = {"step": step, "metrics": values, "ids": multihost_utils.process_allgather(ids, tiled=True).tolist()}
+        if jax.process_index() == 0:
+            path.write_text(json.dumps(told) + "\n")
         raise NonFiniteError(
             f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The batch (family, row of "
             f"x, row of y in the train split) is in {path}. Checkpoints hold earlier steps only: start again to resume "
@@ -149,14 +230,43 @@ def check_and_log(step, metrics, ids, residues, log: "MetricsLog", progress: tqd
     progress.set_postfix_str(f"loss {values['loss']:.3f}, {log.residues_per_second:,.0f} residues/s", refresh=False)
 
 
+def in_all_processes(function: Callable[[], T]) -> T:
+    """Calls it in every process; if it fails in one, all fail with the message of the first, and none is waited for."""
+    failed = None
+    try:
+        result = function()
+    except (ValueError, TypeError, OSError) as error:
+        failed = error
+    messages = [message for message in gather("" if failed is None else str(failed) or repr(failed)) if message]
+    if not messages:
+        return result
+    raise failed if failed is not None and str(failed) == messages[0] else ValueError(messages[0])
+
+
+def gather(text: str) -> list[str]:
+    """That of every process."""
+    if jax.process_count() == 1:
+        return [text]
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(encoded)))
+    padded = multihost_utils.process_allgather(np.pad(encoded, (0, sizes.max() - len(encoded) + 1)))
+    return [bytes(row[:size]).decode() for row, size in zip(padded, sizes, strict=True)]
+
+
 class MetricsLog:
-    """Lines of metrics.jsonl, and the same to W&B. Lines beyond the step a run resumes from are dropped first."""
+    """Lines of metrics.jsonl, and the same to W&B. Lines beyond the step a run resumes from are dropped first.
+
+    Counts in every process, writes in the first.
+    """
 
     def __init__(self, workdir: Path, config: ConfigDict, start: int):
         self.path, self.every = workdir / "metrics.jsonl", config.log.every
         self.residues_per_second = 0.0
         self.waited = 0.0  # seconds, for batches
         self._time, self._residues, self._examples = time.perf_counter(), 0, 0
+        self._wandb = None
+        if jax.process_index() > 0:
+            return
         if self.path.exists():
             kept = [row for row in evaluation.read_metrics(workdir) if row["step"] <= start and start > 0]
             replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -184,13 +294,15 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes a line; the clock of the rates starts anew."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-        self._wandb.log(values, step=step)
+        if self._wandb:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+            self._wandb.log(values, step=step)
         self.waited, self._time, self._residues, self._examples = 0.0, time.perf_counter(), 0, 0
 
     def close(self) -> None:
-        self._wandb.finish()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -208,6 +320,22 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
                 f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir to "
                 "start a new run, or the same values to go on with this one"
             )
+
+
+def write_settings(workdir: Path, settings: str) -> None:
+    """Once, whatever the number of processes."""
+    if jax.process_index() == 0:
+        replace(workdir / "config.json", settings)
+
+
+def check_shared(workdir: Path, settings: str) -> None:
+    """Raises ValueError unless this process sees what the first one wrote."""
+    path = workdir / "config.json"
+    if not path.exists() or path.read_text() != settings:
+        raise ValueError(
+            f"{path} is not what process 0 wrote, in process {jax.process_index()}: give all processes the same "
+            "options, and a --workdir on a disk that they share"
+        )
 
 
 def differences(old: dict, new: dict, prefix: str = ""):

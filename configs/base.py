@@ -50,6 +50,10 @@ def get_config() -> ConfigDict:
                 "ema": 0.99,
                 "accumulate": 1,
             },
+            "mesh": {  # over all processes
+                "data": -1,  # groups that share a batch; -1 for all there are
+                "model": 1,  # devices of a group, which share its matrices and heads
+            },
             "checkpoint": {"every": 100, "keep": 2, "keep_every": 0},
             "log": {
                 "every": 10,  # steps between lines of metrics.jsonl

@@ -198,8 +198,11 @@ class Aligner(nnx.Module):
         """Both sequences in one pass where they are padded alike, as training batches are."""
         if x.shape != y.shape:
             return self.encoder(x, x_length), self.encoder(y, y_length)
-        both = self.encoder(jnp.concatenate([x, y]), jnp.concatenate([x_length, y_length]))
-        return jnp.split(both, 2)
+        # Pair by pair, not x after y: where devices share a batch, each keeps its pairs.
+        both = self.encoder(
+            jnp.stack([x, y], 1).reshape(-1, x.shape[1]), jnp.stack([x_length, y_length], 1).reshape(-1)
+        ).reshape(*x.shape[:1], 2, x.shape[1], -1)
+        return both[:, 0], both[:, 1]
 
     def _positioned(self, z, position):
         still, turned = jnp.split(z, 2, axis=-1)

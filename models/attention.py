@@ -3,10 +3,13 @@
 import math
 from typing import NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from models import sharding
 from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, support, transport_plan
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.spec import Implementation
@@ -23,16 +26,18 @@ class SelfAttention(nnx.Module):
         if width % heads or (width // heads) % 2:
             raise ValueError(f"model.heads={heads} must divide model.width={width} into even head widths")
         self.spec, self.heads, self.implementation = spec, heads, _named(implementation)
-        self.project = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        # Heads are an axis of the kernels, so that devices can share them.
+        each = heads, width // heads
+        self.project = nnx.LinearGeneral(width, (3, *each), use_bias=False, dtype=dtype, rngs=rngs)
+        self.out = nnx.LinearGeneral(each, width, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs)
         self.dustbin = Dustbin(heads, spec)
 
     def __call__(
         self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]
     ) -> Float[Array, "batch length width"]:
         q, k, v = self._project(h)
-        out, _ = sinkhorn_attention(q, k, v, self.spec, lengths, lengths, self.dustbin.score, self.implementation)
-        return self.out(out.reshape(h.shape))
+        out, _ = _attend(q, k, v, self.spec, (lengths, lengths), self.dustbin.score, self.implementation)
+        return self.out(out)
 
     def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> "Certificate":
         """Of the plans that a call with the same arguments applies."""
@@ -40,8 +45,7 @@ class SelfAttention(nnx.Module):
         return certify(q, k, self.spec, (lengths, lengths), self.dustbin.score)
 
     def _project(self, h):
-        q, k, v = jnp.split(self.project(h), 3, axis=-1)
-        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
+        q, k, v = (x[:, :, 0] for x in jnp.split(self.project(h), 3, axis=2))
         position = jnp.arange(h.shape[1], dtype=jnp.float32)[None]
         return rotate(q, position), rotate(k, position), v
 
@@ -49,6 +53,26 @@ class SelfAttention(nnx.Module):
 def _named(implementation: str) -> Implementation | None:
     """That of `config.model`, where "auto" stands for None."""
     return None if implementation == "auto" else cast(Implementation, implementation)
+
+
+def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation: Implementation | None):
+    """`sinkhorn_attention`, on a mesh of each device's examples and, where they can be shared evenly, heads.
+
+    XLA cannot cut a kernel, and would have to guess how to cut the loops.
+    """
+
+    def attend(q, k, v, lengths, score):
+        return sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)
+
+    if mesh := sharding.current():
+        heads = None if q.shape[2] % mesh.shape[sharding.MODEL] else sharding.MODEL
+        by_length, by_head = P(sharding.DATA, None, heads), P(sharding.DATA, heads)
+        attend = jax.shard_map(
+            attend,
+            in_specs=(by_length, by_length, by_length, P(sharding.DATA), P(heads)),
+            out_specs=(by_length, by_head),
+        )
+    return attend(q, k, v, lengths, dustbin_score)
 
 
 class Dustbin(nnx.Module):
@@ -98,7 +122,7 @@ def transport(
     position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=values.dtype), k.shape[:2])
     carried = jnp.concatenate([values, jnp.ones_like(position)[..., None], position[..., None]], -1)
     heads = q[:, :, None], k[:, :, None], carried[:, :, None]
-    out, info = sinkhorn_attention(*heads, spec, *lengths, dustbin_score, _named(implementation))
+    out, info = _attend(*heads, spec, lengths, dustbin_score, _named(implementation))
     values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
     barycenter = moment / jnp.where(mass > 0, mass, 1)
     return Transported(values, mass, barycenter, _log_plan(q, k, info, target, spec, lengths), info.residual[:, 0])
@@ -130,7 +154,7 @@ class Certificate(NamedTuple):
 def certify(q, k, spec: SinkhornSpec, lengths, dustbin_score) -> Certificate:
     """For queries and keys `[batch, length, heads, width]`."""
     arguments = q, k, spec, *lengths, dustbin_score
-    _, info = sinkhorn_attention(q, k, k, spec, *lengths, dustbin_score)
+    _, info = _attend(q, k, k, spec, lengths, dustbin_score, None)
     return Certificate(info.residual, contraction(*arguments), *posterior_bias(*arguments))
 
 

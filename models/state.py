@@ -1,17 +1,20 @@
 """What a run has to remember, parameters, optimiser, moving average, step: how it is updated and kept on disk."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from models import loss
+from models import loss, sharding
 from models.aligner import Aligner, AlignerConfig
 from models.attention import SinkhornSpec
 from models.loss import LossConfig
@@ -65,6 +68,7 @@ class TrainState(NamedTuple):
 class Trainer:
     """The model's structure and the update rule: what is fixed while `TrainState` changes. Hashable by identity."""
 
+    initial: Callable[[], TrainState]  # pure; `initial_state` computes it
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -73,17 +77,62 @@ class Trainer:
     seed: int
 
     @classmethod
-    def create(cls, model: AlignerConfig, spec: SinkhornSpec, settings, loss_config, *, total_steps: int, seed: int):
-        """The trainer and a freshly initialised state."""
-        graph, parameters = nnx.split(Aligner(model, spec, rngs=nnx.Rngs(seed)))
+    def create(
+        cls, model: AlignerConfig, spec: SinkhornSpec, settings, loss_config, *, total_steps: int, seed: int
+    ) -> "Trainer":
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(
             optax.clip_by_global_norm(settings.clip_norm),
             optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=_is_matrix),
         )
-        params = nnx.to_pure_dict(parameters)
-        state = TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-        return cls(graph, optimizer, schedule, settings, loss_config, seed), state
+
+        def make_model() -> Aligner:
+            return Aligner(model, spec, rngs=nnx.Rngs(seed))
+
+        def initial() -> TrainState:
+            params = nnx.to_pure_dict(nnx.state(make_model()))
+            return TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+        graph = nnx.graphdef(nnx.eval_shape(make_model))
+        return cls(initial, graph, optimizer, schedule, settings, loss_config, seed)
+
+    def abstract_state(self, mesh: Mesh) -> TrainState:
+        """Shapes, dtypes and shardings of the state on a mesh, whose devices need not be there."""
+        state = jax.eval_shape(self.initial)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            state,
+            sharding.shardings(state, mesh),
+        )
+
+    def initial_state(self, mesh: Mesh) -> TrainState:
+        """Computed where it lies; the random numbers in it do not depend on the mesh."""
+        return jax.jit(self.initial, out_shardings=_shardings(self.abstract_state(mesh)))()
+
+    def compiled_update(self, mesh: Mesh) -> jax.stages.Wrapped:
+        """`update` on a mesh. The state given is used up; the metrics are on all devices.
+
+        It can be lowered from `abstract_state` and `abstract_batch` for devices that are not there.
+        """
+        state = _shardings(self.abstract_state(mesh))
+        return jax.jit(
+            sharding.on(mesh, self.update),
+            in_shardings=(state, sharding.by_example(mesh)),
+            out_shardings=(state, sharding.everywhere(mesh)),
+            donate_argnums=0,
+        )
+
+    def compiled_evaluation(
+        self, evaluate: Callable, mesh: Mesh
+    ) -> Callable[[PyTree, Mapping[str, np.ndarray]], PyTree]:
+        """`evaluate(params, batch)` on a mesh: every process gives the whole batch and gets the whole result."""
+        params = _shardings(self.abstract_state(mesh).params)
+        compiled = jax.jit(
+            sharding.on(mesh, evaluate),
+            in_shardings=(params, sharding.by_example(mesh)),
+            out_shardings=sharding.everywhere(mesh),
+        )
+        return lambda params, batch: jax.device_get(compiled(params, sharding.from_whole(batch, mesh)))
 
     def model(self, params: PyTree) -> Aligner:
         return nnx.merge(self.graph, params)
@@ -102,6 +151,7 @@ class Trainer:
             "loss": loss.objective(totals, self.loss),
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": self.schedule(state.step),
+            "residues": (batch["x_length"] + batch["y_length"]).sum(),
         }
         return TrainState(state.step + 1, params, ema, optimizer), metrics
 
@@ -114,16 +164,33 @@ class Trainer:
             return loss.objective(totals | counts, self.loss), totals
 
         gradient = jax.grad(part_loss, has_aux=True)
-        parts = self.settings.accumulate
-        if len(batch["x"]) % parts:
-            raise ValueError(f"optimizer.accumulate={parts} must divide the batch of {len(batch['x'])} pairs")
+        parts, mesh = self.settings.accumulate, sharding.current()
+        groups = mesh.shape[sharding.DATA] if mesh else 1
+        if len(batch["x"]) % (parts * groups):
+            times = f" times mesh.data={groups}" if mesh else ""
+            raise ValueError(f"optimizer.accumulate={parts}{times} must divide the batch of {len(batch['x'])} pairs")
+        # Every so many pairs, so that devices which share a batch share each part.
+        batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
         # Not a loop of JAX: on CPUs XLA takes 80 times as long for a convolution's weight gradient inside one.
-        done = gradient(params, jax.tree.map(lambda x: x[: len(x) // parts], batch))
+        done = gradient(params, jax.tree.map(lambda x: x[:, 0], batch))
         for n in range(1, parts):
             params, done = jax.lax.optimization_barrier((params, done))  # or all parts would be in memory at once
-            part = jax.tree.map(lambda x: x[len(x) // parts * n : len(x) // parts * (n + 1)], batch)  # noqa: B023
+            part = jax.tree.map(lambda x: x[:, n], batch)  # noqa: B023
             done = jax.tree.map(jnp.add, done, gradient(params, part))
         return done
+
+
+def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `Trainer.update` reads of a batch of the pipeline, padded to `length`, as shapes on a mesh."""
+    shapes = {"x": (length,), "y": (length,), "x_length": (), "y_length": (), "target": (length,)}
+    placed = sharding.by_example(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *of_one), jnp.int32, sharding=placed) for name, of_one in shapes.items()
+    }
+
+
+def _shardings(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _is_matrix(params: PyTree) -> PyTree:
@@ -133,6 +200,9 @@ def _is_matrix(params: PyTree) -> PyTree:
 
 class Checkpoints:
     """Checkpoints of a run in `<workdir>/checkpoints`: state, data iterator and configuration, written asynchronously.
+
+    All processes of a run call the same methods; the folder is one that all of them see. What is restored may have been
+    saved from another mesh and by another number of processes.
 
     keep: the newest so many stay; keep_every: and all whose step is a multiple of it (0 for none).
     """
@@ -162,7 +232,7 @@ class Checkpoints:
         self._manager.save(step, args=items)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """State and iterator state of a step, by default the newest.
+        """State and iterator state of a step, by default the newest; the arrays lie as those of `like` do.
 
         Raises:
           FileNotFoundError: there is no checkpoint, or none of that step; lists those there are.

@@ -241,7 +241,8 @@ def make_trainer(model=SMALL, loss_config=None, **settings):
     # Warm-up begins at a rate of 0; without it the first update already changes something.
     optimizer = OptimizerConfig(**({"warmup_steps": 0} | settings))
     loss_config = loss_config or LossConfig(sparse_ce=0.5)
-    return Trainer.create(model, SPECS["dustbin"], optimizer, loss_config, total_steps=10, seed=1)
+    trainer = Trainer.create(model, SPECS["dustbin"], optimizer, loss_config, total_steps=10, seed=1)
+    return trainer, trainer.initial()
 
 
 def training_batch() -> dict[str, jax.Array]:

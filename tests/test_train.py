@@ -37,9 +37,10 @@ def kept(workdir: Path) -> list[int]:
 
 
 def restored(workdir: Path, step: int):
-    _, like = evaluation.make_trainer(tiny.config_of(workdir))
+    config = tiny.config_of(workdir)
+    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
-    result = checkpoints.restore(like, step)
+    result = checkpoints.restore(trainer.abstract_state(mesh), step)
     checkpoints.close()
     return result
 

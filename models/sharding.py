@@ -1,0 +1,144 @@
+"""Where arrays lie when several devices train: batches over the mesh axis "data", matrices over "model".
+
+XLA's partitioner places everything but the attention, which runs on each device's part (models/attention.py).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
+
+DATA, MODEL = "data", "model"
+# Parameter (layer, name) -> the dimension that is cut over "model". As in Megatron-LM (arXiv 1909.08053) the first
+# matrix of a block is cut by outputs, the second by inputs: a block needs one sum over devices, not two exchanges.
+# Everything else is on all devices: what it would save is less than what it would send.
+_CUT = {
+    ("mix", "kernel"): -1,  # of a convolution block
+    ("mix", "bias"): -1,
+    ("project", "kernel"): -2,  # of self-attention, by heads: [width, 3, heads, head width]
+    ("dustbin", "_score"): -1,
+    ("out", "kernel"): 0,  # of both
+    ("decoder_in", "kernel"): -1,
+    ("decoder_in", "bias"): -1,
+    ("decoder_out", "kernel"): 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """`config.mesh`: how many devices there are along each axis.
+
+    data: groups of devices that share a batch; -1 for as many as there are.
+    model: devices in such a group, which share its matrices and heads.
+    """
+
+    data: int = -1
+    model: int = 1
+
+    def __post_init__(self):
+        if self.model < 1:
+            raise ValueError(f"mesh.model={self.model} must be at least 1")
+        if self.data != -1 and self.data < 1:
+            raise ValueError(f"mesh.data={self.data} must be at least 1, or -1 for all devices")
+
+
+def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run, by default over all devices of all processes; each process has neighbouring rows of a batch.
+
+    Args:
+      batch_size: Pairs a step, over all devices.
+
+    Raises:
+      ValueError: more devices asked for than there are, devices of several processes left over, a batch that cannot be
+        shared evenly; names the key.
+    """
+    found = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
+    data = config.data if config.data != -1 else max(len(found) // config.model, 1)
+    used, processes = data * config.model, {device.process_index for device in found}
+    if used > len(found) or (len(processes) > 1 and used < len(found)):
+        raise ValueError(
+            f"mesh.data={config.data} times mesh.model={config.model} makes {used} devices, there are {len(found)} in "
+            f"{len(processes)} process(es): it must be no more, and all of them if there are several processes"
+        )
+    if batch_size % data:
+        raise ValueError(f"batch_size={batch_size} must be divisible by mesh.data={data}")
+    mesh = Mesh(np.array(found[:used]).reshape(data, config.model), (DATA, MODEL))
+    for process in processes:
+        _rows_of(mesh, process)
+    return mesh
+
+
+def host_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads, of how many: `shard_index` and `shard_count` of the pipeline.
+
+    Processes whose devices are in the same group read the same part.
+    """
+    rows = _rows_of(mesh, jax.process_index())
+    return rows.start // len(rows), len(mesh.devices) // len(rows)
+
+
+def _rows_of(mesh: Mesh, process: int) -> range:
+    """Rows of the mesh that hold devices of a process. Raises ValueError unless that cuts the mesh evenly."""
+    theirs = [n for n, row in enumerate(mesh.devices) if any(device.process_index == process for device in row)]
+    rows = range(theirs[0], theirs[-1] + 1)
+    whole = len({device.process_index for device in mesh.devices[rows.start : rows.stop].flat}) == 1
+    if (not whole and len(rows) > 1) or rows.start % len(rows) or len(mesh.devices) % len(rows):
+        raise ValueError(
+            f"mesh.model={mesh.shape[MODEL]} must divide the number of devices of a process or be a multiple of it"
+        )
+    return rows
+
+
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Where parameters, or whatever holds trees of them (averages, the optimiser's moments), lie."""
+
+    def place(path, x):
+        names = tuple(getattr(key, "key", None) for key in path[-2:])
+        axes: list[str | None] = [None] * x.ndim
+        if names in _CUT and x.shape[_CUT[names]] % mesh.shape[MODEL] == 0:
+            axes[_CUT[names]] = MODEL
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def by_example(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose leading axis is the batch."""
+    return NamedSharding(mesh, P(DATA))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Of arrays that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def from_hosts(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """The global batch, of which every process gives its part (`host_shard`)."""
+    return {name: jax.make_array_from_process_local_data(by_example(mesh), x) for name, x in batch.items()}
+
+
+def from_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """The global batch, which every process gives whole."""
+    return {name: jax.make_array_from_callback(x.shape, by_example(mesh), x.__getitem__) for name, x in batch.items()}
+
+
+def on(mesh: Mesh, function: Callable) -> Callable:
+    """The function, in which `current()` is the mesh wherever it is traced."""
+
+    @functools.wraps(function)
+    def in_context(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return in_context
+
+
+def current() -> AbstractMesh | None:
+    """The mesh of the function being traced; None where there is none or where it is a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh

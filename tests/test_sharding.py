@@ -1,0 +1,289 @@
+"""Training on several devices and in several processes is training on one, to rounding; nothing waits for ever."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import eval as evaluation
+import train
+from data import pfam, pipeline
+from models import sharding
+from models.state import Checkpoints
+
+CONFIG = tiny.ROOT / "configs/r2_dustbin.py"
+# Heads, widths and the batch can be shared by 2, 4 and 8 devices.
+SHARED = {"model__attention_every": 1, "model__heads": 4, "attention__band": 8, "attention__base_steps": 2}
+EIGHT = SHARED | {"batch_size": 8, "data__buckets": (64,), "optimizer__warmup_steps": 0}
+# Sums over the batch are added in another order: a few ulps of float32 (6e-8) a step, which later steps amplify.
+# Measured: 2e-7 after 4 steps.
+ROUNDING = 5e-6
+PATIENCE = 240  # seconds, on a machine with other work
+
+ON_EIGHT_DEVICES = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+import test_sharding as shared
+import eval as evaluation
+from models import sharding
+from models.state import Checkpoints
+
+folder = Path(sys.argv[1])
+losses, initial = {}, {}
+for mesh_of in ((8, 1), (4, 2), (2, 4)):
+    initial[mesh_of], losses[str(mesh_of)], trainer, mesh, state = shared.steps(mesh_of)
+for mesh_of, leaves in initial.items():
+    for a, b in zip(leaves, initial[8, 1], strict=True):
+        # Not to the last bit: vectors of another length are rounded by other instructions.
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-7, err_msg=f"initial values depend on the mesh: {mesh_of}")
+kernel = state.optimizer[1][0].mu["encoder"]["blocks"][0]["mix"]["kernel"]
+assert kernel.addressable_shards[0].data.shape[-1] * 4 == kernel.shape[-1], "the moments are not cut as the parameters"
+
+checkpoints = Checkpoints(folder)
+checkpoints.save(state, {"step": 3}, {})
+checkpoints.close()
+mesh = sharding.make_mesh(sharding.MeshConfig(4, 2), 8)
+checkpoints = Checkpoints(folder, read_only=True)
+again, _ = checkpoints.restore(trainer.abstract_state(mesh))
+checkpoints.close()
+for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert b.sharding.mesh == mesh
+np.savez(folder / "saved.npz", *jax.device_get(jax.tree.leaves(state)))
+print(json.dumps(losses))
+"""
+
+TWO_PROCESSES = """
+import json, sys
+import jax, numpy as np
+import test_sharding as shared
+import train
+from jax.experimental import multihost_utils
+from models import sharding
+
+train.join(sys.argv[1], 2, int(sys.argv[2]))
+process = jax.process_index()
+
+def check():
+    if process == 1:
+        raise OSError("the disk of process 1 is full")
+    return process
+
+try:
+    train.in_all_processes(check)
+    told = None
+except (OSError, ValueError) as error:
+    told = str(error)
+assert train.in_all_processes(lambda: process) == process
+mesh = sharding.make_mesh(sharding.MeshConfig(), 8)
+stream = shared.stream(*sharding.host_shard(mesh))
+batches = [sharding.from_hosts({"id": stream[step]["id"]}, mesh) for step in range(3)]
+ids = [multihost_utils.process_allgather(batch["id"], tiled=True).tolist() for batch in batches]
+print(json.dumps([told, ids, train.gather("é" * (process + 1))]))
+"""
+
+
+def config(**overrides):
+    """The tiny configuration with what these tests change."""
+    base = train.base.get_config()
+    base.attention.dustbin = "full"
+    changes = tiny.OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
+    with base.ignore_type():
+        base.update_from_flattened_dict(changes)
+    return base
+
+
+def stream(shard_index: int = 0, shard_count: int = 1) -> pipeline.PairStream:
+    families = pfam.open_split(tiny.ROOT / "data/default", "train")
+    settings = pipeline.PipelineConfig(batch_size=8, buckets=(64,))
+    return pipeline.PairStream(families, settings, shard_index=shard_index, shard_count=shard_count)
+
+
+def steps(mesh_of: tuple[int, int]):
+    """Initial values, and losses and gradient norms of three steps; trainer, mesh and last state."""
+    trainer = evaluation.make_trainer(config(**EIGHT))
+    mesh = sharding.make_mesh(sharding.MeshConfig(*mesh_of), 8)
+    state, update, batches = trainer.initial_state(mesh), trainer.compiled_update(mesh), stream()
+    initial, measured = jax.device_get(jax.tree.leaves(state)), []
+    for step in range(3):
+        batch = {name: x for name, x in batches[step].items() if name != "id"}
+        state, metrics = jax.block_until_ready(update(state, sharding.from_hosts(batch, mesh)))
+        measured.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    return initial, measured, trainer, mesh, state
+
+
+def start(*arguments: object, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """A Python program in a process of its own."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}",
+        # Small programs run once: optimising them takes longer than running them.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=os.environ | settings | environment, text=True, **pipes)
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """What they print; fails if one fails or takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        ended = [process.communicate(timeout=max(deadline - time.monotonic(), 1)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    lines = [printed.splitlines(keepends=True) for printed, _ in ended]
+    return ["".join(line for line in of_one if not line.startswith("[Gloo]")) for of_one in lines]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def on_eight(tmp_path_factory) -> tuple[Path, dict]:
+    """Folder of a checkpoint, and the losses by mesh."""
+    folder = tmp_path_factory.mktemp("eight")
+    (printed,) = finish(start("-c", ON_EIGHT_DEVICES, folder, devices=8))
+    return folder, json.loads(printed.splitlines()[-1])
+
+
+def test_eight_devices_train_as_one(on_eight):
+    with tiny.quick_compilation():
+        _, expected, *_ = steps((1, 1))
+    _, losses = on_eight
+    assert list(losses) == ["(8, 1)", "(4, 2)", "(2, 4)"]
+    for mesh_of, measured in losses.items():
+        np.testing.assert_allclose(measured, expected, rtol=ROUNDING, err_msg=mesh_of)
+
+
+def test_a_checkpoint_of_eight_devices_is_read_on_one(on_eight):
+    folder, _ = on_eight
+    trainer, mesh = evaluation.make_trainer(config(**EIGHT)), sharding.make_mesh(sharding.MeshConfig(1), 8)
+    checkpoints = Checkpoints(folder, read_only=True)
+    state, position = checkpoints.restore(trainer.abstract_state(mesh))
+    checkpoints.close()
+    assert position == {"step": 3} and int(state.step) == 3
+    saved = np.load(folder / "saved.npz")
+    for name, x in zip(saved.files, jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(x, saved[name])
+
+
+def test_what_is_said_to_be_cut_exists():
+    trainer, mesh = evaluation.make_trainer(config(**EIGHT)), sharding.make_mesh(sharding.MeshConfig(1), 8)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trainer.abstract_state(mesh).params)]
+    assert sharding._CUT.keys() <= {tuple(key.key for key in path[-2:]) for path in paths}
+
+
+def test_two_processes_read_the_batches_of_one_and_fail_together():
+    address = f"localhost:{free_port()}"
+    first, second = finish(*(start("-c", TWO_PROCESSES, address, process) for process in range(2)))
+    assert first == second
+    told, ids, gathered = json.loads(first.splitlines()[-1])
+    assert told == "the disk of process 1 is full"
+    assert gathered == ["é", "éé"]
+    whole = stream()
+    assert ids == [whole[step]["id"].tolist() for step in range(3)]
+
+
+TOTAL = 16
+TRAINING = SHARED | {
+    "total_steps": TOTAL,
+    "data__buckets": (64,),
+    "checkpoint__every": 2,
+    "log__eval_every": 1000,  # before the first step and after the last
+    "optimizer__learning_rate": 1e-4,  # or rounding would be amplified beyond any useful tolerance
+}
+
+
+def train_together(workdir: Path, processes: int, cache: Path) -> list[subprocess.Popen]:
+    address = f"localhost:{free_port()}"
+    command = [tiny.ROOT / "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *tiny.flags(**TRAINING)]
+    together = [f"--coordinator={address}", f"--processes={processes}"] if processes > 1 else []
+    return [
+        start(*command, *together, *([f"--process={n}"] if together else []), JAX_COMPILATION_CACHE_DIR=str(cache))
+        for n in range(processes)
+    ]
+
+
+def logged(workdir: Path) -> dict[int, dict]:
+    path = workdir / "metrics.jsonl"
+    found: dict[int, dict] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        found.setdefault(row["step"], {}).update(row)
+    return found
+
+
+def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> None:
+    """With no warning to any, once there is a checkpoint beside the first one."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while len(logged(workdir)) <= step or not (workdir / "checkpoints" / "2").exists():
+            assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+            assert time.monotonic() < deadline, "two processes make no progress"
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+
+
+def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path):
+    alone, killed, as_one = tmp_path / "alone", tmp_path / "killed", tmp_path / "as_one"
+    cache = tmp_path / "compiled"
+    with tiny.quick_compilation():
+        train.train(config(**TRAINING), alone)
+    kill_after(2, killed, train_together(killed, 2, cache))
+    assert max(logged(killed)) < TOTAL, "killed too late to show anything"
+    shutil.copytree(killed, as_one)
+    outputs = finish(*train_together(killed, 2, cache), *train_together(as_one, 1, cache))
+    assert outputs[1] == "", "only the first process tells anything"
+    assert all("step 0 of" not in output for output in outputs), "they started anew"
+    expected = logged(alone)
+    assert list(expected) == list(range(TOTAL + 1))
+    for workdir in (killed, as_one):
+        rows = logged(workdir)
+        assert list(rows) == list(expected)
+        for step, row in rows.items():
+            same = [name for name in row if name in ("loss", "gradient_norm") or name.startswith("validation/recon")]
+            assert same
+            of_both = [[of[step][name] for name in same] for of in (rows, expected)]
+            np.testing.assert_allclose(*of_both, rtol=ROUNDING, err_msg=f"{workdir.name}, step {step}: {same}")
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: sharding.MeshConfig(model=0), r"mesh\.model=0 must be at least 1"),
+        (lambda: sharding.MeshConfig(data=0), r"mesh\.data=0 must be at least 1, or -1"),
+        (lambda: sharding.make_mesh(sharding.MeshConfig(2, 3), 4), r"mesh\.data=2 times mesh\.model=3 makes 6 devices"),
+        (lambda: sharding.make_mesh(sharding.MeshConfig(-1, 3), 4), r"mesh\.model=3 makes 3 devices, there are 1"),
+        (
+            lambda: sharding.make_mesh(sharding.MeshConfig(2), 5, [*jax.devices() * 2]),
+            r"batch_size=5 must be divisible by mesh\.data=2",
+        ),
+        (lambda: train.join("host:1", 2, None), "--coordinator=host:1 needs --processes=N and --process=I"),
+        (lambda: train.join("host:1", 2, 2), "I from 0 to N - 1; given were 2 and 2"),
+        (lambda: train.join(None, 2, 0), "--processes and --process need --coordinator"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
