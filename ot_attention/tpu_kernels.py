@@ -267,12 +267,12 @@ def backward_kernel(
 
     def begin(group, carry):
         d_rows, from_rows = head.rows_of(d_out, group), of_rows(tail, group)
-        upright = d_rows.T
+        transposed = d_rows.T
 
         def weigh(n, columns, total):
             plan = jnp.exp(scores(group, n) + from_rows + of_columns(tail, columns))
             dv_sum[:, columns] += dot(d_rows, plan, (1, 0)).astype(dtype)
-            weighted = plan * dot(upright, head.columns_of(v, columns), (1, 0)).astype(dtype)
+            weighted = plan * dot(transposed, head.columns_of(v, columns), (1, 0)).astype(dtype)
             g_bar[:, columns] += weighted.sum(0, keepdims=True)
             return total + weighted
 
@@ -326,7 +326,7 @@ def backward_kernel(
     # ---- scores, queries and keys ----
     def finish(group, score_bar):
         d_rows, q_rows = head.rows_of(d_out, group), head.rows_of(q, group)
-        upright = d_rows.T
+        transposed = d_rows.T
         from_rows = {r: of_rows(r, group) for r in range(1, tail + 1)}
         x = [upright(x_rows[:, shifted(group.rows, slot * sizes.rows)]) for slot in range(tail)]
 
@@ -341,7 +341,7 @@ def backward_kernel(
 
         def pull_back(n, columns, total):
             plan = jnp.exp(scores(group, n) + from_rows[tail] + of_columns(tail, columns))
-            d = d_scores(n, columns) + plan * dot(upright, head.columns_of(v, columns), (1, 0)).astype(dtype)
+            d = d_scores(n, columns) + plan * dot(transposed, head.columns_of(v, columns), (1, 0)).astype(dtype)
             d *= head.scale
             dk_sum[:, columns] += dot(q_rows, d, (1, 0)).astype(dtype)
             return total + dot(head.columns_of(k, columns), d, (1, 1)).astype(dtype)
