@@ -205,7 +205,6 @@ def test_two_processes_read_the_batches_of_one_and_fail_together():
 TOTAL = 16
 TRAINING = SHARED | {
     "total_steps": TOTAL,
-    "data__buckets": (64,),
     "checkpoint__every": 2,
     "log__eval_every": 1000,  # before the first step and after the last
     "optimizer__learning_rate": 1e-4,  # or rounding would be amplified beyond any useful tolerance
