@@ -4,6 +4,7 @@
   python scripts/launch_screen.py --data=runs/pfam --steps=500       # on larger shards
   python scripts/launch_screen.py --configs supervised --out=runs/supervised -- --config.batch_size=16
   python scripts/launch_screen.py --dry-run                          # only prints the commands
+  python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # on a v6e-8: docs/tpu.md
 
 Runs that are finished are not trained again and those that were interrupted go on: start it again after any stop.
 """
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 from data.baselines import BASELINES  # noqa: E402
 from models import figures  # noqa: E402
+from scripts import launch_tpu  # noqa: E402
 
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
 SPLITS = ("validation", *evaluation.SPLITS["test"])
@@ -39,6 +41,14 @@ METRICS = (
 
 def main() -> None:
     args = _parse()
+    if args.target == "tpu":
+        on_tpu(args)
+    else:
+        here(args)
+
+
+def here(args: argparse.Namespace) -> None:
+    """Runs every command on this machine, then collects."""
     out = args.out
     environment = os.environ | {
         # The same programs are compiled again when a run resumes or is scored; on a CPU that takes minutes.
@@ -50,6 +60,32 @@ def main() -> None:
             subprocess.run(command, cwd=ROOT, env=environment, check=True)
     if not args.dry_run:
         collect(args.configs, out)
+
+
+def on_tpu(args: argparse.Namespace) -> None:
+    """The same on a TPU's machine; its runs come here, and the table is made of them as after a local screen."""
+    given = {"steps": args.steps, "limit": args.limit}
+    arguments = [f"--{option}={value}" for option, value in given.items() if value is not None]
+    tpu = launch_tpu.Tpu(
+        args.name,
+        args.project,
+        args.zone,
+        f"{args.bucket.rstrip('/')}/{args.name}",
+        args.accelerator,
+        not args.on_demand,
+        args.data and args.data.absolute(),
+        (*arguments, "--configs", *args.configs, "--", *args.overrides),
+        args.snapshot_every,
+        args.poll_every,
+    )
+    if args.dry_run:
+        launch_tpu.show(tpu)
+        return
+    try:
+        launch_tpu.run(tpu, args.out)
+    except launch_tpu.LaunchError as error:
+        sys.exit(f"launch_screen.py: {error}")
+    collect(args.configs, args.out)
 
 
 def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
@@ -124,7 +160,24 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="score at most this many pairs a split, for a quick look")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("overrides", nargs="*", help="after --: further options for train.py")
-    return parser.parse_args()
+    parser.add_argument("--target", choices=("local", "tpu"), default="local", help="where; default: local")
+    tpu = parser.add_argument_group("with --target=tpu (docs/tpu.md)")
+    tpu.add_argument("--project", help="Google Cloud project")
+    tpu.add_argument("--zone", help="zone with TPUs of the kind, for example us-east5-b")
+    tpu.add_argument("--bucket", metavar="gs://BUCKET", help="code, data and runs are kept in BUCKET/NAME")
+    tpu.add_argument("--name", default="ot-screen", help="of the TPU and of the screen; default: ot-screen")
+    tpu.add_argument("--accelerator", choices=launch_tpu.RUNTIMES, default="v6e-8", help="default: v6e-8")
+    tpu.add_argument("--on-demand", action="store_true", help="a TPU that is not preempted, at a higher price")
+    tpu.add_argument("--snapshot-every", type=int, default=120, metavar="S", help="seconds; default: 120")
+    tpu.add_argument("--poll-every", type=int, default=30, metavar="S", help="seconds; default: 30")
+    args = parser.parse_args()
+    if args.target == "tpu":
+        missing = [f"--{name}" for name in ("project", "zone", "bucket") if not getattr(args, name)]
+        if missing:
+            parser.error(f"--target=tpu needs {', '.join(missing)}")
+        if not args.bucket.startswith("gs://"):
+            parser.error(f"--bucket={args.bucket} must begin with gs://")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""scripts/launch_screen.py: the commands it runs, and the table and figures made of their reports."""
+"""scripts/launch_screen.py: the commands it runs, here and on a TPU, and the table and figures of their reports."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from data.baselines import BASELINES
 from data.metrics import METRICS
-from scripts import launch_screen
+from scripts import launch_screen, launch_tpu
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("validation", "test_iid", "test_ood")
@@ -94,3 +96,129 @@ def test_a_missing_report_is_named(runs):
     (runs / "b" / "end_test_iid.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"b/end_test_iid\.json"):
         launch_screen.collect(["a", "b"], runs)
+
+
+TPU = ["--target=tpu", "--project=p", "--zone=z", "--bucket=gs://b/of/mine/", "--name=n"]
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """Runs the command line where nothing is on PATH; its exit code or message, and what it printed."""
+    monkeypatch.setenv("PATH", "")
+
+    def run(*options: str):
+        monkeypatch.setattr(sys, "argv", ["launch_screen.py", *options])
+        try:
+            launch_screen.main()
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    return run
+
+
+def test_dry_run_for_a_tpu_needs_no_gcloud(launch, tmp_path):
+    options = ["--dry-run", f"--out={tmp_path}", "--data=shards", "--steps=20", "--accelerator=v6e-4", "--on-demand"]
+    code, (printed, _) = launch(*TPU, *options, "--", "--config.batch_size=4")
+    assert not code
+    commands = [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("$ ")]
+    assert [command[:5] for command in commands if command[1] == "compute"] == [
+        ["gcloud", "compute", "tpus", "queued-resources", verb] for verb in ("describe", "delete", "create", "delete")
+    ]
+    (create,) = [command for command in commands if "create" in command]
+    assert {"n", "--project=p", "--zone=z", "--accelerator-type=v6e-4"} < set(create)
+    assert "--spot" not in create and "--runtime-version=v2-alpha-tpuv6e" in create
+    (script,) = [line for line in printed.splitlines() if "launch_screen.py" in line]
+    assert "--data=data --steps=20 --configs" in script and "-- --config.batch_size=4" in script
+    assert "BUCKET=gs://b/of/mine/n" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (TPU, "gcloud is not installed: it comes with the Google Cloud CLI"),
+        (["--target=tpu", "--zone=z"], "--target=tpu needs --project, --bucket"),
+        ([*TPU, "--bucket=b"], "--bucket=b must begin with gs://"),
+        ([*TPU, "--accelerator=v6e-16"], "invalid choice: 'v6e-16'"),
+    ],
+)
+def test_what_is_missing_for_a_tpu_is_said(launch, options, message, tmp_path):
+    code, (_, errors) = launch(*options, f"--out={tmp_path / 'out'}")
+    assert code and message in f"{code}{errors}"
+
+
+class Cloud:
+    """gcloud is tests/fake_gcloud.py, whose machines start `python` for Python."""
+
+    def __init__(self, folder: Path, monkeypatch, python: str):
+        self.folder, binaries = folder, folder / "bin"
+        binaries.mkdir(parents=True)
+        (folder / "python").write_text(python)
+        (binaries / "gcloud").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/fake_gcloud.py"} "$@"\n')
+        (binaries / "gcloud").chmod(0o755)
+        monkeypatch.setenv("FAKE_CLOUD", str(folder))
+        monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
+
+    def logs(self) -> list[str]:
+        """Of every machine, as the bucket has them."""
+        return [log.read_text() for log in sorted((self.folder / "objects/b/n/logs").iterdir())]
+
+    def made(self) -> int:
+        """How many machines there were; fails if one is left, which would cost money."""
+        calls = [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
+        made, deleted = (sum(verb in call for call in calls) for verb in ("create", "delete"))
+        assert made == deleted and not (self.folder / "machine").exists()
+        return made
+
+
+def tpu(*arguments: str) -> launch_tpu.Tpu:
+    return launch_tpu.Tpu("n", "p", "z", "gs://b/n", "v6e-8", True, None, arguments, snapshot_every=1, poll_every=1)
+
+
+# Stands in for the screen on the machine: the first half ends in a checkpoint and one that is being written.
+HALVES = """#!/bin/sh
+if [ -e runs/a/first ]; then echo "goes on" && ls runs/a/checkpoints && touch runs/a/second && exit; fi
+mkdir -p runs/a/checkpoints/3 runs/a/checkpoints/6.orbax-checkpoint-tmp-1 runs/compiled
+touch runs/a/first && sleep 60
+"""
+
+
+def test_a_preempted_machine_has_a_successor_that_starts_from_the_snapshot(tmp_path, monkeypatch, capsys):
+    cloud = Cloud(tmp_path / "cloud", monkeypatch, str(tmp_path / "halves"))
+    (tmp_path / "halves").write_text(HALVES)
+    (tmp_path / "halves").chmod(0o755)
+    launch_tpu.run(tpu(), tmp_path / "out")
+    assert cloud.made() == 2 and "TPU SUSPENDED" in capsys.readouterr().out
+    first, second = cloud.logs()
+    assert "goes on\n3\n" in second and "goes on" not in first
+    assert {path.name for path in (tmp_path / "out").rglob("*")} == {"a", "first", "second", "checkpoints", "3"}
+    # A finished screen is only fetched.
+    launch_tpu.run(tpu(), tmp_path / "again")
+    assert cloud.made() == 2 and (tmp_path / "again/a/second").exists()
+
+
+def test_a_screen_that_fails_on_a_tpu_says_so_and_costs_nothing_more(tmp_path, monkeypatch):
+    cloud = Cloud(tmp_path / "cloud", monkeypatch, "/bin/false")
+    with pytest.raises(launch_tpu.LaunchError, match="the screen failed on the TPU; logs are in gs://b/n/logs"):
+        launch_tpu.run(tpu(), tmp_path / "out")
+    assert cloud.made() == 1 and len(cloud.logs()) == 1
+
+
+@pytest.mark.slow
+def test_a_preempted_screen_on_a_tpu_goes_on_and_ends_with_the_table(tmp_path, monkeypatch, capsys):
+    cloud, out = Cloud(tmp_path / "cloud", monkeypatch, sys.executable), tmp_path / "out"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    options = ["--bucket=gs://b", "--configs", "r2_dustbin", "--limit=4", "--snapshot-every=1", "--poll-every=1"]
+    monkeypatch.setattr(sys, "argv", ["launch_screen.py", *TPU, *options, f"--out={out}", "--", *tiny.flags()])
+    launch_screen.main()
+    printed = capsys.readouterr().out
+    assert "TPU SUSPENDED" in printed and "screen finished" in printed
+    assert "### test_ood" in printed and "| r2_dustbin |" in printed
+    # The second machine went on from a checkpoint of the first, and the metrics have no gap and no double.
+    first, second = cloud.logs()
+    assert cloud.made() == 2
+    assert "step 0 of 6" in first and "step 0 of 6" not in second
+    assert "step 3 of 6" in second or "step 6 of 6" in second
+    rows = map(json.loads, (out / "r2_dustbin/metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))

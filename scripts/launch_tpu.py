@@ -1,0 +1,245 @@
+"""The screen on a Cloud TPU: `python scripts/launch_screen.py --target=tpu` (docs/tpu.md).
+
+The TPU's machine runs the same launch_screen.py on its own disk, and every few minutes puts all runs into the bucket as
+one object, `runs.tar`. An object is there whole or not at all, whatever happens to the machine while it is written.
+The archive is made on the disk first (a broken pipe would end an upload early), leaves out checkpoints that Orbax has
+not committed by renaming, and holds checkpoints before metrics.jsonl (`--sort=name`), whose surplus lines train.py
+drops; the newest checkpoint it finds is not deleted before two more are written. A preempted machine's successor starts
+from that object. The loop here only makes successors: it may be stopped, and started again, at any time.
+"""
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Accelerators whose chips are all on one machine, and the software it boots.
+RUNTIMES = {f"v6e-{n}": "v2-alpha-tpuv6e" for n in (1, 4, 8)} | {
+    f"v5litepod-{n}": "v2-alpha-tpuv5-lite" for n in (1, 4, 8)
+}
+_LEFT_OUT = {"runs", "__pycache__"}  # of the code, beside all that is hidden
+
+# Runs as root at every boot. What it is told stands in braces; the shell's own are doubled.
+_STARTUP = """\
+#!/bin/bash
+export HOME="${{HOME:-/root}}" BUCKET={folder}
+mkdir -p "$HOME/screen/runs" && cd "$HOME/screen" || exit 1
+log="$(date -u +%Y%m%dT%H%M%S).log"
+exec >>"$log" 2>&1
+
+put() {{ gcloud storage cp --quiet "$1" "$BUCKET/$2"; }}
+status() {{ echo "$1" >status && put status status; }}
+snapshot() {{ (  # an upload keeps the lock even if what started it was killed
+  flock 9
+  put "$log" "logs/$log"
+  tar --sort=name --exclude='*.orbax-checkpoint-tmp*' --exclude=./compiled -C runs -cf new.tar .
+  [ $? -le 1 ] && put new.tar runs.tar  # 1: a file changed while it was read
+) 9>lock; }}
+prepare() {{
+  gcloud storage cp --quiet "$BUCKET/code.tar.gz" code.tar.gz && tar -xzf code.tar.gz || return 1
+  if [ ! -x venv/bin/python ]; then  # the image's own Python is too old
+    python3 -m pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 venv &&
+      python3 -m uv pip install --quiet --python venv/bin/python -r code/requirements-tpu.txt || return 1
+  fi
+  {fetch_data}
+  [ -e restored ] && return  # after a reboot the disk knows more than the bucket
+  gcloud storage cp --quiet "$BUCKET/runs.tar" old.tar && tar -xf old.tar -C runs && touch restored
+}}
+
+prepare || {{ put "$log" "logs/$log"; status failed; exit 1; }}
+status running
+(while sleep {snapshot_every}; do snapshot; done) &
+snapshots=$!
+if {command}; then result=finished; else result=failed; fi
+kill $snapshots
+until snapshot; do sleep 10; done
+status $result
+"""
+
+
+class LaunchError(Exception):
+    """What stands in the way, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """Where a screen runs and what it runs; times in seconds.
+
+    folder: gs://BUCKET/PATH of this screen.
+    arguments: of launch_screen.py on the TPU's machine, beside --out and --data.
+    """
+
+    name: str
+    project: str
+    zone: str
+    folder: str
+    accelerator: str
+    spot: bool
+    data: Path | None
+    arguments: tuple[str, ...]
+    snapshot_every: int
+    poll_every: int
+
+    def create(self, startup: Path) -> list[str]:
+        command = self._resources("create", f"--node-id={self.name}", f"--accelerator-type={self.accelerator}")
+        command += [f"--runtime-version={RUNTIMES[self.accelerator]}", f"--metadata-from-file=startup-script={startup}"]
+        # To read and write the bucket.
+        command.append("--scopes=https://www.googleapis.com/auth/cloud-platform")
+        return [*command, "--spot"] if self.spot else command
+
+    def describe(self) -> list[str]:
+        return self._resources("describe", "--format=value(state.state)")
+
+    def delete(self) -> list[str]:
+        return self._resources("delete", "--force", "--quiet")
+
+    def upload(self, code: Path, runs: Path) -> list[list[str]]:
+        """The code, the data, and runs to begin with, which do not replace those that are there."""
+        commands = [["gcloud", "storage", "cp", str(code), f"{self.folder}/code.tar.gz"]]
+        if self.data:
+            commands.append(["gcloud", "storage", "rsync", "--recursive", str(self.data), f"{self.folder}/data"])
+        return [*commands, ["gcloud", "storage", "cp", "--no-clobber", str(runs), f"{self.folder}/runs.tar"]]
+
+    def read_status(self) -> list[str]:
+        return ["gcloud", "storage", "cat", f"{self.folder}/status"]
+
+    def download(self, runs: Path) -> list[str]:
+        return ["gcloud", "storage", "cp", f"{self.folder}/runs.tar", str(runs)]
+
+    def startup_script(self) -> str:
+        command = ["venv/bin/python", "code/scripts/launch_screen.py"]
+        arguments = ["--data=data", *self.arguments] if self.data else self.arguments
+        fetch = 'mkdir -p data && gcloud storage rsync --quiet --recursive "$BUCKET/data" data || return 1'
+        return _STARTUP.format(
+            folder=shlex.quote(self.folder),
+            fetch_data=fetch if self.data else ": # the data that ship",
+            snapshot_every=self.snapshot_every,
+            command=shlex.join([*command, "--out=runs", *arguments]),
+        )
+
+    def _resources(self, verb: str, *options: str) -> list[str]:
+        command = ["gcloud", "compute", "tpus", "queued-resources", verb, self.name]
+        return [*command, f"--project={self.project}", f"--zone={self.zone}", *options]
+
+
+def show(tpu: Tpu) -> None:
+    """Prints what `run` would do."""
+    create, code, runs = Path("startup.sh"), Path("code.tar.gz"), Path("runs.tar")
+    print("# startup.sh, which the TPU's machine runs at every boot:\n" + tpu.startup_script())
+    print("# the code, and runs to begin with:")
+    print(*map(_line, tpu.upload(code, runs)), sep="\n")
+    print(
+        f"# every {tpu.poll_every} s until the status is finished; a suspended (preempted) resource is deleted first:"
+    )
+    print(*map(_line, (tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(create))), sep="\n")
+    print("# at the end, then the table is written as after a local screen:")
+    print(*map(_line, (tpu.delete(), tpu.download(runs))), sep="\n")
+
+
+def run(tpu: Tpu, out: Path) -> None:
+    """Has the screen run on a TPU until it is finished, and puts its runs into `out`.
+
+    Raises:
+      LaunchError: no gcloud, a command of it failed, no TPU to be had, or the screen itself failed.
+    """
+    if not shutil.which("gcloud"):
+        raise LaunchError(
+            "gcloud is not installed: it comes with the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), "
+            "then run `gcloud auth login`; --dry-run shows the commands without it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if _status(tpu) == "finished":
+            print(f"{tpu.folder} holds a finished screen; give another --name to run a new one", flush=True)
+        else:
+            _upload(tpu, Path(folder), out)
+            _until_finished(tpu, Path(folder))
+        runs = Path(folder) / "finished.tar"
+        _gcloud(tpu.download(runs))
+        with tarfile.open(runs) as archive:
+            archive.extractall(out, filter="data")
+
+
+def _upload(tpu: Tpu, folder: Path, out: Path) -> None:
+    code, runs, status = (folder / name for name in ("code.tar.gz", "runs.tar", "status"))
+    with tarfile.open(code, "w:gz") as archive:
+        archive.add(ROOT, "code", filter=_code_only)
+    with tarfile.open(runs, "w") as archive:
+        archive.add(out, ".", filter=lambda entry: None if entry.name.startswith("./compiled") else entry)
+    for command in tpu.upload(code, runs):
+        _gcloud(command)
+    status.write_text("starting\n")
+    _gcloud(["gcloud", "storage", "cp", str(status), f"{tpu.folder}/status"])
+
+
+def _code_only(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    hidden = any(part.startswith(".") or part in _LEFT_OUT for part in Path(entry.name).parts)
+    return None if hidden else entry
+
+
+def _until_finished(tpu: Tpu, folder: Path) -> None:
+    """Makes the TPU, and again after every preemption; deletes it when the screen has ended."""
+    startup = folder / "startup.sh"
+    startup.write_text(tpu.startup_script())
+    for status, state in _watch(tpu):
+        if status in ("finished", "failed"):
+            if state is not None:
+                _gcloud(tpu.delete())
+            if status == "failed":
+                raise LaunchError(
+                    f"the screen failed on the TPU; logs are in {tpu.folder}/logs. Start again to go on from its last "
+                    "snapshot"
+                )
+            return
+        if state == "FAILED":
+            raise LaunchError(
+                f"no TPU to be had: `{shlex.join(tpu.describe()[:-1])}` says why. Quota and zones: docs/tpu.md"
+            )
+        if state == "SUSPENDED":
+            _gcloud(tpu.delete())
+        if state in (None, "SUSPENDED"):
+            _gcloud(tpu.create(startup))
+
+
+def _watch(tpu: Tpu) -> Iterator[tuple[str, str | None]]:
+    """The screen's status and the resource's state, again and again; says when they change."""
+    last = None
+    while True:
+        now = _status(tpu), _state(tpu)
+        if now != last:
+            print(f"{time.strftime('%H:%M:%S')} {tpu.name}: screen {now[0]}, TPU {now[1] or 'not there'}", flush=True)
+        last = now
+        yield now
+        time.sleep(tpu.poll_every)
+
+
+def _status(tpu: Tpu) -> str:
+    done = subprocess.run(tpu.read_status(), capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _state(tpu: Tpu) -> str | None:
+    """None if there is no such resource."""
+    done = subprocess.run(tpu.describe(), capture_output=True, text=True)
+    if done.returncode == 0:
+        return done.stdout.strip()
+    if "NOT_FOUND" in done.stderr:
+        return None
+    return f"unknown ({done.stderr.strip()[-200:]})"  # a network that comes back: ask again later
+
+
+def _gcloud(command: list[str]) -> None:
+    print("$", shlex.join(command), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(f"`{shlex.join(command)}` failed: {done.stderr.strip()[-1000:]}")
+
+
+def _line(command: list[str]) -> str:
+    return f"$ {shlex.join(command)}"
