@@ -1,34 +1,15 @@
-"""A model of time: operations of a training step, counted in its jaxpr, over the rates that a chip is sold with.
+"""A model of time: what a training step asks for (models/counting.py) over the rates that a chip is sold with.
 
-It is an upper bound of speed, not a measurement: every unit is taken to work at its full rate all the time, units
-of one part overlap perfectly, elementwise chains cost no memory traffic, and starting a kernel is free.
-
-XLA's own cost analysis counts a loop's body once and sees nothing of a kernel's inside. Here bodies of loops, grids and
-shards are counted as often as they run: a `while` loop, which only Sinkhorn's steps are, as often as the number that it
-counts up to, once if it only waits for a flag (scalings that left their range), and of a condition the branch of True,
-which is the ordinary case wherever the kernels have one.
+It is an upper bound of speed, not a measurement: every unit is taken to work at its full rate all the time, the units
+overlap perfectly within a part, elementwise chains cost no memory traffic, and starting a kernel is free.
 """
 
-import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-from jax.extend import core
-
-# A float32 product is made of bfloat16 ones on the matrix unit: three parts of each factor, six products that matter.
-_PASSES = {"HIGHEST": 6, "HIGH": 3}
-_TRANSCENDENTAL = re.compile(r"exp2?|expm1|log|log1p|tanh|logistic|erf(_inv)?|rsqrt|sqrt|cbrt|sin|cos|tan|pow|div|rem")
-# Layout, addressing and what the compiler folds away.
-_FREE = re.compile(
-    "broadcast_in_dim|reshape|transpose|squeeze|expand_dims|slice|dynamic_slice|dynamic_update_slice|concatenate|pad|iota|"
-    "convert_element_type|bitcast_convert_type|copy|copy_p|stop_gradient|split|stack|tile|rev|get|swap|program_id|"
-    "multiple_of|optimization_barrier|sharding_constraint|device_put|pvary|pcast|reshard|axis_index|random_.*|dma_.*"
-)
-_REDUCTIONS = ("reduce_", "argmax", "argmin", "cumsum", "sort", "gather")
+from models.counting import Operations, Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,196 +42,6 @@ CHIPS = {
 }
 
 
-class Matmul(NamedTuple):
-    """`batch` products [m, k] x [k, n], each made of so many bfloat16 passes."""
-
-    batch: int
-    m: int
-    k: int
-    n: int
-    passes: int
-
-    def flops(self, side: int = 1) -> float:
-        """With the depth and the better of m and n padded to the array's side; with side 1, of the plain product."""
-        m, k, n = (-(-size // side) * side for size in (self.m, self.k, self.n))
-        return 2.0 * self.batch * self.passes * k * min(self.m * n, m * self.n)
-
-
-@dataclasses.dataclass
-class Operations:
-    """What a part of a step asks of the chip; matmuls with how often each is done."""
-
-    matmuls: collections.Counter[Matmul] = dataclasses.field(default_factory=collections.Counter)
-    vector: float = 0.0
-    transcendental: float = 0.0
-    hbm: float = 0.0  # bytes
-    ici: float = 0.0  # bytes
-
-    def flops(self, side: int = 1) -> float:
-        return sum(matmul.flops(side) * times for matmul, times in self.matmuls.items())
-
-    def seconds(self, chip: Chip) -> dict[str, float]:
-        """Of each unit of the chip; the part takes as long as the largest."""
-        return {
-            "matrix unit": self.flops(chip.side) / chip.flops,
-            "vector unit": self.vector / chip.vector,
-            "transcendental unit": self.transcendental / chip.transcendental,
-            "memory": self.hbm / chip.hbm,
-            "links": self.ici / chip.ici,
-        }
-
-    def divided(self, by: int) -> "Operations":
-        """An equal share of the work."""
-        matmuls = collections.Counter({matmul: times / by for matmul, times in self.matmuls.items()})
-        rest = {name: getattr(self, name) / by for name in ("vector", "transcendental", "hbm", "ici")}
-        return Operations(matmuls, **rest)  # type: ignore[arg-type]
-
-
-Parts = dict[str, Operations]
-
-
-def count(function: Callable, *arguments: Any) -> Parts:
-    """Operations of a function of arrays or shapes, over all chips, by part.
-
-    Parts are "forward", "backward" (what `jax.grad` added) and "update" (the rest, with the arguments and results of
-    the whole function as its memory traffic), and one for each Pallas kernel by name.
-
-    Raises:
-      ValueError: a `while` loop that counts up to something not known here.
-    """
-    closed = jax.make_jaxpr(function)(*arguments)
-    parts: Parts = collections.defaultdict(Operations)
-    _walk(closed.jaxpr, parts, "update", 1, fused=False)
-    parts["update"].hbm += sum(map(_bytes, (*closed.jaxpr.invars, *closed.jaxpr.outvars)))
-    return dict(parts)
-
-
-def _walk(jaxpr: core.Jaxpr, parts: Parts, part: str, times: int, fused: bool) -> None:
-    """Adds `times` runs of a jaxpr; `fused`: inside a kernel, where nothing goes to memory."""
-    for equation in jaxpr.eqns:
-        name, parameters = equation.primitive.name, equation.params
-        inner = part if fused else _part(equation, part)
-        if name == "pallas_call":
-            kernel = _kernel_name(parameters)
-            parts[kernel].hbm += times * _traffic(equation)
-            grid = math.prod(parameters["grid_mapping"].grid)
-            _walk(parameters["jaxpr"], parts, kernel, times * grid, fused=True)
-        elif name == "while":
-            bound = _bound(parameters["cond_jaxpr"].jaxpr)
-            body = parameters["body_jaxpr"].jaxpr
-            # A loop around one with the same bound shares its counter: the inner does all the steps.
-            shared = bound in (_bound(x.params["cond_jaxpr"].jaxpr) for x in _equations(body, "while"))
-            _walk(body, parts, inner, times * (1 if shared else bound), fused)
-        elif name == "cond":
-            _walk(parameters["branches"][-1].jaxpr, parts, inner, times, fused)
-        elif name.startswith("scatter"):
-            parts[inner].vector += times * _size(equation.invars[-1])
-            parts[inner].hbm += times * (0 if fused else _traffic(equation))
-        elif bodies := list(_bodies(equation)):
-            repeated = parameters["length"] if name == "scan" else 1
-            if name == "shard_map":
-                repeated = math.prod(parameters["mesh"].shape.values())
-            for body in bodies:
-                _walk(body, parts, inner, times * repeated, fused)
-        else:
-            _add(equation, parts[inner], times, fused)
-
-
-def _add(equation: core.JaxprEqn, to: Operations, times: int, fused: bool) -> None:
-    """One equation without a body; what is not elementwise goes through memory."""
-    name, size = equation.primitive.name, max((_size(x) for x in equation.outvars), default=0)
-    if _FREE.fullmatch(name):
-        return
-    if _TRANSCENDENTAL.fullmatch(name):
-        to.transcendental += times * size
-        return
-    if name == "dot_general":
-        to.matmuls[_dot(equation)] += times
-    elif name == "conv_general_dilated":
-        to.matmuls[_convolution(equation)] += times
-    elif name.startswith(_REDUCTIONS):
-        to.vector += times * max(_size(x) for x in (*equation.invars, *equation.outvars))
-    else:
-        to.vector += times * size
-        return
-    if not fused:
-        to.hbm += times * _traffic(equation)
-
-
-def _dot(equation: core.JaxprEqn) -> Matmul:
-    (contract, _), (batch, _) = equation.params["dimension_numbers"]
-    x, y = (v.aval.shape for v in equation.invars)
-    k, batches = (math.prod(x[i] for i in axes) for axes in (contract, batch))
-    m, n = (math.prod(shape) // (k * batches) for shape in (x, y))
-    return Matmul(batches, m, k, n, _passes(equation))
-
-
-def _convolution(equation: core.JaxprEqn) -> Matmul:
-    """As a product of patches with the kernel; products with padding count too."""
-    numbers, kernel = equation.params["dimension_numbers"], equation.invars[1].aval.shape
-    outputs = kernel[numbers.rhs_spec[0]]
-    return Matmul(1, _size(equation.outvars[0]) // outputs, math.prod(kernel) // outputs, outputs, _passes(equation))
-
-
-def _passes(equation: core.JaxprEqn) -> int:
-    if equation.invars[0].aval.dtype.itemsize < 4:
-        return 1
-    found = re.search(r"HIGHEST|HIGH", str(equation.params["precision"]))
-    return _PASSES[found.group()] if found else 1
-
-
-def _part(equation: core.JaxprEqn, outer: str) -> str:
-    """By the transformations that made an equation; those of a body are named relative to what holds it."""
-    stack = str(equation.source_info.name_stack)
-    if outer == "backward" or "transpose(" in stack:
-        return "backward"
-    return "forward" if "jvp(" in stack else outer
-
-
-def _kernel_name(parameters: dict) -> str:
-    return str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
-
-
-def _bound(condition: core.Jaxpr) -> int:
-    """The number that a loop's counter is compared with; 1 if it has none."""
-    for equation in condition.eqns:
-        if equation.primitive.name == "lt":
-            if isinstance(equation.invars[1], core.Literal):
-                return int(equation.invars[1].val)  # type: ignore[call-overload]
-            raise ValueError(f"a while loop counts up to a variable, so its steps cannot be counted: {condition}")
-    return 1
-
-
-def _equations(jaxpr: core.Jaxpr, name: str) -> Iterator[core.JaxprEqn]:
-    """All of one primitive, in bodies too."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == name:
-            yield equation
-        for body in _bodies(equation):
-            yield from _equations(body, name)
-
-
-def _bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    for value in equation.params.values():
-        for body in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(body, core.ClosedJaxpr):
-                yield body.jaxpr
-            elif isinstance(body, core.Jaxpr):
-                yield body
-
-
-def _traffic(equation: core.JaxprEqn) -> int:
-    return sum(map(_bytes, (*equation.invars, *equation.outvars)))
-
-
-def _bytes(variable) -> int:
-    return _size(variable) * variable.aval.dtype.itemsize if hasattr(variable.aval, "dtype") else 0
-
-
-def _size(variable) -> int:
-    return math.prod(getattr(variable.aval, "shape", ()))
-
-
 # ---- collectives, which only the compiled program has ----
 
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
@@ -265,7 +56,7 @@ class Collective(NamedTuple):
     """One kind of exchange in a compiled program: how often, bytes of its results, and bytes a chip sends for them."""
 
     kind: str
-    count: int
+    number: int
     bytes: int
     sent: float
 
@@ -314,6 +105,17 @@ class PartTime(NamedTuple):
     bound: str  # the unit that takes longest
 
 
+def _seconds(work: Operations, chip: Chip) -> dict[str, float]:
+    """Of each unit of the chip; together they take as long as the largest."""
+    return {
+        "matrix unit": work.flops(chip.side) / chip.flops,
+        "vector unit": work.vector / chip.vector,
+        "transcendental unit": work.transcendental / chip.transcendental,
+        "memory": work.hbm / chip.hbm,
+        "links": work.ici / chip.ici,
+    }
+
+
 def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: int, model: int) -> dict[str, PartTime]:
     """Time of each part of a step on a mesh of `data` x `model` chips; the step is their sum.
 
@@ -324,7 +126,7 @@ def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: in
     shares["exchange"] = Operations(ici=sum(of.sent for of in exchanged))
     times = {}
     for name, share in shares.items():
-        seconds = share.seconds(chip)
+        seconds = _seconds(share, chip)
         bound = max(seconds, key=seconds.__getitem__)
         times[name] = PartTime(seconds[bound], bound)
     return times

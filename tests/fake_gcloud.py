@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Stands in for gcloud where there is no cloud: objects are files, and a TPU is a process group on this machine.
 
-$FAKE_CLOUD holds `objects/`, `calls.jsonl` (every call), `python` (what its machines start for Python) and `machine` (state and process of the one there is). The first machine is preempted, killed, as soon as a snapshot in the
-bucket holds a checkpoint of step 3.
+$FAKE_CLOUD holds `objects/`, `calls.jsonl` (every call), `python` (what its machines start for Python) and `machine`
+(state and process of the one there is). The first machine is preempted, killed, as soon as a snapshot in the bucket
+holds a checkpoint of step 3.
 """
 
 import contextlib

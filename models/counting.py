@@ -1,0 +1,316 @@
+"""Counts what a function asks of a chip, by walking its jaxpr with the integers that steer its loops.
+
+XLA's own cost analysis counts a loop's body once and sees nothing of a kernel's inside. Here integers are computed
+along the way as far as they follow from arguments that are given as values (lengths of sequences), so that every loop
+over Sinkhorn's steps, a kernel's groups and their tiles runs as often as on the chip, and every condition on integers
+takes the branch that it takes there. What depends on data is unknown; an unknown condition counts as true, which is the
+ordinary case wherever the attention has one (scalings within their range).
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+# A float32 product is made of bfloat16 ones on the matrix unit: three parts of each factor, six products that matter.
+_PASSES = {"HIGHEST": 6, "HIGH": 3}
+_TRANSCENDENTAL = re.compile(r"exp2?|expm1|log|log1p|tanh|logistic|erf(_inv)?|rsqrt|sqrt|cbrt|sin|cos|tan|pow|div|rem")
+# Layout, addressing and what the compiler folds away.
+_FREE = re.compile(
+    "broadcast_in_dim|reshape|transpose|squeeze|expand_dims|slice|dynamic_slice|dynamic_update_slice|concatenate|pad|iota|"
+    "convert_element_type|bitcast_convert_type|copy|copy_p|stop_gradient|split|stack|tile|rev|get|swap|program_id|"
+    "multiple_of|optimization_barrier|sharding_constraint|device_put|pvary|pcast|reshard|axis_index|random_.*|dma_.*"
+)
+_REDUCTIONS = ("reduce_", "argmax", "argmin", "cumsum", "sort", "gather", "scatter")
+_FIRST_OF_ALL = ("program_id", "axis_index")  # all heads and devices are alike: the first stands for them
+_LARGEST_KNOWN = 1 << 16  # elements; inside kernels only scalars steer
+# JAX would compile each of these for every shape, which takes longer than the whole count.
+_ON_INTEGERS: dict[str, Callable] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": lambda x, y: np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y)),
+    "rem": np.fmod,
+    "max": np.maximum,
+    "min": np.minimum,
+    "neg": np.negative,
+    "sign": np.sign,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "not": np.invert,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "convert_element_type": np.asarray,
+    "reshape": np.asarray,
+    "squeeze": np.asarray,
+}
+
+
+class Matmul(NamedTuple):
+    """`batch` products [m, k] x [k, n], each made of so many bfloat16 passes."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    passes: int
+
+    def flops(self, side: int = 1) -> float:
+        """With the depth and the better of m and n padded to the array's side; with side 1, of the plain product."""
+        m, k, n = (-(-size // side) * side for size in (self.m, self.k, self.n))
+        return 2.0 * self.batch * self.passes * k * min(self.m * n, m * self.n)
+
+
+@dataclasses.dataclass
+class Operations:
+    """What a part of a step asks of a chip: products with how often each is done, other operations, bytes moved."""
+
+    matmuls: collections.Counter[Matmul] = dataclasses.field(default_factory=collections.Counter)
+    vector: float = 0.0
+    transcendental: float = 0.0
+    hbm: float = 0.0
+    ici: float = 0.0
+
+    def add(self, other: "Operations", times: float) -> None:
+        for matmul, number in other.matmuls.items():
+            self.matmuls[matmul] += number * times  # type: ignore[assignment]
+        for name in ("vector", "transcendental", "hbm", "ici"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+
+    def divided(self, by: int) -> "Operations":
+        """An equal share of the work."""
+        share = Operations()
+        share.add(self, 1 / by)
+        return share
+
+    def flops(self, side: int = 1) -> float:
+        return sum(matmul.flops(side) * times for matmul, times in self.matmuls.items())
+
+
+Parts = dict[str, Operations]
+
+
+def count(function: Callable, *arguments: Any) -> Parts:
+    """Operations of a function over all chips, by part. Arguments are shapes, or values that may steer loops.
+
+    Parts are "forward", "backward" (what `jax.grad` added) and "update" (the rest, with the arguments and results of
+    the whole function as its memory traffic), and one for each Pallas kernel by name. Elementwise operations are taken
+    to be fused: what they read and write counts only as what matrix products, reductions, gathers and kernels do.
+
+    Raises:
+      ValueError: a loop that does not end, as far as is known here.
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    counter = _Counter()
+    known = [x if isinstance(x, (np.ndarray, np.generic)) else None for x in jax.tree.leaves(arguments)]
+    counter.run(closed, known, "update", 1, kernel=False)
+    for variable in (*closed.jaxpr.invars, *closed.jaxpr.outvars):
+        counter.parts["update"].hbm += _bytes(variable)
+    return dict(counter.parts)
+
+
+class _Counter:
+    """Runs a jaxpr on known values, None standing for unknown ones, and adds up what it asks for."""
+
+    def __init__(self):
+        self.parts: Parts = collections.defaultdict(Operations)
+        self._costs: dict[int, Operations] = {}
+
+    def run(self, body: core.ClosedJaxpr | core.Jaxpr, values: Sequence, part: str, times: float, kernel: bool) -> list:
+        """One run that stands for `times`; the values of its results."""
+        jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
+        environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+
+        def read(variable):
+            return variable.val if isinstance(variable, core.Literal) else environment.get(variable)
+
+        for equation in jaxpr.eqns:
+            inner = part if kernel else _part(equation, part)
+            results = self._equation(equation, [read(x) for x in equation.invars], inner, times, kernel)
+            for variable, value in zip(equation.outvars, results, strict=True):
+                if value is None and _shape(variable) == () and variable.aval.dtype == bool:  # type: ignore[attr-defined]
+                    value = np.True_
+                environment[variable] = value
+        return [read(x) for x in jaxpr.outvars]
+
+    def _equation(self, equation: core.JaxprEqn, values: list, part: str, times: float, kernel: bool) -> list:
+        name, parameters = equation.primitive.name, equation.params
+        unknown = [None] * len(equation.outvars)
+        if name == "pallas_call":
+            self._kernel(equation, values, times)
+        elif name == "while":
+            return self._while(parameters, values, part, times, kernel)
+        elif name == "scan":
+            return self._scan(parameters, values, part, times, kernel) + unknown[parameters["num_carry"] :]
+        elif name == "cond":
+            branch = -1 if values[0] is None else int(values[0])
+            return self.run(parameters["branches"][branch], values[1:], part, times, kernel)
+        elif name == "shard_map":
+            body, devices = parameters["jaxpr"], math.prod(parameters["mesh"].shape.values())
+            self.run(
+                body, [_first_part(*x) for x in zip(values, body.invars, strict=True)], part, times * devices, kernel
+            )
+        elif not name.startswith("scatter") and (bodies := list(_bodies(equation))):
+            for body in bodies:
+                same = len(_open(body).invars) == len(values)
+                results = self.run(body, values if same else [None] * len(_open(body).invars), part, times, kernel)
+            return results if len(results) == len(unknown) else unknown
+        else:
+            self.parts[part].add(self._cost(equation, kernel), times)
+            return _value(equation, values, kernel) or unknown
+        return unknown
+
+    def _kernel(self, equation: core.JaxprEqn, values: list, times: float) -> None:
+        parameters, grid = equation.params, equation.params["grid_mapping"]
+        name = str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
+        self.parts[name].hbm += times * sum(map(_bytes, (*equation.invars, *equation.outvars)))
+        body = parameters["jaxpr"]
+        told = values[: grid.num_index_operands]
+        told += [None] * (len(body.invars) - len(told))
+        self.run(body, told, name, times * math.prod(grid.grid), kernel=True)
+
+    def _while(self, parameters: dict, values: list, part: str, times: float, kernel: bool) -> list:
+        of_condition, of_body = parameters["cond_nconsts"], parameters["body_nconsts"]
+        condition, body = values[:of_condition], values[of_condition : of_condition + of_body]
+        carry = values[of_condition + of_body :]
+        while self.run(parameters["cond_jaxpr"], [*condition, *carry], part, times, kernel)[0]:
+            before = carry
+            carry = self.run(parameters["body_jaxpr"], [*body, *carry], part, times, kernel)
+            if all(
+                a is b is None or (a is not None and b is not None and np.array_equal(a, b))
+                for a, b in zip(before, carry, strict=True)
+            ):
+                raise ValueError(
+                    f"nothing known changes in a loop, so its steps cannot be counted: {parameters['cond_jaxpr']}"
+                )
+        return carry
+
+    def _scan(self, parameters: dict, values: list, part: str, times: float, kernel: bool) -> list:
+        constants, length = parameters["num_consts"], parameters["length"]
+        end = constants + parameters["num_carry"]
+        carry = values[constants:end]
+        first = [x if x is None else x[0] for x in values[end:]]
+        steps, each = (length, times) if any(x is not None for x in carry) else (1, times * length)
+        for _ in range(steps):
+            results = self.run(parameters["jaxpr"], [*values[:constants], *carry, *first], part, each, kernel)
+            carry = results[: len(carry)]
+        return carry
+
+    def _cost(self, equation: core.JaxprEqn, kernel: bool) -> Operations:
+        if id(equation) not in self._costs:
+            self._costs[id(equation)] = _cost(equation, kernel)
+        return self._costs[id(equation)]
+
+
+def _cost(equation: core.JaxprEqn, kernel: bool) -> Operations:
+    """Of one equation without a body; what is not elementwise goes through memory, but not inside a kernel."""
+    name, size = equation.primitive.name, max((_size(x) for x in equation.outvars), default=0)
+    if _FREE.fullmatch(name):
+        return Operations()
+    if _TRANSCENDENTAL.fullmatch(name):
+        return Operations(transcendental=size)
+    traffic = 0 if kernel else sum(map(_bytes, (*equation.invars, *equation.outvars)))
+    if name in ("dot_general", "conv_general_dilated"):
+        matmul = _dot(equation) if name == "dot_general" else _convolution(equation)
+        return Operations(collections.Counter([matmul]), hbm=traffic)
+    if name.startswith(_REDUCTIONS):
+        return Operations(vector=max(_size(x) for x in (*equation.invars, *equation.outvars)), hbm=traffic)
+    return Operations(vector=size)
+
+
+def _dot(equation: core.JaxprEqn) -> Matmul:
+    (contract, _), (batch, _) = equation.params["dimension_numbers"]
+    x, y = map(_shape, equation.invars)
+    k, batches = (math.prod(x[i] for i in axes) for axes in (contract, batch))
+    m, n = (math.prod(shape) // (k * batches) for shape in (x, y))
+    return Matmul(batches, m, k, n, _passes(equation))
+
+
+def _convolution(equation: core.JaxprEqn) -> Matmul:
+    """As a product of patches with the kernel; products with padding count too."""
+    kernel = _shape(equation.invars[1])
+    outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    return Matmul(1, _size(equation.outvars[0]) // outputs, math.prod(kernel) // outputs, outputs, _passes(equation))
+
+
+def _passes(equation: core.JaxprEqn) -> int:
+    if equation.invars[0].aval.dtype.itemsize < 4:  # type: ignore[attr-defined]
+        return 1
+    found = re.search(r"HIGHEST|HIGH", str(equation.params["precision"]))
+    return _PASSES[found.group()] if found else 1
+
+
+def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
+    """Results of one equation, where they are known and small enough to steer anything."""
+    name, parameters = equation.primitive.name, equation.params
+    if name in _FIRST_OF_ALL:
+        return [np.int32(0)]
+    if any(x is None for x in values) or sum(map(_size, equation.outvars)) > (1 if kernel else _LARGEST_KNOWN):
+        return None
+    if name == "multiple_of":
+        return values
+    if name == "get":
+        (index,) = jax.tree.unflatten(parameters["tree"], values[1:])
+        return [np.asarray(values[0])[tuple(int(i) for i in index.indices)]]
+    if equation.effects or any(getattr(x.aval.dtype, "kind", "V") not in "iub" for x in equation.outvars):
+        return None
+    (result, *_), integers = equation.outvars, all(np.asarray(x).dtype.kind in "iub" for x in values)
+    if name in _ON_INTEGERS and integers:
+        with np.errstate(over="ignore"):  # wraps around, as on the chip
+            of_integers = _ON_INTEGERS[name](*values)
+        return [np.asarray(of_integers, result.aval.dtype).reshape(_shape(result))]  # type: ignore[attr-defined]
+    if name == "select_n" and len(values) == 3:
+        return [np.where(values[0], values[2], values[1])]
+    if name == "broadcast_in_dim":
+        one = [1] * len(_shape(result))
+        for i, n in zip(parameters["broadcast_dimensions"], np.shape(values[0]), strict=True):
+            one[i] = n
+        return [np.broadcast_to(np.reshape(values[0], one), _shape(result))]
+    results = equation.primitive.bind(*values, **parameters)
+    return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
+
+
+def _first_part(value, variable):
+    """What the first device has of a value, examples being alike."""
+    return None if value is None else np.asarray(value)[tuple(slice(n) for n in _shape(variable))]
+
+
+def _part(equation: core.JaxprEqn, outer: str) -> str:
+    """By the transformations that made an equation; those of a body are named relative to what holds it."""
+    stack = str(equation.source_info.name_stack)
+    if outer == "backward" or "transpose(" in stack:
+        return "backward"
+    return "forward" if "jvp(" in stack else outer
+
+
+def _bodies(equation: core.JaxprEqn) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:
+    for value in equation.params.values():
+        for body in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(body, (core.ClosedJaxpr, core.Jaxpr)):
+                yield body
+
+
+def _open(body: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
+    return body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
+
+
+def _bytes(variable) -> int:
+    return _size(variable) * variable.aval.dtype.itemsize if hasattr(variable.aval, "dtype") else 0
+
+
+def _size(variable) -> int:
+    return math.prod(_shape(variable))
+
+
+def _shape(variable) -> tuple[int, ...]:
+    return getattr(variable.aval, "shape", ())

@@ -1,0 +1,278 @@
+"""Compiles a configuration's whole training step for TPUs that are not there: memory, exchanges, and a model of time.
+
+  python scripts/aot_report.py --config=configs/r2_balanced.py                     # a v6e-8, every bucket
+  python scripts/aot_report.py --config=configs/r1_dustbin.py --topology=v5p:2x2x1 --bucket 128 384
+  python scripts/aot_report.py --config=configs/r2_balanced.py --config.mesh.model=2 --output=runs/aot.json
+
+Takes the options of a configuration as train.py does: --config=FILE --config.KEY=VALUE. Needs libtpu, not a TPU. That
+it compiles, its memory, exchanges and kernels are the real compiler's; times and examples/s are a MODEL
+(models/roofline.py), an upper bound of speed, and were not measured. Ends with status 1 if a step does not fit.
+"""
+
+import os
+
+# Before JAX is imported: no TPU is looked for, and several may compile at once.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+import argparse
+import collections
+import importlib.util
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+import eval as evaluation
+from data import pfam
+from data.sampling import LengthIndex
+from models import counting, roofline, sharding
+from models.roofline import CHIPS, Chip
+from models.state import Trainer, abstract_batch
+from ot_attention import UnsupportedError
+
+_PAPER = 8.5  # examples/s that arXiv 2605.08123 reports
+_TARGET = 850
+_EXAMPLES = "v6e:2x4, v6e:1x1, v6e:4x4, v5e:2x4, v5p:2x2x1"
+_MIB = 2**20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args, config = _parse(arguments)
+    try:
+        report = report_on(config, args.topology, args.bucket or config.data.buckets)
+    except (ValueError, OSError, UnsupportedError) as error:
+        sys.exit(f"aot_report.py: {error}")
+    print(text(report))
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    failures = [f"bucket {row['bucket']}: {row['failure']}" for row in report["buckets"] if row["failure"]]
+    if failures:
+        sys.exit("aot_report.py: " + "\n".join(failures))
+
+
+def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict:
+    """A row for every bucket, and the speed that the model gives the configuration.
+
+    Raises ValueError: an unknown topology, or a mesh that does not fit it. UnsupportedError: the named attention cannot
+    do what the configuration asks for.
+    """
+    chip, mesh = CHIPS[topology.partition(":")[0]], make_mesh(config, topology)
+    implementation = _implementation(config, mesh)
+    trainer = evaluation.make_trainer(_with(config, implementation))
+    rows = [
+        compile_bucket(trainer, config.batch_size, bucket, mesh, chip)
+        for bucket in tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
+    ]
+    report = {
+        "config": config.to_dict(),
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "attention": implementation,
+        "memory": chip.memory,
+        "buckets": rows,
+    }
+    return report | _speed(rows, config)
+
+
+def make_mesh(config: ConfigDict, topology: str) -> Mesh:
+    """The configuration's mesh over the chips of a topology. Raises ValueError, naming topologies there are."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("libtpu, which compiles for TPUs, is not installed: pip install -r requirements-tpu.txt")
+    if topology.partition(":")[0] not in CHIPS:
+        raise ValueError(f"--topology={topology} must begin with one of {', '.join(CHIPS)}; for example {_EXAMPLES}")
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"--topology={topology} is not known to libtpu, for example {_EXAMPLES} are: {error}"
+        ) from None
+    return sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size, devices)
+
+
+def compile_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
+    """One row: what the compiler says of the step at one padded length, and what the model makes of it."""
+    arguments = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
+    begin = time.perf_counter()
+    lowered = trainer.compiled_update(mesh).lower(*arguments)
+    lowering = time.perf_counter() - begin
+    row = {"bucket": length, "lower_seconds": lowering, "failure": None}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row | {"failure": f"does not fit: {str(error).strip()[:400]}"}
+    row["compile_seconds"] = time.perf_counter() - begin - lowering
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    row["memory"] = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+    if memory.peak_memory_in_bytes > chip.memory:
+        row["failure"] = f"takes {memory.peak_memory_in_bytes} bytes a chip, there are {chip.memory}"
+    exchanged = roofline.collectives(program, mesh.size)
+    lengths = np.full(batch_size, length, np.int32)  # the longest there can be
+    known = arguments[1] | {"x_length": lengths, "y_length": lengths}
+    parts = counting.count(sharding.on(mesh, trainer.update), arguments[0], known)
+    data, model = mesh.shape[sharding.DATA], mesh.shape[sharding.MODEL]
+    times = roofline.step_time(parts, exchanged, chip, data=data, model=model)
+    seconds = sum(part.seconds for part in times.values())
+    return row | {
+        "collectives": [of._asdict() for of in exchanged],
+        "kernels": kernels(program),
+        "counted": {
+            name: {"flops": of.flops(), "vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
+            for name, of in parts.items()
+        },
+        "model": {name: part._asdict() for name, part in times.items()},
+        "model_step_seconds": seconds,
+        "model_examples_per_second": batch_size / seconds,
+    }
+
+
+def kernels(program: str) -> dict[str, int]:
+    """How often each Pallas kernel is called in a compiled program's text."""
+    calls = re.findall(r"%?([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program)
+    return dict(collections.Counter(re.sub(r"[.\d]+$", "", name) for name in calls))
+
+
+def bucket_shares(config: ConfigDict) -> list[float]:
+    """How often training draws each bucket of the configuration."""
+    families = pfam.open_split(evaluation.resolve_data_dir(config.data.dir), "train")
+    mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
+    return (mass / mass.sum()).tolist()
+
+
+def text(report: dict) -> str:
+    """The report as Markdown tables."""
+    rows = [row for row in report["buckets"] if "memory" in row]
+    mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
+    head = (
+        f"{report['topology']}, {mesh}, {report['config']['batch_size']} pairs a step, attention {report['attention']}"
+    )
+    lines = [head, "", "Compiled (MiB a chip):", ""]
+    lines += _table(
+        ["bucket", "lower s", "compile s", "arguments", "outputs", "temporaries", "peak", "of", "exchanges", "kernels"],
+        [
+            [
+                str(row["bucket"]),
+                f"{row['lower_seconds']:.1f}",
+                f"{row['compile_seconds']:.1f}",
+                *(f"{row['memory'][what] / _MIB:.1f}" for what in ("arguments", "outputs", "temporaries", "peak")),
+                f"{report['memory'] / _MIB:.0f}",
+                ", ".join(f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"])
+                or "none",
+                ", ".join(f"{times} {name}" for name, times in row["kernels"].items()) or "none",
+            ]
+            for row in rows
+        ],
+    )
+    parts = list(rows[0]["model"]) if rows else []
+    lines += [
+        "",
+        "MODEL of time, an upper bound of speed, not a measurement (us a step, and the unit that takes them):",
+        "",
+    ]
+    lines += _table(
+        ["bucket", *parts, "step", "examples/s"],
+        [
+            [
+                str(row["bucket"]),
+                *(f"{row['model'][part]['seconds'] * 1e6:.0f} {row['model'][part]['bound']}" for part in parts),
+                f"{row['model_step_seconds'] * 1e6:.0f}",
+                f"{row['model_examples_per_second']:,.0f}",
+            ]
+            for row in rows
+        ],
+    )
+    if report["model_examples_per_second"]:
+        shares = ", ".join(f"{bucket} {share:.0%}" for bucket, share in report["bucket_shares"].items())
+        lines += [
+            "",
+            f"Buckets as training draws them ({shares}): at most {report['model_examples_per_second']:,.0f} examples/s "
+            f"by this model; the paper reports {_PAPER}, the target is {_TARGET}.",
+        ]
+    return "\n".join(lines)
+
+
+def _speed(rows: list[dict], config: ConfigDict) -> dict:
+    """Of the whole configuration, if all of its buckets were compiled: a step's time is the mean over buckets."""
+    found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
+    if any(found.get(bucket) is None for bucket in config.data.buckets):
+        return {"bucket_shares": None, "model_examples_per_second": None}
+    shares = dict(zip(config.data.buckets, bucket_shares(config), strict=True))
+    mean = sum(share * found[bucket] for bucket, share in shares.items())
+    return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
+
+
+def _implementation(config: ConfigDict, mesh: Mesh) -> str:
+    """What "auto" is on a TPU, where the choice here would be that for a CPU."""
+    if config.model.implementation != "auto":
+        return config.model.implementation
+    trainer = evaluation.make_trainer(_with(config, "pallas_tpu"))
+    arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
+    try:
+        jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)
+    except UnsupportedError:
+        return "xla"
+    return "pallas_tpu"
+
+
+def _with(config: ConfigDict, implementation: str) -> ConfigDict:
+    changed = ConfigDict(config)
+    changed.model = config.model.copy_and_resolve_references()
+    changed.model.implementation = implementation
+    return changed
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="aot_report.py --config=FILE [--config.KEY=VALUE ...] [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", default="v6e:2x4", help=f"as libtpu names it; default: v6e:2x4; also {_EXAMPLES}")
+    parser.add_argument("--bucket", type=int, nargs="+", help="padded lengths; default: all of the configuration")
+    parser.add_argument("--output", type=Path, help="JSON file to write as well")
+    args, rest = parser.parse_known_args(arguments)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    try:
+        unknown = values(["aot_report.py", *rest])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    if values.config is None:
+        parser.error("--config is missing, for example --config=configs/r2_balanced.py")
+    return args, values.config
+
+
+if __name__ == "__main__":
+    main()
