@@ -30,6 +30,7 @@ _FREE = re.compile(
 _REDUCTIONS = ("reduce_", "argmax", "argmin", "cumsum", "sort", "gather", "scatter")
 _FIRST_OF_ALL = ("program_id", "axis_index")  # all heads and devices are alike: the first stands for them
 _LARGEST_KNOWN = 1 << 16  # elements; inside kernels only scalars steer
+_MOST_STEPS = 10_000  # of one loop
 # JAX would compile each of these for every shape, which takes longer than the whole count.
 _ON_INTEGERS: dict[str, Callable] = {
     "add": np.add,
@@ -76,12 +77,12 @@ class Operations:
     """What a part of a step asks of a chip: products with how often each is done, other operations, bytes moved."""
 
     matmuls: collections.Counter[Matmul] = dataclasses.field(default_factory=collections.Counter)
-    vector: float = 0.0
-    transcendental: float = 0.0
-    hbm: float = 0.0
-    ici: float = 0.0
+    vector: int | float = 0
+    transcendental: int | float = 0
+    hbm: int | float = 0
+    ici: int | float = 0
 
-    def add(self, other: "Operations", times: float) -> None:
+    def add(self, other: "Operations", times: int | float) -> None:
         for matmul, number in other.matmuls.items():
             self.matmuls[matmul] += number * times  # type: ignore[assignment]
         for name in ("vector", "transcendental", "hbm", "ici"):
@@ -93,7 +94,11 @@ class Operations:
         share.add(self, 1 / by)
         return share
 
-    def flops(self, side: int = 1) -> float:
+    def passes(self) -> list[int]:
+        """The numbers of bfloat16 passes that there are among its products."""
+        return sorted({matmul.passes for matmul in self.matmuls})
+
+    def flops(self, side: int = 1) -> int | float:
         return sum(matmul.flops(side) * times for matmul, times in self.matmuls.items())
 
 
@@ -126,7 +131,7 @@ class _Counter:
         self.parts: Parts = collections.defaultdict(Operations)
         self._costs: dict[int, Operations] = {}
 
-    def run(self, body: core.ClosedJaxpr | core.Jaxpr, values: Sequence, part: str, times: float, kernel: bool) -> list:
+    def run(self, body: core.ClosedJaxpr | core.Jaxpr, values: Sequence, part: str, times: int, kernel: bool) -> list:
         """One run that stands for `times`; the values of its results."""
         jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
         environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
@@ -138,12 +143,12 @@ class _Counter:
             inner = part if kernel else _part(equation, part)
             results = self._equation(equation, [read(x) for x in equation.invars], inner, times, kernel)
             for variable, value in zip(equation.outvars, results, strict=True):
-                if value is None and _shape(variable) == () and variable.aval.dtype == bool:  # type: ignore[attr-defined]
+                if value is None and _shape(variable) == () and _dtype(variable) == np.dtype(bool):
                     value = np.True_
                 environment[variable] = value
         return [read(x) for x in jaxpr.outvars]
 
-    def _equation(self, equation: core.JaxprEqn, values: list, part: str, times: float, kernel: bool) -> list:
+    def _equation(self, equation: core.JaxprEqn, values: list, part: str, times: int, kernel: bool) -> list:
         name, parameters = equation.primitive.name, equation.params
         unknown = [None] * len(equation.outvars)
         if name == "pallas_call":
@@ -170,7 +175,7 @@ class _Counter:
             return _value(equation, values, kernel) or unknown
         return unknown
 
-    def _kernel(self, equation: core.JaxprEqn, values: list, times: float) -> None:
+    def _kernel(self, equation: core.JaxprEqn, values: list, times: int) -> None:
         parameters, grid = equation.params, equation.params["grid_mapping"]
         name = str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
         self.parts[name].hbm += times * sum(map(_bytes, (*equation.invars, *equation.outvars)))
@@ -179,23 +184,20 @@ class _Counter:
         told += [None] * (len(body.invars) - len(told))
         self.run(body, told, name, times * math.prod(grid.grid), kernel=True)
 
-    def _while(self, parameters: dict, values: list, part: str, times: float, kernel: bool) -> list:
+    def _while(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
         of_condition, of_body = parameters["cond_nconsts"], parameters["body_nconsts"]
         condition, body = values[:of_condition], values[of_condition : of_condition + of_body]
         carry = values[of_condition + of_body :]
-        while self.run(parameters["cond_jaxpr"], [*condition, *carry], part, times, kernel)[0]:
-            before = carry
+        for _ in range(_MOST_STEPS):
+            if not self.run(parameters["cond_jaxpr"], [*condition, *carry], part, times, kernel)[0]:
+                return carry
             carry = self.run(parameters["body_jaxpr"], [*body, *carry], part, times, kernel)
-            if all(
-                a is b is None or (a is not None and b is not None and np.array_equal(a, b))
-                for a, b in zip(before, carry, strict=True)
-            ):
-                raise ValueError(
-                    f"nothing known changes in a loop, so its steps cannot be counted: {parameters['cond_jaxpr']}"
-                )
-        return carry
+        raise ValueError(
+            f"a loop does not end within {_MOST_STEPS} steps as far as is known here: what it counts up to must follow "
+            f"from arguments that are values, {parameters['cond_jaxpr']}"
+        )
 
-    def _scan(self, parameters: dict, values: list, part: str, times: float, kernel: bool) -> list:
+    def _scan(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
         constants, length = parameters["num_consts"], parameters["length"]
         end = constants + parameters["num_carry"]
         carry = values[constants:end]
@@ -244,7 +246,7 @@ def _convolution(equation: core.JaxprEqn) -> Matmul:
 
 
 def _passes(equation: core.JaxprEqn) -> int:
-    if equation.invars[0].aval.dtype.itemsize < 4:  # type: ignore[attr-defined]
+    if _dtype(equation.invars[0]).itemsize < 4:
         return 1
     found = re.search(r"HIGHEST|HIGH", str(equation.params["precision"]))
     return _PASSES[found.group()] if found else 1
@@ -257,18 +259,18 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
         return [np.int32(0)]
     if any(x is None for x in values) or sum(map(_size, equation.outvars)) > (1 if kernel else _LARGEST_KNOWN):
         return None
-    if name == "multiple_of":
+    if name in ("multiple_of", "pvary", "pcast"):
         return values
     if name == "get":
         (index,) = jax.tree.unflatten(parameters["tree"], values[1:])
         return [np.asarray(values[0])[tuple(int(i) for i in index.indices)]]
-    if equation.effects or any(getattr(x.aval.dtype, "kind", "V") not in "iub" for x in equation.outvars):
+    if equation.effects or any(getattr(_dtype(x), "kind", "V") not in "iub" for x in equation.outvars):
         return None
     (result, *_), integers = equation.outvars, all(np.asarray(x).dtype.kind in "iub" for x in values)
     if name in _ON_INTEGERS and integers:
         with np.errstate(over="ignore"):  # wraps around, as on the chip
             of_integers = _ON_INTEGERS[name](*values)
-        return [np.asarray(of_integers, result.aval.dtype).reshape(_shape(result))]  # type: ignore[attr-defined]
+        return [np.asarray(of_integers, _dtype(result)).reshape(_shape(result))]
     if name == "select_n" and len(values) == 3:
         return [np.where(values[0], values[2], values[1])]
     if name == "broadcast_in_dim":
@@ -305,11 +307,16 @@ def _open(body: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
 
 
 def _bytes(variable) -> int:
-    return _size(variable) * variable.aval.dtype.itemsize if hasattr(variable.aval, "dtype") else 0
+    return _size(variable) * getattr(_dtype(variable), "itemsize", 0)
 
 
 def _size(variable) -> int:
     return math.prod(_shape(variable))
+
+
+def _dtype(variable) -> Any:
+    """None for what has none, such as semaphores."""
+    return getattr(variable.aval, "dtype", None)
 
 
 def _shape(variable) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ class Collective(NamedTuple):
     kind: str
     number: int
     bytes: int
-    sent: float
+    sent: int | float
 
 
 def collectives(text: str, chips: int) -> list[Collective]:
@@ -89,7 +89,7 @@ def _group_size(line: str, chips: int) -> int:
     return len(found[1].split(",")) if found[1] else int(found[2])
 
 
-def _sent(kind: str, size: int, group: int) -> float:
+def _sent(kind: str, size: int, group: int) -> int | float:
     """Bytes that each chip of a ring sends (all-reduce: a reduce-scatter, then an all-gather)."""
     share = (group - 1) / group
     return {"all-reduce": 2 * share * size, "reduce-scatter": (group - 1) * size, "collective-permute": size}.get(

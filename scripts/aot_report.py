@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -75,11 +76,12 @@ def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict
     Raises ValueError: an unknown topology, or a mesh that does not fit it. UnsupportedError: the named attention cannot
     do what the configuration asks for.
     """
-    chip, mesh = CHIPS[topology.partition(":")[0]], make_mesh(config, topology)
+    mesh = make_mesh(config, topology)
+    chip = CHIPS[topology.partition(":")[0]]
     implementation = _implementation(config, mesh)
     trainer = evaluation.make_trainer(_with(config, implementation))
     rows = [
-        compile_bucket(trainer, config.batch_size, bucket, mesh, chip)
+        report_bucket(trainer, config.batch_size, bucket, mesh, chip)
         for bucket in tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
     ]
     report = {
@@ -108,13 +110,13 @@ def make_mesh(config: ConfigDict, topology: str) -> Mesh:
     return sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size, devices)
 
 
-def compile_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
+def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
     """One row: what the compiler says of the step at one padded length, and what the model makes of it."""
     arguments = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
     begin = time.perf_counter()
     lowered = trainer.compiled_update(mesh).lower(*arguments)
     lowering = time.perf_counter() - begin
-    row = {"bucket": length, "lower_seconds": lowering, "failure": None}
+    row: dict[str, Any] = {"bucket": length, "lower_seconds": lowering, "failure": None}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -122,27 +124,43 @@ def compile_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, c
             raise
         return row | {"failure": f"does not fit: {str(error).strip()[:400]}"}
     row["compile_seconds"] = time.perf_counter() - begin - lowering
-    memory, program = compiled.memory_analysis(), compiled.as_text()
-    row["memory"] = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
-    }
-    if memory.peak_memory_in_bytes > chip.memory:
-        row["failure"] = f"takes {memory.peak_memory_in_bytes} bytes a chip, there are {chip.memory}"
+    program = str(compiled.as_text())
+    row["memory"], row["kernels"] = memory_of(compiled), kernels(program)
+    if row["memory"]["peak"] > chip.memory:
+        row["failure"] = f"takes {row['memory']['peak']} bytes a chip, there are {chip.memory}"
     exchanged = roofline.collectives(program, mesh.size)
-    lengths = np.full(batch_size, length, np.int32)  # the longest there can be
-    known = arguments[1] | {"x_length": lengths, "y_length": lengths}
-    parts = counting.count(sharding.on(mesh, trainer.update), arguments[0], known)
-    data, model = mesh.shape[sharding.DATA], mesh.shape[sharding.MODEL]
-    times = roofline.step_time(parts, exchanged, chip, data=data, model=model)
+    row["collectives"] = [of._asdict() for of in exchanged]
+    return row | model(counted(trainer, arguments, length, mesh), exchanged, chip, mesh, batch_size)
+
+
+def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes a chip; outputs lie where the arguments were, as the state is given away."""
+    found: Any = compiled.memory_analysis()
+    sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
+    return sizes | {"peak": found.peak_memory_in_bytes}
+
+
+def counted(trainer: Trainer, arguments: tuple, length: int, mesh: Mesh) -> counting.Parts:
+    """Operations of the step over all chips, for sequences as long as they can be."""
+    state, batch = arguments
+    longest = np.full(batch["x_length"].shape, length, np.int32)
+    return counting.count(sharding.on(mesh, trainer.update), state, batch | {"x_length": longest, "y_length": longest})
+
+
+def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chip, mesh: Mesh, batch_size: int) -> dict:
+    """Columns of a row that are not the compiler's."""
+    times = roofline.step_time(parts, exchanged, chip, data=mesh.shape[sharding.DATA], model=mesh.shape[sharding.MODEL])
     seconds = sum(part.seconds for part in times.values())
-    return row | {
-        "collectives": [of._asdict() for of in exchanged],
-        "kernels": kernels(program),
+    return {
         "counted": {
-            name: {"flops": of.flops(), "vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
+            name: {
+                "flops": of.flops(),
+                "flops_padded": of.flops(chip.side),
+                "passes": of.passes(),
+                "vector": of.vector,
+                "transcendental": of.transcendental,
+                "hbm_bytes": of.hbm,
+            }
             for name, of in parts.items()
         },
         "model": {name: part._asdict() for name, part in times.items()},
@@ -168,52 +186,52 @@ def text(report: dict) -> str:
     """The report as Markdown tables."""
     rows = [row for row in report["buckets"] if "memory" in row]
     mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
-    head = (
-        f"{report['topology']}, {mesh}, {report['config']['batch_size']} pairs a step, attention {report['attention']}"
-    )
-    lines = [head, "", "Compiled (MiB a chip):", ""]
-    lines += _table(
-        ["bucket", "lower s", "compile s", "arguments", "outputs", "temporaries", "peak", "of", "exchanges", "kernels"],
-        [
-            [
-                str(row["bucket"]),
-                f"{row['lower_seconds']:.1f}",
-                f"{row['compile_seconds']:.1f}",
-                *(f"{row['memory'][what] / _MIB:.1f}" for what in ("arguments", "outputs", "temporaries", "peak")),
-                f"{report['memory'] / _MIB:.0f}",
-                ", ".join(f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"])
-                or "none",
-                ", ".join(f"{times} {name}" for name, times in row["kernels"].items()) or "none",
-            ]
-            for row in rows
-        ],
-    )
-    parts = list(rows[0]["model"]) if rows else []
-    lines += [
-        "",
-        "MODEL of time, an upper bound of speed, not a measurement (us a step, and the unit that takes them):",
-        "",
-    ]
-    lines += _table(
-        ["bucket", *parts, "step", "examples/s"],
-        [
-            [
-                str(row["bucket"]),
-                *(f"{row['model'][part]['seconds'] * 1e6:.0f} {row['model'][part]['bound']}" for part in parts),
-                f"{row['model_step_seconds'] * 1e6:.0f}",
-                f"{row['model_examples_per_second']:,.0f}",
-            ]
-            for row in rows
-        ],
-    )
-    if report["model_examples_per_second"]:
-        shares = ", ".join(f"{bucket} {share:.0%}" for bucket, share in report["bucket_shares"].items())
+    pairs = report["config"]["batch_size"]
+    lines = [f"{report['topology']}, mesh {mesh}, {pairs} pairs a step, attention {report['attention']}", ""]
+    if rows:
+        lines += ["Compiled; MiB a chip:", "", *_compiled_table(rows, report["memory"]), ""]
         lines += [
-            "",
+            "MODEL, an upper bound of speed and not a measurement; microseconds a step, and the unit that is busy:"
+        ]
+        lines += ["", *_model_table(rows), ""]
+        lines += ["Products take bfloat16 passes: " + "; ".join(_passes(rows[0])) + "."]
+    if report["model_examples_per_second"]:
+        shares = ", ".join(f"{bucket}: {share:.0%}" for bucket, share in report["bucket_shares"].items())
+        lines += [
             f"Buckets as training draws them ({shares}): at most {report['model_examples_per_second']:,.0f} examples/s "
-            f"by this model; the paper reports {_PAPER}, the target is {_TARGET}.",
+            f"by the model; the paper reports {_PAPER}, the target is {_TARGET}."
         ]
     return "\n".join(lines)
+
+
+def _compiled_table(rows: list[dict], memory: int) -> list[str]:
+    head = ["bucket", "lower s", "compile s", "arguments", "outputs", "temporaries", "peak", "limit"]
+    cells = []
+    for row in rows:
+        exchanges = [f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"]]
+        cells.append(
+            [f"{row['bucket']}", f"{row['lower_seconds']:.1f}", f"{row['compile_seconds']:.1f}"]
+            + [f"{row['memory'][what] / _MIB:.1f}" for what in ("argument", "output", "temp", "peak")]
+            + [f"{memory / _MIB:.0f}", ", ".join(exchanges) or "none"]
+            + [", ".join(f"{number} {name}" for name, number in row["kernels"].items()) or "none"]
+        )
+    return _table([*head, "exchanges", "kernels"], cells)
+
+
+def _model_table(rows: list[dict]) -> list[str]:
+    parts = list(rows[0]["model"])
+    cells = [
+        [f"{row['bucket']}"]
+        + [f"{row['model'][part]['seconds'] * 1e6:.0f} {row['model'][part]['bound']}" for part in parts]
+        + [f"{row['model_step_seconds'] * 1e6:.0f}", f"{row['model_examples_per_second']:,.0f}"]
+        for row in rows
+    ]
+    return _table(["bucket", *parts, "step", "examples/s"], cells)
+
+
+def _passes(row: dict) -> list[str]:
+    """How many bfloat16 products each part makes of one product."""
+    return [f"{name} {' and '.join(map(str, of['passes']))}" for name, of in row["counted"].items() if of["passes"]]
 
 
 def _speed(rows: list[dict], config: ConfigDict) -> dict:
