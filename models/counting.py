@@ -162,9 +162,9 @@ class _Counter:
             return self.run(parameters["branches"][branch], values[1:], part, times, kernel)
         elif name == "shard_map":
             body, devices = parameters["jaxpr"], math.prod(parameters["mesh"].shape.values())
-            self.run(
-                body, [_first_part(*x) for x in zip(values, body.invars, strict=True)], part, times * devices, kernel
-            )
+            of_first = [_first_part(*x) for x in zip(values, body.invars, strict=True)]
+            results = self.run(body, of_first, part, times * devices, kernel)
+            return [_all_parts(*x) for x in zip(results, equation.outvars, strict=True)]
         elif not name.startswith("scatter") and (bodies := list(_bodies(equation))):
             for body in bodies:
                 same = len(_open(body).invars) == len(values)
@@ -285,6 +285,13 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
 def _first_part(value, variable):
     """What the first device has of a value, examples being alike."""
     return None if value is None else np.asarray(value)[tuple(slice(n) for n in _shape(variable))]
+
+
+def _all_parts(value, variable):
+    """The value over all devices, of which the first has this."""
+    if value is None:
+        return None
+    return np.tile(value, [n // of_one for n, of_one in zip(_shape(variable), np.shape(value), strict=True)])
 
 
 def _part(equation: core.JaxprEqn, outer: str) -> str:
