@@ -156,7 +156,8 @@ class _Counter:
         elif name == "while":
             return self._while(parameters, values, part, times, kernel)
         elif name == "scan":
-            return self._scan(parameters, values, part, times, kernel) + unknown[parameters["num_carry"] :]
+            carry = self._scan(equation, values, part, times, kernel)
+            return carry + unknown[len(carry) :]
         elif name == "cond":
             branch = -1 if values[0] is None else int(values[0])
             return self.run(parameters["branches"][branch], values[1:], part, times, kernel)
@@ -197,9 +198,16 @@ class _Counter:
             f"from arguments that are values, {parameters['cond_jaxpr']}"
         )
 
-    def _scan(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
-        constants, length = parameters["num_consts"], parameters["length"]
-        end = constants + parameters["num_carry"]
+    def _scan(self, equation: core.JaxprEqn, values: list, part: str, times: int, kernel: bool) -> list:
+        """Carries at the end. What is scanned over, and what is stacked, has one axis more outside than inside."""
+        parameters, body = equation.params, _open(equation.params["jaxpr"])
+        length = parameters["length"]
+        scanned, stacked = (
+            sum(_shape(x) != _shape(y) for x, y in zip(*of, strict=True))
+            for of in ((equation.invars, body.invars), (equation.outvars, body.outvars))
+        )
+        end = len(values) - scanned
+        constants = end - (len(body.outvars) - stacked)
         carry = values[constants:end]
         first = [x if x is None else x[0] for x in values[end:]]
         steps, each = (length, times) if any(x is not None for x in carry) else (1, times * length)

@@ -49,7 +49,8 @@ _COLLECTIVE = re.compile(
     r"= (?P<result>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(?P<start>-start)?\("
 )
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+# {{0,1},{2,3}}, [4,2]<=[8] and mesh['a'=4,'b'=2] {'b'} are all groups of two.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|\S*mesh\S*\[([^\]]*)\] *\{([^}]*)\})")
 
 
 class Collective(NamedTuple):
@@ -86,7 +87,11 @@ def _group_size(line: str, chips: int) -> int:
     found = _GROUPS.search(line)
     if not found:
         return chips
-    return len(found[1].split(",")) if found[1] else int(found[2])
+    listed, size, axes, among = found.groups()
+    if axes is not None:
+        sizes = dict(axis.split("=") for axis in axes.split(","))
+        return math.prod(int(sizes[axis.strip()]) for axis in among.split(","))
+    return len(listed.split(",")) if listed else int(size)
 
 
 def _sent(kind: str, size: int, group: int) -> int | float:
