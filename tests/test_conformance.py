@@ -200,22 +200,27 @@ def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(monkeypatch):
 
 @pytest.mark.parametrize("dustbin", ["none", "full"])
 def test_tiles_of_any_lengths_fit_the_memory_that_is_laid_out(dustbin):
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        rows, columns, band = [*rng.integers(1, 2000, 2).tolist(), int(rng.integers(0, 300))]
-        n_q, n_k = (jnp.asarray(rng.integers(0, n + 1, 40), jnp.int32).at[0].set(n) for n in (rows, columns))
-        q, k = (jnp.zeros((40, n, 1)) for n in (rows, columns))
-        heads = Heads(q, k, k, jnp.zeros(40), n_q, n_k)
-        sizes = Sizes.create(heads, spec := SinkhornSpec(band=band, dustbin=dustbin))
-        told = np.asarray(Problem.create(heads, spec, sizes).whole).reshape(40, -1)[:, 2:]
-        first, number, inner, inner_end = np.moveaxis(told.reshape(40, sizes.groups, 4), -1, 0)
-        visited = np.where(np.arange(sizes.groups) * 128 < np.asarray(n_q)[:, None], number + (dustbin != "none"), 0)
+    rng, number_of = np.random.default_rng(0), 500
+    for rows, columns, band in ((1500, 1400, 0), (384, 384, 64), (700, 1900, 30), (1900, 300, 200)):
+        n_q, n_k = (rng.integers(0, n + 1, number_of).astype(np.int32) for n in (rows, columns))
+        n_q[:20], n_k[:10] = rows, columns
+        q, k = (np.zeros((number_of, n, 1)) for n in (rows, columns))
+        sizes = Sizes.create(Heads(q, k, k, None, n_q, n_k), spec := SinkhornSpec(band=band, dustbin=dustbin))
+        row = np.minimum(np.arange(sizes.rows, dtype=np.int32), n_q[:, None] - 1)
+
+        @jax.jit
+        def told_and_windows(q, k, n_q, n_k, row, sizes=sizes, spec=spec):
+            heads = Heads(q, k, k, jnp.zeros(number_of), n_q, n_k)
+            return Problem.create(heads, spec, sizes).whole, support.row_windows(row, n_q, n_k, spec.band)
+
+        told, windows = jax.device_get(told_and_windows(q, k, n_q, n_k, row))
+        told = told.reshape(number_of, -1)[:, 2:].reshape(number_of, sizes.groups, 4)
+        first, number, inner, inner_end = np.moveaxis(told, -1, 0)
+        visited = np.where(np.arange(sizes.groups) * 128 < n_q[:, None], number + (dustbin != "none"), 0)
         assert visited.sum(1).max() <= sizes.tiles
         assert (first >= 0).all() and (first + number <= sizes.chunks).all()
-        row = np.minimum(np.arange(sizes.rows), np.asarray(n_q)[:, None] - 1)
-        lower, upper = support.row_windows(jnp.asarray(row, jnp.int32), n_q, n_k, band)
-        lower, upper = (np.asarray(x).reshape(40, sizes.groups, 128) for x in (lower, upper))
-        real = (np.arange(sizes.groups) * 128 < np.asarray(n_q)[:, None]) & (np.asarray(n_k)[:, None] > 0)
+        lower, upper = (x.reshape(number_of, sizes.groups, 128) for x in windows)
+        real = (np.arange(sizes.groups) * 128 < n_q[:, None]) & (n_k[:, None] > 0)
         met = real[..., None] & (lower <= upper)
         assert (~met | ((lower >= 128 * first[..., None]) & (upper < 128 * (first + number)[..., None]))).all()
         unmasked = real & (inner < inner_end) & (inner < first + number)

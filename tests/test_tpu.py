@@ -94,7 +94,7 @@ def run(program: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("topology", ["v6e:2x4", "v5e:2x4", "v5p:2x2x1"])
+@pytest.mark.parametrize("topology", ["v6e:2x4", pytest.param("v5e:2x4", marks=pytest.mark.slow), "v5p:2x2x1"])
 def test_kernels_compile_for_the_chip_and_leave_nothing_but_vectors_in_main_memory(topology):
     """Three potentials a row and three a column, a target, and what the cotangents are padded to: 64 bytes."""
     shapes = CONFIGURED + LONG + (NARROW if topology == "v6e:2x4" else [])
@@ -103,7 +103,7 @@ def test_kernels_compile_for_the_chip_and_leave_nothing_but_vectors_in_main_memo
     assert all(found[narrow] == found[LONG[0]] for narrow in NARROW if narrow in found), "memory grows with the band"
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (4, 2)])
+@pytest.mark.parametrize("mesh", [(8, 1), pytest.param((4, 2), marks=pytest.mark.slow)])
 def test_a_training_step_compiles_for_eight_chips(mesh):
     program = TRAIN_STEP.format(topology="v6e:2x4", config="r2_dustbin", mesh=mesh, bucket=128)
     kernels, peak, exchanges = map(int, run(program).split()[-3:])
