@@ -244,6 +244,7 @@ def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> N
             process.communicate()
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path):
     alone, killed, as_one = tmp_path / "alone", tmp_path / "killed", tmp_path / "as_one"
     cache = tmp_path / "compiled"
