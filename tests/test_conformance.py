@@ -251,7 +251,7 @@ def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation,
 @pytest.mark.parametrize(
     ("implementation", "seed"),
     [
-        pytest.param(name, seed, marks=pytest.mark.slow if name in INTERPRETED and seed > 1 else ())
+        pytest.param(name, seed, marks=pytest.mark.slow if name in INTERPRETED and seed > 0 else ())
         for name in IMPLEMENTATIONS[1:]
         for seed in range(4)
     ],
@@ -271,7 +271,7 @@ def test_random_shapes_lengths_and_bands(implementation, seed):
 @pytest.mark.parametrize(
     ("implementation", "case"),
     [pytest.param(name, CASES[i], id=f"{name}-{CASES[i].name}") for name in IMPLEMENTATIONS[:2] for i in (0, 1, 5)]
-    + [pytest.param("pallas_tpu", CASES[0], id="pallas_tpu-square")],
+    + [pytest.param("pallas_tpu", CASES[5], id="pallas_tpu-blocks", marks=pytest.mark.slow)],
 )
 def test_float32_error_is_that_of_the_dense_reference(implementation, dustbin, case):
     """At most 2 x the dense reference's own float32 error, plus a few units in the last place."""
@@ -355,7 +355,7 @@ def test_plan_has_the_contracts_marginals_and_support(dustbin):
     assert ((plan[..., :n_q, :n_k] > 0) == inside).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])
 def test_output_is_the_plan_times_the_values(implementation):
     arrays, lengths, score, _ = inputs(CASES[1], "full")
     spec = CASES[1].spec(dustbin="full", **few_steps(implementation))
@@ -368,7 +368,10 @@ def test_output_is_the_plan_times_the_values(implementation):
     assert np.allclose(info.residual, np.abs(row_sums - target).max(-1), atol=1e-12)
 
 
-@pytest.mark.parametrize(("implementation", "settings"), SETTINGS)
+@pytest.mark.parametrize(
+    ("implementation", "settings"),
+    [s if s.id not in INTERPRETED else pytest.param(*s.values, id=s.id, marks=pytest.mark.slow) for s in SETTINGS],
+)
 def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[1], "unit")
     spec = CASES[1].spec(dustbin="unit", **settings)
