@@ -104,7 +104,7 @@ def score_split(
     batches = list(pipeline.evaluation_batches(families, batch_size, buckets, limit=limit))
     for batch in tqdm(batches, desc=progress, unit=" batches", disable=not progress):
         result = jax.device_get(predict(batch))
-        match, _ = decode.mea_batch(result["plan"], batch["x_length"], batch["y_length"])
+        match, _ = decode.align_batch(result["plan"], batch["x_length"], batch["y_length"])
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
             family = families[identity[0]].accession
             plan, found = result["plan"][n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
                 "dir": "data/default",  # relative to the repository; shards made by scripts/build_pfam.py
                 "buckets": (64, 128, 192, 256, 384),  # padded lengths; longer pairs are left out of training
                 "pairs_per_family": 100,  # a family counts as many times as it has pairs, at most this often
+                "crop": 0.0,  # share of pairs of which one sequence loses up to half at one end
                 "workers": 0,  # processes that prepare batches; 0 for a thread
                 "prefetch": 4,
             },
@@ -26,6 +27,8 @@ def get_config() -> ConfigDict:
                 "plan_width": 64,
                 "value_width": 64,
                 "substitution_prior": False,
+                "positions": True,  # the plan's scores know length-scaled positions
+                "refinement": 0,  # convolution blocks that weigh a first plan's votes for a second one; 0 for none
                 "implementation": "auto",  # of the attention: or "reference", "xla", "pallas_tpu"
                 "dtype": "float32",
             },
