@@ -3,6 +3,7 @@
 python eval.py --workdir=runs/r2_balanced                          # both test splits, table, JSON and figures
 python eval.py --workdir=runs/r2_balanced --split=validation --step=0
 python eval.py --workdir=runs/r2_balanced --data=runs/pfam --output=table.json
+python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=test_ood
 """
 
 import argparse
@@ -11,16 +12,18 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import baselines, metrics, pfam, pipeline, vocab
-from models import decode, figures, loss
+from models import decode, figures, loss, weights
 from models.aligner import AlignerConfig
 from models.attention import Certificate, SinkhornSpec
 from models.loss import LossConfig
@@ -39,18 +42,32 @@ _CERTIFIED = 128  # pairs of every split whose plans are certified
 Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
+class Run(NamedTuple):
+    """A trained model."""
+
+    config: ConfigDict
+    trainer: Trainer
+    params: PyTree  # averaged
+    step: int
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
     try:
-        report = evaluate_run(args.workdir, args.split, step=args.step, data_dir=args.data, limit=args.limit)
-        output = args.output or args.workdir / f"eval_{args.split}.json"
+        options = {"data_dir": args.data, "limit": args.limit}
+        folder = args.workdir or Path("runs") / f"eval_{args.weights.stem}"
+        if args.weights:
+            report = evaluate(load_weights(args.weights), args.split, folder / "figures", **options)
+        else:
+            report = evaluate_run(args.workdir, args.split, step=args.step, **options)
+        output = args.output or folder / f"eval_{args.split}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     print(table(report))
-    print(f"\nwritten: {output}, figures in {args.workdir / 'figures'}")
+    print(f"\nwritten: {output}, figures in {folder / 'figures'}")
 
 
 def evaluate_run(
@@ -60,21 +77,40 @@ def evaluate_run(
 
     Raises ValueError or FileNotFoundError: no run in workdir, no such checkpoint, no data, an empty split.
     """
+    report = evaluate(load_run(workdir, step), split, workdir / "figures", data_dir=data_dir, limit=limit)
+    if (workdir / "metrics.jsonl").exists():
+        figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
+    return report
+
+
+def load_run(workdir: Path, step: int | None = None) -> Run:
+    """What a checkpoint of a run holds, by default the newest."""
     config = read_config(workdir)
-    shards = resolve_data_dir(data_dir or config.data.dir)
     trainer, state = make_trainer(config)
     checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(state, step)
     checkpoints.close()
-    predict = functools.partial(jax.jit(predictor(trainer)), state.ema)
-    (workdir / "figures").mkdir(exist_ok=True)
-    if (workdir / "metrics.jsonl").exists():
-        figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
-    certify = functools.partial(jax.jit(certifier(trainer)), state.ema)
-    report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}, "certificates": {}}
+    return Run(config, trainer, state.ema, int(state.step))
+
+
+def load_weights(path: Path) -> Run:
+    """What a file of `scripts/export_weights.py` holds."""
+    values, step = weights.read_config(path)
+    trainer, state = make_trainer(ConfigDict(values))
+    return Run(ConfigDict(values), trainer, weights.load(path, state.params), step)
+
+
+def evaluate(run: Run, split: str, pictures: Path, *, data_dir: str | None = None, limit: int | None = None) -> dict:
+    """The contract's JSON for one model and the splits that `split` names; draws figures into the folder `pictures`."""
+    config = run.config
+    shards = resolve_data_dir(data_dir or config.data.dir)
+    predict = functools.partial(jax.jit(predictor(run.trainer)), run.params)
+    certify = functools.partial(jax.jit(certifier(run.trainer)), run.params)
+    pictures.mkdir(parents=True, exist_ok=True)
+    report: dict = {"step": run.step, "config": config.to_dict(), "splits": {}, "certificates": {}}
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
-        draw = functools.partial(draw_plan, workdir / "figures", name)
+        draw = functools.partial(draw_plan, pictures, name)
         report["splits"][name] = score_split(
             predict, families, config.batch_size, config.data.buckets, limit=limit, draw=draw, progress=name
         )
@@ -83,8 +119,7 @@ def evaluate_run(
         )
         summary = {who: result["overall"] for who, result in report["splits"][name].items()}
         others = {who: summary[who] for who in baselines.BASELINES}
-        bars = workdir / "figures" / f"{name}.png"
-        figures.comparison_bars({"model": summary["model"]}, others, bars, title=name)
+        figures.comparison_bars({"model": summary["model"]}, others, pictures / f"{name}.png", title=name)
     return report
 
 
@@ -245,13 +280,20 @@ def _cell(metric: dict | None) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run, as given to train.py")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", type=Path, help="folder of the run, as given to train.py")
+    model.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="instead of a run: weights alone")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test, which is both test splits")
-    parser.add_argument("--output", type=Path, help="JSON file; default: WORKDIR/eval_SPLIT.json")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default: eval_SPLIT.json in WORKDIR or in runs/eval_NAME of the weights"
+    )
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--data", help="folder with other shards than those the run was trained on")
     parser.add_argument("--limit", type=int, help="at most this many pairs a split, for a quick look")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.weights and args.step is not None:
+        parser.error("--step chooses a checkpoint of --workdir; --weights holds a single step")
+    return args
 
 
 if __name__ == "__main__":
