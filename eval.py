@@ -7,6 +7,7 @@ python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=te
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -139,12 +140,13 @@ def score_split(
     batches = list(pipeline.evaluation_batches(families, batch_size, buckets, limit=limit))
     for batch in tqdm(batches, desc=progress, unit=" batches", disable=not progress):
         result = jax.device_get(predict(batch))
-        match, _ = decode.align_batch(result["plan"], batch["x_length"], batch["y_length"])
+        plans, gaps = result.pop("plan"), decode.Gaps(*result.pop("gaps").tolist())
+        match, _ = decode.align_batch(plans, batch["x_length"], batch["y_length"], gaps)
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
             family = families[identity[0]].accession
-            plan, found = result["plan"][n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
+            plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
             score = metrics.score_plan(family, pair, plan, found)
-            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items() if k != "plan"}))
+            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items()}))
             for who, baseline in baselines.BASELINES.items():
                 prediction = baseline(pair)
                 scores[who].append(metrics.score_prediction(family, pair, prediction.positions, prediction.match))
@@ -155,7 +157,7 @@ def score_split(
 
 
 def predictor(trainer: Trainer) -> Callable:
-    """`(params, batch) -> plan and reconstruction sums`, with queries as they are and with residues of x masked."""
+    """`(params, batch) -> plan, gap model, reconstruction sums`, with x as it is and with residues of it masked."""
 
     def predict(params, batch):
         model = trainer.model(params)
@@ -165,6 +167,7 @@ def predictor(trainer: Trainer) -> Callable:
         whole = loss.sums(model, batch | {"x_seen": x, "asked": x != vocab.PAD})
         hidden = loss.sums(model, batch | {"x_seen": jnp.where(masked, vocab.MASK, x), "asked": masked})
         return {
+            "gaps": model.gaps() if model.config.gap_model else jnp.asarray(dataclasses.astuple(decode.Gaps())),
             "plan": model.plan(x, batch["y"], batch["x_length"], batch["y_length"]),
             "reconstruction_nats": whole["reconstruction"],
             "reconstruction_residues": whole["reconstruction/count"],

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
                 "substitution_prior": False,
                 "positions": True,  # the plan's scores know length-scaled positions
                 "refinement": 0,  # convolution blocks that weigh a first plan's votes for a second one; 0 for none
+                "gap_model": False,  # learn the pair HMM that plans are aligned by; see loss.alignment
                 "implementation": "auto",  # of the attention: or "reference", "xla", "pallas_tpu"
                 "dtype": "float32",
             },
@@ -43,7 +44,12 @@ def get_config() -> ConfigDict:
                 "newton_steps": 2,
                 "cg_steps": 8,
             },
-            "loss": {"reconstruction": 1.0, "sparse_ce": 0.0, "mask_rate": 0.15},
+            "loss": {
+                "reconstruction": 1.0,
+                "sparse_ce": 0.0,
+                "alignment": 0.0,  # likelihood of the whole reference alignment; needs model.gap_model
+                "mask_rate": 0.15,
+            },
             "optimizer": {
                 "learning_rate": 2e-3,
                 "warmup_steps": 50,

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from data import vocab
-from models import attention, refinement
+from models import attention, ordering, refinement
 from models.attention import Implementation, SinkhornSpec
 
 # BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
@@ -27,6 +27,7 @@ class AlignerConfig:
     positions: half of them is rotated by length-scaled positions, a pull to the diagonal.
     substitution_prior: adds BLOSUM62 with a learned weight to the plan's scores.
     refinement: residual convolution blocks that weigh the votes of a first plan for a second one; 0 for no second plan.
+    gap_model: learns the pair HMM that plans are aligned by (loss.alignment); else that of models/decode.py is taken.
     implementation: of the attention: "auto", "reference", "xla" or "pallas_tpu".
     dtype: of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
     """
@@ -42,6 +43,7 @@ class AlignerConfig:
     positions: bool = True
     substitution_prior: bool = False
     refinement: int = 0
+    gap_model: bool = False
     implementation: str = "auto"
     dtype: str = "float32"
 
@@ -144,6 +146,8 @@ class Aligner(nnx.Module):
         if config.refinement:
             blocks = [ConvolutionBlock(config, 2**i, rngs=rngs) for i in range(config.refinement)]
             self.votes = refinement.Votes(config.width, config.value_width, config.plan_width // 2, blocks, rngs=rngs)
+        if config.gap_model:
+            self.gaps = ordering.GapModel()
         if config.substitution_prior:
             self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
 
@@ -164,7 +168,15 @@ class Aligner(nnx.Module):
         values = self.value_projection(h_y)
         lengths = x_length, y_length
         transported = attention.transport(
-            q, k, values, target, self.spec, lengths, self.dustbin.score, self.config.implementation
+            q,
+            k,
+            values,
+            target,
+            self.spec,
+            lengths,
+            self.dustbin.score,
+            self.config.implementation,
+            dense=self.config.gap_model,
         )
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
 

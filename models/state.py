@@ -75,6 +75,8 @@ class Trainer:
     @classmethod
     def create(cls, model: AlignerConfig, spec: SinkhornSpec, settings, loss_config, *, total_steps: int, seed: int):
         """The trainer and a freshly initialised state."""
+        if loss_config.alignment and not model.gap_model:
+            raise ValueError(f"loss.alignment={loss_config.alignment} needs model.gap_model=True")
         graph, parameters = nnx.split(Aligner(model, spec, rngs=nnx.Rngs(seed)))
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(

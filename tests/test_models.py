@@ -333,6 +333,7 @@ def test_learning_rate_warms_up_and_decays():
     [
         (lambda: AlignerConfig(width=0), r"model\.width=0"),
         (lambda: AlignerConfig(depth=-1), r"model\.depth=-1"),
+        (lambda: AlignerConfig(refinement=-1), r"model\.refinement=-1"),
         (lambda: AlignerConfig(plan_width=6), r"model\.plan_width=6.*multiple of 4"),
         (lambda: AlignerConfig(dtype="float16"), r"model\.dtype='float16'.*bfloat16"),
         (lambda: make_model(SPECS["balanced"], heads=3), r"model\.heads=3.*model\.width=16"),
