@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
                 "heads": 4,
                 "attention_every": 3,
                 "plan_width": 64,
+                "plan_gain": 1.0,  # of the projection to queries and keys before training
                 "value_width": 64,
                 "substitution_prior": False,
                 "positions": True,  # the plan's scores know length-scaled positions

@@ -24,6 +24,7 @@ class AlignerConfig:
     depth: residual convolution blocks, their dilation doubling from 1 and starting again after `dilations`.
     attention_every: a self-attention block follows every so many convolution blocks; 0 for none.
     plan_width: of the queries and keys of the plan.
+    plan_gain: of their projection before training; below 1 what is learned starts small beside a prior.
     positions: half of them is rotated by length-scaled positions, a pull to the diagonal.
     substitution_prior: adds BLOSUM62 with a learned weight to the plan's scores.
     refinement: residual convolution blocks that weigh the votes of a first plan for a second one; 0 for no second plan.
@@ -39,6 +40,7 @@ class AlignerConfig:
     heads: int = 4
     attention_every: int = 3
     plan_width: int = 64
+    plan_gain: float = 1.0
     value_width: int = 64
     positions: bool = True
     substitution_prior: bool = False
@@ -53,6 +55,8 @@ class AlignerConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
         if self.refinement < 0:
             raise ValueError(f"model.refinement={self.refinement} must not be negative; 0 is no second plan")
+        if self.plan_gain <= 0:
+            raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
         if self.plan_width % 4:
             raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
         if self.implementation not in ("auto", *get_args(Implementation)):
@@ -138,7 +142,8 @@ class Aligner(nnx.Module):
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
         self.encoder = Encoder(config, spec, rngs=rngs)
-        self.plan_projection = nnx.Linear(config.width, config.plan_width, rngs=rngs)
+        spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
+        self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
         self.value_projection = nnx.Linear(config.width, config.value_width, rngs=rngs)
         self.dustbin = attention.Dustbin(1, spec)
         self.decoder_in = nnx.Linear(config.value_width, config.width, rngs=rngs)
