@@ -7,7 +7,6 @@ python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=te
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -134,18 +133,27 @@ def score_split(
     draw: Callable | None = None,
     progress: str = "",
 ) -> dict[str, dict]:
-    """Summary of the model and of every baseline on the evaluation pairs of a split."""
-    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", *baselines.BASELINES)}
+    """Summary of the model and of every baseline on the evaluation pairs of a split.
+
+    A model with a gap model appears twice: by its transport plan, and as `ordered` by the posterior that its pair HMM
+    makes of the plan. The decoded alignment is the same.
+    """
+    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "ordered", *baselines.BASELINES)}
     drawn = 0
     batches = list(pipeline.evaluation_batches(families, batch_size, buckets, limit=limit))
     for batch in tqdm(batches, desc=progress, unit=" batches", disable=not progress):
         result = jax.device_get(predict(batch))
-        plans, gaps = result.pop("plan"), decode.Gaps(*result.pop("gaps").tolist())
-        match, _ = decode.align_batch(plans, batch["x_length"], batch["y_length"], gaps)
+        plans, gaps = result.pop("plan"), result.pop("gaps", None)
+        model = decode.Gaps() if gaps is None else decode.Gaps(*gaps.tolist())
+        posterior = decode.posterior(plans, batch["x_length"], batch["y_length"], model)
+        match, _ = decode.mea_batch(posterior, batch["x_length"], batch["y_length"])
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
             family = families[identity[0]].accession
             plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
             score = metrics.score_plan(family, pair, plan, found)
+            if gaps is not None:
+                of_pair = posterior[n, : len(pair.x), : len(pair.y)]
+                scores["ordered"].append(metrics.score_plan(family, pair, of_pair, found))
             scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items()}))
             for who, baseline in baselines.BASELINES.items():
                 prediction = baseline(pair)
@@ -153,11 +161,11 @@ def score_split(
             if draw and drawn < _PICTURES and n == 0:
                 draw(family, identity, plan, pair.target, found)
                 drawn += 1
-    return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items()}
+    return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
 def predictor(trainer: Trainer) -> Callable:
-    """`(params, batch) -> plan, gap model, reconstruction sums`, with x as it is and with residues of it masked."""
+    """`(params, batch) -> plan, gap model if any, reconstruction sums`, with x as it is and with residues masked."""
 
     def predict(params, batch):
         model = trainer.model(params)
@@ -166,8 +174,8 @@ def predictor(trainer: Trainer) -> Callable:
         masked = (position % _MASK_EVERY == 0) & (x != vocab.PAD)
         whole = loss.sums(model, batch | {"x_seen": x, "asked": x != vocab.PAD})
         hidden = loss.sums(model, batch | {"x_seen": jnp.where(masked, vocab.MASK, x), "asked": masked})
-        return {
-            "gaps": model.gaps() if model.config.gap_model else jnp.asarray(dataclasses.astuple(decode.Gaps())),
+        gaps = {"gaps": model.gaps()} if model.config.gap_model else {}
+        return gaps | {
             "plan": model.plan(x, batch["y"], batch["x_length"], batch["y_length"]),
             "reconstruction_nats": whole["reconstruction"],
             "reconstruction_residues": whole["reconstruction/count"],
