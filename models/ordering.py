@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+_LARGEST = 1e25  # of a row's weights: leaves float32 room for as much as 145 nats less, and for a row's sum
+
 
 class GapModel(nnx.Module):
     """The three numbers, learned; sharpness and opening stay above 0.
@@ -51,34 +53,47 @@ def negative_log_likelihood(
     return log_partition(log_weight, x_lengths, y_lengths, opening) - matches + opening * openings
 
 
+@jax.custom_vjp
 def log_partition(
     log_weight: Float[Array, "batch x_length y_length"],
     x_lengths: Int[Array, "batch"],
     y_lengths: Int[Array, "batch"],
     opening: Float[Array, ""],
 ) -> Float[Array, "batch"]:
-    """Logarithm of the summed weights of all alignments of each pair."""
-    batch, _, columns = log_weight.shape
-    opened = jnp.exp(-opening)
-    real = jnp.arange(columns + 1) <= y_lengths[:, None]
+    """Logarithm of the summed weights of all alignments of each pair.
 
-    def step(state: _Row, row):
-        log_w, i = row
-        x_alone = opened * (state.matched + state.y_alone) + state.x_alone
-        total = state.matched + state.x_alone + state.y_alone
-        matched = jnp.pad(jnp.exp(log_w) * total[:, :-1], ((0, 0), (1, 0)))
-        new = _finished(matched, x_alone, state.log_scale, opened, real)
-        return jax.tree.map(
-            lambda a, b: jnp.where((i < x_lengths).reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state
-        ), ()
+    Its derivatives are sums of weights, too: automatic ones would be products of those before a pair, that may
+    underflow, with those after it, that may overflow.
+    """
+    start, end = _ends(x_lengths, y_lengths)
+    return _sweep(log_weight, start, end, opening)[2]
 
-    start = jnp.zeros((batch, columns + 1)).at[:, 0].set(1.0)
-    first = _finished(start, jnp.zeros_like(start), jnp.zeros(batch), opened, real)
-    rows = log_weight.swapaxes(0, 1), jnp.arange(log_weight.shape[1])
-    last, _ = jax.lax.scan(step, first, rows)
-    total = last.matched + last.x_alone + last.y_alone
-    end = jnp.take_along_axis(total, y_lengths[:, None], axis=1)[:, 0]
-    return jnp.log(jnp.maximum(end, 1e-37)) + last.log_scale
+
+def _ends(x_lengths, y_lengths):
+    end = jnp.stack([x_lengths, y_lengths], 1)
+    return jnp.zeros_like(end), end
+
+
+def _partition_forward(log_weight, x_lengths, y_lengths, opening):
+    start, end = _ends(x_lengths, y_lengths)
+    swept, (_, _, slope) = jax.jvp(lambda o: _sweep(log_weight, start, end, o), (opening,), (jnp.ones_like(opening),))
+    return swept[2], (log_weight, end, opening, swept, slope)
+
+
+def _partition_backward(residuals, cotangent):
+    log_weight, end, opening, (before, log_before, log_total), slope = residuals
+    # As in the decoder: backwards, x and y change places.
+    size = jnp.array([log_weight.shape[1:]])
+    turned = log_weight[:, ::-1, ::-1].swapaxes(1, 2)
+    start = (size - end)[:, ::-1]
+    after, log_after, _ = _sweep(turned, start, jnp.broadcast_to(size[:, ::-1], start.shape), opening)
+    after, log_after = after.swapaxes(1, 2)[:, ::-1, ::-1], log_after[:, ::-1]
+    scale = log_before[:, :, None] + log_after[:, None, :] - log_total[:, None, None]
+    posterior = jnp.exp(jnp.minimum(jnp.log(before) + log_weight + jnp.log(after) + scale, 0))
+    return posterior * cotangent[:, None, None], None, None, (slope * cotangent).sum()
+
+
+log_partition.defvjp(_partition_forward, _partition_backward)
 
 
 class _Row(NamedTuple):
@@ -88,16 +103,43 @@ class _Row(NamedTuple):
     x_alone: Float[Array, "batch nodes"]
     y_alone: Float[Array, "batch nodes"]
     log_scale: Float[Array, "batch"]
+    log_total: Float[Array, "batch"]
 
 
-def _finished(matched, x_alone, log_scale, opened, real) -> _Row:
-    """A row with its gaps of y, scaled."""
-    y_alone = opened * jnp.pad(jnp.cumsum(matched, axis=1)[:, :-1], ((0, 0), (1, 0)))
-    # Nodes beyond the end lead nowhere; they must not set the scale.
-    matched, x_alone, y_alone = (jnp.where(real, state, 0) for state in (matched, x_alone, y_alone))
-    factor = jax.lax.stop_gradient((matched + x_alone + y_alone).max(axis=1, keepdims=True))
-    factor = jnp.where(factor > 0, factor, 1)
-    return _Row(matched / factor, x_alone / factor, y_alone / factor, log_scale + jnp.log(factor[:, 0]))
+def _sweep(
+    log_weight: Float[Array, "batch rows columns"],
+    start: Int[Array, "batch 2"],
+    end: Int[Array, "batch 2"],
+    opening: Float[Array, ""],
+) -> tuple[Float[Array, "batch rows columns"], Float[Array, "batch rows"], Float[Array, "batch"]]:
+    """Weight of all alignments of what comes before each pair, divided by a factor a row; its logarithm; and the
+    logarithm of the weight of all that lead from node `start` to node `end`.
+    """
+    batch, rows, columns = log_weight.shape
+    nodes, opened = jnp.arange(columns + 1), jnp.exp(-opening)
+
+    def step(state: _Row, row):
+        i, log_w = row
+        x_alone = opened * (state.matched + state.y_alone) + state.x_alone
+        total = state.matched + state.x_alone + state.y_alone
+        matched = jnp.pad(jnp.exp(log_w) * total[:, :-1], ((0, 0), (1, 0)))
+        matched = jnp.where((start[:, :1] == i) & (start[:, 1:] == nodes), 1.0, matched)
+        y_alone = opened * jnp.pad(jnp.cumsum(matched, axis=1)[:, :-1], ((0, 0), (1, 0)))
+        # Nodes beyond the end lead nowhere; they must not set the scale.
+        matched, x_alone, y_alone = (jnp.where(nodes <= end[:, 1:], x, 0) for x in (matched, x_alone, y_alone))
+        factor = jax.lax.stop_gradient((matched + x_alone + y_alone).max(axis=1, keepdims=True)) / _LARGEST
+        factor = jnp.where(factor > 0, factor, 1)
+        matched, x_alone, y_alone = (x / factor for x in (matched, x_alone, y_alone))
+        log_scale, total = state.log_scale + jnp.log(factor[:, 0]), matched + x_alone + y_alone
+        at_end = jnp.take_along_axis(total, end[:, 1:], axis=1)[:, 0]
+        log_total = jnp.where(end[:, 0] == i, jnp.log(jnp.maximum(at_end, 1e-37)) + log_scale, state.log_total)
+        return _Row(matched, x_alone, y_alone, log_scale, log_total), (total[:, :-1], log_scale)
+
+    nothing, zero = jnp.zeros((batch, columns + 1)), jnp.zeros(batch)
+    before_first = jnp.full((1, batch, columns), -jnp.inf)
+    per_row = jnp.arange(rows + 1), jnp.concatenate([before_first, log_weight.swapaxes(0, 1)])
+    last, (before, log_scale) = jax.lax.scan(step, _Row(nothing, nothing, nothing, zero, zero), per_row)
+    return before[:rows].swapaxes(0, 1), log_scale[:rows].T, last.log_total
 
 
 def _openings(

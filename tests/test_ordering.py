@@ -81,6 +81,32 @@ def test_its_derivative_is_the_posterior_of_the_decoder():
     assert expected[1].max() > 0.9
 
 
+def test_derivatives_of_uneven_pairs_are_finite():
+    """Of long x and short y with all matches profitable: what could follow a poor beginning weighs exp(90)."""
+    log_plan = jnp.full((1, 300, 60), 0.5)
+    target, lengths = jnp.full((1, 300), -1, jnp.int32), (jnp.array([290]), jnp.array([60]))
+    of_plan, of_gaps = jax.grad(
+        lambda *at: ordering.negative_log_likelihood(at[0], target, *lengths, at[1]).sum(), (0, 1)
+    )(log_plan, jnp.asarray(GAPS))
+    assert np.isfinite(of_plan).all() and np.isfinite(of_gaps).all()
+    expected = decode.posterior(np.exp(log_plan), np.array([290]), np.array([60]), decode.Gaps(*GAPS.tolist()))
+    np.testing.assert_allclose(of_plan / GAPS[0], expected, atol=1e-4)
+
+
+def test_derivatives_by_the_gap_model_are_those_of_finite_differences():
+    plans = jnp.asarray(random_plans())
+    target = jnp.full((3, 5), -1, jnp.int32).at[:, 0].set(1)
+    lengths = jnp.asarray(X_LENGTHS), jnp.asarray(Y_LENGTHS)
+
+    def nll(gaps):
+        return ordering.negative_log_likelihood(jnp.log(plans), target, *lengths, gaps).sum()
+
+    found, nll = jax.jit(jax.grad(nll))(jnp.asarray(GAPS)), jax.jit(nll)
+    for n, derivative in enumerate(found.tolist()):
+        step = jnp.zeros(3).at[n].set(1e-2)
+        assert derivative == pytest.approx(float(nll(GAPS + step) - nll(GAPS - step)) / 2e-2, abs=2e-3)
+
+
 def test_a_reference_pair_outside_the_band_does_not_count():
     plans = random_plans()
     plans[0, 1, 2] = 0
