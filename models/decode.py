@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
 NO_MATCH = -1
+_LARGEST = 1e250  # of a row's weights: leaves room for 1,280 nats less, and for a row's sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,10 @@ def posterior(
     starts = np.stack([columns - y_lengths, rows - x_lengths], 1)
     after, log_after, _ = _forward(turned, starts, np.full((batch, 2), (columns, rows)), gaps)
     after, log_after = after.swapaxes(1, 2)[:, ::-1, ::-1], log_after[:, ::-1]
-    # Either scale is that of a row's largest entry, so that together they may exceed the total's by far.
-    scale = np.exp(np.minimum(log_before[:, :, None] + log_after[:, None, :] - log_total[:, None, None], 600))
-    return np.clip(before * weights * scale * after, 0, 1)
+    with np.errstate(divide="ignore"):
+        logs = np.log(before) + np.log(weights) + np.log(after)
+    scale = log_before[:, :, None] + log_after[:, None, :] - log_total[:, None, None]
+    return np.exp(np.minimum(logs + scale, 0))
 
 
 def _forward(
@@ -110,7 +112,7 @@ def _forward(
         y_alone[:, 1:] = opened * np.cumsum(matched[:, :-1], axis=1)
         total = matched + x_alone + y_alone
         largest = total.max(axis=1)
-        factor = np.where(largest > 0, largest, 1)
+        factor = np.where(largest > 0, largest / _LARGEST, 1)
         matched, x_alone, y_alone, total = (state / factor[:, None] for state in (matched, x_alone, y_alone, total))
         scale = scale + np.log(factor)
         there = np.flatnonzero(end[:, 0] == i)
