@@ -8,7 +8,7 @@ import tiny
 from safetensors.numpy import save_file
 
 import eval as evaluation
-from models import weights
+from models import decode, weights
 from scripts import export_weights
 
 
@@ -34,6 +34,20 @@ def test_a_checkpoint_can_be_chosen(exported, tmp_path):
     assert (early.step, late.step) == (0, tiny.STEPS)
     kernels = (run.params["plan_projection"]["kernel"] for run in (early, late))
     assert not np.array_equal(*kernels)
+
+
+def test_band_and_gaps_can_be_replaced(tmp_path, capsys):
+    wider = tmp_path / "wider.safetensors"
+    export = [f"--workdir={tiny.trained()}", f"--output={wider}"]
+    assert export_weights.main([*export, "--band=-1"]) == 0
+    assert evaluation.load_weights(wider).trainer.model(evaluation.load_weights(wider).params).spec.band is None
+    assert export_weights.main([*export, "--gaps", "1", "3", "4"]) == 1
+    assert "trained without model.gap_model" in capsys.readouterr().err
+    config = tiny.config_of(tiny.trained(), model__gap_model=True)
+    trainer, state = evaluation.make_trainer(config)
+    run = evaluation.Run(config, trainer, state.params, 0)
+    export_weights.set_gaps(run, decode.Gaps(0.8, 2.5, 4.0))
+    np.testing.assert_allclose(trainer.model(run.params).gaps(), [0.8, 2.5, 4.0], rtol=1e-6)
 
 
 def test_weights_that_do_not_fit_are_refused(exported, tmp_path):
