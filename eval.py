@@ -3,6 +3,7 @@
 python eval.py --workdir=runs/r2_balanced                          # both test splits, table, JSON and figures
 python eval.py --workdir=runs/r2_balanced --split=validation --step=0
 python eval.py --workdir=runs/r2_balanced --data=runs/pfam --output=table.json
+python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=test_ood
 """
 
 import argparse
@@ -11,17 +12,19 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import baselines, metrics, pfam, pipeline, vocab
-from models import decode, figures, loss, sharding
+from models import decode, figures, loss, sharding, weights
 from models.aligner import AlignerConfig
 from models.attention import Certificate, SinkhornSpec
 from models.loss import LossConfig
@@ -40,18 +43,33 @@ _CERTIFIED = 128  # pairs of every split whose plans are certified
 Predict = Callable[[pipeline.Batch], dict[str, np.ndarray]]
 
 
+class Run(NamedTuple):
+    """A trained model."""
+
+    config: ConfigDict
+    trainer: Trainer
+    mesh: Mesh
+    params: PyTree  # averaged
+    step: int
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
     try:
-        report = evaluate_run(args.workdir, args.split, step=args.step, data_dir=args.data, limit=args.limit)
-        output = args.output or args.workdir / f"eval_{args.split}.json"
+        options = {"data_dir": args.data, "limit": args.limit}
+        folder = args.workdir or Path("runs") / f"eval_{args.weights.stem}"
+        if args.weights:
+            report = evaluate(load_weights(args.weights), args.split, folder / "figures", **options)
+        else:
+            report = evaluate_run(args.workdir, args.split, step=args.step, **options)
+        output = args.output or folder / f"eval_{args.split}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     print(table(report))
-    print(f"\nwritten: {output}, figures in {args.workdir / 'figures'}")
+    print(f"\nwritten: {output}, figures in {folder / 'figures'}")
 
 
 def evaluate_run(
@@ -61,36 +79,55 @@ def evaluate_run(
 
     Raises ValueError or FileNotFoundError: no run in workdir, no such checkpoint, no data, an empty split.
     """
+    report = evaluate(load_run(workdir, step), split, workdir / "figures", data_dir=data_dir, limit=limit)
+    if (workdir / "metrics.jsonl").exists():
+        figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
+    return report
+
+
+def load_run(workdir: Path, step: int | None = None) -> Run:
+    """What a checkpoint of a run holds, by default the newest."""
     config = read_config(workdir)
-    shards = resolve_data_dir(data_dir or config.data.dir)
     trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
     checkpoints.close()
+    return Run(config, trainer, mesh, state.ema, int(state.step))
+
+
+def load_weights(path: Path) -> Run:
+    """What a file of `scripts/export_weights.py` holds."""
+    values, step = weights.read_config(path)
+    config = ConfigDict(values)
+    trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
+    return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
+
+
+def evaluate(run: Run, split: str, pictures: Path, *, data_dir: str | None = None, limit: int | None = None) -> dict:
+    """The contract's JSON for one model and the splits that `split` names; draws figures into the folder `pictures`."""
+    config = run.config
+    shards = resolve_data_dir(data_dir or config.data.dir)
     predict, certify = (
-        functools.partial(trainer.compiled_evaluation(function(trainer), mesh), state.ema)
+        functools.partial(run.trainer.compiled_evaluation(function(run.trainer), run.mesh), run.params)
         for function in (predictor, certifier)
     )
-    (workdir / "figures").mkdir(exist_ok=True)
-    if (workdir / "metrics.jsonl").exists():
-        figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
-    report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}, "certificates": {}}
+    pictures.mkdir(parents=True, exist_ok=True)
+    report: dict = {"step": run.step, "config": config.to_dict(), "splits": {}, "certificates": {}}
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
-        draw = functools.partial(draw_plan, workdir / "figures", name)
+        draw = functools.partial(draw_plan, pictures, name)
         batches = functools.partial(
             pipeline.evaluation_batches,
             families,
             config.batch_size,
             config.data.buckets,
-            divisible_by=mesh.shape["data"],
+            divisible_by=run.mesh.shape["data"],
         )
         report["splits"][name] = score_split(predict, families, batches(limit=limit), draw=draw, progress=name)
         report["certificates"][name] = certify_split(certify, batches(limit=min(limit or _CERTIFIED, _CERTIFIED)))
         summary = {who: result["overall"] for who, result in report["splits"][name].items()}
         others = {who: summary[who] for who in baselines.BASELINES}
-        bars = workdir / "figures" / f"{name}.png"
-        figures.comparison_bars({"model": summary["model"]}, others, bars, title=name)
+        figures.comparison_bars({"model": summary["model"]}, others, pictures / f"{name}.png", title=name)
     return report
 
 
@@ -102,28 +139,38 @@ def score_split(
     draw: Callable | None = None,
     progress: str = "",
 ) -> dict[str, dict]:
-    """Summary of the model and of every baseline on evaluation pairs of a split, the families'."""
-    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", *baselines.BASELINES)}
+    """Summary of the model and of every baseline on evaluation pairs of a split, the families'.
+
+    A model with a gap model appears twice: by its transport plan, and as `ordered` by the posterior that its pair HMM
+    makes of the plan. The decoded alignment is the same.
+    """
+    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "ordered", *baselines.BASELINES)}
     drawn = 0
     for batch in tqdm(list(batches), desc=progress, unit=" batches", disable=not progress):
         result = predict(batch)
-        match, _ = decode.mea_batch(result["plan"], batch["x_length"], batch["y_length"])
+        plans, gaps = result.pop("plan"), result.pop("gaps", None)
+        model = decode.Gaps() if gaps is None else decode.Gaps(*gaps.tolist())
+        posterior = decode.posterior(plans, batch["x_length"], batch["y_length"], model)
+        match, _ = decode.mea_batch(posterior, batch["x_length"], batch["y_length"])
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
             family = families[identity[0]].accession
-            plan, found = result["plan"][n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
+            plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
             score = metrics.score_plan(family, pair, plan, found)
-            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items() if k != "plan"}))
+            if gaps is not None:
+                of_pair = posterior[n, : len(pair.x), : len(pair.y)]
+                scores["ordered"].append(metrics.score_plan(family, pair, of_pair, found))
+            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items()}))
             for who, baseline in baselines.BASELINES.items():
                 prediction = baseline(pair)
                 scores[who].append(metrics.score_prediction(family, pair, prediction.positions, prediction.match))
             if draw and drawn < _PICTURES and n == 0:
                 draw(family, identity, plan, pair.target, found)
                 drawn += 1
-    return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items()}
+    return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
 def predictor(trainer: Trainer) -> Callable:
-    """`(params, batch) -> plan and reconstruction sums`, with queries as they are and with residues of x masked."""
+    """`(params, batch) -> plan, gap model if any, reconstruction sums`, with x as it is and with residues masked."""
 
     def predict(params, batch):
         model = trainer.model(params)
@@ -132,7 +179,8 @@ def predictor(trainer: Trainer) -> Callable:
         masked = (position % _MASK_EVERY == 0) & (x != vocab.PAD)
         whole = loss.sums(model, batch | {"x_seen": x, "asked": x != vocab.PAD})
         hidden = loss.sums(model, batch | {"x_seen": jnp.where(masked, vocab.MASK, x), "asked": masked})
-        return {
+        gaps = {"gaps": model.gaps()} if model.config.gap_model else {}
+        return gaps | {
             "plan": model.plan(x, batch["y"], batch["x_length"], batch["y_length"]),
             "reconstruction_nats": whole["reconstruction"],
             "reconstruction_residues": whole["reconstruction/count"],
@@ -252,13 +300,20 @@ def _cell(metric: dict | None) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run, as given to train.py")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", type=Path, help="folder of the run, as given to train.py")
+    model.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="instead of a run: weights alone")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test, which is both test splits")
-    parser.add_argument("--output", type=Path, help="JSON file; default: WORKDIR/eval_SPLIT.json")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default: eval_SPLIT.json in WORKDIR or in runs/eval_NAME of the weights"
+    )
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--data", help="folder with other shards than those the run was trained on")
     parser.add_argument("--limit", type=int, help="at most this many pairs a split, for a quick look")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.weights and args.step is not None:
+        parser.error("--step chooses a checkpoint of --workdir; --weights holds a single step")
+    return args
 
 
 if __name__ == "__main__":

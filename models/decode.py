@@ -6,12 +6,121 @@ Durbin 1998, doi:10.1089/cmb.1998.5.493). The table's row i + 1 needs only row i
     T[i+1, j+1] = max(T[i, j+1], T[i+1, j], T[i, j] + P_ij)
 
 so rows are computed for the whole batch at once, and the maximum over T[i+1, j] is a running maximum along the row.
+
+A transport plan knows no order and no gaps. `align` therefore takes its values for the weights of matches in a pair
+HMM with affine gaps (Durbin et al. 1998, chapter 4) and finds the MEA of that model's posterior: of all monotone
+alignments, each weighted by the product of its matches' and gaps' weights, the share that contains a pair.
 """
 
+import dataclasses
+import math
+
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Float32, Float64, Int, Int32
 
 NO_MATCH = -1
+_LARGEST = 1e250  # of a row's weights: leaves room for 1,280 nats less, and for a row's sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaps:
+    """Log-weights of the pair HMM, in nats: `sharpness * log P + match` for a match, `-opening` for a gap.
+
+    Each residue of a gap thereby costs half a `match`: written so, prefixes of one row weigh nearly the same, and none
+    underflows. The values were chosen on validation families (docs/aligner.md).
+    """
+
+    sharpness: float = 1.0
+    match: float = 3.3
+    opening: float = 4.4
+
+    def __post_init__(self):
+        if self.sharpness <= 0 or self.opening < 0:
+            raise ValueError(f"{self}: sharpness must be above 0, opening at least 0")
+
+
+def align(
+    plan: Float[np.ndarray, "x_length y_length"], gaps: Gaps = Gaps()
+) -> tuple[Int32[np.ndarray, "aligned 2"], Float32[np.ndarray, " aligned"]]:
+    """Aligned pairs (i, j) in order and their posteriors, from one plan over residues (no dustbin, no padding).
+
+    Raises:
+      ValueError: a value is negative, NaN or infinite.
+    """
+    x_length, y_length = plan.shape
+    return mea(posterior(plan[None], np.array([x_length]), np.array([y_length]), gaps)[0])
+
+
+def align_batch(
+    plans: Float[np.ndarray, "batch x_padded y_padded"],
+    x_lengths: Int[np.ndarray, " batch"],
+    y_lengths: Int[np.ndarray, " batch"],
+    gaps: Gaps = Gaps(),
+) -> tuple[Int32[np.ndarray, "batch x_padded"], Float32[np.ndarray, "batch x_padded"]]:
+    """The column matched with each row, or -1, and the posterior there, or 0. Otherwise as `mea_batch`."""
+    return mea_batch(posterior(plans, x_lengths, y_lengths, gaps), x_lengths, y_lengths)
+
+
+def posterior(
+    plans: Float[np.ndarray, "batch x_padded y_padded"],
+    x_lengths: Int[np.ndarray, " batch"],
+    y_lengths: Int[np.ndarray, " batch"],
+    gaps: Gaps = Gaps(),
+) -> Float64[np.ndarray, "batch x_padded y_padded"]:
+    """For every pair of residues the probability that it is aligned; 0 beyond the lengths.
+
+    Raises:
+      ValueError: a length does not fit the padded plan; a value within the lengths is negative, NaN or infinite.
+    """
+    weights = math.exp(gaps.match) * _residues_only(plans, x_lengths, y_lengths).astype(np.float64) ** gaps.sharpness
+    batch, rows, columns = weights.shape
+    before, log_before, log_total = _forward(
+        weights, np.zeros((batch, 2), int), np.stack([x_lengths, y_lengths], 1), gaps
+    )
+    # Backwards, x and y change places: of neighbouring gaps, that in x comes first either way.
+    turned = weights[:, ::-1, ::-1].swapaxes(1, 2)
+    starts = np.stack([columns - y_lengths, rows - x_lengths], 1)
+    after, log_after, _ = _forward(turned, starts, np.full((batch, 2), (columns, rows)), gaps)
+    after, log_after = after.swapaxes(1, 2)[:, ::-1, ::-1], log_after[:, ::-1]
+    with np.errstate(divide="ignore"):
+        logs = np.log(before) + np.log(weights) + np.log(after)
+    scale = log_before[:, :, None] + log_after[:, None, :] - log_total[:, None, None]
+    return np.exp(np.minimum(logs + scale, 0))
+
+
+def _forward(
+    weights: Float64[np.ndarray, "batch rows columns"],
+    start: Int[np.ndarray, "batch 2"],
+    end: Int[np.ndarray, "batch 2"],
+    gaps: Gaps,
+) -> tuple[Float64[np.ndarray, "batch rows columns"], Float64[np.ndarray, "batch rows"], Float64[np.ndarray, " batch"]]:
+    """Weight of all alignments of what comes before each pair, divided by a factor a row; its logarithm; and the
+    logarithm of the weight of all that lead from node `start` to node `end`.
+    """
+    batch, rows, columns = weights.shape
+    opened = math.exp(-gaps.opening)
+    before, log_scale, log_total = np.empty_like(weights), np.empty((batch, rows)), np.full(batch, -np.inf)
+    matched, x_alone = np.zeros((2, batch, columns + 1))
+    y_alone, scale = np.zeros((batch, columns + 1)), np.zeros(batch)
+    for i in range(rows + 1):
+        # A gap in y may follow one in x, not the other way round: their order means nothing and counts once.
+        x_alone = opened * (matched + y_alone) + x_alone
+        if i:
+            matched[:, 0], matched[:, 1:] = 0, before[:, i - 1] * weights[:, i - 1]
+        here = np.flatnonzero(start[:, 0] == i)
+        matched[here, start[here, 1]] = 1
+        y_alone[:, 1:] = opened * np.cumsum(matched[:, :-1], axis=1)
+        total = matched + x_alone + y_alone
+        largest = total.max(axis=1)
+        factor = np.where(largest > 0, largest / _LARGEST, 1)
+        matched, x_alone, y_alone, total = (state / factor[:, None] for state in (matched, x_alone, y_alone, total))
+        scale = scale + np.log(factor)
+        there = np.flatnonzero(end[:, 0] == i)
+        with np.errstate(divide="ignore"):
+            log_total[there] = np.log(total[there, end[there, 1]]) + scale[there]
+        if i < rows:
+            before[:, i], log_scale[:, i] = total[:, :-1], scale
+    return before, log_scale, log_total
 
 
 def mea(
