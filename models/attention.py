@@ -134,7 +134,7 @@ def transport(
 
 
 class Potentials(NamedTuple):
-    """One head's plan in the size of its sequences: `P_ij = exp(q_i . k_j + f_i + g_j)`, for j from first_i to last_i."""
+    """One head's plan in the size of its sequences: `P_ij = exp(q_i . k_j + f_i + g_j)`, j from first_i to last_i."""
 
     q: Float[Array, "batch x_length width"]
     k: Float[Array, "batch y_length width"]

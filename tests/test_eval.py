@@ -71,8 +71,9 @@ def test_the_table_holds_every_number_of_the_report(scored):
 
 def test_a_gap_model_is_scored_by_its_posterior_too(finished, tmp_path):
     config = tiny.config_of(finished, model__gap_model=True, loss__alignment=1.0)
-    trainer, state = evaluation.make_trainer(config)
-    report = evaluation.evaluate(evaluation.Run(config, trainer, state.params, 0), "test_ood", tmp_path, limit=4)
+    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
+    run = evaluation.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
+    report = evaluation.evaluate(run, "test_ood", tmp_path, limit=4)
     result = report["splits"]["test_ood"]
     assert list(result) == ["model", "ordered", *BASELINES]
     model, ordered = result["model"]["overall"], result["ordered"]["overall"]

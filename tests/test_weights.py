@@ -44,8 +44,8 @@ def test_band_and_gaps_can_be_replaced(tmp_path, capsys):
     assert export_weights.main([*export, "--gaps", "1", "3", "4"]) == 1
     assert "trained without model.gap_model" in capsys.readouterr().err
     config = tiny.config_of(tiny.trained(), model__gap_model=True)
-    trainer, state = evaluation.make_trainer(config)
-    run = evaluation.Run(config, trainer, state.params, 0)
+    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
+    run = evaluation.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
     export_weights.set_gaps(run, decode.Gaps(0.8, 2.5, 4.0))
     np.testing.assert_allclose(trainer.model(run.params).gaps(), [0.8, 2.5, 4.0], rtol=1e-6)
 
