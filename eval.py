@@ -3,12 +3,14 @@
 python eval.py --workdir=runs/r2_balanced                          # both test splits, table, JSON and figures
 python eval.py --workdir=runs/r2_balanced --split=validation --step=0
 python eval.py --workdir=runs/r2_balanced --data=runs/pfam --output=table.json
+python eval.py --workdir=runs/r2_balanced --report=runs/report   # also one HTML page, with alignments
 python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=test_ood
 """
 
 import argparse
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from models.aligner import AlignerConfig
 from models.attention import Certificate, SinkhornSpec
 from models.loss import LossConfig
 from models.state import Checkpoints, OptimizerConfig, Trainer
+from report import Example, Examples, write_html
 
 SPLITS = {
     "validation": ("validation",),
@@ -57,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
     try:
-        options = {"data_dir": args.data, "limit": args.limit}
+        examples = Examples() if args.report else None
+        options = {"data_dir": args.data, "limit": args.limit, "examples": examples}
         folder = args.workdir or Path("runs") / f"eval_{args.weights.stem}"
         if args.weights:
             report = evaluate(load_weights(args.weights), args.split, folder / "figures", **options)
@@ -66,22 +70,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = args.output or folder / f"eval_{args.split}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n")
+        if examples:
+            rows = read_metrics(args.workdir) if args.workdir else []
+            given = sys.argv[1:] if arguments is None else arguments
+            write_html(args.report / "report.html", report, examples, rows, f"python eval.py {shlex.join(given)}")
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     print(table(report))
     print(f"\nwritten: {output}, figures in {folder / 'figures'}")
+    if args.report:
+        print(f"the page: {args.report / 'report.html'}")
 
 
-def evaluate_run(
-    workdir: Path, split: str, *, step: int | None = None, data_dir: str | None = None, limit: int | None = None
-) -> dict:
+def evaluate_run(workdir: Path, split: str, *, step: int | None = None, **options) -> dict:
     """The contract's JSON for one run and the splits that `split` names; draws the figures into `<workdir>/figures`.
+
+    options: of `evaluate`.
 
     Raises ValueError or FileNotFoundError: no run in workdir, no such checkpoint, no data, an empty split.
     """
-    report = evaluate(load_run(workdir, step), split, workdir / "figures", data_dir=data_dir, limit=limit)
-    if (workdir / "metrics.jsonl").exists():
-        figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
+    report = evaluate(load_run(workdir, step), split, workdir / "figures", **options)
+    if rows := read_metrics(workdir):
+        figures.metric_curves(rows, workdir / "figures" / "training.png")
     return report
 
 
@@ -103,8 +113,19 @@ def load_weights(path: Path) -> Run:
     return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
 
 
-def evaluate(run: Run, split: str, pictures: Path, *, data_dir: str | None = None, limit: int | None = None) -> dict:
-    """The contract's JSON for one model and the splits that `split` names; draws figures into the folder `pictures`."""
+def evaluate(
+    run: Run,
+    split: str,
+    pictures: Path,
+    *,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    examples: Examples | None = None,
+) -> dict:
+    """The contract's JSON for one model and the splits that `split` names; draws figures into the folder `pictures`.
+
+    examples: sees every pair as it is aligned.
+    """
     config = run.config
     shards = resolve_data_dir(data_dir or config.data.dir)
     predict, certify = (
@@ -113,6 +134,7 @@ def evaluate(run: Run, split: str, pictures: Path, *, data_dir: str | None = Non
     )
     pictures.mkdir(parents=True, exist_ok=True)
     report: dict = {"step": run.step, "config": config.to_dict(), "splits": {}, "certificates": {}}
+    report["reliability"] = {}
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
         draw = functools.partial(draw_plan, pictures, name)
@@ -123,7 +145,17 @@ def evaluate(run: Run, split: str, pictures: Path, *, data_dir: str | None = Non
             config.data.buckets,
             divisible_by=run.mesh.shape["data"],
         )
-        report["splits"][name] = score_split(predict, families, batches(limit=limit), draw=draw, progress=name)
+        reliability = metrics.Reliability()
+
+        def see(example: Example, split=name, reliability=reliability) -> None:
+            decoded = np.flatnonzero(example.match != decode.NO_MATCH)
+            match = example.match[decoded]
+            reliability.add(example.posterior[decoded, match], match == example.pair.target[decoded])
+            if examples:
+                examples.see(split, example)
+
+        report["splits"][name] = score_split(predict, families, batches(limit=limit), draw=draw, see=see, progress=name)
+        report["reliability"][name] = reliability.tenths()
         report["certificates"][name] = certify_split(certify, batches(limit=min(limit or _CERTIFIED, _CERTIFIED)))
         summary = {who: result["overall"] for who, result in report["splits"][name].items()}
         others = {who: summary[who] for who in baselines.BASELINES}
@@ -137,6 +169,7 @@ def score_split(
     batches: Iterable[pipeline.Batch],
     *,
     draw: Callable | None = None,
+    see: Callable[[Example], None] = lambda example: None,
     progress: str = "",
 ) -> dict[str, dict]:
     """Summary of the model and of every baseline on evaluation pairs of a split, the families'.
@@ -153,16 +186,17 @@ def score_split(
         posterior = decode.posterior(plans, batch["x_length"], batch["y_length"], model)
         match, _ = decode.mea_batch(posterior, batch["x_length"], batch["y_length"])
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
-            family = families[identity[0]].accession
+            family = families[identity[0]]
             plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
-            score = metrics.score_plan(family, pair, plan, found)
+            of_pair = posterior[n, : len(pair.x), : len(pair.y)]
+            score = metrics.score_plan(family.accession, pair, plan, found)
             if gaps is not None:
-                of_pair = posterior[n, : len(pair.x), : len(pair.y)]
-                scores["ordered"].append(metrics.score_plan(family, pair, of_pair, found))
+                scores["ordered"].append(metrics.score_plan(family.accession, pair, of_pair, found))
             scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items()}))
             for who, baseline in baselines.BASELINES.items():
                 prediction = baseline(pair)
-                scores[who].append(metrics.score_prediction(family, pair, prediction.positions, prediction.match))
+                scores[who].append(metrics.score_prediction(family.accession, pair, *prediction))
+            see(Example(family, identity[1:], pair, plan, of_pair, found, score, scores["nw_blosum62"][-1]))
             if draw and drawn < _PICTURES and n == 0:
                 draw(family, identity, plan, pair.target, found)
                 drawn += 1
@@ -254,7 +288,9 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """Lines of metrics.jsonl; none where there is no such file."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def draw_plan(directory: Path, split: str, family: str, identity, plan, target, match) -> None:
@@ -307,6 +343,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="JSON file; default: eval_SPLIT.json in WORKDIR or in runs/eval_NAME of the weights"
     )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="also writes one page, DIR/report.html")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--data", help="folder with other shards than those the run was trained on")
     parser.add_argument("--limit", type=int, help="at most this many pairs a split, for a quick look")

@@ -17,7 +17,7 @@ from data.sequences import Record
 GAP = "-"
 _BLOCK = 60  # columns
 _WIDEST_NAME = 20
-_NO_POSITION = -1
+NO_POSITION = -1
 
 
 class Aligned(NamedTuple):
@@ -47,25 +47,29 @@ def columns_of(aligned: Aligned) -> Columns:
     places: list[tuple[int, int]] = []
     x_next = y_next = 0
     for x_match, y_match in [*matches, (len(aligned.x.residues), len(aligned.y.residues))]:
-        places += [(n, _NO_POSITION) for n in range(x_next, x_match)]
-        places += [(_NO_POSITION, n) for n in range(y_next, y_match)]
+        places += [(n, NO_POSITION) for n in range(x_next, x_match)]
+        places += [(NO_POSITION, n) for n in range(y_next, y_match)]
         places.append((x_match, y_match))
         x_next, y_next = x_match + 1, y_match + 1
     i, j = np.array(places[:-1], int).reshape(-1, 2).T
-    confidence = np.where(i == _NO_POSITION, aligned.y_alone[j], aligned.x_alone[i])
-    confidence[(i != _NO_POSITION) & (j != _NO_POSITION)] = aligned.confidence
+    confidence = np.where(i == NO_POSITION, aligned.y_alone[j], aligned.x_alone[i])
+    confidence[(i != NO_POSITION) & (j != NO_POSITION)] = aligned.confidence
     return Columns(i, j, _written(aligned.x, i), _written(aligned.y, j), confidence)
 
 
 def _written(record: Record, positions: np.ndarray) -> str:
-    return "".join(GAP if n == _NO_POSITION else record.residues[n] for n in positions)
+    return "".join(GAP if n == NO_POSITION else record.residues[n] for n in positions)
 
 
-def text(aligned: Aligned) -> str:
-    """Summary and blocks: `|` identical, `:` a positive BLOSUM62 score, `.` another one; last, confidence in tenths."""
+def text(aligned: Aligned, reference: Int[np.ndarray, " x_length"] | None = None) -> str:
+    """Summary and blocks: `|` identical, `:` a positive BLOSUM62 score, `.` another one; then confidence in tenths.
+
+    reference: position in y of each residue of x, or -1. Adds a line that marks where it differs (`differences`).
+    """
     columns = columns_of(aligned)
     middle = _middle(columns)
     tenths = "".join(str(min(9, int(10 * c))) for c in columns.confidence)
+    marks = "" if reference is None else differences(columns, reference)
     width = max(len(_short(name)) for name in (aligned.x.id, aligned.y.id, "confidence"))
     digits = len(str(max(len(aligned.x.residues), len(aligned.y.residues))))
     lines = _summary(aligned, columns, middle)
@@ -84,7 +88,19 @@ def text(aligned: Aligned) -> str:
             rows[1],
             f"{'confidence':{width}} {'':{digits}} {tenths[block]}",
         ]
+        if marks[block].strip():
+            lines.append(f"{'reference':{width}} {'':{digits}} {marks[block]}".rstrip())
     return "\n".join(lines) + "\n\n"
+
+
+def differences(columns: Columns, reference: Int[np.ndarray, " x_length"]) -> str:
+    """For each column: `!` two residues that the reference does not align with each other, `?` one that is alone here
+    and aligned there, else a space.
+    """
+    found = np.append(reference, NO_POSITION)[columns.i]  # of x's residue; -1 where there is none
+    alone = (columns.i == NO_POSITION) | (columns.j == NO_POSITION)
+    aligned_there = np.where(columns.i == NO_POSITION, np.isin(columns.j, reference), found != NO_POSITION)
+    return "".join(np.select([~alone & (found != columns.j), alone & aligned_there], ["!", "?"], " "))
 
 
 def _short(name: str) -> str:
@@ -94,7 +110,7 @@ def _short(name: str) -> str:
 def _middle(columns: Columns) -> str:
     x, y = (vocab.encode(written.replace(GAP, "X").encode()) for written in (columns.x, columns.y))
     score = vocab.blosum62()[x, y]
-    both = (columns.i != _NO_POSITION) & (columns.j != _NO_POSITION)
+    both = (columns.i != NO_POSITION) & (columns.j != NO_POSITION)
     same = both & (np.array(list(columns.x)) == np.array(list(columns.y)))
     return "".join(np.select([~both, same, score > 0], [" ", "|", ":"], "."))
 
@@ -126,7 +142,7 @@ def _score(columns: Columns) -> int:
     x, y = (vocab.encode(written.replace(GAP, "X").encode()) for written in (columns.x, columns.y))
     score = int(vocab.blosum62()[x, y].sum())
     for positions in (columns.i, columns.j):
-        gap = np.concatenate([[False], positions == _NO_POSITION])
+        gap = np.concatenate([[False], positions == NO_POSITION])
         openings = int((gap[1:] & ~gap[:-1]).sum())
         score -= baselines.FURTHER_GAP * int(gap.sum()) + (baselines.FIRST_GAP - baselines.FURTHER_GAP) * openings
     return score
@@ -143,7 +159,7 @@ def stockholm(aligned: Aligned) -> str:
     lines += [f"#=GS {name} DE {r.description}" for name, r in zip(names, records, strict=True) if r.description]
     for name, positions, written in zip(names, (columns.i, columns.j), (columns.x, columns.y), strict=True):
         lines.append(f"{name:{width}} {written}")
-        lines.append(f"{f'#=GR {name} PP':{width}} {''.join(np.where(positions == _NO_POSITION, '.', marks))}")
+        lines.append(f"{f'#=GR {name} PP':{width}} {''.join(np.where(positions == NO_POSITION, '.', marks))}")
     return "\n".join([*lines, f"{'#=GC PP_cons':{width}} {''.join(marks)}", "//", ""])
 
 
