@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from data import formats, metrics, vocab
+from data.baselines import BASELINES
 from data.families import Family
 from data.metrics import PairScores
 from data.sequences import Record
@@ -120,20 +121,30 @@ def write_html(
 def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
     """What the template shows of one split."""
     result = report["splits"][name]
-    model, others = result["model"], {who: of["overall"] for who, of in result.items() if who != "model"}
-    tenths = report["reliability"][name]
+    model, tenths = result["model"], report["reliability"][name]
+    decoded = {who: of for who, of in result.items() if who != "ordered"}  # whose alignments are the model's
+    found = [metric for metric in metrics.METRICS if metric in model["overall"]]
     return {
         "name": name,
-        "who": list(result),
         "pairs": model["pairs"],
-        "rows": [_row(metric, result) for metric in metrics.METRICS if metric in model["overall"]],
-        "bins": [_bin_row(of_bin, result) for of_bin in model["bins"]],
+        "f1": _row("f1", decoded),
+        "metrics": {"who": list(result), "rows": [_row(metric, result) for metric in found]},
+        "bins": {"who": list(decoded), "rows": [_bin_row(of_bin, decoded) for of_bin in model["bins"]]},
         "certificates": report["certificates"][name],
-        "bars": _drawn(figures.comparison_bars, {"model": model["overall"]}, others),
-        "by_identity": _drawn(figures.identity_bins, result) if model["bins"] else "",
+        "bars": _bars(result),
+        "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
         "reliability": _drawn(figures.reliability, tenths) if tenths else "",
-        "kinds": [(kind, [_shown(name, example) for example in examples.of(name, kind)]) for kind in KINDS],
+        "kinds": [(kind, _all_shown(examples.of(name, kind))) for kind in KINDS],
     }
+
+
+def _bars(result: Mapping[str, Any]) -> str:
+    """Of what can be compared: the metrics that the baselines have too."""
+    overall = {who: of["overall"] for who, of in result.items()}
+    others = {who: overall.pop(who) for who in BASELINES}
+    return _drawn(
+        figures.comparison_bars, overall, others, metrics=[m for m in metrics.METRICS if m in others[_BASELINE]]
+    )
 
 
 def _row(metric: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,31 +162,34 @@ def _with_best(metric: str, label: str, cells: list[dict[str, float] | None]) ->
     return {"metric": metric, "label": label, "cells": cells, "best": best}
 
 
-def _shown(split: str, example: Example) -> dict[str, Any]:
-    """Text, heat map and numbers of an alignment."""
-    aligned, title = _aligned(example), f"{example.family.accession} {example.family.name}"
-    target, match = example.pair.target, example.match
-    heat_map = _drawn(figures.plan_heatmap, example.plan, target=target, match=match)
+def _all_shown(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    return [_shown(example, with_plan=n == 0) for n, example in enumerate(examples)]
+
+
+def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
+    """Text, heat maps and numbers of an alignment."""
+    both = {"target": example.pair.target, "match": example.match}
     return {
-        "title": title,
-        "split": split,
+        "title": f"{example.family.accession} {example.family.name}",
         "identity": example.model.identity,
         "f1": example.model.f1,
         "baseline": example.baseline.f1,
-        "lines": formats.text(aligned, target).rstrip().splitlines(),
-        "heat_map": heat_map,
+        "lines": formats.text(_aligned(example), example.pair.target).rstrip().splitlines(),
+        "posterior": _drawn(figures.plan_heatmap, example.posterior, label="posterior", **both),
+        "plan": _drawn(figures.plan_heatmap, example.plan, **both) if with_plan else "",
     }
 
 
 def _aligned(example: Example) -> formats.Aligned:
-    records = [
+    x, y = (
         Record(example.family.rows[row], "", vocab.decode(tokens))
         for row, tokens in zip(example.rows, example.pair[:2], strict=True)
-    ]
+    )
     i = np.flatnonzero(example.match != formats.NO_POSITION)
     pairs, posterior = np.stack([i, example.match[i]], axis=1), example.posterior
-    alone = (np.clip(1 - posterior.sum(axis), 0, 1) for axis in (1, 0))
-    return formats.Aligned(example.family.accession, *records, pairs, posterior[i, example.match[i]], *alone)
+    x_alone, y_alone = (np.clip(1 - posterior.sum(axis), 0, 1) for axis in (1, 0))
+    confidence = posterior[i, example.match[i]]
+    return formats.Aligned(example.family.accession, x, y, pairs, confidence, x_alone, y_alone)
 
 
 def _curves(rows: Sequence[figures.MetricRow]) -> str:

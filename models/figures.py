@@ -51,10 +51,11 @@ def plan_heatmap(
     match: Int[np.ndarray, " x_length"] | None = None,
     scale: int = 1,
     title: str = "",
+    label: str = "plan $P_{ij}$",
 ) -> None:
     """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1).
 
-    scale: residues of either side that one value of the plan stands for.
+    scale: residues of either side that one value of the plan stands for. label: what the values are.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -68,7 +69,7 @@ def plan_heatmap(
     if match is not None:
         _points(axes, match, "decoded (MEA)", marker=".", markersize=size, color=_COLOURS[0])
     axes.set(xlabel="position in y (residues)", ylabel="position in x (residues)", title=title)
-    figure.colorbar(image, ax=axes, label="plan $P_{ij}$ (square-root scale)", shrink=0.85)
+    figure.colorbar(image, ax=axes, label=f"{label} (square-root scale)", shrink=0.85)
     if target is not None or match is not None:
         axes.legend(loc="upper right", markerscale=8 / (size + 2))
     figure.savefig(path, dpi=_DPI)
@@ -173,14 +174,14 @@ def identity_bins(
         found = [summary["bins"][names[k]][metric] for k in places]
         value, low, high = (np.array([of[key] for of in found]) for key in ("value", "low", "high"))
         around = np.array(places) + 0.06 * (n - (len(summaries) - 1) / 2)  # or intervals would hide each other
-        style = {"color": shades[n % len(shades)], "marker": markers[n % len(markers)], "markersize": 5}
+        style: dict[str, Any] = {"color": shades[n % len(shades)], "marker": markers[n % len(markers)], "markersize": 5}
         # A bootstrap interval need not hold the value, over two families say.
         spread = np.maximum(np.stack([value - low, high - value]), 0)
         axes.errorbar(around, value, spread, capsize=2, linewidth=2 if n == 0 else 1, label=who, **style)
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="identity of the aligned residues", ylabel=LABELS.get(metric, metric), title=title, ylim=(0, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=_DPI)
 
 

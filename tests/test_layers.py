@@ -68,7 +68,8 @@ def test_only_models_attention_knows_the_attention(path):
 
 
 def test_programs():
-    assert of_ours(imports(ROOT / "eval.py"), "data", "models") == set()
+    assert of_ours(imports(ROOT / "report.py"), "data", "models") == set()
+    assert of_ours(imports(ROOT / "eval.py"), "data", "models", "report") == set()
     assert of_ours(imports(ROOT / "train.py"), "data", "models", "report", "eval", "configs") == set()
 
 
