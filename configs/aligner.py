@@ -1,4 +1,4 @@
-"""The reference aligner: from BLOSUM62, corrections by the encoder and the pair HMM that orders plans, learned together.
+"""The reference aligner: BLOSUM62 corrected by the encoder, and the pair HMM that orders its plans, learned together.
 
     python train.py --config=configs/aligner.py --config.data.dir=runs/pfam
 
