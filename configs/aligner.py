@@ -3,8 +3,8 @@
     python train.py --config=configs/aligner.py --config.data.dir=runs/pfam
 
 took 16 minutes with compilation on 2 busy CPU cores (shards of 4,761 training families). test_ood, with the gaps that
-docs/aligner.md chooses: F1 0.917 (Needleman-Wunsch 0.906), above it in every identity bin below .60; barycenter MAE of the
-ordered plan 0.48 residues (0.50). The transport plan itself stays blunt: MAE 11.4.
+docs/aligner.md chooses: F1 0.917 (Needleman-Wunsch 0.906), above it in every identity bin below .60; barycenter MAE of
+the ordered plan 0.48 residues (0.50). The transport plan itself stays blunt: MAE 11.4.
 """
 
 from ml_collections import ConfigDict
