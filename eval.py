@@ -3,29 +3,35 @@
 python eval.py --workdir=runs/r2_balanced                          # both test splits, table, JSON and figures
 python eval.py --workdir=runs/r2_balanced --split=validation --step=0
 python eval.py --workdir=runs/r2_balanced --data=runs/pfam --output=table.json
+python eval.py --workdir=runs/r2_balanced --report=runs/report   # also one HTML page, with alignments
+python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=test_ood
 """
 
 import argparse
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import baselines, metrics, pfam, pipeline, vocab
-from models import decode, figures, loss, sharding
+from models import decode, figures, loss, sharding, weights
 from models.aligner import AlignerConfig
 from models.attention import Certificate, SinkhornSpec
 from models.loss import LossConfig
 from models.state import Checkpoints, OptimizerConfig, Trainer
+from report import Example, Examples, write_html
 
 SPLITS = {
     "validation": ("validation",),
@@ -40,57 +46,120 @@ _CERTIFIED = 128  # pairs of every split whose plans are certified
 Predict = Callable[[pipeline.Batch], dict[str, np.ndarray]]
 
 
+class Run(NamedTuple):
+    """A trained model."""
+
+    config: ConfigDict
+    trainer: Trainer
+    mesh: Mesh
+    params: PyTree  # averaged
+    step: int
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
     try:
-        report = evaluate_run(args.workdir, args.split, step=args.step, data_dir=args.data, limit=args.limit)
-        output = args.output or args.workdir / f"eval_{args.split}.json"
+        examples = Examples() if args.report else None
+        options = {"data_dir": args.data, "limit": args.limit, "examples": examples}
+        folder = args.workdir or Path("runs") / f"eval_{args.weights.stem}"
+        if args.weights:
+            report = evaluate(load_weights(args.weights), args.split, folder / "figures", **options)
+        else:
+            report = evaluate_run(args.workdir, args.split, step=args.step, **options)
+        output = args.output or folder / f"eval_{args.split}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n")
+        if examples:
+            rows = read_metrics(args.workdir) if args.workdir else []
+            given = sys.argv[1:] if arguments is None else arguments
+            write_html(args.report / "report.html", report, examples, rows, f"python eval.py {shlex.join(given)}")
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     print(table(report))
-    print(f"\nwritten: {output}, figures in {args.workdir / 'figures'}")
+    print(f"\nwritten: {output}, figures in {folder / 'figures'}")
+    if args.report:
+        print(f"the page: {args.report / 'report.html'}")
 
 
-def evaluate_run(
-    workdir: Path, split: str, *, step: int | None = None, data_dir: str | None = None, limit: int | None = None
-) -> dict:
+def evaluate_run(workdir: Path, split: str, *, step: int | None = None, **options) -> dict:
     """The contract's JSON for one run and the splits that `split` names; draws the figures into `<workdir>/figures`.
+
+    options: of `evaluate`.
 
     Raises ValueError or FileNotFoundError: no run in workdir, no such checkpoint, no data, an empty split.
     """
+    report = evaluate(load_run(workdir, step), split, workdir / "figures", **options)
+    if rows := read_metrics(workdir):
+        figures.metric_curves(rows, workdir / "figures" / "training.png")
+    return report
+
+
+def load_run(workdir: Path, step: int | None = None) -> Run:
+    """What a checkpoint of a run holds, by default the newest."""
     config = read_config(workdir)
-    shards = resolve_data_dir(data_dir or config.data.dir)
     trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
     checkpoints.close()
+    return Run(config, trainer, mesh, state.ema, int(state.step))
+
+
+def load_weights(path: Path) -> Run:
+    """What a file of `scripts/export_weights.py` holds."""
+    values, step = weights.read_config(path)
+    config = ConfigDict(values)
+    trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
+    return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
+
+
+def evaluate(
+    run: Run,
+    split: str,
+    pictures: Path,
+    *,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    examples: Examples | None = None,
+) -> dict:
+    """The contract's JSON for one model and the splits that `split` names; draws figures into the folder `pictures`.
+
+    examples: sees every pair as it is aligned.
+    """
+    config = run.config
+    shards = resolve_data_dir(data_dir or config.data.dir)
     predict, certify = (
-        functools.partial(trainer.compiled_evaluation(function(trainer), mesh), state.ema)
+        functools.partial(run.trainer.compiled_evaluation(function(run.trainer), run.mesh), run.params)
         for function in (predictor, certifier)
     )
-    (workdir / "figures").mkdir(exist_ok=True)
-    if (workdir / "metrics.jsonl").exists():
-        figures.metric_curves(read_metrics(workdir), workdir / "figures" / "training.png")
-    report: dict = {"step": int(state.step), "config": config.to_dict(), "splits": {}, "certificates": {}}
+    pictures.mkdir(parents=True, exist_ok=True)
+    report: dict = {"step": run.step, "config": config.to_dict(), "splits": {}, "certificates": {}}
+    report["reliability"] = {}
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
-        draw = functools.partial(draw_plan, workdir / "figures", name)
+        draw = functools.partial(draw_plan, pictures, name)
         batches = functools.partial(
             pipeline.evaluation_batches,
             families,
             config.batch_size,
             config.data.buckets,
-            divisible_by=mesh.shape["data"],
+            divisible_by=run.mesh.shape["data"],
         )
-        report["splits"][name] = score_split(predict, families, batches(limit=limit), draw=draw, progress=name)
+        reliability = metrics.Reliability()
+
+        def see(example: Example, split=name, reliability=reliability) -> None:
+            decoded = np.flatnonzero(example.match != decode.NO_MATCH)
+            match = example.match[decoded]
+            reliability.add(example.posterior[decoded, match], match == example.pair.target[decoded])
+            if examples:
+                examples.see(split, example)
+
+        report["splits"][name] = score_split(predict, families, batches(limit=limit), draw=draw, see=see, progress=name)
+        report["reliability"][name] = reliability.tenths()
         report["certificates"][name] = certify_split(certify, batches(limit=min(limit or _CERTIFIED, _CERTIFIED)))
         summary = {who: result["overall"] for who, result in report["splits"][name].items()}
         others = {who: summary[who] for who in baselines.BASELINES}
-        bars = workdir / "figures" / f"{name}.png"
-        figures.comparison_bars({"model": summary["model"]}, others, bars, title=name)
+        figures.comparison_bars({"model": summary["model"]}, others, pictures / f"{name}.png", title=name)
     return report
 
 
@@ -100,30 +169,42 @@ def score_split(
     batches: Iterable[pipeline.Batch],
     *,
     draw: Callable | None = None,
+    see: Callable[[Example], None] = lambda example: None,
     progress: str = "",
 ) -> dict[str, dict]:
-    """Summary of the model and of every baseline on evaluation pairs of a split, the families'."""
-    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", *baselines.BASELINES)}
+    """Summary of the model and of every baseline on evaluation pairs of a split, the families'.
+
+    A model with a gap model appears twice: by its transport plan, and as `ordered` by the posterior that its pair HMM
+    makes of the plan. The decoded alignment is the same.
+    """
+    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "ordered", *baselines.BASELINES)}
     drawn = 0
     for batch in tqdm(list(batches), desc=progress, unit=" batches", disable=not progress):
         result = predict(batch)
-        match, _ = decode.mea_batch(result["plan"], batch["x_length"], batch["y_length"])
+        plans, gaps = result.pop("plan"), result.pop("gaps", None)
+        model = decode.Gaps() if gaps is None else decode.Gaps(*gaps.tolist())
+        posterior = decode.posterior(plans, batch["x_length"], batch["y_length"], model)
+        match, _ = decode.mea_batch(posterior, batch["x_length"], batch["y_length"])
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
-            family = families[identity[0]].accession
-            plan, found = result["plan"][n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
-            score = metrics.score_plan(family, pair, plan, found)
-            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items() if k != "plan"}))
+            family = families[identity[0]]
+            plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
+            of_pair = posterior[n, : len(pair.x), : len(pair.y)]
+            score = metrics.score_plan(family.accession, pair, plan, found)
+            if gaps is not None:
+                scores["ordered"].append(metrics.score_plan(family.accession, pair, of_pair, found))
+            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items()}))
             for who, baseline in baselines.BASELINES.items():
                 prediction = baseline(pair)
-                scores[who].append(metrics.score_prediction(family, pair, prediction.positions, prediction.match))
+                scores[who].append(metrics.score_prediction(family.accession, pair, *prediction))
+            see(Example(family, identity[1:], pair, plan, of_pair, found, score, scores["nw_blosum62"][-1]))
             if draw and drawn < _PICTURES and n == 0:
                 draw(family, identity, plan, pair.target, found)
                 drawn += 1
-    return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items()}
+    return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
 def predictor(trainer: Trainer) -> Callable:
-    """`(params, batch) -> plan and reconstruction sums`, with queries as they are and with residues of x masked."""
+    """`(params, batch) -> plan, gap model if any, reconstruction sums`, with x as it is and with residues masked."""
 
     def predict(params, batch):
         model = trainer.model(params)
@@ -132,7 +213,8 @@ def predictor(trainer: Trainer) -> Callable:
         masked = (position % _MASK_EVERY == 0) & (x != vocab.PAD)
         whole = loss.sums(model, batch | {"x_seen": x, "asked": x != vocab.PAD})
         hidden = loss.sums(model, batch | {"x_seen": jnp.where(masked, vocab.MASK, x), "asked": masked})
-        return {
+        gaps = {"gaps": model.gaps()} if model.config.gap_model else {}
+        return gaps | {
             "plan": model.plan(x, batch["y"], batch["x_length"], batch["y_length"]),
             "reconstruction_nats": whole["reconstruction"],
             "reconstruction_residues": whole["reconstruction/count"],
@@ -206,7 +288,9 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """Lines of metrics.jsonl; none where there is no such file."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def draw_plan(directory: Path, split: str, family: str, identity, plan, target, match) -> None:
@@ -252,13 +336,21 @@ def _cell(metric: dict | None) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run, as given to train.py")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", type=Path, help="folder of the run, as given to train.py")
+    model.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="instead of a run: weights alone")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test, which is both test splits")
-    parser.add_argument("--output", type=Path, help="JSON file; default: WORKDIR/eval_SPLIT.json")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default: eval_SPLIT.json in WORKDIR or in runs/eval_NAME of the weights"
+    )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="also writes one page, DIR/report.html")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--data", help="folder with other shards than those the run was trained on")
     parser.add_argument("--limit", type=int, help="at most this many pairs a split, for a quick look")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.weights and args.step is not None:
+        parser.error("--step chooses a checkpoint of --workdir; --weights holds a single step")
+    return args
 
 
 if __name__ == "__main__":

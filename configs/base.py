@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
                 "dir": "data/default",  # relative to the repository; shards made by scripts/build_pfam.py
                 "buckets": (64, 128, 192, 256, 384),  # padded lengths; longer pairs are left out of training
                 "pairs_per_family": 100,  # a family counts as many times as it has pairs, at most this often
+                "crop": 0.0,  # share of pairs of which one sequence loses up to half at one end
                 "workers": 0,  # processes that prepare batches; 0 for a thread
                 "prefetch": 4,
             },
@@ -24,8 +25,12 @@ def get_config() -> ConfigDict:
                 "heads": 4,
                 "attention_every": 3,
                 "plan_width": 64,
+                "plan_gain": 1.0,  # of the projection to queries and keys before training
                 "value_width": 64,
                 "substitution_prior": False,
+                "positions": True,  # the plan's scores know length-scaled positions
+                "refinement": 0,  # convolution blocks that weigh a first plan's votes for a second one; 0 for none
+                "gap_model": False,  # learn the pair HMM that plans are aligned by; see loss.alignment
                 "implementation": "auto",  # of the attention: or "reference", "xla", "pallas_tpu"
                 "dtype": "float32",
             },
@@ -40,7 +45,12 @@ def get_config() -> ConfigDict:
                 "newton_steps": 2,
                 "cg_steps": 8,
             },
-            "loss": {"reconstruction": 1.0, "sparse_ce": 0.0, "mask_rate": 0.15},
+            "loss": {
+                "reconstruction": 1.0,
+                "sparse_ce": 0.0,
+                "alignment": 0.0,  # likelihood of the whole reference alignment; needs model.gap_model
+                "mask_rate": 0.15,
+            },
             "optimizer": {
                 "learning_rate": 2e-3,
                 "warmup_steps": 50,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from data.families import SPLITS, Family, read_clans, split_records
+from data.families import SPLITS, Family, read_clans
 from data.pfam import Pfam, to_example
 from data.recipe import Candidate, Recipe, candidate, choose, read_families
 
@@ -34,18 +34,18 @@ class PfamBeam(Pfam, skip_registration=True):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager, pipeline: "beam.Pipeline"):
         inputs, clans_path = self.local_files(dl_manager)
+        clans = read_clans(clans_path) if clans_path else {}
         read = (
             pipeline
             | "Files" >> beam.Create(list(enumerate(inputs)))
             | "OneFileAWorker" >> beam.Reshuffle()
-            | "Parse"
-            >> beam.FlatMap(parse, read_clans(clans_path), self.recipe).with_outputs("skipped", main="families")
+            | "Parse" >> beam.FlatMap(parse, clans, self.recipe).with_outputs("skipped", main="families")
         )
         chosen = (
             read.families
             | "Spread" >> beam.Reshuffle()
             | "SameAccession" >> beam.GroupByKey()
-            | "Choose" >> beam.FlatMap(records_of).with_outputs("dropped", *SPLITS)
+            | "Choose" >> beam.FlatMap(records_of, self.recipe).with_outputs("dropped", *SPLITS)
         )
         self.notes = Path(self.data_dir) / "notes"
         for kind, texts in (("skipped", read.skipped), ("dropped", chosen.dropped)):
@@ -65,18 +65,18 @@ def parse(numbered: tuple[int, str], clans: dict[str, str], recipe: Recipe) -> I
     number, path = numbered
     skipped: list[str] = []
     for index, family in enumerate(read_families(path, clans, recipe, skipped.append)):
-        yield family.accession, (candidate((number, index), path, family), family)
+        yield family.accession, (candidate((number, index), path, family, recipe), family)
     yield from (beam.pvalue.TaggedOutput("skipped", text) for text in skipped)
 
 
-def records_of(same: tuple[str, Iterable[Placed]]) -> Iterator["beam.pvalue.TaggedOutput"]:
+def records_of(same: tuple[str, Iterable[Placed]], recipe: Recipe) -> Iterator["beam.pvalue.TaggedOutput"]:
     """The records of the family that is kept of one accession, each to the output of its split."""
     accession, placed = same
     families = dict(placed)
     best, left_out = choose(list(families))
     yield from (beam.pvalue.TaggedOutput("dropped", text) for text in left_out)
     if best is not None:
-        for split, record in split_records(families[best]):
+        for split, record in recipe.records(families[best]):
             yield beam.pvalue.TaggedOutput(split, (accession, to_example(record)))
 
 

@@ -104,12 +104,15 @@ def limit_rows(family: Family, max_rows: int | None) -> Family:
     return _with_rows(family, np.sort(np.argsort(hashes, kind="stable")[:max_rows]))
 
 
-def split_records(family: Family) -> Iterator[tuple[str, Family]]:
+def split_records(
+    family: Family, *, evaluation_only: bool = False, pairs: int = PAIRS_PER_FAMILY
+) -> Iterator[tuple[str, Family]]:
     """The (split, record) that one family gives: none (no two rows with an aligned residue), one or two.
 
-    A training family gives up part of its sequences to 'test_iid'. The `train` record has no evaluation pairs.
+    A training family gives up part of its sequences to 'test_iid'. The `train` record has no evaluation pairs, others
+    have at most `pairs`. With `evaluation_only` every family goes to 'test_ood' whole.
     """
-    split = split_of(family.unit)
+    split = "test_ood" if evaluation_only else split_of(family.unit)
     if split != "train":
         records = [(split, family)]
     else:
@@ -118,7 +121,7 @@ def split_records(family: Family) -> Iterator[tuple[str, Family]]:
         if held_out.any():
             records.append(("test_iid", _with_rows(family, np.flatnonzero(held_out))))
     for split, record in records:
-        found = evaluation_pairs(record)
+        found = evaluation_pairs(record, pairs)
         if not len(found):
             return  # also ends a training family before its test_iid: those families must have been seen in training
         yield split, record if split == "train" else replace(record, pairs=found)

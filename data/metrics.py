@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int, Int32
+from jaxtyping import Bool, Float, Float64, Int, Int32
 
 from data.transforms import NO_TARGET, Pair, pair_identity
 
 BINS = ("<.15", ".15-.20", ".20-.25", ".25-.30", ".30-.40", ".40-.60", ">.60")
 _BIN_EDGES = (0.15, 0.20, 0.25, 0.30, 0.40, 0.60)  # a bin holds its lower edge
+
+_TENTHS = 10  # groups of confidence
 
 PROBABILITY_FLOOR = 1e-6  # a true column outside the band costs 13.8 nats, not infinitely many
 
@@ -39,6 +41,12 @@ class PairScores:
     reconstruction_residues: float = math.nan
     masked_nats: float = math.nan  # the same with residues of x masked before the queries are computed
     masked_residues: float = math.nan
+
+    @property
+    def f1(self) -> float:
+        """NaN where nothing is predicted and nothing is in the reference."""
+        pairs = self.predicted + self.reference
+        return 2 * self.true_positives / pairs if pairs else math.nan
 
     def with_reconstruction(self, sums: dict[str, Any]) -> "PairScores":
         """The same with the four reconstruction sums, given by field name, filled in."""
@@ -119,6 +127,25 @@ def score_plan(
     nats = -np.log(np.maximum(plan[aligned, pair.target[aligned]], PROBABILITY_FLOOR))
     scores = score_prediction(family, pair, barycenters(plan), match)
     return dataclasses.replace(scores, cross_entropy=float(nats.sum(dtype=np.float64)))
+
+
+class Reliability:
+    """How far confidence can be trusted: of decoded pairs in each tenth of it, the share that the reference has."""
+
+    def __init__(self):
+        self._sums = np.zeros((_TENTHS, 3))  # pairs, confidence, correct ones
+
+    def add(self, confidence: Float[np.ndarray, " pairs"], correct: Bool[np.ndarray, " pairs"]) -> None:
+        tenth = np.clip((confidence * _TENTHS).astype(int), 0, _TENTHS - 1)
+        np.add.at(self._sums, tenth, np.stack([np.ones(len(tenth)), confidence, correct], axis=1))
+
+    def tenths(self) -> list[dict[str, float]]:
+        """`{"confidence": mean, "correct": share, "pairs": count}` of every tenth that holds pairs, in rising order."""
+        return [
+            {"confidence": float(confidence / count), "correct": float(correct / count), "pairs": int(count)}
+            for count, confidence, correct in self._sums
+            if count
+        ]
 
 
 def summarise(

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from data.families import SALT, SPLITS, Family, read_clans, split_records
+from data.families import SALT, SPLITS, Family, read_clans
 from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, read_inputs
 
 CHECKSUMS = "SHA256SUMS"
@@ -61,7 +61,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         inputs, clans_path = self.local_files(dl_manager)
-        clans = read_clans(clans_path)
+        clans = read_clans(clans_path) if clans_path else {}
         kept = self.survey(inputs, clans)
         counts = Counter(split for splits in kept.values() for split in splits)
         for split, count in counts.items():
@@ -90,7 +90,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         candidates: dict[str, list[Candidate]] = {}
         placed = read_inputs(inputs, clans, self.recipe, self.report.skipped.append)
         for place, family in tqdm(placed, desc="Reading families", unit=" families", mininterval=1.0):
-            candidates.setdefault(family.accession, []).append(candidate(place, inputs[place[0]], family))
+            candidates.setdefault(family.accession, []).append(candidate(place, inputs[place[0]], family, self.recipe))
         kept = {}
         for same in candidates.values():
             best, left_out = choose(same)
@@ -108,7 +108,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
     ) -> Iterator[tuple[str, dict]]:
         for place, family in read_inputs(inputs, clans, self.recipe, lambda _: None):
             if split in kept.get(place, ()):
-                record = next(record for name, record in split_records(family) if name == split)
+                record = next(record for name, record in self.recipe.records(family) if name == split)
                 yield record.accession, to_example(record)
 
 

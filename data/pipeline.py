@@ -14,11 +14,11 @@ from typing import Any, TypedDict, cast
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Bool, Float64, Int, Int32, Int64
 
 from data import vocab
 from data.sampling import Families, LengthIndex, check_buckets, row_lengths
-from data.transforms import NO_TARGET, Pair, pair
+from data.transforms import NO_TARGET, Pair, crop, pair
 
 _LAST_STEP = 2**40  # Grain wants a length; no run gets there
 _ATTEMPTS = 4  # draws of an example before a pair without any aligned residue is accepted
@@ -45,6 +45,7 @@ class PipelineConfig:
       batch_size: Pairs a step, over all hosts.
       seed: Of the pairs drawn.
       pairs_per_family: A family counts as many times as it has pairs, at most this many; else a few big ones dominate.
+      crop: Share of the pairs of which one sequence loses up to half at one end.
       workers: Processes that make batches; 0 makes them on a thread of this one. Does not change the batches.
       prefetch: Batches made ahead, by each worker. Does not change the batches.
     """
@@ -53,6 +54,7 @@ class PipelineConfig:
     batch_size: int = 64
     seed: int = 0
     pairs_per_family: int = 1000
+    crop: float = 0.0
     workers: int = 0
     prefetch: int = 4
 
@@ -61,6 +63,8 @@ class PipelineConfig:
         for name, least in (("batch_size", 1), ("pairs_per_family", 1), ("prefetch", 1), ("seed", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} was given, allowed is {least} or more")
+        if not 0 <= self.crop <= 1:
+            raise ValueError(f"crop: {self.crop} was given, allowed is a share, 0 to 1")
 
 
 class PairStream:
@@ -76,26 +80,34 @@ class PairStream:
         self._read = _Reader(families)
 
     def __getitem__(self, step: int) -> Batch:
-        bucket, candidates = self._candidates(step)
+        bucket, candidates, draws = self._candidates(step)
         ids, pairs = zip(*map(self._first_aligned, candidates[self._shard].tolist()), strict=True)
-        return _assemble(pairs, np.array(ids), self.config.buckets[bucket])
+        cropped = [
+            crop(found, draw[1:]) if draw[0] < self.config.crop else found
+            for found, draw in zip(pairs, draws[self._shard], strict=True)
+        ]
+        return _assemble(cropped, np.array(ids), self.config.buckets[bucket])
 
     def fingerprint(self) -> str:
         """Names the stream: same seed, sizes and data, whatever the hosts and workers."""
         c = self.config
-        of = hashlib.sha256(repr((tuple(c.buckets), c.batch_size, c.seed)).encode())
+        of = hashlib.sha256(repr((tuple(c.buckets), c.batch_size, c.seed, c.crop)).encode())
         for array in (self.index.rows, self.index.first, self.index.ranks, self.index.mass):
             of.update(array.tobytes())
         return of.hexdigest()[:16]
 
-    def _candidates(self, step: int) -> tuple[int, Int32[np.ndarray, "batch attempts 3"]]:
-        """The bucket and, for every example of the global batch, a few pairs of which the first usable one is taken."""
+    def _candidates(
+        self, step: int
+    ) -> tuple[int, Int32[np.ndarray, "batch attempts 3"], Float64[np.ndarray, "batch 4"]]:
+        """The bucket and, for every example of the global batch, a few pairs of which the first usable one is taken,
+        and uniform draws of how it is cropped.
+        """
         rng = np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(step,)))
         mass = self.index.mass
         bucket = int(rng.choice(mass.shape[1], p=mass.sum(0) / mass.sum()))
         weights = mass[:, bucket] / mass[:, bucket].sum()
         family = rng.choice(len(mass), size=(self.config.batch_size, _ATTEMPTS), p=weights)
-        return bucket, self.index.draw(family, bucket, rng)
+        return bucket, self.index.draw(family, bucket, rng), rng.random((self.config.batch_size, 4))
 
     def _first_aligned(self, candidates: list[list[int]]) -> tuple[list[int], Pair]:
         for candidate in candidates:

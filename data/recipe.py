@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from data import stockholm
-from data.families import Family, from_alignment, limit_rows, split_records
+from data.families import PAIRS_PER_FAMILY, Family, from_alignment, limit_rows, split_records
 from data.stockholm import StockholmError
 
 RELEASES = "https://ftp.ebi.ac.uk/pub/databases/Pfam/releases"
@@ -16,7 +16,8 @@ class Recipe:
     """What a build is made of: local `inputs` and `clans`, or a Pfam `release` such as "37.0", fetched from `mirror`.
 
     `skip_bad` leaves malformed families out and lists them; `max_rows` keeps that many rows a family; `num_shards` is
-    that of every split, by default it follows from the size.
+    that of every split, by default it follows from the size. `pairs` evaluation pairs are drawn of a family at most.
+    `evaluation_only` is for alignments to be measured on and never trained on: all go to `test_ood`, without clans.
     """
 
     inputs: tuple[str, ...] = ()
@@ -27,16 +28,25 @@ class Recipe:
     max_rows: int | None = None
     max_family_bytes: int = stockholm.MAX_FAMILY_BYTES
     num_shards: int | None = None
+    evaluation_only: bool = False
+    pairs: int = PAIRS_PER_FAMILY
 
     def __post_init__(self):
         if bool(self.release) == bool(self.inputs):
             raise ValueError(f"give either a release or inputs, not {'both' if self.release else 'neither'}")
-        if self.inputs and not self.clans:
+        if self.inputs and not (self.clans or self.evaluation_only):
             raise ValueError(
-                "inputs need clans (Pfam-A.clans.tsv[.gz]): without them homologous families would be split apart"
+                "inputs need clans (Pfam-A.clans.tsv[.gz]): without them homologous families would be split apart; "
+                "only data for evaluation alone (evaluation_only, --evaluation-only) do without"
             )
+        if self.pairs < 1:
+            raise ValueError(f"pairs={self.pairs}: at least 1 evaluation pair a family")
         if self.max_rows is not None and self.max_rows < 2:
             raise ValueError(f"max_rows={self.max_rows}: at least 2, a family of one row has no pairs")
+
+    def records(self, family: Family) -> Iterator[tuple[str, Family]]:
+        """The (split, record) that one family gives."""
+        return split_records(family, evaluation_only=self.evaluation_only, pairs=self.pairs)
 
 
 @dataclass
@@ -59,8 +69,8 @@ class Candidate:
     splits: tuple[str, ...]
 
 
-def candidate(place: Place, path: str, family: Family) -> Candidate:
-    splits = tuple(split for split, _ in split_records(family))
+def candidate(place: Place, path: str, family: Family, recipe: Recipe) -> Candidate:
+    splits = tuple(split for split, _ in recipe.records(family))
     return Candidate(place, path, family.accession, len(family.rows), splits)
 
 

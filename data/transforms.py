@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Float64, Int32, UInt8
 
 from data import vocab
 
@@ -37,6 +37,27 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
     target = np.full(x_occupied.sum(), NO_TARGET, np.int32)
     target[np.cumsum(x_occupied)[shared] - 1] = np.cumsum(y_occupied)[shared] - 1
     return Pair(vocab.encode(x_row[x_occupied]), vocab.encode(y_row[y_occupied]), target)
+
+
+def crop(whole: Pair, draws: Float64[np.ndarray, "3"]) -> Pair:
+    """The pair with up to half of one sequence cut off at one end, or whole where no aligned residue would be left.
+
+    Families' sequences begin and end alike, so that alignments run along the diagonal; those that users bring need not.
+
+    Args:
+      draws: Uniform in [0, 1): which sequence, which end, how much.
+    """
+    of_x, at_start = draws[:2] < 0.5
+    length = len(whole.x if of_x else whole.y)
+    cut = int(draws[2] * length / 2)
+    first, last = (cut, length) if at_start else (0, length - cut)
+    if of_x:
+        cropped = Pair(whole.x[first:last], whole.y, whole.target[first:last])
+    else:
+        inside = (whole.target >= first) & (whole.target < last)
+        target = np.where(inside, whole.target - first, NO_TARGET).astype(np.int32)
+        cropped = Pair(whole.x, whole.y[first:last], target)
+    return cropped if (cropped.target != NO_TARGET).any() else whole
 
 
 def aligned_pairs(target: Int32[np.ndarray, " x_length"]) -> Int32[np.ndarray, "aligned 2"]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from data import vocab
-from models import attention
+from models import attention, ordering, refinement
 from models.attention import Implementation, SinkhornSpec
 
 # BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
@@ -23,8 +23,12 @@ class AlignerConfig:
 
     depth: residual convolution blocks, their dilation doubling from 1 and starting again after `dilations`.
     attention_every: a self-attention block follows every so many convolution blocks; 0 for none.
-    plan_width: of the queries and keys of the plan; half of it is rotated by length-scaled positions.
+    plan_width: of the queries and keys of the plan.
+    plan_gain: of their projection before training; below 1 what is learned starts small beside a prior.
+    positions: half of them is rotated by length-scaled positions, a pull to the diagonal.
     substitution_prior: adds BLOSUM62 with a learned weight to the plan's scores.
+    refinement: residual convolution blocks that weigh the votes of a first plan for a second one; 0 for no second plan.
+    gap_model: learns the pair HMM that plans are aligned by (loss.alignment); else that of models/decode.py is taken.
     implementation: of the attention: "auto", "reference", "xla" or "pallas_tpu".
     dtype: of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
     """
@@ -36,8 +40,12 @@ class AlignerConfig:
     heads: int = 4
     attention_every: int = 3
     plan_width: int = 64
+    plan_gain: float = 1.0
     value_width: int = 64
+    positions: bool = True
     substitution_prior: bool = False
+    refinement: int = 0
+    gap_model: bool = False
     implementation: str = "auto"
     dtype: str = "float32"
 
@@ -45,6 +53,10 @@ class AlignerConfig:
         for field in ("width", "depth", "kernel", "dilations", "heads", "plan_width", "value_width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
+        if self.refinement < 0:
+            raise ValueError(f"model.refinement={self.refinement} must not be negative; 0 is no second plan")
+        if self.plan_gain <= 0:
+            raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
         if self.plan_width % 4:
             raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
         if self.implementation not in ("auto", *get_args(Implementation)):
@@ -130,11 +142,17 @@ class Aligner(nnx.Module):
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
         self.encoder = Encoder(config, spec, rngs=rngs)
-        self.plan_projection = nnx.Linear(config.width, config.plan_width, rngs=rngs)
+        spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
+        self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
         self.value_projection = nnx.Linear(config.width, config.value_width, rngs=rngs)
         self.dustbin = attention.Dustbin(1, spec)
         self.decoder_in = nnx.Linear(config.value_width, config.width, rngs=rngs)
         self.decoder_out = nnx.Linear(config.width, len(vocab.RESIDUES), rngs=rngs)
+        if config.refinement:
+            blocks = [ConvolutionBlock(config, 2**i, rngs=rngs) for i in range(config.refinement)]
+            self.votes = refinement.Votes(config.width, config.value_width, config.plan_width // 2, blocks, rngs=rngs)
+        if config.gap_model:
+            self.gaps = ordering.GapModel()
         if config.substitution_prior:
             self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
 
@@ -155,7 +173,15 @@ class Aligner(nnx.Module):
         values = self.value_projection(h_y)
         lengths = x_length, y_length
         transported = attention.transport(
-            q, k, values, target, self.spec, lengths, self.dustbin.score, self.config.implementation
+            q,
+            k,
+            values,
+            target,
+            self.spec,
+            lengths,
+            self.dustbin.score,
+            self.config.implementation,
+            dense=self.config.gap_model,
         )
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
 
@@ -169,6 +195,19 @@ class Aligner(nnx.Module):
         """The plan over residues, dense."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score)
+
+    def banded_plan(
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        x_length: Int[Array, "batch"],
+        y_length: Int[Array, "batch"],
+    ) -> attention.BandedPlan:
+        """The plan over residues by the windows of its band."""
+        q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
+        return attention.banded_plan(
+            q, k, self.spec, (x_length, y_length), self.dustbin.score, self.config.implementation
+        )
 
     def certificates(
         self,
@@ -186,12 +225,15 @@ class Aligner(nnx.Module):
 
     def _queries_and_keys(self, x, y, x_length, y_length):
         h_x, h_y = self._encode(x, y, x_length, y_length)
-        rows, columns = (jnp.arange(tokens.shape[1], dtype=jnp.float32)[None] for tokens in (x, y))
-        scale = (y_length / jnp.maximum(x_length, 1))[:, None]
-        q = self._positioned(self.plan_projection(h_x), (rows + 0.5) * scale - 0.5)
-        k = self._positioned(self.plan_projection(h_y), columns)
+        q, k = self.plan_projection(h_x), self.plan_projection(h_y)
+        if self.config.positions:
+            rows, columns = (jnp.arange(tokens.shape[1], dtype=jnp.float32)[None] for tokens in (x, y))
+            scale = (y_length / jnp.maximum(x_length, 1))[:, None]
+            q, k = self._positioned(q, (rows + 0.5) * scale - 0.5), self._positioned(k, columns)
         if self.config.substitution_prior:
             q, k = self._with_prior(q, k, x, y)
+        if self.config.refinement:
+            q, k = self._refined(q, k, h_x, h_y, x_length, y_length)
         return q, k, h_y
 
     def _encode(self, x, y, x_length, y_length):
@@ -208,11 +250,33 @@ class Aligner(nnx.Module):
         still, turned = jnp.split(z, 2, axis=-1)
         return jnp.concatenate([still, attention.rotate(turned[:, :, None], position)[:, :, 0]], -1)
 
+    def _refined(self, q, k, h_x, h_y, x_length, y_length):
+        """The scores of q and k, with the votes of their plan."""
+        columns = refinement.waves(jnp.arange(k.shape[1])[None])
+        values = self.value_projection(h_y)
+        values = jnp.concatenate([values, jnp.broadcast_to(columns, (*values.shape[:2], columns.shape[-1]))], -1)
+        nowhere = jnp.full(q.shape[:2], -1, jnp.int32)
+        lengths = x_length, y_length
+        first = attention.transport(
+            q, k, values, nowhere, self.spec, lengths, self.dustbin.score, self.config.implementation
+        )
+        real = (jnp.arange(q.shape[1]) < x_length[:, None])[..., None].astype(q.dtype)
+        q_votes, k_votes = self.votes(first.values, first.mass, h_x, h_y, real)
+        return _joined((q, k), (q_votes, k_votes))
+
     def _with_prior(self, q, k, x, y):
         """Extra channels whose product is the weighted BLOSUM62 score, so that attention itself needs no new input."""
         blosum = jnp.asarray(vocab.blosum62(), q.dtype)
-        width = q.shape[-1] + vocab.SIZE
-        # Undoes the division of scores by sqrt(width) and epsilon for the prior, and keeps it for the rest.
-        learned = (width / q.shape[-1]) ** 0.5
-        prior = self.prior_weight[...] * width**0.5 * self.spec.epsilon * blosum[x]
-        return jnp.concatenate([q * learned, prior], -1), jnp.concatenate([k, jax.nn.one_hot(y, vocab.SIZE)], -1)
+        prior = self.prior_weight[...] * self.spec.epsilon * blosum[x]
+        return _joined((q, k), (prior, jax.nn.one_hot(y, vocab.SIZE)))
+
+
+def _joined(scored, added):
+    """Queries and keys whose scores are those of `scored` plus the plain products of `added`.
+
+    Undoes the division of scores by sqrt(width) for what is added, and keeps it for the rest.
+    """
+    (q, k), (q_added, k_added) = scored, added
+    width = q.shape[-1] + q_added.shape[-1]
+    q = jnp.concatenate([q * (width / q.shape[-1]) ** 0.5, q_added * width**0.5], -1)
+    return q, jnp.concatenate([k, k_added], -1)

@@ -14,6 +14,7 @@ from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, support
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.spec import Implementation
 
+_PLAN_ROWS = 32  # of a banded plan made at a time
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
 
 
@@ -103,6 +104,7 @@ class Transported(NamedTuple):
     barycenter: Float[Array, "batch x_length"]  # sum_j P_ij j / mass, in residues
     log_target: Float[Array, "batch x_length"]  # log P_i,t(i); minus infinity outside the band and without a target
     residual: Float[Array, "batch"]
+    log_plan: Float[Array, "batch x_length y_length"] | None = None  # where asked for; minus infinity outside the band
 
 
 def transport(
@@ -114,8 +116,10 @@ def transport(
     lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]],
     dustbin_score: Float[Array, "1"] | None,
     implementation: str,
+    *,
+    dense: bool = False,
 ) -> Transported:
-    """Sends values of y to x along one head's plan; nothing of the plan's size is made.
+    """Sends values of y to x along one head's plan; nothing of the plan's size is made, unless it is asked for.
 
     Positions travel as two more values, and the plan at the reference alignment comes from the potentials.
     """
@@ -125,11 +129,59 @@ def transport(
     out, info = _attend(*heads, spec, lengths, dustbin_score, _named(implementation))
     values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
     barycenter = moment / jnp.where(mass > 0, mass, 1)
-    return Transported(values, mass, barycenter, _log_plan(q, k, info, target, spec, lengths), info.residual[:, 0])
+    at_target = _log_plan_at(q, k, info, target, spec, lengths)
+    log_plan = _log_plan(q, k, info, spec, lengths) if dense else None
+    return Transported(values, mass, barycenter, at_target, info.residual[:, 0], log_plan)
 
 
-def _log_plan(q, k, info: SinkhornInfo, target, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length"]:
-    """`log P_i,t(i) = S + f + g`, minus infinity outside the support."""
+class BandedPlan(NamedTuple):
+    """A plan by the windows of its band: `values[n, i, c]` is P_ij for j = first[n, i] + c, 0 where there is none."""
+
+    values: Float[Array, "batch x_length window"]
+    first: Int[Array, "batch x_length"]
+
+
+def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str) -> BandedPlan:
+    """The plan over residues from q to k `[batch, length, width]`; nothing larger than a few of its rows is dense."""
+    nothing = jnp.zeros((*k.shape[:2], 1, 1), k.dtype)
+    heads = q[:, :, None], k[:, :, None], nothing
+    _, info = sinkhorn_attention(*heads, spec, *lengths, dustbin_score, _named(implementation))
+    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    first, last = support.row_windows(rows, lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32), spec.band)
+    columns = k.shape[1]
+    window = jnp.arange(columns if spec.band is None else min(2 * spec.band + 1, columns))
+    g = info.g[:, 0, None, :columns]
+
+    def some_rows(of_rows):
+        q, f, first, last = of_rows
+        log_plan = jnp.einsum("bid,bjd->bij", q, k) / (math.sqrt(q.shape[-1]) * spec.epsilon) + g
+        place = first[..., None] + window
+        log_plan = jnp.take_along_axis(log_plan, jnp.minimum(place, columns - 1), axis=2) + f[..., None]
+        return jnp.where(place <= last[..., None], jnp.exp(log_plan), 0)
+
+    step = math.gcd(q.shape[1], _PLAN_ROWS)
+    parts = tuple(
+        x.reshape(len(q), -1, step, *x.shape[2:]).swapaxes(0, 1) for x in (q, info.f[:, 0, : q.shape[1]], first, last)
+    )
+    values = jax.lax.map(some_rows, parts).swapaxes(0, 1)
+    return BandedPlan(values.reshape(len(q), q.shape[1], -1), first)
+
+
+def _log_plan(q, k, info: SinkhornInfo, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length y_length"]:
+    """`log P_ij = S + f + g`, minus infinity outside the support."""
+    scores = jnp.einsum("bid,bjd->bij", q.astype(jnp.float32), k.astype(jnp.float32))
+    f, g = info.f[:, 0, : q.shape[1], None], info.g[:, 0, None, : k.shape[1]]
+    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    first, last = support.row_windows(rows, lengths[0], lengths[1], spec.band)
+    columns = jnp.arange(k.shape[1])
+    inside = (first[..., None] <= columns) & (columns <= last[..., None])
+    inside &= (rows < lengths[0][:, None])[..., None]
+    log_plan = jnp.where(inside, scores / (math.sqrt(q.shape[-1]) * spec.epsilon) + f + g, 0)
+    return jnp.where(inside, log_plan, -jnp.inf)
+
+
+def _log_plan_at(q, k, info: SinkhornInfo, target, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length"]:
+    """`log P_i,t(i)`, minus infinity outside the support."""
     column = jnp.maximum(target, 0)
     k_target = jnp.take_along_axis(k, column[..., None], axis=1)
     score = (q.astype(jnp.float32) * k_target.astype(jnp.float32)).sum(-1) / (math.sqrt(q.shape[-1]) * spec.epsilon)

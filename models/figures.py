@@ -3,6 +3,7 @@
 Everything is drawn on `Figure` objects, never through pyplot: no display is needed and no global state is left behind.
 """
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,35 +39,43 @@ LABELS = {
 }
 
 MetricRow = Mapping[str, Any]  # one line of metrics.jsonl: "step", and numbers under "metric" or "split/metric"
+Where = Path | str | io.BytesIO  # a file, or memory
 Curve = tuple[list[int | float], list[int | float]]  # steps, values
 
 
 def plan_heatmap(
     plan: Float[np.ndarray, "x_length y_length"],
-    path: Path | str,
+    path: Where,
     *,
     target: Int[np.ndarray, " x_length"] | None = None,
     match: Int[np.ndarray, " x_length"] | None = None,
+    scale: int = 1,
     title: str = "",
+    label: str = "plan $P_{ij}$",
 ) -> None:
-    """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1)."""
+    """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1).
+
+    scale: residues of either side that one value of the plan stands for. label: what the values are.
+    """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
     # The square root shows mass spread thinly over a band beside the peaks of a sharp row.
-    image = axes.imshow(plan, cmap="Greys", norm=PowerNorm(0.5, vmin=0, vmax=max(float(plan.max(initial=0)), 1e-12)))
+    edges = np.array([0, plan.shape[1], plan.shape[0], 0]) * scale - 0.5
+    norm = PowerNorm(0.5, vmin=0, vmax=max(float(plan.max(initial=0)), 1e-12))
+    image = axes.imshow(plan, cmap="Greys", norm=norm, extent=tuple(edges))
     size = max(1.0, min(6.0, 600 / max(plan.shape)))
     if target is not None:
         _points(axes, target, "reference", marker="s", markersize=size, color=_COLOURS[1], markerfacecolor="none")
     if match is not None:
         _points(axes, match, "decoded (MEA)", marker=".", markersize=size, color=_COLOURS[0])
     axes.set(xlabel="position in y (residues)", ylabel="position in x (residues)", title=title)
-    figure.colorbar(image, ax=axes, label="plan $P_{ij}$ (square-root scale)", shrink=0.85)
+    figure.colorbar(image, ax=axes, label=f"{label} (square-root scale)", shrink=0.85)
     if target is not None or match is not None:
         axes.legend(loc="upper right", markerscale=8 / (size + 2))
     figure.savefig(path, dpi=_DPI)
 
 
-def metric_curves(rows: Sequence[MetricRow], path: Path | str, *, metrics: Sequence[str] | None = None) -> None:
+def metric_curves(rows: Sequence[MetricRow], path: Where, *, metrics: Sequence[str] | None = None) -> None:
     """Every metric of one run against the step, a panel each, a line for each split.
 
     Args:
@@ -89,7 +98,7 @@ def metric_curves(rows: Sequence[MetricRow], path: Path | str, *, metrics: Seque
 
 def screen_figure(
     runs: Mapping[str, Sequence[MetricRow]],
-    path: Path | str,
+    path: Where,
     *,
     split: str = "validation",
     metrics: Sequence[str] | None = None,
@@ -113,7 +122,7 @@ def screen_figure(
 def comparison_bars(
     runs: Mapping[str, Mapping[str, Mapping[str, float]]],
     baselines: Mapping[str, Mapping[str, Mapping[str, float]]],
-    path: Path | str,
+    path: Where,
     *,
     metrics: Sequence[str] | None = None,
     title: str = "",
@@ -141,6 +150,59 @@ def comparison_bars(
         axes.set_xlim(left=0)
 
     _panels(names, draw, path, title=title, height=0.34 * len(bars) + 0.9)
+
+
+def identity_bins(
+    summaries: Mapping[str, Mapping[str, Any]], path: Where, *, metric: str = "f1", title: str = ""
+) -> None:
+    """One metric by identity of the aligned residues, the model in colour and the baselines in grey, with intervals.
+
+    summaries: {who: {"bins": {bin: {metric: {"value", "low", "high"}}}}}, as `splits` in eval.py's JSON; the first is
+      the model.
+
+    Raises:
+      ValueError: no bin holds the metric.
+    """
+    names = list(dict.fromkeys(name for summary in summaries.values() for name in summary["bins"]))
+    if not any(metric in values for summary in summaries.values() for values in summary["bins"].values()):
+        raise ValueError(f"metric: {metric!r} is in no bin")
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    shades, markers = (_COLOURS[0], "#333333", "#666666", "#999999", "#BBBBBB"), "osv^D"
+    for n, (who, summary) in enumerate(summaries.items()):
+        places = [k for k, name in enumerate(names) if metric in summary["bins"].get(name, {})]
+        found = [summary["bins"][names[k]][metric] for k in places]
+        value, low, high = (np.array([of[key] for of in found]) for key in ("value", "low", "high"))
+        around = np.array(places) + 0.06 * (n - (len(summaries) - 1) / 2)  # or intervals would hide each other
+        style: dict[str, Any] = {"color": shades[n % len(shades)], "marker": markers[n % len(markers)], "markersize": 5}
+        # A bootstrap interval need not hold the value, over two families say.
+        spread = np.maximum(np.stack([value - low, high - value]), 0)
+        axes.errorbar(around, value, spread, capsize=2, linewidth=2 if n == 0 else 1, label=who, **style)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(xlabel="identity of the aligned residues", ylabel=LABELS.get(metric, metric), title=title, ylim=(0, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=_DPI)
+
+
+def reliability(tenths: Sequence[Mapping[str, float]], path: Where, *, title: str = "") -> None:
+    """The share of correct pairs against their confidence, and how many there are of each.
+
+    tenths: of `data.metrics.Reliability`.
+    """
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    confidence, correct, pairs = ([of[key] for of in tenths] for key in ("confidence", "correct", "pairs"))
+    left.plot([0, 1], [0, 1], color=_BASELINE, linewidth=1, label="confidence is the probability")
+    left.plot(confidence, correct, color=_COLOURS[0], marker="o", label="found")
+    left.set(xlabel="mean confidence", ylabel="share in the reference", xlim=(0, 1), ylim=(0, 1.02))
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    right.bar(confidence, np.array(pairs) / max(sum(pairs), 1), width=0.06, color=_COLOURS[0])
+    right.set(xlabel="mean confidence", ylabel="share of decoded pairs", xlim=(0, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=_DPI)
 
 
 def _points(axes: Axes, match: np.ndarray, label: str, **style: Any) -> None:
@@ -199,7 +261,7 @@ def _bar(axes: Axes, row: int, metric: Mapping[str, float], colour: str) -> None
 def _panels(
     names: Sequence[str],
     draw: Callable[[Axes, str], None],
-    path: Path | str,
+    path: Where,
     *,
     xlabel: str = "",
     title: str = "",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import vocab
+from models import ordering
 from models.aligner import Aligner
 
 LEAST_PROBABILITY = 1e-6  # the floor of the sparse CE metric: 13.8 nats
@@ -15,7 +16,7 @@ LEAST_PROBABILITY = 1e-6  # the floor of the sparse CE metric: 13.8 nats
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """`config.loss`: weights of the two terms, and the share of x that is masked while training.
+    """`config.loss`: weights of the three terms, and the share of x that is masked while training.
 
     With `mask_rate` above 0 only masked residues are reconstructed: an unmasked one can be routed to an identical
     residue of y without any alignment.
@@ -23,13 +24,15 @@ class LossConfig:
 
     reconstruction: float = 1.0
     sparse_ce: float = 0.0
+    alignment: float = 0.0
     mask_rate: float = 0.15
 
     def __post_init__(self):
-        if min(self.reconstruction, self.sparse_ce) < 0 or self.reconstruction + self.sparse_ce == 0:
+        terms = self.reconstruction, self.sparse_ce, self.alignment
+        if min(terms) < 0 or not any(terms):
             raise ValueError(
-                f"loss.reconstruction={self.reconstruction} and loss.sparse_ce={self.sparse_ce} must not be negative, "
-                "nor both 0"
+                f"loss.reconstruction={self.reconstruction}, loss.sparse_ce={self.sparse_ce} and "
+                f"loss.alignment={self.alignment} must not be negative, nor all 0"
             )
         if not 0 <= self.mask_rate < 1:
             raise ValueError(f"loss.mask_rate={self.mask_rate} must be at least 0 and below 1")
@@ -63,6 +66,13 @@ def sums(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, "bat
         "barycenter_mae": (error, aligned),
         "barycenter_within_1": (error <= 1, aligned),
     }
+    if transported.log_plan is not None:
+        nll = ordering.negative_log_likelihood(
+            transported.log_plan, batch["target"], batch["x_length"], batch["y_length"], model.gaps()
+        )
+        # A pair's likelihood is of all its residues together; each aligned one bears the same part of it.
+        share = nll / jnp.maximum(aligned.sum(-1), 1)
+        per_residue["alignment"] = (jnp.broadcast_to(share[:, None], aligned.shape), aligned)
     result = {"residual": transported.residual, "residual/count": jnp.ones_like(transported.residual)}
     for name, (value, where) in per_residue.items():
         result[name] = jnp.where(where, value, 0).sum(-1)
@@ -92,7 +102,10 @@ def means(totals: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
 def objective(totals: dict[str, Float[Array, ""]], config: LossConfig) -> Float[Array, ""]:
     """The weighted loss."""
     cross_entropy = totals["sparse_ce_unfloored"] / jnp.maximum(totals["sparse_ce/count"], 1)
-    return config.reconstruction * _quotient(totals, "reconstruction") + config.sparse_ce * cross_entropy
+    loss = config.reconstruction * _quotient(totals, "reconstruction") + config.sparse_ce * cross_entropy
+    if config.alignment:
+        loss += config.alignment * totals["alignment"] / jnp.maximum(totals["sparse_ce/count"], 1)
+    return loss
 
 
 def _quotient(totals: dict[str, Float[Array, ""]], name: str) -> Float[Array, ""]:

@@ -80,6 +80,8 @@ class Trainer:
     def create(
         cls, model: AlignerConfig, spec: SinkhornSpec, settings, loss_config, *, total_steps: int, seed: int
     ) -> "Trainer":
+        if loss_config.alignment and not model.gap_model:
+            raise ValueError(f"loss.alignment={loss_config.alignment} needs model.gap_model=True")
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(
             optax.clip_by_global_norm(settings.clip_norm),

@@ -3,6 +3,7 @@
 Examples:
   python scripts/build_pfam.py --input Pfam-A.seed.gz --clans Pfam-A.clans.tsv.gz --out runs/pfam
   python scripts/build_pfam.py --release 37.0 --out runs/pfam37
+  python scripts/build_pfam.py --input homstrad.sto.gz --evaluation-only --pairs-per-family 5 --out runs/homstrad
   python scripts/build_pfam.py --input part-*.sto.gz --clans Pfam-A.clans.tsv.gz --max-rows 2000 --out runs/full \\
       --beam --beam-options --runner=DirectRunner --direct_num_workers=8
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.families import PAIRS_PER_FAMILY
 from data.pfam import Pfam, build
 from data.recipe import RELEASES, Recipe, Report
 from data.stockholm import MAX_FAMILY_BYTES
@@ -44,6 +46,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-family-bytes", type=int, default=MAX_FAMILY_BYTES, metavar="N", help="larger families are an error"
     )
+    parser.add_argument(
+        "--evaluation-only", action="store_true", help="all families go to test_ood, never to be trained on; no --clans"
+    )
+    parser.add_argument(
+        "--pairs-per-family", type=int, default=PAIRS_PER_FAMILY, metavar="N", help="evaluation pairs, at most"
+    )
     parser.add_argument("--num-shards", type=int, metavar="N", help="shards a split; default: by size")
     parser.add_argument("--mirror", default=RELEASES, metavar="URL", help="parent of the Pfam37.0 folders")
     parser.add_argument(
@@ -69,6 +77,8 @@ def recipe(args: argparse.Namespace) -> Recipe:
         max_rows=args.max_rows,
         max_family_bytes=args.max_family_bytes,
         num_shards=args.num_shards,
+        evaluation_only=args.evaluation_only,
+        pairs=args.pairs_per_family,
     )
 
 

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -80,6 +81,85 @@ def test_small_values_still_decide_at_the_end_of_a_long_alignment():
     np.testing.assert_array_equal(pairs[300:], [[300, 301]])
 
 
+def enumerated_posterior(plan: np.ndarray, gaps: decode.Gaps) -> np.ndarray:
+    """Shares of all alignments, each written down once: of neighbouring gaps that in y, x's residues alone, first."""
+    rows, columns = plan.shape
+    total, containing = 0.0, np.zeros(plan.shape)
+
+    def go(i: int, j: int, last: str, log_weight: float, pairs: tuple) -> None:
+        nonlocal total
+        if (i, j) == (rows, columns):
+            total += math.exp(log_weight)
+            for pair in pairs:
+                containing[pair] += math.exp(log_weight)
+        if i < rows and j < columns and plan[i, j]:
+            matched = gaps.sharpness * math.log(plan[i, j]) + gaps.match
+            go(i + 1, j + 1, "match", log_weight + matched, (*pairs, (i, j)))
+        if i < rows:
+            go(i + 1, j, "x", log_weight - (last != "x") * gaps.opening, pairs)
+        if j < columns and last != "x":
+            go(i, j + 1, "y", log_weight - (last != "y") * gaps.opening, pairs)
+
+    go(0, 0, "", 0.0, ())
+    return containing / total
+
+
+def test_posterior_is_the_share_of_all_alignments():
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        plan = sparse_plan(rng, *rng.integers(1, 6, 2))
+        gaps = decode.Gaps(*rng.uniform((0.3, -1, 0), (1.5, 4, 5)).tolist())
+        expected = enumerated_posterior(plan, gaps)
+        found = decode.posterior(plan[None], np.array([plan.shape[0]]), np.array([plan.shape[1]]), gaps)[0]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_posterior_of_a_batch_is_that_of_each_and_ignores_padding():
+    rng = np.random.default_rng(3)
+    lengths = np.array([[7, 1, 4, 0], [5, 9, 9, 3]])
+    plans = np.full((4, 8, 9), np.nan, np.float32)
+    small = [sparse_plan(rng, rows, columns) for rows, columns in lengths.T]
+    for plan, one in zip(plans, small, strict=True):
+        plan[: one.shape[0], : one.shape[1]] = one
+    found = decode.posterior(plans, *lengths)
+    match, confidence = decode.align_batch(plans, *lengths)
+    for n, one in enumerate(small):
+        alone = decode.posterior(one[None], *(np.array([size]) for size in one.shape))[0]
+        np.testing.assert_allclose(found[n, : one.shape[0], : one.shape[1]], alone, atol=1e-12)
+        pairs, values = decode.align(one)
+        rows = np.flatnonzero(match[n] != decode.NO_MATCH)
+        np.testing.assert_array_equal(np.stack([rows, match[n, rows]], 1), pairs)
+        np.testing.assert_allclose(confidence[n, rows], values, rtol=1e-5)
+    assert not found[:, 7:].any() and not found[1, 1:].any()
+
+
+def test_posterior_neither_over_nor_underflows():
+    """Of long sequences of which hardly anything matches, and of long ones that match all along."""
+    lengths = np.array([700]), np.array([600])
+    noise = np.random.default_rng(4).random((1, 700, 600)) ** 30
+    rows = decode.posterior(noise, *lengths).sum(axis=2)
+    assert rows.max() <= 1 + 1e-9
+    alike = decode.posterior(np.eye(700)[None, :, :600], *lengths)
+    np.testing.assert_allclose(alike[0, range(600), range(600)], 1, atol=1e-3)
+
+
+def test_affine_gaps_join_what_accuracy_alone_would_scatter():
+    """Two residues of y that both resemble x's: plain MEA takes each at the larger value, across two gaps."""
+    plan = np.full((6, 8), 1e-3, np.float32)
+    plan[range(3), range(3)] = plan[range(3, 6), range(5, 8)] = 0.9
+    plan[2, 2], plan[2, 3], plan[2, 4] = 0.4, 0.01, 0.45
+    np.testing.assert_array_equal(decode.mea(plan)[0][:, 1], [0, 1, 4, 5, 6, 7])
+    plan[2, 3] = 0.46  # alone between two gaps
+    np.testing.assert_array_equal(decode.mea(plan)[0][:, 1], [0, 1, 3, 5, 6, 7])
+    np.testing.assert_array_equal(decode.align(plan, decode.Gaps(1.0, 3.3, 4.4))[0][:, 1], [0, 1, 4, 5, 6, 7])
+
+
+@pytest.mark.parametrize("bad", [{"sharpness": 0.0}, {"opening": -0.1}])
+def test_gaps_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValueError, match="sharpness must be above 0, opening at least 0"):
+        decode.Gaps(**bad)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
 def test_a_value_that_is_no_probability_is_refused(bad):
     with pytest.raises(ValueError, match="finite and not negative"):
@@ -89,3 +169,28 @@ def test_a_value_that_is_no_probability_is_refused(bad):
 def test_lengths_beyond_the_padding_are_refused():
     with pytest.raises(ValueError, match=r"y_lengths: 4\.\.4 were given, the plan allows 0\.\.3"):
         decode.mea_batch(np.zeros((1, 2, 3), np.float32), np.array([2]), np.array([4]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_windows_give_what_the_whole_plan_gives(seed):
+    """Rows of unequal lengths, windows that jump, overlap or part, and run beyond the end of the plan."""
+    rng = np.random.default_rng(seed)
+    batch, rows, columns, width = 3, 9, 14, int(rng.integers(1, 7))
+    first = np.sort(rng.integers(0, columns, (batch, rows)), axis=1)
+    x_lengths, y_lengths = rng.integers(1, rows + 1, batch), rng.integers(1, columns + 1, batch)
+    place = first[..., None] + np.arange(width)
+    inside = (place >= 0) & (place < y_lengths[:, None, None]) & (np.arange(rows) < x_lengths[:, None])[..., None]
+    held = np.where(inside, rng.random((batch, rows, width)), 0)
+    whole = np.zeros((batch, rows, columns + 2 * width))
+    np.put_along_axis(whole, place + width, held, axis=2)
+    whole = whole[:, :, width:-width]
+    windows = decode.Windows(first, width, columns)
+    expected = decode.posterior(whole, x_lengths, y_lengths)
+    found = decode.posterior_in_windows(held, windows, x_lengths, y_lengths)
+    spread = np.stack([windows.spread(i, found[:, i]) for i in range(rows)], 1)
+    np.testing.assert_allclose(spread, expected, rtol=1e-9)
+    for plan, dense in ((held, whole), (found, spread)):
+        for one, other in zip(
+            decode.mea_in_windows(plan, windows), decode.mea_batch(dense, x_lengths, y_lengths), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)

@@ -69,6 +69,20 @@ def test_the_table_holds_every_number_of_the_report(scored):
             assert table[f"f1, identity {name}"].split()[-len(WHO) :] == told
 
 
+def test_a_gap_model_is_scored_by_its_posterior_too(finished, tmp_path):
+    config = tiny.config_of(finished, model__gap_model=True, loss__alignment=1.0)
+    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
+    run = evaluation.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
+    report = evaluation.evaluate(run, "test_ood", tmp_path, limit=4)
+    result = report["splits"]["test_ood"]
+    assert list(result) == ["model", "ordered", *BASELINES]
+    model, ordered = result["model"]["overall"], result["ordered"]["overall"]
+    assert ordered["f1"] == model["f1"]
+    assert ordered["barycenter_mae"] != model["barycenter_mae"]
+    assert ordered.keys() == model.keys() - {"reconstruction", "reconstruction_masked"}
+    assert " ordered " in evaluation.table(report)
+
+
 def test_certificates_of_the_layers_are_reported(scored):
     report, printed = scored
     for layers in report["certificates"].values():

@@ -245,6 +245,29 @@ def make_trainer(model=SMALL, loss_config=None, **settings):
     return trainer, trainer.initial()
 
 
+def test_the_likelihood_of_the_alignment_is_learned():
+    """Of the very batch: it falls, and the gap model takes part in it."""
+    model = AlignerConfig(**(vars(SMALL) | {"gap_model": True, "attention_every": 0}))
+    trainer, state = make_trainer(model, LossConfig(reconstruction=0.0, alignment=1.0), learning_rate=0.01)
+    update, batch, before = jax.jit(trainer.update), training_batch(), state.params["gaps"]
+    told = []
+    for _ in range(8):
+        state, metrics_of_step = update(state, batch)
+        told.append(float(metrics_of_step["alignment"]))
+        assert float(metrics_of_step["loss"]) == pytest.approx(told[-1], rel=1e-5)
+    assert told[-1] < 0.9 * told[0]
+    assert all(abs(float(state.params["gaps"][name] - value)) > 0.01 for name, value in before.items())
+
+
+def test_the_dense_logarithm_is_that_of_the_plan():
+    spec, batch = SPECS["dustbin"], make_batch()
+    model = make_model(spec, gap_model=True)
+    arguments = [jnp.asarray(batch[name]) for name in ("x", "y", "target", "x_length", "y_length")]
+    transported, _ = model(*arguments)
+    plan = model.plan(*(arguments[k] for k in (0, 1, 3, 4)))
+    np.testing.assert_allclose(jnp.exp(transported.log_plan), plan, rtol=1e-4, atol=1e-6)
+
+
 def training_batch() -> dict[str, jax.Array]:
     batch = make_batch()
     return {name: jnp.asarray(batch[name]) for name in ("x", "y", "target", "x_length", "y_length")}
@@ -334,10 +357,14 @@ def test_learning_rate_warms_up_and_decays():
     [
         (lambda: AlignerConfig(width=0), r"model\.width=0"),
         (lambda: AlignerConfig(depth=-1), r"model\.depth=-1"),
+        (lambda: AlignerConfig(refinement=-1), r"model\.refinement=-1"),
         (lambda: AlignerConfig(plan_width=6), r"model\.plan_width=6.*multiple of 4"),
         (lambda: AlignerConfig(dtype="float16"), r"model\.dtype='float16'.*bfloat16"),
         (lambda: make_model(SPECS["balanced"], heads=3), r"model\.heads=3.*model\.width=16"),
         (lambda: LossConfig(reconstruction=0.0), r"loss\.reconstruction=0\.0.*loss\.sparse_ce=0\.0"),
+        (lambda: AlignerConfig(plan_gain=0.0), r"model\.plan_gain=0\.0"),
+        (lambda: LossConfig(alignment=-1.0), r"loss\.alignment=-1\.0"),
+        (lambda: make_trainer(loss_config=LossConfig(alignment=1.0)), r"loss\.alignment=1\.0 needs model\.gap_model"),
         (lambda: LossConfig(sparse_ce=-1.0), r"loss\.sparse_ce=-1\.0"),
         (lambda: LossConfig(mask_rate=1.0), r"loss\.mask_rate=1\.0"),
         (lambda: OptimizerConfig(accumulate=0), r"optimizer\.accumulate=0"),

@@ -173,6 +173,20 @@ def test_records_hold_the_file_as_it_is(made, capsys):
             source[index]
 
 
+def test_data_for_evaluation_alone_are_never_trained_on(made, capsys):
+    """No clans are needed: nothing is divided."""
+    arguments = ["--input", str(made / "in.sto"), "--evaluation-only", "--pairs-per-family", "2"]
+    assert run(made, *arguments) == 0
+    assert "test_ood 4" in capsys.readouterr().out
+    assert list(report_of(made / "out")["records"]) == ["test_ood"]
+    families = list(open_split(made / "out", "test_ood"))
+    assert sorted(f.accession for f in families) == sorted(ACCESSIONS)
+    assert max(len(f.rows) for f in families) == 60  # whole: no row is held out
+    assert {len(f.pairs) for f in families} == {2}
+    with pytest.raises(ValueError, match="split 'train' is empty"):
+        open_split(made / "out", "train")
+
+
 def test_the_number_of_shards_changes_no_record(made, capsys):
     run(made, *local(made, "in.sto"))
     once = contents(made / "out")
@@ -286,6 +300,7 @@ def test_verify_names_changed_missing_and_unknown_files(made):
         ({"inputs": ("a",), "release": "37.0"}, "not both"),
         ({"inputs": ("a",)}, "inputs need clans"),
         ({"inputs": ("a",), "clans": "c", "max_rows": 1}, "max_rows=1: at least 2"),
+        ({"inputs": ("a",), "evaluation_only": True, "pairs": 0}, "pairs=0: at least 1"),
     ],
 )
 def test_recipe_refuses_what_it_cannot_make(recipe, message):

@@ -1,5 +1,6 @@
 """data/pipeline.py: a stream of batches that depends on (seed, step) alone, and evaluation that loses no pair."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -115,6 +116,18 @@ def test_random_access_equals_iteration():
     for step in (11, 0, 7):
         assert_same(stream[step], running[step])
     assert_same(take(train_iterator(FAMILIES, CONFIG, start_step=9), 1)[0], running[9])
+
+
+def test_a_share_of_the_pairs_is_cropped():
+    config = PipelineConfig(buckets=CONFIG.buckets, batch_size=200, seed=3, pairs_per_family=50, crop=0.5)
+    whole, cropped = (PairStream(FAMILIES, of)[5] for of in (dataclasses.replace(config, crop=0.0), config))
+    np.testing.assert_array_equal(whole["id"], cropped["id"])
+    shorter = [(cropped[name] < whole[name]) for name in ("x_length", "y_length")]
+    assert not (shorter[0] & shorter[1]).any()
+    assert all(one.mean() == pytest.approx(0.25, abs=0.12) for one in shorter)
+    assert PairStream(FAMILIES, config).fingerprint() != PairStream(FAMILIES, CONFIG).fingerprint()
+    with pytest.raises(ValueError, match=r"crop: 1\.5 was given"):
+        PipelineConfig(crop=1.5)
 
 
 GOLDEN = [[3, 1, 0], [1, 2, 8], [3, 4, 1]]

@@ -57,6 +57,30 @@ def test_a_symbol_that_is_no_residue_is_refused():
         transforms.pair(rows("A*", "AR"), 0, 1)
 
 
+def test_a_crop_keeps_the_alignment_of_what_is_left():
+    rng = np.random.default_rng(0)
+    whole = transforms.pair(rng.choice(np.frombuffer(b"ACDEFGHIKL--", np.uint8), (2, 60)), 0, 1)
+    for draws in np.random.default_rng(1).random((40, 3)):
+        cropped = transforms.crop(whole, draws)
+        sequences = [(whole.x, cropped.x), (whole.y, cropped.y)]
+        cut, kept = sequences if draws[0] < 0.5 else sequences[::-1]
+        lost = int(draws[2] * len(cut[0]) / 2)
+        offset = lost if draws[1] < 0.5 else 0
+        np.testing.assert_array_equal(cut[1], cut[0][offset : len(cut[0]) - lost + offset])
+        np.testing.assert_array_equal(*kept)
+        x_offset, y_offset = (offset, 0) if draws[0] < 0.5 else (0, offset)
+        expected = transforms.aligned_pairs(whole.target) - (x_offset, y_offset)
+        inside = ((expected >= 0) & (expected < (len(cropped.x), len(cropped.y)))).all(axis=1)
+        np.testing.assert_array_equal(transforms.aligned_pairs(cropped.target), expected[inside])
+        assert inside.any()
+
+
+def test_a_crop_that_would_leave_nothing_aligned_is_not_made():
+    whole = transforms.pair(rows("A---", "ARDN"), 0, 1)
+    assert transforms.crop(whole, np.array([0.9, 0.1, 0.9])) is whole  # y without its start
+    assert len(transforms.crop(whole, np.array([0.9, 0.9, 0.9])).y) == 3
+
+
 def test_vocabulary_round_trip_and_sizes():
     tokens = vocab.encode(vocab.RESIDUES.encode() + vocab.RESIDUES.lower().encode())
     np.testing.assert_array_equal(tokens, [*range(1, 21)] * 2)

@@ -1,0 +1,35 @@
+"""The reference aligner: BLOSUM62 corrected by the encoder, and the pair HMM that orders its plans, learned together.
+
+    python train.py --config=configs/aligner.py --config.data.dir=runs/pfam
+
+took 16 minutes with compilation on 2 busy CPU cores (shards of 4,761 training families). test_ood, with the gaps that
+docs/aligner.md chooses: F1 0.917 (Needleman-Wunsch 0.906), above it in every identity bin below .60; barycenter MAE of
+the ordered plan 0.48 residues (0.50). The transport plan itself stays blunt: MAE 11.4.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.total_steps = 500
+    config.data.buckets = (96, 192, 384)
+    config.data.pairs_per_family = 30  # half of the pairs are of deep families, half of those known by one pair
+    config.data.crop = 0.25  # alignments of users need not begin and end together
+    config.model.width = 96
+    config.model.attention_every = 0
+    config.model.positions = False  # a pull to the diagonal harms pairs that leave it
+    config.model.substitution_prior = True
+    config.model.plan_gain = 0.25  # begin as BLOSUM62, which aligns better than hundreds of steps from noise
+    config.model.gap_model = True
+    config.attention.base_steps = 10
+    config.attention.dustbin = "full"
+    config.loss.reconstruction = 0.0
+    config.loss.mask_rate = 0.0
+    config.loss.sparse_ce = 0.0  # it sharpens plans until matches saturate, and the order suffers
+    config.loss.alignment = 1.0
+    config.optimizer.learning_rate = 1e-3
+    config.checkpoint.every = 100
+    return config

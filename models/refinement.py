@@ -1,0 +1,103 @@
+"""A second look at the scores: what a first plan found is spread along diagonals and added to them.
+
+Sinkhorn's plan knows no order: that residues aligned one after the other in x are so in y, too, is what it cannot say.
+A first plan P votes for it. Positions travel through it as waves `exp(i w j)`; relative to the row's own position and
+averaged over nearby rows i' they are `sum_i'j' P_i'j' exp(i w (j' - i')) / n`, whose product with the wave of column j
+of row i is high where P has mass on the same diagonal: with weights a_w for the frequencies,
+
+    vote_ij = sum_i' 1/n sum_j' P_i'j' kappa((j' - i') - (j - i)),   kappa(d) = sum_w a_w cos(w d).
+
+So votes are scores of low rank, and attention needs no new input. The weights depend on what the plan brought to x.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+WINDOWS = (0, 2, 8, 32)  # residues to either side that are averaged over
+_SLOWEST = math.pi / 128  # radians a residue; the fastest is pi
+_FREQUENCIES = 24
+
+
+def waves(position: Int[Array, "batch length"]) -> Float[Array, "batch length waves"]:
+    """Cosines and sines of the positions at all frequencies."""
+    frequency = jnp.asarray(np.geomspace(_SLOWEST, math.pi, _FREQUENCIES), jnp.float32)
+    angle = position[..., None].astype(jnp.float32) * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def turn(
+    z: Float[Array, "*shape waves"], by: Float[Array, "*shape waves"], *, back: bool = False
+) -> Float[Array, "*shape waves"]:
+    """Products of complex numbers given as real and imaginary halves; `back` by the conjugate of the second."""
+    (a, b), (cos, sin) = jnp.split(z, 2, -1), jnp.split(by, 2, -1)
+    sin = -sin if back else sin
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def nearby_mean(
+    z: Float[Array, "batch length channels"], real: Float[Array, "batch length 1"], reach: int
+) -> Float[Array, "batch length channels"]:
+    """Mean over the real rows at most `reach` away; 0 at padding."""
+    if not reach:
+        return z * real
+    length = z.shape[1]
+    summed = jnp.pad(jnp.cumsum(jnp.concatenate([z * real, real], -1), axis=1), ((0, 0), (1, 0), (0, 0)))
+    last = np.minimum(np.arange(length) + reach + 1, length)
+    first = np.maximum(np.arange(length) - reach, 0)
+    window = summed[:, last] - summed[:, first]
+    return real * window[..., :-1] / jnp.maximum(window[..., -1:], 1)
+
+
+class Votes(nnx.Module):
+    """Extra channels of queries and keys; they change no score before any training.
+
+    blocks: residual convolution blocks over x that weigh the votes, made by the caller.
+    """
+
+    def __init__(
+        self, width: int, value_width: int, content_width: int, blocks: Sequence[nnx.Module], *, rngs: nnx.Rngs
+    ):
+        scales = len(WINDOWS)
+        self.into = nnx.Linear(width + value_width + scales * (_FREQUENCIES + 1), width, rngs=rngs)
+        self.blocks = nnx.List(blocks)
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        zero = nnx.initializers.zeros
+        self.weights = nnx.Linear(width, scales * _FREQUENCIES, kernel_init=zero, rngs=rngs)
+        self.query = nnx.Linear(width, content_width, kernel_init=zero, rngs=rngs)
+        self.key = nnx.Linear(width, content_width, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        brought: Float[Array, "batch x_length brought"],
+        mass: Float[Array, "batch x_length"],
+        h_x: Float[Array, "batch x_length width"],
+        h_y: Float[Array, "batch y_length width"],
+        real: Float[Array, "batch x_length 1"],
+    ) -> tuple[Float[Array, "batch x_length channels"], Float[Array, "batch y_length channels"]]:
+        """Channels of q and k. `brought`: what the first plan brings to x, values of y and then the waves of y."""
+        rows, columns = (waves(jnp.arange(h.shape[1])[None]) for h in (h_x, h_y))
+        brought, found = jnp.split(brought, [brought.shape[-1] - 2 * _FREQUENCIES], -1)
+        own = turn(found, jnp.broadcast_to(rows, found.shape), back=True)
+        near = [nearby_mean(jnp.concatenate([own, mass[..., None]], -1), real, reach) for reach in WINDOWS]
+        sizes = [jnp.concatenate([_size(z[..., :-1]), z[..., -1:]], -1) for z in near]
+        h = self.into(jnp.concatenate([h_x, brought, *sizes], -1))
+        for block in self.blocks:
+            h = block(h, real)
+        h = self.norm(h)
+        weights = jnp.split(self.weights(h), len(WINDOWS), -1)
+        weighted = [jnp.concatenate([w, w], -1) * z[..., :-1] for w, z in zip(weights, near, strict=True)]
+        votes = jnp.stack(weighted).sum(0)
+        q = jnp.concatenate([turn(votes, jnp.broadcast_to(rows, votes.shape)), self.query(h)], -1)
+        k = jnp.concatenate([jnp.broadcast_to(columns, (*h_y.shape[:2], columns.shape[-1])), self.key(h_y)], -1)
+        return q, k
+
+
+def _size(z: Float[Array, "*shape waves"]) -> Float[Array, "*shape half"]:
+    a, b = jnp.split(z, 2, -1)
+    return jnp.sqrt(jax.nn.relu(a * a + b * b) + 1e-6)

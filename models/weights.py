@@ -1,0 +1,60 @@
+"""Trained weights as one safetensors file: parameters by dotted name, the configuration in the header."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+
+def save(path: Path, params: PyTree, config: dict[str, Any], step: int) -> None:
+    """Writes the file and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"config": json.dumps(config), "step": str(step)}
+    save_file({name: np.asarray(array) for name, array in _named(params).items()}, path, metadata=header)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], int]:
+    """Configuration and step of the run that the weights are of.
+
+    Raises:
+      ValueError: no safetensors file, or one that `save` has not written.
+    """
+    header = _open(path).metadata() or {}
+    if not {"config", "step"} <= header.keys():
+        raise ValueError(f"{path} has no configuration in its header; write it with scripts/export_weights.py")
+    return json.loads(header["config"]), int(header["step"])
+
+
+def load(path: Path, like: PyTree) -> PyTree:
+    """Parameters in the structure of `like`.
+
+    Raises:
+      ValueError: names or shapes are not those of `like`.
+    """
+    file = _open(path)
+    wanted = {name: np.shape(array) for name, array in _named(like).items()}
+    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{path} does not fit the model of its configuration: {', '.join(wrong)} differ")
+    return jax.tree.map_with_path(lambda keys, _: file.get_tensor(_name(keys)), like)
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error})") from error
+
+
+def _named(params: PyTree) -> dict[str, Any]:
+    return {_name(keys): array for keys, array in jax.tree.leaves_with_path(params)}
+
+
+def _name(keys) -> str:
+    return ".".join(str(key.key) for key in keys)

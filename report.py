@@ -1,0 +1,219 @@
+"""An evaluation as one HTML page: tables, figures, the worst and the best alignments. It loads nothing else."""
+
+import base64
+import datetime
+import importlib.metadata
+import io
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jinja2
+import numpy as np
+from jaxtyping import Float, Int
+
+from data import formats, metrics, vocab
+from data.baselines import BASELINES
+from data.families import Family
+from data.metrics import PairScores
+from data.sequences import Record
+from data.transforms import Pair
+from models import figures
+
+TEMPLATE = "report.html.jinja"
+_SHOWN = 3  # alignments of each kind and split
+_BASELINE = "nw_blosum62"  # that is set beside each alignment
+_LOWER_IS_BETTER = ("reconstruction", "reconstruction_masked", "sparse_ce", "barycenter_mae")
+_CURVES = ("loss", "reconstruction", "sparse_ce", "alignment", "f1", "barycenter_mae", "gradient_norm", "learning_rate")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+
+
+class Example(NamedTuple):
+    """A pair of a split as the model aligned it, and how the baseline did."""
+
+    family: Family
+    rows: tuple[int, int]
+    pair: Pair
+    plan: Float[np.ndarray, "x_length y_length"]
+    posterior: Float[np.ndarray, "x_length y_length"]
+    match: Int[np.ndarray, " x_length"]
+    model: PairScores
+    baseline: PairScores
+
+
+class Kind(NamedTuple):
+    """A choice of examples, the lowest `key` first."""
+
+    title: str
+    told: str
+    key: Callable[[Example], tuple[float, ...]]
+
+
+KINDS = (
+    Kind("Worst", "The lowest F1, one pair of a family.", lambda e: (e.model.f1,)),
+    Kind(
+        "Best",
+        "The highest F1, one pair of a family; of equals, the lowest identity.",
+        lambda e: (-e.model.f1, e.model.identity),
+    ),
+    Kind(
+        "Where Needleman-Wunsch is ahead",
+        "Those with the largest F1 of Needleman-Wunsch above the model's.",
+        lambda e: (e.model.f1 - e.baseline.f1,),
+    ),
+)
+
+
+class Examples:
+    """Of all pairs of all splits, those that the page shows."""
+
+    def __init__(self, count: int = _SHOWN):
+        self._count = count
+        self._kept: dict[str, dict[str, dict[str, Example]]] = {}  # by split, kind and family
+
+    def see(self, split: str, example: Example) -> None:
+        """Keeps the example if it is among the first of a kind so far; pairs without an F1 are none."""
+        if not (np.isfinite(example.model.f1) and np.isfinite(example.baseline.f1)):
+            return
+        copied = example._replace(plan=example.plan.copy(), posterior=example.posterior.copy())  # not views of batches
+        for kind in KINDS:
+            kept = self._kept.setdefault(split, {}).setdefault(kind.title, {})
+            of_family = kept.get(example.family.accession)
+            if of_family is None or kind.key(example) < kind.key(of_family):
+                kept[example.family.accession] = copied
+                for last in sorted(kept, key=lambda name, kept=kept, kind=kind: kind.key(kept[name]))[self._count :]:
+                    del kept[last]
+
+    def of(self, split: str, kind: Kind) -> list[Example]:
+        return sorted(self._kept.get(split, {}).get(kind.title, {}).values(), key=kind.key)
+
+
+def write_html(
+    path: Path, report: Mapping[str, Any], examples: Examples, rows: Sequence[figures.MetricRow] = (), command: str = ""
+) -> None:
+    """Writes the page.
+
+    Args:
+      report: what `eval.evaluate` returns; every number on the page but those of single pairs is one of it.
+      examples: those seen while it was computed.
+      rows: lines of metrics.jsonl, if there is a run.
+      command: that made it.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template(TEMPLATE).render(
+        report=report,
+        splits=[_split(name, report, examples) for name in report["splits"]],
+        curves=_curves(rows),
+        configuration=sorted(_flat(report["config"])),
+        command=command,
+        versions=_versions(),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+
+
+def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
+    """What the template shows of one split."""
+    result = report["splits"][name]
+    model, tenths = result["model"], report["reliability"][name]
+    decoded = {who: of for who, of in result.items() if who != "ordered"}  # whose alignments are the model's
+    found = [metric for metric in metrics.METRICS if metric in model["overall"]]
+    return {
+        "name": name,
+        "pairs": model["pairs"],
+        "f1": _row("f1", decoded),
+        "metrics": {"who": list(result), "rows": [_row(metric, result) for metric in found]},
+        "bins": {"who": list(decoded), "rows": [_bin_row(of_bin, decoded) for of_bin in model["bins"]]},
+        "certificates": report["certificates"][name],
+        "bars": _bars(result),
+        "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
+        "reliability": _drawn(figures.reliability, tenths) if tenths else "",
+        "kinds": [(kind, _all_shown(examples.of(name, kind))) for kind in KINDS],
+    }
+
+
+def _bars(result: Mapping[str, Any]) -> str:
+    """Of what can be compared: the metrics that the baselines have too."""
+    overall = {who: of["overall"] for who, of in result.items()}
+    others = {who: overall.pop(who) for who in BASELINES}
+    return _drawn(
+        figures.comparison_bars, overall, others, metrics=[m for m in metrics.METRICS if m in others[_BASELINE]]
+    )
+
+
+def _row(metric: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_best(metric, figures.LABELS[metric], [of["overall"].get(metric) for of in result.values()])
+
+
+def _bin_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_best("f1", name, [of["bins"].get(name, {}).get("f1") for of in result.values()])
+
+
+def _with_best(metric: str, label: str, cells: list[dict[str, float] | None]) -> dict[str, Any]:
+    """A row of a table, and which value stands out: the best, if there are others to compare it with."""
+    values = [cell["value"] for cell in cells if cell]
+    best = (min if metric in _LOWER_IS_BETTER else max)(values) if len(values) > 1 else None
+    return {"metric": metric, "label": label, "cells": cells, "best": best}
+
+
+def _all_shown(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    return [_shown(example, with_plan=n == 0) for n, example in enumerate(examples)]
+
+
+def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
+    """Text, heat maps and numbers of an alignment."""
+    both = {"target": example.pair.target, "match": example.match}
+    return {
+        "title": f"{example.family.accession} {example.family.name}",
+        "identity": example.model.identity,
+        "f1": example.model.f1,
+        "baseline": example.baseline.f1,
+        "lines": formats.text(_aligned(example), example.pair.target).rstrip().splitlines(),
+        "posterior": _drawn(figures.plan_heatmap, example.posterior, label="posterior", **both),
+        "plan": _drawn(figures.plan_heatmap, example.plan, **both) if with_plan else "",
+    }
+
+
+def _aligned(example: Example) -> formats.Aligned:
+    x, y = (
+        Record(example.family.rows[row], "", vocab.decode(tokens))
+        for row, tokens in zip(example.rows, example.pair[:2], strict=True)
+    )
+    i = np.flatnonzero(example.match != formats.NO_POSITION)
+    pairs, posterior = np.stack([i, example.match[i]], axis=1), example.posterior
+    x_alone, y_alone = (np.clip(1 - posterior.sum(axis), 0, 1) for axis in (1, 0))
+    confidence = posterior[i, example.match[i]]
+    return formats.Aligned(example.family.accession, x, y, pairs, confidence, x_alone, y_alone)
+
+
+def _curves(rows: Sequence[figures.MetricRow]) -> str:
+    """Training curves, where there are any."""
+    found = {name.rpartition("/")[2] for row in rows for name in row}
+    names = [name for name in _CURVES if name in found]
+    return _drawn(figures.metric_curves, rows, metrics=names) if names else ""
+
+
+def _drawn(draw: Callable, *arguments: Any, **options: Any) -> str:
+    """The picture that a function of models/figures.py draws, as a data URI."""
+    memory = io.BytesIO()
+    draw(*arguments, path=memory, **options)
+    return "data:image/png;base64," + base64.b64encode(memory.getvalue()).decode()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _versions() -> str:
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    return f"Python {platform.python_version()}, {packages}; {len(jax.devices())} x {jax.devices()[0].device_kind}"

@@ -1,0 +1,58 @@
+"""Writes the averaged parameters of a run, and its configuration, into one safetensors file.
+
+python scripts/export_weights.py --workdir=runs/aligner --output=weights/aligner.safetensors
+python eval.py --weights=weights/aligner.safetensors --data=runs/pfam
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import eval as evaluation
+from models import weights
+from models.decode import Gaps
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run, as given to train.py")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--band", type=int, help="in place of that of training; -1 for all, no parameter knows it")
+    parser.add_argument(
+        "--gaps",
+        type=float,
+        nargs=3,
+        metavar=("SHARPNESS", "MATCH", "OPENING"),
+        help="of the pair HMM, in place of those learned for likelihood: chosen for F1 on validation, say",
+    )
+    args = parser.parse_args(argv)
+    try:
+        run = evaluation.load_run(args.workdir, args.step)
+        if args.band is not None:
+            run.config.attention.band = args.band
+        if args.gaps:
+            set_gaps(run, Gaps(*args.gaps))
+        weights.save(args.output, run.params, run.config.to_dict(), run.step)
+    except (ValueError, OSError) as error:
+        print(f"export_weights: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, step {run.step}")
+    return 0
+
+
+def set_gaps(run: evaluation.Run, gaps: Gaps) -> None:
+    """Raises ValueError if the model has no gap model."""
+    if "gaps" not in run.params:
+        raise ValueError("--gaps: the run was trained without model.gap_model")
+    values = {"log_sharpness": math.log(gaps.sharpness), "match": gaps.match, "log_opening": math.log(gaps.opening)}
+    run.params["gaps"] = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

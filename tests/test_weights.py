@@ -1,0 +1,87 @@
+"""models/weights.py and scripts/export_weights.py: the file alone gives the run's table."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import save_file
+
+import eval as evaluation
+from models import decode, weights
+from scripts import align, export_weights
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "deep" / "tiny.safetensors"
+    assert export_weights.main([f"--workdir={tiny.trained()}", f"--output={path}"]) == 0
+    return path
+
+
+def test_weights_alone_give_the_table_of_the_run(exported, tmp_path):
+    of_run = evaluation.evaluate_run(tiny.trained(), "test_ood", limit=8)
+    output = tmp_path / "table.json"
+    data = f"--data={tiny.ROOT}/data/default"
+    evaluation.main([f"--weights={exported}", "--split=test_ood", "--limit=8", data, f"--output={output}"])
+    assert json.loads(output.read_text()) == json.loads(json.dumps(of_run))
+
+
+def test_a_checkpoint_can_be_chosen(exported, tmp_path):
+    first = tmp_path / "first.safetensors"
+    assert export_weights.main([f"--workdir={tiny.trained()}", f"--output={first}", "--step=0"]) == 0
+    early, late = evaluation.load_weights(first), evaluation.load_weights(exported)
+    assert (early.step, late.step) == (0, tiny.STEPS)
+    kernels = (run.params["plan_projection"]["kernel"] for run in (early, late))
+    assert not np.array_equal(*kernels)
+
+
+def test_band_and_gaps_can_be_replaced(tmp_path, capsys):
+    wider = tmp_path / "wider.safetensors"
+    export = [f"--workdir={tiny.trained()}", f"--output={wider}"]
+    assert export_weights.main([*export, "--band=-1"]) == 0
+    assert evaluation.load_weights(wider).trainer.model(evaluation.load_weights(wider).params).spec.band is None
+    assert export_weights.main([*export, "--gaps", "1", "3", "4"]) == 1
+    assert "trained without model.gap_model" in capsys.readouterr().err
+    config = tiny.config_of(tiny.trained(), model__gap_model=True)
+    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
+    run = evaluation.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
+    export_weights.set_gaps(run, decode.Gaps(0.8, 2.5, 4.0))
+    np.testing.assert_allclose(trainer.model(run.params).gaps(), [0.8, 2.5, 4.0], rtol=1e-6)
+
+
+def test_weights_that_do_not_fit_are_refused(exported, tmp_path):
+    config, step = weights.read_config(exported)
+    config["model"]["width"] = 32
+    params = evaluation.load_weights(exported).params
+    weights.save(tmp_path / "wider.safetensors", params, config, step)
+    with pytest.raises(ValueError, match=r"does not fit the model.*encoder\.embed\.embedding.* differ"):
+        evaluation.load_weights(tmp_path / "wider.safetensors")
+    save_file({"a": np.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no configuration in its header"):
+        evaluation.load_weights(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        evaluation.load_weights(tmp_path / "text.safetensors")
+
+
+def test_a_step_is_of_a_run_only(exported, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main([f"--weights={exported}", "--step=3"])
+    assert "--weights holds a single step" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_named(tmp_path, capsys):
+    assert export_weights.main([f"--workdir={tmp_path}", f"--output={tmp_path}/w.safetensors"]) == 1
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_align_takes_a_run_or_its_weights(exported, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).write_text(f">{name}\nMKVLAWGKVGAHAGEYGAEALERMFLSFPTTKTYF\n")
+    files = [str(tmp_path / name) for name in "ab"]
+    outputs = []
+    for source in (f"--workdir={tiny.trained()}", f"--weights={exported}"):
+        assert align.main([*files, source, "--format=jsonl"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and '"id": "a:b"' in outputs[0]
