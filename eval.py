@@ -174,31 +174,31 @@ def score_split(
 ) -> dict[str, dict]:
     """Summary of the model and of every baseline on evaluation pairs of a split, the families'.
 
-    A model with a gap model appears twice: by its transport plan, and as `ordered` by the posterior that its pair HMM
-    makes of the plan. The decoded alignment is the same.
+    The plan of a model with a gap model is the posterior that its pair HMM makes of what was transported, and is what
+    is decoded; `transport` then is the transport plan by itself, with the same decoded alignment.
     """
-    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "ordered", *baselines.BASELINES)}
+    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
     drawn = 0
     for batch in tqdm(list(batches), desc=progress, unit=" batches", disable=not progress):
         result = predict(batch)
         plans, gaps = result.pop("plan"), result.pop("gaps", None)
-        model = decode.Gaps() if gaps is None else decode.Gaps(*gaps.tolist())
-        posterior = decode.posterior(plans, batch["x_length"], batch["y_length"], model)
-        match, _ = decode.mea_batch(posterior, batch["x_length"], batch["y_length"])
+        lengths = batch["x_length"], batch["y_length"]
+        posterior = plans if gaps is None else decode.posterior(plans, *lengths, decode.Gaps(*gaps.tolist()))
+        match, _ = decode.mea_batch(posterior, *lengths)
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
             family = families[identity[0]]
             plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
             of_pair = posterior[n, : len(pair.x), : len(pair.y)]
-            score = metrics.score_plan(family.accession, pair, plan, found)
+            score = metrics.score_plan(family.accession, pair, of_pair, found)
             if gaps is not None:
-                scores["ordered"].append(metrics.score_plan(family.accession, pair, of_pair, found))
+                scores["transport"].append(metrics.score_plan(family.accession, pair, plan, found))
             scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items()}))
             for who, baseline in baselines.BASELINES.items():
                 prediction = baseline(pair)
                 scores[who].append(metrics.score_prediction(family.accession, pair, *prediction))
             see(Example(family, identity[1:], pair, plan, of_pair, found, score, scores["nw_blosum62"][-1]))
             if draw and drawn < _PICTURES and n == 0:
-                draw(family, identity, plan, pair.target, found)
+                draw(family, identity, of_pair, pair.target, found)
                 drawn += 1
     return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 

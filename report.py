@@ -122,7 +122,7 @@ def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str
     """What the template shows of one split."""
     result = report["splits"][name]
     model, tenths = result["model"], report["reliability"][name]
-    decoded = {who: of for who, of in result.items() if who != "ordered"}  # whose alignments are the model's
+    decoded = {who: of for who, of in result.items() if who != "transport"}  # whose alignments are the model's
     found = [metric for metric in metrics.METRICS if metric in model["overall"]]
     return {
         "name": name,
