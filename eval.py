@@ -198,7 +198,7 @@ def score_split(
                 scores[who].append(metrics.score_prediction(family.accession, pair, *prediction))
             see(Example(family, identity[1:], pair, plan, of_pair, found, score, scores["nw_blosum62"][-1]))
             if draw and drawn < _PICTURES and n == 0:
-                draw(family, identity, of_pair, pair.target, found)
+                draw(family.accession, identity, of_pair, pair.target, found)
                 drawn += 1
     return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
