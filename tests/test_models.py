@@ -65,7 +65,8 @@ def make_batch(padded: int = 20, seed: int = 0) -> dict[str, np.ndarray]:
 def _forward(graph, params, x, y, target, x_length, y_length):
     model = nnx.merge(graph, params)
     transported, logits = model(x, y, target, x_length, y_length)
-    return transported._asdict() | {"logits": logits, "plan": model.plan(x, y, x_length, y_length)}
+    told = {name: value for name, value in transported._asdict().items() if value is not None}
+    return told | {"logits": logits, "plan": model.plan(x, y, x_length, y_length)}
 
 
 def forward(model: Aligner, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
