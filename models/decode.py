@@ -72,41 +72,90 @@ def posterior(
     Raises:
       ValueError: a length does not fit the padded plan; a value within the lengths is negative, NaN or infinite.
     """
-    weights = math.exp(gaps.match) * _residues_only(plans, x_lengths, y_lengths).astype(np.float64) ** gaps.sharpness
-    batch, rows, columns = weights.shape
-    before, log_before, log_total = _forward(
-        weights, np.zeros((batch, 2), int), np.stack([x_lengths, y_lengths], 1), gaps
+    plans = _residues_only(plans, x_lengths, y_lengths)
+    return posterior_in_windows(plans, Windows.whole(plans.shape), x_lengths, y_lengths, gaps)
+
+
+def posterior_in_windows(
+    plans: Float[np.ndarray, "batch rows width"],
+    windows: "Windows",
+    x_lengths: Int[np.ndarray, " batch"],
+    y_lengths: Int[np.ndarray, " batch"],
+    gaps: Gaps = Gaps(),
+) -> Float64[np.ndarray, "batch rows width"]:
+    """`posterior` of plans held by windows, in the same windows; the plans are 0 beyond the lengths."""
+    weights = math.exp(gaps.match) * plans.astype(np.float64) ** gaps.sharpness
+    batch, rows, _ = weights.shape
+    origin, lengths, size = np.zeros((batch, 2), int), np.stack([x_lengths, y_lengths], 1), (rows, windows.columns)
+    before, log_before, log_total = _forward(weights, windows, origin, lengths, gaps)
+    after, log_after, _ = _forward(
+        weights[:, ::-1, ::-1], windows.turned(), size - lengths, np.full((batch, 2), size), gaps
     )
-    # Backwards, x and y change places: of neighbouring gaps, that in x comes first either way.
-    turned = weights[:, ::-1, ::-1].swapaxes(1, 2)
-    starts = np.stack([columns - y_lengths, rows - x_lengths], 1)
-    after, log_after, _ = _forward(turned, starts, np.full((batch, 2), (columns, rows)), gaps)
-    after, log_after = after.swapaxes(1, 2)[:, ::-1, ::-1], log_after[:, ::-1]
+    after, log_after = after[:, ::-1, ::-1], log_after[:, ::-1]
     with np.errstate(divide="ignore"):
         logs = np.log(before) + np.log(weights) + np.log(after)
-    scale = log_before[:, :, None] + log_after[:, None, :] - log_total[:, None, None]
-    return np.exp(np.minimum(logs + scale, 0))
+    scale = log_before + log_after - log_total[:, None]
+    return np.exp(np.minimum(logs + scale[:, :, None], 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Which columns of plans are held: `width` from `first` on in each row. Only there can residues be matched.
+
+    first: rises from row to row or stays; windows may reach beyond the `columns`, where plans are 0.
+    """
+
+    first: Int[np.ndarray, "batch rows"]
+    width: int
+    columns: int
+
+    @classmethod
+    def whole(cls, shape: tuple[int, int, int]) -> "Windows":
+        """All columns of plans of this shape."""
+        return cls(np.zeros(shape[:2], int), shape[2], shape[2])
+
+    def turned(self) -> "Windows":
+        """Of the plans with rows and columns in reverse order."""
+        return Windows(self.columns - self.width - self.first[:, ::-1], self.width, self.columns)
+
+    def spread(self, row: int, held: np.ndarray) -> Float[np.ndarray, "batch columns"]:
+        """A whole row from what its windows hold."""
+        if self.width == self.columns and not self.first[:, row].any():
+            return held
+        whole = np.zeros((len(held), self.columns + 2 * self.width), held.dtype)
+        np.put_along_axis(whole, self._place(row), held, axis=1)
+        return whole[:, self.width : self.width + self.columns]
+
+    def cut(self, row: int, whole: np.ndarray) -> np.ndarray:
+        """What the windows hold of a whole row; 0 beyond its ends."""
+        if self.width == self.columns and not self.first[:, row].any():
+            return whole
+        return np.take_along_axis(np.pad(whole, ((0, 0), (self.width, self.width))), self._place(row), axis=1)
+
+    def _place(self, row: int) -> Int[np.ndarray, "batch width"]:
+        return self.first[:, row, None] + np.arange(self.width, 2 * self.width)
 
 
 def _forward(
-    weights: Float64[np.ndarray, "batch rows columns"],
+    weights: Float64[np.ndarray, "batch rows width"],
+    windows: Windows,
     start: Int[np.ndarray, "batch 2"],
     end: Int[np.ndarray, "batch 2"],
     gaps: Gaps,
-) -> tuple[Float64[np.ndarray, "batch rows columns"], Float64[np.ndarray, "batch rows"], Float64[np.ndarray, " batch"]]:
+) -> tuple[Float64[np.ndarray, "batch rows width"], Float64[np.ndarray, "batch rows"], Float64[np.ndarray, " batch"]]:
     """Weight of all alignments of what comes before each pair, divided by a factor a row; its logarithm; and the
     logarithm of the weight of all that lead from node `start` to node `end`.
     """
-    batch, rows, columns = weights.shape
+    batch, rows, _ = weights.shape
     opened = math.exp(-gaps.opening)
     before, log_scale, log_total = np.empty_like(weights), np.empty((batch, rows)), np.full(batch, -np.inf)
-    matched, x_alone = np.zeros((2, batch, columns + 1))
-    y_alone, scale = np.zeros((batch, columns + 1)), np.zeros(batch)
+    matched, x_alone = np.zeros((2, batch, windows.columns + 1))
+    y_alone, scale = np.zeros((batch, windows.columns + 1)), np.zeros(batch)
     for i in range(rows + 1):
-        # A gap in y may follow one in x, not the other way round: their order means nothing and counts once.
+        # A gap in x may follow one in y, not the other way round: their order means nothing and counts once.
         x_alone = opened * (matched + y_alone) + x_alone
         if i:
-            matched[:, 0], matched[:, 1:] = 0, before[:, i - 1] * weights[:, i - 1]
+            matched[:, 0], matched[:, 1:] = 0, windows.spread(i - 1, before[:, i - 1] * weights[:, i - 1])
         here = np.flatnonzero(start[:, 0] == i)
         matched[here, start[here, 1]] = 1
         y_alone[:, 1:] = opened * np.cumsum(matched[:, :-1], axis=1)
@@ -119,7 +168,7 @@ def _forward(
         with np.errstate(divide="ignore"):
             log_total[there] = np.log(total[there, end[there, 1]]) + scale[there]
         if i < rows:
-            before[:, i], log_scale[:, i] = total[:, :-1], scale
+            before[:, i], log_scale[:, i] = windows.cut(i, total[:, :-1]), scale
     return before, log_scale, log_total
 
 
@@ -151,23 +200,36 @@ def mea_batch(
       ValueError: a length does not fit the padded plan; a value within the lengths is negative, NaN or infinite.
     """
     plans = _residues_only(plans, x_lengths, y_lengths)
-    batch, rows, columns = plans.shape
-    best = np.zeros((batch, columns + 1))
-    # Per row and column: the column at which the best path enters the row, and whether it does so by a match.
-    enters = np.empty((rows, batch, columns + 1), np.int32)
-    matches = np.zeros((rows, batch, columns + 1), bool)
+    return mea_in_windows(plans, Windows.whole(plans.shape))
+
+
+def mea_in_windows(
+    plans: Float[np.ndarray, "batch rows width"], windows: Windows
+) -> tuple[Int32[np.ndarray, "batch rows"], Float32[np.ndarray, "batch rows"]]:
+    """`mea_batch` of plans held by windows; the plans are 0 beyond the lengths."""
+    batch, rows, width = plans.shape
+    best = np.zeros((batch, windows.columns + 1))
+    # By the column of a window: the column at which the best path enters the row, and whether it does so by a match.
+    enters = np.empty((rows, batch, width), np.int32)
+    matches = np.zeros((rows, batch, width), bool)
     for i in range(rows):
-        best, enters[i], matches[i, :, 1:] = _next_row(best, plans[:, i])
+        best, entered, matched = _next_row(best, windows.spread(i, plans[:, i]))
+        enters[i], matches[i] = windows.cut(i, entered[:, 1:]), windows.cut(i, matched)
 
     match = np.full((batch, rows), NO_MATCH, np.int32)
-    examples, column = np.arange(batch), np.full(batch, columns)
+    confidence = np.zeros((batch, rows), np.float32)
+    examples, column = np.arange(batch), np.full(batch, windows.columns)
     for i in reversed(range(rows)):
-        column = enters[i, examples, column]
-        matched = matches[i, examples, column]
-        match[:, i] = np.where(matched, column - 1, NO_MATCH)
+        # Right of its window a row gains nothing more, nor do those above it; left of it the path comes from above.
+        held = np.minimum(column - windows.first[:, i], width) - 1
+        inside, held = held >= 0, np.maximum(held, 0)
+        column = np.where(inside, enters[i, examples, held], column)
+        held = column - windows.first[:, i] - 1
+        matched = inside & (held >= 0) & matches[i, examples, np.maximum(held, 0)]
         column = column - matched
-    confidence = np.take_along_axis(plans, np.maximum(match, 0)[..., None], axis=2)[..., 0]
-    return match, np.where(match != NO_MATCH, confidence, 0).astype(np.float32)
+        match[:, i] = np.where(matched, column, NO_MATCH)
+        confidence[:, i] = np.where(matched, plans[examples, i, np.maximum(held, 0)], 0)
+    return match, confidence
 
 
 def _next_row(best: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -169,3 +169,28 @@ def test_a_value_that_is_no_probability_is_refused(bad):
 def test_lengths_beyond_the_padding_are_refused():
     with pytest.raises(ValueError, match=r"y_lengths: 4\.\.4 were given, the plan allows 0\.\.3"):
         decode.mea_batch(np.zeros((1, 2, 3), np.float32), np.array([2]), np.array([4]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_windows_give_what_the_whole_plan_gives(seed):
+    """Rows of unequal lengths, windows that jump, overlap or part, and run beyond either end of the plan."""
+    rng = np.random.default_rng(seed)
+    batch, rows, columns, width = 3, 9, 14, int(rng.integers(1, 7))
+    first = np.sort(rng.integers(-2, columns, (batch, rows)), axis=1)
+    x_lengths, y_lengths = rng.integers(1, rows + 1, batch), rng.integers(1, columns + 1, batch)
+    place = first[..., None] + np.arange(width)
+    inside = (place >= 0) & (place < y_lengths[:, None, None]) & (np.arange(rows) < x_lengths[:, None])[..., None]
+    held = np.where(inside, rng.random((batch, rows, width)), 0)
+    whole = np.zeros((batch, rows, columns + 2 * width))
+    np.put_along_axis(whole, place + width, held, axis=2)
+    whole = whole[:, :, width:-width]
+    windows = decode.Windows(first, width, columns)
+    expected = decode.posterior(whole, x_lengths, y_lengths)
+    found = decode.posterior_in_windows(held, windows, x_lengths, y_lengths)
+    spread = np.stack([windows.spread(i, found[:, i]) for i in range(rows)], 1)
+    np.testing.assert_allclose(spread, expected, rtol=1e-9)
+    for plan, dense in ((held, whole), (found, spread)):
+        for one, other in zip(
+            decode.mea_in_windows(plan, windows), decode.mea_batch(dense, x_lengths, y_lengths), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
