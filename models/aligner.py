@@ -196,6 +196,19 @@ class Aligner(nnx.Module):
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score)
 
+    def potentials(
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        x_length: Int[Array, "batch"],
+        y_length: Int[Array, "batch"],
+    ) -> attention.Potentials:
+        """The plan in a form whose size grows with the lengths, not with their product."""
+        q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
+        return attention.potentials(
+            q, k, self.spec, (x_length, y_length), self.dustbin.score, self.config.implementation
+        )
+
     def certificates(
         self,
         x: Int[Array, "batch x_length"],

@@ -109,6 +109,28 @@ def transport(
     return Transported(values, mass, barycenter, at_target, info.residual[:, 0], log_plan)
 
 
+class Potentials(NamedTuple):
+    """One head's plan in the size of its sequences: `P_ij = exp(q_i . k_j + f_i + g_j)`, for j from first_i to last_i."""
+
+    q: Float[Array, "batch x_length width"]
+    k: Float[Array, "batch y_length width"]
+    f: Float[Array, "batch x_length"]
+    g: Float[Array, "batch y_length"]
+    first: Int[Array, "batch x_length"]
+    last: Int[Array, "batch x_length"]  # below `first` where a row holds nothing, as at padding
+
+
+def potentials(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str) -> Potentials:
+    """Of the plan from q to k `[batch, length, width]`, by the band."""
+    nothing = jnp.zeros((*k.shape[:2], 1, 1), k.dtype)
+    heads = q[:, :, None], k[:, :, None], nothing
+    _, info = sinkhorn_attention(*heads, spec, *lengths, dustbin_score, _named(implementation))
+    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    windows = support.row_windows(rows, lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32), spec.band)
+    q = q / (math.sqrt(q.shape[-1]) * spec.epsilon)
+    return Potentials(q, k, info.f[:, 0, : q.shape[1]], info.g[:, 0, : k.shape[1]], *windows)
+
+
 def _log_plan(q, k, info: SinkhornInfo, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length y_length"]:
     """`log P_ij = S + f + g`, minus infinity outside the support."""
     scores = jnp.einsum("bid,bjd->bij", q.astype(jnp.float32), k.astype(jnp.float32))

@@ -47,13 +47,19 @@ def plan_heatmap(
     *,
     target: Int[np.ndarray, " x_length"] | None = None,
     match: Int[np.ndarray, " x_length"] | None = None,
+    scale: int = 1,
     title: str = "",
 ) -> None:
-    """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1)."""
+    """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1).
+
+    scale: residues of either side that one value of the plan stands for.
+    """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
     # The square root shows mass spread thinly over a band beside the peaks of a sharp row.
-    image = axes.imshow(plan, cmap="Greys", norm=PowerNorm(0.5, vmin=0, vmax=max(float(plan.max(initial=0)), 1e-12)))
+    edges = np.array([0, plan.shape[1], plan.shape[0], 0]) * scale - 0.5
+    norm = PowerNorm(0.5, vmin=0, vmax=max(float(plan.max(initial=0)), 1e-12))
+    image = axes.imshow(plan, cmap="Greys", norm=norm, extent=tuple(edges))
     size = max(1.0, min(6.0, 600 / max(plan.shape)))
     if target is not None:
         _points(axes, target, "reference", marker="s", markersize=size, color=_COLOURS[1], markerfacecolor="none")

@@ -1,0 +1,213 @@
+"""Pairwise alignments as text: as people read them, and as other programs do.
+
+Positions are counted from 1 where people read them, in `text`, and from 0 in `tsv` and `jsonl`. Confidence is the
+probability of a column: that its two residues are aligned, or that its only residue is aligned with none.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from data import baselines, vocab
+from data.sequences import Record
+
+GAP = "-"
+_BLOCK = 60  # columns
+_WIDEST_NAME = 20
+_NO_POSITION = -1
+
+
+class Aligned(NamedTuple):
+    """Two sequences and their alignment, as `models.pretrained.Alignment` has it."""
+
+    id: str
+    x: Record
+    y: Record
+    pairs: Int[np.ndarray, "aligned 2"]
+    confidence: Float[np.ndarray, " aligned"]
+    x_alone: Float[np.ndarray, " x_length"]
+    y_alone: Float[np.ndarray, " y_length"]
+
+
+class Columns(NamedTuple):
+    """An alignment column by column; of neighbouring gaps, residues of x alone come first."""
+
+    i: Int[np.ndarray, " columns"]  # position in x, or -1
+    j: Int[np.ndarray, " columns"]
+    x: str  # residues and gaps
+    y: str
+    confidence: Float[np.ndarray, " columns"]
+
+
+def columns_of(aligned: Aligned) -> Columns:
+    matches = [(int(i), int(j)) for i, j in aligned.pairs]
+    places: list[tuple[int, int]] = []
+    x_next = y_next = 0
+    for x_match, y_match in [*matches, (len(aligned.x.residues), len(aligned.y.residues))]:
+        places += [(n, _NO_POSITION) for n in range(x_next, x_match)]
+        places += [(_NO_POSITION, n) for n in range(y_next, y_match)]
+        places.append((x_match, y_match))
+        x_next, y_next = x_match + 1, y_match + 1
+    i, j = np.array(places[:-1], int).reshape(-1, 2).T
+    confidence = np.where(i == _NO_POSITION, aligned.y_alone[j], aligned.x_alone[i])
+    confidence[(i != _NO_POSITION) & (j != _NO_POSITION)] = aligned.confidence
+    return Columns(i, j, _written(aligned.x, i), _written(aligned.y, j), confidence)
+
+
+def _written(record: Record, positions: np.ndarray) -> str:
+    return "".join(GAP if n == _NO_POSITION else record.residues[n] for n in positions)
+
+
+def text(aligned: Aligned) -> str:
+    """Summary and blocks: `|` identical, `:` a positive BLOSUM62 score, `.` another one; last, confidence in tenths."""
+    columns = columns_of(aligned)
+    middle = _middle(columns)
+    tenths = "".join(str(min(9, int(10 * c))) for c in columns.confidence)
+    width = max(len(_short(name)) for name in (aligned.x.id, aligned.y.id, "confidence"))
+    digits = len(str(max(len(aligned.x.residues), len(aligned.y.residues))))
+    lines = _summary(aligned, columns, middle)
+    ends = [0, 0]
+    for start in range(0, len(middle), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        rows = []
+        for side, (record, written) in enumerate(((aligned.x, columns.x), (aligned.y, columns.y))):
+            residues = len(written[block].replace(GAP, ""))
+            begin, ends[side] = ends[side] + (residues > 0), ends[side] + residues
+            rows.append(f"{_short(record.id):{width}} {begin:{digits}} {written[block]} {ends[side]}")
+        lines += [
+            "",
+            rows[0],
+            f"{'':{width}} {'':{digits}} {middle[block]}".rstrip(),
+            rows[1],
+            f"{'confidence':{width}} {'':{digits}} {tenths[block]}",
+        ]
+    return "\n".join(lines) + "\n\n"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 1] + "~"
+
+
+def _middle(columns: Columns) -> str:
+    x, y = (vocab.encode(written.replace(GAP, "X").encode()) for written in (columns.x, columns.y))
+    score = vocab.blosum62()[x, y]
+    both = (columns.i != _NO_POSITION) & (columns.j != _NO_POSITION)
+    same = both & (np.array(list(columns.x)) == np.array(list(columns.y)))
+    return "".join(np.select([~both, same, score > 0], [" ", "|", ":"], "."))
+
+
+def _summary(aligned: Aligned, columns: Columns, middle: str) -> list[str]:
+    total, gaps = len(middle), middle.count(" ")
+
+    def share(count: int) -> str:
+        return f"{count}/{total} ({100 * count / total:.1f} %)"
+
+    lines = [
+        f"x: {record.id}, {len(record.residues)} residues{'  ' if record.description else ''}{record.description}"
+        for record in (aligned.x, aligned.y)
+    ]
+    lines[1] = "y" + lines[1][1:]
+    mean = f"{aligned.confidence.mean():.2f} on average over" if len(aligned.pairs) else "none;"
+    return [
+        *lines,
+        f"Identity:   {share(middle.count('|'))}",
+        f"Positives:  {share(middle.count('|') + middle.count(':'))} by BLOSUM62",
+        f"Gaps:       {share(gaps)}",
+        f"Score:      {_score(columns)} by BLOSUM62, gaps {baselines.FIRST_GAP} and {baselines.FURTHER_GAP}",
+        f"Confidence: {mean} {len(aligned.pairs)} aligned pairs",
+    ]
+
+
+def _score(columns: Columns) -> int:
+    """What Needleman-Wunsch would score this alignment, end gaps included."""
+    x, y = (vocab.encode(written.replace(GAP, "X").encode()) for written in (columns.x, columns.y))
+    score = int(vocab.blosum62()[x, y].sum())
+    for positions in (columns.i, columns.j):
+        gap = np.concatenate([[False], positions == _NO_POSITION])
+        openings = int((gap[1:] & ~gap[:-1]).sum())
+        score -= baselines.FURTHER_GAP * int(gap.sum()) + (baselines.FIRST_GAP - baselines.FURTHER_GAP) * openings
+    return score
+
+
+def stockholm(aligned: Aligned) -> str:
+    """One alignment; confidence as HMMER writes it, `#=GR ... PP` and `#=GC PP_cons`: tenths, rounded, `*` from .95."""
+    columns = columns_of(aligned)
+    marks = np.array(list("0123456789*"))[np.floor(columns.confidence * 10 + 0.5).astype(int)]
+    names = _distinct(aligned)
+    width = max(len("#=GC PP_cons"), *(len(f"#=GR {name} PP") for name in names))
+    lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}"]
+    records = (aligned.x, aligned.y)
+    lines += [f"#=GS {name} DE {r.description}" for name, r in zip(names, records, strict=True) if r.description]
+    for name, positions, written in zip(names, (columns.i, columns.j), (columns.x, columns.y), strict=True):
+        lines.append(f"{name:{width}} {written}")
+        lines.append(f"{f'#=GR {name} PP':{width}} {''.join(np.where(positions == _NO_POSITION, '.', marks))}")
+    return "\n".join([*lines, f"{'#=GC PP_cons':{width}} {''.join(marks)}", "//", ""])
+
+
+def _distinct(aligned: Aligned) -> tuple[str, str]:
+    """Names of x and y; Stockholm allows each only once."""
+    return aligned.x.id, aligned.y.id + ("_2" if aligned.x.id == aligned.y.id else "")
+
+
+def fasta(aligned: Aligned) -> str:
+    """Both sequences with gaps, one pair after the other."""
+    columns = columns_of(aligned)
+    return _fasta(aligned.x, columns.x) + _fasta(aligned.y, columns.y)
+
+
+def a3m(aligned: Aligned) -> str:
+    """y relative to x: one column for each residue of x, residues of y that are aligned with none in lower case."""
+    columns = columns_of(aligned)
+    relative = (b.lower() if a == GAP else b for a, b in zip(columns.x, columns.y, strict=True))
+    return _fasta(aligned.y, "".join(relative))
+
+
+def a3m_query(record: Record) -> str:
+    """What comes before the sequences that are aligned with x."""
+    return _fasta(record, record.residues)
+
+
+def _fasta(record: Record, written: str) -> str:
+    return f">{record.id}{' ' if record.description else ''}{record.description}\n{written}\n"
+
+
+TSV_HEADER = "id\ti\tj\tx\ty\tconfidence\n"
+
+
+def tsv(aligned: Aligned) -> str:
+    """A line for each aligned pair: positions from 0, residues, confidence."""
+    return "".join(
+        f"{aligned.id}\t{i}\t{j}\t{aligned.x.residues[i]}\t{aligned.y.residues[j]}\t{c:.4f}\n"
+        for (i, j), c in zip(aligned.pairs, aligned.confidence, strict=True)
+    )
+
+
+def jsonl(aligned: Aligned) -> str:
+    """`{"id", "pairs": [[i, j], ...], "confidence": [...]}`, positions from 0."""
+    confidence = [round(float(c), 4) for c in aligned.confidence]
+    return json.dumps({"id": aligned.id, "pairs": aligned.pairs.tolist(), "confidence": confidence}) + "\n"
+
+
+FORMATS: dict[str, Callable[[Aligned], str]] = {
+    "text": text,
+    "stockholm": stockholm,
+    "a3m": a3m,
+    "fasta": fasta,
+    "tsv": tsv,
+    "jsonl": jsonl,
+}
+
+
+def written(alignments: Iterator[Aligned], form: str) -> Iterator[str]:
+    """All alignments in one of the `FORMATS`; an A3M names its query once for all that follow it."""
+    query: Record | None = None
+    if form == "tsv":
+        yield TSV_HEADER
+    for aligned in alignments:
+        if form == "a3m" and aligned.x != query:
+            query = aligned.x
+            yield a3m_query(query)
+        yield FORMATS[form](aligned)

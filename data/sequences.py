@@ -1,0 +1,123 @@
+"""Protein sequences as people keep them: FASTA, and pairs of sequences in a table.
+
+Residues may be in either case (soft masking means nothing here) and are handed on in upper case. `*` at the end, a
+stop, and white space are dropped; so are `-` and `.`, the gaps of an alignment, with a warning. B, J, O, U, X and Z
+stay as they are and are aligned as "any residue". Anything else is an error that names the place.
+"""
+
+import collections
+import gzip
+import io
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+
+from data import vocab
+
+STANDARD_INPUT = "-"
+_GZIP = b"\x1f\x8b"
+_RESIDUES = frozenset(vocab.RESIDUES + vocab.AMBIGUOUS)
+_NUCLEOTIDES = frozenset("ACGTUN")
+_SUSPICIOUS = 20  # residues; shorter peptides may be made of A, C, G and T
+
+
+class Record(NamedTuple):
+    id: str  # the first word of the header
+    description: str  # the rest of it
+    residues: str  # upper case, no gaps
+
+
+class PairRecord(NamedTuple):
+    id: str
+    x: Record
+    y: Record
+
+
+def read_fasta(path: str) -> list[Record]:
+    """All records of a FASTA file, plain or gzip, or of standard input ("-").
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no FASTA of proteins, a record is empty, an id occurs twice; names file, record and position.
+    """
+    name, text = _name(path), _read_text(path)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    if not first:
+        raise ValueError(f"{name} is empty; a FASTA file begins with '>'")
+    if not first.startswith(">"):
+        raise ValueError(f"{name} begins with {first[:20]!r}, not with '>': it is no FASTA file")
+    records: dict[str, Record] = {}
+    for n, (header, sequence) in enumerate(SimpleFastaParser(io.StringIO(text, newline=None)), start=1):
+        identifier, _, description = header.strip().partition(" ")
+        where = f"{name}, record {n} ({identifier or 'without an id'})"
+        if not identifier:
+            raise ValueError(f"{where}: '>' must be followed by an id")
+        if identifier in records:
+            raise ValueError(f"{where}: this id has occurred before; give each sequence its own")
+        records[identifier] = Record(identifier, description.strip(), _residues(sequence, where))
+    return list(records.values())
+
+
+def read_pairs(path: str) -> Iterator[PairRecord]:
+    """Lines `id <tab> x <tab> y`, where x and y are sequences; plain, gzip or standard input ("-").
+
+    Empty lines, lines that begin with '#' and a first line `id x y` are left out. Raises as `read_fasta` does; ids
+    may occur more than once.
+    """
+    name, found = _name(path), False
+    for n, line in enumerate(_read_text(path).splitlines(), start=1):
+        fields = [field.strip() for field in line.split("\t")]
+        if not line.strip() or line.startswith("#") or (n == 1 and [f.lower() for f in fields] == ["id", "x", "y"]):
+            continue
+        if len(fields) != 3:
+            raise ValueError(f"{name}, line {n}: {len(fields)} columns; there must be 3 with tabs between: id, x, y")
+        identifier, x, y = fields
+        x, y = (_residues(s, f"{name}, line {n} ({identifier}), {side}") for s, side in ((x, "x"), (y, "y")))
+        found = True
+        yield PairRecord(identifier, Record(f"{identifier}/x", "", x), Record(f"{identifier}/y", "", y))
+    if not found:
+        raise ValueError(f"{name} holds no pair; each line must be id, x, y with tabs between")
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == STANDARD_INPUT else path
+
+
+def _read_text(path: str) -> str:
+    data = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
+    if data[:2] == _GZIP:
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{_name(path)} begins as gzip does and cannot be unpacked: {error}") from error
+    if b"\0" in data:
+        raise ValueError(f"{_name(path)} is no text (it holds a zero byte); plain text or gzip is read")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        warnings.warn(f"{_name(path)} is not UTF-8 (byte {error.start}); read as Latin-1", stacklevel=2)
+        return data.decode("latin-1")
+
+
+def _residues(sequence: str, where: str) -> str:
+    residues = "".join(sequence.split()).upper().removesuffix("*")
+    ungapped = residues.replace("-", "").replace(".", "")
+    if len(ungapped) < len(residues):
+        warnings.warn(f"{where}: {len(residues) - len(ungapped)} gaps ('-', '.') are left out", stacklevel=3)
+    bad = next((n for n, letter in enumerate(residues) if letter not in _RESIDUES and letter not in "-."), None)
+    if bad is not None:
+        stop = "; '*' may only be the last symbol" if residues[bad] == "*" else ""
+        raise ValueError(
+            f"{where}, position {bad + 1}: {residues[bad]!r} is no residue{stop}; allowed are the letters "
+            f"{vocab.RESIDUES}{vocab.AMBIGUOUS} in either case"
+        )
+    if not ungapped:
+        raise ValueError(f"{where}: the sequence is empty")
+    counts = collections.Counter(ungapped)
+    if len(ungapped) >= _SUSPICIOUS and sum(counts[n] for n in _NUCLEOTIDES) > 0.95 * len(ungapped):
+        warnings.warn(f"{where}: looks like nucleotides; it is aligned as a protein all the same", stacklevel=3)
+    return ungapped
