@@ -196,16 +196,16 @@ class Aligner(nnx.Module):
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score)
 
-    def potentials(
+    def banded_plan(
         self,
         x: Int[Array, "batch x_length"],
         y: Int[Array, "batch y_length"],
         x_length: Int[Array, "batch"],
         y_length: Int[Array, "batch"],
-    ) -> attention.Potentials:
-        """The plan in a form whose size grows with the lengths, not with their product."""
+    ) -> attention.BandedPlan:
+        """The plan over residues by the windows of its band."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        return attention.potentials(
+        return attention.banded_plan(
             q, k, self.spec, (x_length, y_length), self.dustbin.score, self.config.implementation
         )
 

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -11,6 +12,7 @@ from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, support
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.spec import Implementation
 
+_PLAN_ROWS = 32  # of a banded plan made at a time
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
 
 
@@ -109,26 +111,37 @@ def transport(
     return Transported(values, mass, barycenter, at_target, info.residual[:, 0], log_plan)
 
 
-class Potentials(NamedTuple):
-    """One head's plan in the size of its sequences: `P_ij = exp(q_i . k_j + f_i + g_j)`, for j from first_i to last_i."""
+class BandedPlan(NamedTuple):
+    """A plan by the windows of its band: `values[n, i, c]` is P_ij for j = first[n, i] + c, 0 where there is none."""
 
-    q: Float[Array, "batch x_length width"]
-    k: Float[Array, "batch y_length width"]
-    f: Float[Array, "batch x_length"]
-    g: Float[Array, "batch y_length"]
+    values: Float[Array, "batch x_length window"]
     first: Int[Array, "batch x_length"]
-    last: Int[Array, "batch x_length"]  # below `first` where a row holds nothing, as at padding
 
 
-def potentials(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str) -> Potentials:
-    """Of the plan from q to k `[batch, length, width]`, by the band."""
+def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str) -> BandedPlan:
+    """The plan over residues from q to k `[batch, length, width]`; nothing larger than a few of its rows is dense."""
     nothing = jnp.zeros((*k.shape[:2], 1, 1), k.dtype)
     heads = q[:, :, None], k[:, :, None], nothing
     _, info = sinkhorn_attention(*heads, spec, *lengths, dustbin_score, _named(implementation))
     rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    windows = support.row_windows(rows, lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32), spec.band)
-    q = q / (math.sqrt(q.shape[-1]) * spec.epsilon)
-    return Potentials(q, k, info.f[:, 0, : q.shape[1]], info.g[:, 0, : k.shape[1]], *windows)
+    first, last = support.row_windows(rows, lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32), spec.band)
+    columns = k.shape[1]
+    window = jnp.arange(columns if spec.band is None else min(2 * spec.band + 1, columns))
+    g = info.g[:, 0, None, :columns]
+
+    def some_rows(of_rows):
+        q, f, first, last = of_rows
+        log_plan = jnp.einsum("bid,bjd->bij", q, k) / (math.sqrt(q.shape[-1]) * spec.epsilon) + g
+        place = first[..., None] + window
+        log_plan = jnp.take_along_axis(log_plan, jnp.minimum(place, columns - 1), axis=2) + f[..., None]
+        return jnp.where(place <= last[..., None], jnp.exp(log_plan), 0)
+
+    step = math.gcd(q.shape[1], _PLAN_ROWS)
+    parts = tuple(
+        x.reshape(len(q), -1, step, *x.shape[2:]).swapaxes(0, 1) for x in (q, info.f[:, 0, : q.shape[1]], first, last)
+    )
+    values = jax.lax.map(some_rows, parts).swapaxes(0, 1)
+    return BandedPlan(values.reshape(len(q), q.shape[1], -1), first)
 
 
 def _log_plan(q, k, info: SinkhornInfo, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length y_length"]:

@@ -127,10 +127,11 @@ class Windows:
         return whole[:, self.width : self.width + self.columns]
 
     def cut(self, row: int, whole: np.ndarray) -> np.ndarray:
-        """What the windows hold of a whole row; 0 beyond its ends."""
+        """What the windows hold of a whole row; anything beyond its ends."""
         if self.width == self.columns and not self.first[:, row].any():
             return whole
-        return np.take_along_axis(np.pad(whole, ((0, 0), (self.width, self.width))), self._place(row), axis=1)
+        place = np.clip(self._place(row) - self.width, 0, self.columns - 1)
+        return np.take_along_axis(whole, place, axis=1)
 
     def _place(self, row: int) -> Int[np.ndarray, "batch width"]:
         return self.first[:, row, None] + np.arange(self.width, 2 * self.width)

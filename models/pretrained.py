@@ -1,7 +1,7 @@
 """A trained aligner for use: pairs of any lengths in, hard alignments with confidence out.
 
 Pairs are padded to few lengths and aligned in batches, so that few programs are compiled. Nothing of the size of both
-lengths' product is made: the plan is held by its band, from the potentials.
+lengths' product is made: the plan is held by its band.
 """
 
 import dataclasses
@@ -18,14 +18,13 @@ from jaxtyping import Float, Float32, Float64, Int, Int32, PyTree
 
 from models import decode, weights
 from models.aligner import Aligner, AlignerConfig
-from models.attention import Potentials, SinkhornSpec
+from models.attention import SinkhornSpec
 
 DECODERS = ("posterior", "plan")
 MAX_CELLS = 16_000_000  # of a band that is widened by itself; decoding takes about 50 bytes a cell
 MAX_LENGTH = 46_000  # what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
 _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch
 _SMALLEST = 64
-_ROWS = 64  # of a plan made at a time
 
 Tokens = Int[np.ndarray, " length"]
 
@@ -39,10 +38,10 @@ class Alignment(NamedTuple):
     y_alone: Float32[np.ndarray, " y_length"]
 
 
-class BandedPlan(NamedTuple):
-    """Plans held by windows: `values[n, i, c]` is P_ij for j = windows.first[n, i] + c."""
+class Plans(NamedTuple):
+    """Plans, or posteriors, held by windows: `values[n, i, c]` is P_ij for j = windows.first[n, i] + c."""
 
-    values: Float32[np.ndarray, "batch rows width"]
+    values: Float[np.ndarray, "batch rows width"]
     windows: decode.Windows
 
 
@@ -81,22 +80,23 @@ class Pretrained:
     def band_for(self, x_length: int, y_length: int) -> int | None:
         """Half-width of the band: wide enough that the shorter sequence fits anywhere into the longer one.
 
-        Doubled from that of training, up to `MAX_CELLS` cells; None where that is all.
+        That of training, or four times as much and so on, up to `MAX_CELLS` cells; None, which is all, where it covers
+        most.
         """
         band = self.band
         if band is None:
             return None
         band = max(band, 1)
         needed = abs(x_length - y_length) + band // 2
-        while band < needed and x_length * min(4 * band + 1, y_length) <= MAX_CELLS:
-            band *= 2
+        while band < needed and x_length * min(8 * band + 1, y_length) <= MAX_CELLS:
+            band *= 4  # each width is a program of its own
         if band < needed:
             warnings.warn(
                 f"lengths {x_length} and {y_length} differ by more than the band of {band} residues reaches; --band=N "
                 "widens it, for more memory",
                 stacklevel=2,
             )
-        return None if band >= max(x_length, y_length) else band
+        return None if 2 * band >= bucket(max(x_length, y_length)) else band
 
     def align(
         self,
@@ -121,20 +121,20 @@ class Pretrained:
             x_lengths, y_lengths = _lengths([pairs[n] for n in members], len(plan.values))
             if decoder == "posterior":
                 values = decode.posterior_in_windows(plan.values, plan.windows, x_lengths, y_lengths, gaps)
-                plan = BandedPlan(values, plan.windows)
+                plan = Plans(values, plan.windows)
             for n, alignment in zip(members, _decoded(plan, x_lengths, y_lengths), strict=False):
                 found[n] = alignment
             done(len(members))
         return [alignment for alignment in found if alignment is not None]
 
-    def plan(self, x: Tokens, y: Tokens, *, band: int | None = None) -> BandedPlan:
+    def plan(self, x: Tokens, y: Tokens, *, band: int | None = None) -> Plans:
         """The plan of one pair; raises as `align` does."""
         (_, plan, _), *_ = self._plans([(x, y)], band)
         return plan
 
     def _plans(
         self, pairs: Sequence[tuple[Tokens, Tokens]], band: int | None
-    ) -> Iterator[tuple[list[int], BandedPlan, decode.Gaps]]:
+    ) -> Iterator[tuple[list[int], Plans, decode.Gaps]]:
         """Which pairs, their plans and gap model, batch by batch; the next batch is computed while one is used."""
         waiting = None
         for shape, members in _batches([self._shape(x, y, band) for x, y in pairs]):
@@ -163,7 +163,7 @@ class Pretrained:
             model = nnx.merge(self.graph, params)
             model.spec = dataclasses.replace(model.spec, band=band)  # of the plan; self-attention keeps its own
             gaps = model.gaps() if model.config.gap_model else None
-            return model.potentials(x, y, x_length, y_length), gaps
+            return model.banded_plan(x, y, x_length, y_length), gaps
 
         return predict
 
@@ -175,17 +175,30 @@ def bucket(length: int) -> int:
 
 
 def _batches(shapes: Sequence[_Shape]) -> Iterator[tuple[_Shape, list[int]]]:
-    """Places of pairs of one shape, full batches of them; few that are left go one by one, as a single pair does."""
+    """Places of pairs that are computed together.
+
+    Compiling a program takes as long as aligning hundreds of pairs: few pairs of a shape are padded to a larger one
+    that is needed anyway, and where they are the only ones they go one by one, as a single pair does.
+    """
     groups: dict[_Shape, list[int]] = {}
     for n, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(n)
-    for shape, members in groups.items():
-        for start in range(0, len(members), shape.batch):
-            part = members[start : start + shape.batch]
-            if 4 * len(part) > shape.batch:
-                yield shape, part
-            else:
-                yield from ((shape._replace(batch=1), [n]) for n in part)
+    waiting = sorted(groups, key=lambda shape: (shape.rows, shape.columns))
+    while waiting:
+        shape, members = (first := waiting.pop(0)), groups[first]
+        larger = next((other for other in waiting if _holds(other, shape)), None)
+        if larger and len(members) < 2 * shape.batch:
+            groups[larger] += members
+            continue
+        step = shape.batch if 8 * len(members) > shape.batch else 1
+        for start in range(0, len(members), step):
+            yield shape._replace(batch=step), members[start : start + step]
+
+
+def _holds(larger: _Shape, shape: _Shape) -> bool:
+    """Whether pairs of `shape` can be padded to `larger` at little cost; the band stays, for results depend on it."""
+    sizes = (larger.rows, shape.rows), (larger.columns, shape.columns)
+    return larger.band == shape.band and all(small <= large <= 4 * small for large, small in sizes)
 
 
 def _lengths(pairs: Sequence[tuple[Tokens, Tokens]], batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,38 +215,18 @@ def _padded(pairs: Sequence[tuple[Tokens, Tokens]], shape: _Shape) -> tuple[np.n
     return x, y, *_lengths(pairs, shape.batch)
 
 
-def _held(members: list[int], padded, predicted) -> tuple[list[int], BandedPlan, decode.Gaps]:
-    (potentials, gaps), (*_, x_lengths, y_lengths) = jax.device_get(predicted), padded
-    gaps = decode.Gaps() if gaps is None else decode.Gaps(*gaps.tolist())
-    return members, banded_plan(potentials, x_lengths, y_lengths), gaps
-
-
-def banded_plan(potentials: Potentials, x_lengths: np.ndarray, y_lengths: np.ndarray) -> BandedPlan:
-    """The plans that NumPy potentials describe, some rows at a time; as long as the longest of each side."""
-    rows, columns = max(1, x_lengths.max()), max(1, y_lengths.max())
-    first, last = potentials.first[:, :rows], potentials.last[:, :rows]
-    width = max(1, int((last - first).max()) + 1)
-    values = np.zeros((len(first), rows, width), np.float32)
-    for n, x_length in enumerate(x_lengths):
-        for start in range(0, x_length, _ROWS):
-            here = slice(start, min(start + _ROWS, x_length))
-            values[n, here] = _windows_of(Potentials(*(x[n] for x in potentials)), here, width)
+def _held(members: list[int], padded, predicted) -> tuple[list[int], Plans, decode.Gaps]:
+    """On the host, cut to the longest of the batch."""
+    ((values, first), gaps), (*_, x_lengths, y_lengths) = jax.device_get(predicted), padded
+    rows, columns = x_lengths.max(), y_lengths.max()
     # Padding has no windows: those of the last residue go on, so that they never turn back.
-    return BandedPlan(values, decode.Windows(np.maximum.accumulate(first, axis=1), width, columns))
-
-
-def _windows_of(pair: Potentials, here: slice, width: int) -> Float32[np.ndarray, "rows width"]:
-    first, last, f = (np.asarray(x[here])[:, None] for x in (pair.first, pair.last, pair.f))
-    start, end = int(first[0, 0]), max(int(last[-1, 0]), int(first[0, 0])) + 1
-    scores = np.asarray(pair.q[here] @ pair.k[start:end].T + pair.g[start:end])
-    place = first + np.arange(width)
-    inside = place <= last
-    log_plan = np.take_along_axis(scores, np.where(inside, place - start, 0), axis=1) + f
-    return np.where(inside, np.exp(np.where(inside, log_plan, 0)), 0)
+    first, values = np.maximum.accumulate(first[:, :rows], axis=1), values[:, :rows, :columns]
+    gaps = decode.Gaps() if gaps is None else decode.Gaps(*gaps.tolist())
+    return members, Plans(values, decode.Windows(first, values.shape[2], int(columns))), gaps
 
 
 def _decoded(
-    plan: BandedPlan, x_lengths: Int[np.ndarray, " batch"], y_lengths: Int[np.ndarray, " batch"]
+    plan: Plans, x_lengths: Int[np.ndarray, " batch"], y_lengths: Int[np.ndarray, " batch"]
 ) -> Iterator[Alignment]:
     match, confidence = decode.mea_in_windows(plan.values, plan.windows)
     x_mass = plan.values.sum(axis=2)
@@ -252,7 +245,7 @@ def _column_sums(
     return np.bincount(place.ravel(), weights=values.ravel(), minlength=columns)[:columns]
 
 
-def dense_maximum(plan: BandedPlan, longest: int) -> tuple[Float32[np.ndarray, "rows columns"], int]:
+def dense_maximum(plan: Plans, longest: int) -> tuple[Float32[np.ndarray, "rows columns"], int]:
     """One plan as a picture with at most `longest` rows and columns, and how many residues a pixel is wide.
 
     A pixel shows the largest value of its residues: alignments are thin lines that means would wash out.
