@@ -5,6 +5,7 @@ stop, and white space are dropped; so are `-` and `.`, the gaps of an alignment,
 stay as they are and are aligned as "any residue". Anything else is an error that names the place.
 """
 
+import codecs
 import collections
 import gzip
 import io
@@ -96,8 +97,9 @@ def _read_text(path: str) -> str:
             raise ValueError(f"{_name(path)} begins as gzip does and cannot be unpacked: {error}") from error
     if b"\0" in data:
         raise ValueError(f"{_name(path)} is no text (it holds a zero byte); plain text or gzip is read")
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         warnings.warn(f"{_name(path)} is not UTF-8 (byte {error.start}); read as Latin-1", stacklevel=2)
         return data.decode("latin-1")

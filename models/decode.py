@@ -102,7 +102,7 @@ def posterior_in_windows(
 class Windows:
     """Which columns of plans are held: `width` from `first` on in each row. Only there can residues be matched.
 
-    first: rises from row to row or stays; windows may reach beyond the `columns`, where plans are 0.
+    first: at least 0, rises from row to row or stays; windows may reach beyond the `columns`, where plans are 0.
     """
 
     first: Int[np.ndarray, "batch rows"]

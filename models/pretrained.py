@@ -26,7 +26,7 @@ MAX_LENGTH = 46_000  # what exact arithmetic of the band allows, ot_attention.su
 _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch
 _SMALLEST = 64
 
-Tokens = Int[np.ndarray, " length"]
+Tokens = Int[np.ndarray, "_"]  # one sequence
 
 
 class Alignment(NamedTuple):
@@ -190,7 +190,7 @@ def _batches(shapes: Sequence[_Shape]) -> Iterator[tuple[_Shape, list[int]]]:
         if larger and len(members) < 2 * shape.batch:
             groups[larger] += members
             continue
-        step = shape.batch if 8 * len(members) > shape.batch else 1
+        step = shape.batch if len(members) > max(1, shape.batch // 8) else 1
         for start in range(0, len(members), step):
             yield shape._replace(batch=step), members[start : start + step]
 
@@ -230,7 +230,7 @@ def _decoded(
 ) -> Iterator[Alignment]:
     match, confidence = decode.mea_in_windows(plan.values, plan.windows)
     x_mass = plan.values.sum(axis=2)
-    for n, (x_length, y_length) in enumerate(zip(x_lengths, y_lengths, strict=True)):
+    for n, (x_length, y_length) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist(), strict=True)):
         aligned = np.flatnonzero(match[n] != decode.NO_MATCH)
         pairs = np.stack([aligned, match[n, aligned]], axis=1).astype(np.int32)
         y_mass = _column_sums(plan.values[n, :x_length], plan.windows.first[n, :x_length], y_length)

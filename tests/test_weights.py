@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 import eval as evaluation
 from models import decode, weights
-from scripts import export_weights
+from scripts import align, export_weights
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,14 @@ def test_a_step_is_of_a_run_only(exported, capsys):
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):
     assert export_weights.main([f"--workdir={tmp_path}", f"--output={tmp_path}/w.safetensors"]) == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_align_takes_a_run_or_its_weights(exported, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).write_text(f">{name}\nMKVLAWGKVGAHAGEYGAEALERMFLSFPTTKTYF\n")
+    files = [str(tmp_path / name) for name in "ab"]
+    outputs = []
+    for source in (f"--workdir={tiny.trained()}", f"--weights={exported}"):
+        assert align.main([*files, source, "--format=jsonl"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and '"id": "a:b"' in outputs[0]

@@ -1,0 +1,379 @@
+"""scripts/align.py: what goes in, what comes out in every format, and that length costs no memory of its square."""
+
+import gzip
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from Bio import AlignIO, SeqIO
+from flax import nnx
+
+from data import formats, vocab
+from data.sequences import Record
+from models import decode, pretrained, weights
+from models.pretrained import Pretrained
+from scripts import align
+
+HBA = (
+    "MVLSPADKTNVKAAWGKVGAHAGEYGAEALERMFLSFPTTKTYFPHFDLSHGSAQVKGHGKKVADALTNAVAHVDDMPNALSALSDLHAHKLRVDPVNFKLLSHCLL"
+    "VTLAAHLPAEFTPAVHASLDKFLASVSTVLTSKYR"
+)
+HBB = (
+    "MVHLTPEEKSAVTALWGKVNVDEVGGEALGRLLVVYPWTQRFFESFGDLSTPDAVMGNPKVKAHGKKVLGAFSDGLAHLDNLKGTFATLSELHCDKLHVDPENFRLL"
+    "GNVLVCVLAHHFGKEFTPPVQAAYQKVVAGVANALAHKYH"
+)
+FRAGMENT = HBA[30:90]
+
+
+def config(**model: object) -> dict:
+    """BLOSUM62 with a dustbin and nothing learned: it aligns relatives as they should be."""
+    settings = {"width": 16, "depth": 1, "heads": 2, "attention_every": 0, "plan_width": 8, "value_width": 8}
+    settings |= {"plan_gain": 1e-3, "positions": False, "substitution_prior": True, "gap_model": True}
+    return {"model": settings | model, "attention": {"base_steps": 10, "band": 64, "dustbin": "full"}}
+
+
+def initial(of: dict) -> Pretrained:
+    aligner = pretrained.AlignerConfig(**of["model"])
+    spec = pretrained.SinkhornSpec(**of["attention"])
+    params = nnx.to_pure_dict(nnx.state(pretrained.Aligner(aligner, spec, rngs=nnx.Rngs(0))))
+    return Pretrained.from_config(of, lambda _: params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    before = jax.config.values["jax_compilation_cache_dir"]
+    with tiny.quick_compilation():
+        yield
+    jax.config.update("jax_compilation_cache_dir", before)  # align.py chooses one
+
+
+@pytest.fixture(scope="module")
+def model() -> Pretrained:
+    return initial(config())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model) -> Path:
+    """With weights, and FASTA files in it."""
+    folder = tmp_path_factory.mktemp("align")
+    weights.save(folder / "w.safetensors", model.params, config(), 0)
+    (folder / "a.fasta").write_text(f">HBA alpha chain\n{HBA[:70]}\n{HBA[70:].lower()}*\n")
+    (folder / "b.fasta").write_text(f"\n>HBB\n{HBB}\n")
+    (folder / "many.fasta").write_text(f">HBA\n{HBA}\n>HBB beta\n{HBB}\n>part\n{FRAGMENT}\n>one\nW\n")
+    return folder
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """The command line with the test's weights: exit status, standard output, standard error."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+    def of(*arguments: str) -> tuple[int, str, str]:
+        status = align.main(["--weights=w.safetensors", *arguments])
+        return status, *capsys.readouterr()
+
+    return of
+
+
+def pairs_of(x: str, y: str) -> list[list[int]]:
+    """Positions of the columns in which both have a residue; lower case is a residue of its own."""
+    i = j = 0
+    found = []
+    for a, b in zip(x, y, strict=True):
+        if a != "-" and b != "-":
+            found.append([i, j])
+        i, j = i + (a != "-"), j + (b != "-")
+    return found
+
+
+def test_all_formats_hold_the_same_alignment(run):
+    output = {form: run("a.fasta", "b.fasta", f"--format={form}") for form in formats.FORMATS}
+    assert {status for status, *_ in output.values()} == {0}
+    text, stockholm, a3m, fasta, tsv, jsonl = (io.StringIO(output[form][1]) for form in formats.FORMATS)
+
+    (record,) = map(json.loads, jsonl)
+    assert set(record) == {"id", "pairs", "confidence"}
+    assert record["id"] == "HBA:HBB" and len(record["pairs"]) == len(record["confidence"]) > 130
+    assert (np.diff(record["pairs"], axis=0) > 0).all()
+    assert [140, 145] in record["pairs"], "the ends of the globins are aligned"
+
+    for handle, form in ((stockholm, "stockholm"), (fasta, "fasta")):
+        x, y = AlignIO.read(handle, form)
+        assert (x.id, y.id) == ("HBA", "HBB")
+        assert (str(x.seq).replace("-", ""), str(y.seq).replace("-", "")) == (HBA, HBB)
+        assert pairs_of(str(x.seq), str(y.seq)) == record["pairs"]
+        if form == "stockholm":
+            assert x.description == "alpha chain"
+            marks = x.letter_annotations["posterior_probability"]
+            found = [m for m, a, b in zip(marks, x.seq, y.seq, strict=True) if a != "-" and b != "-"]
+            assert found == ["0123456789*"[int(10 * c + 0.5)] for c in record["confidence"]]
+
+    query, other = SeqIO.parse(a3m, "fasta")
+    assert str(query.seq) == HBA
+    assert str(other.seq).upper().replace("-", "") == HBB
+    columns = np.array([not c.islower() for c in other.seq])
+    position = np.cumsum([c != "-" for c in other.seq]) - 1
+    in_columns = [(str(other.seq)[n], position[n]) for n in np.flatnonzero(columns)]
+    assert [[i, j] for i, (c, j) in enumerate(in_columns) if c != "-"] == record["pairs"]
+
+    head, *rows = (line.rstrip("\n").split("\t") for line in tsv)
+    assert head == ["id", "i", "j", "x", "y", "confidence"]
+    assert [[int(row[1]), int(row[2])] for row in rows] == record["pairs"]
+    assert all(HBA[int(i)] == x and HBB[int(j)] == y for _, i, j, x, y, _ in rows)
+
+    lines = text.getvalue().splitlines()
+    blocks = [line.split() for line in lines if line.startswith(("HBA", "HBB"))]
+    x, y = ("".join(block[2] for block in blocks if block[0] == name) for name in ("HBA", "HBB"))
+    assert pairs_of(x, y) == record["pairs"]
+    assert blocks[0][1] == "1" and blocks[-2][3] == str(len(HBA)) and blocks[-1][3] == str(len(HBB))
+    identical = sum(HBA[i] == HBB[j] for i, j in record["pairs"])
+    assert f"Identity:   {identical}/{len(x)} (" in text.getvalue()
+    assert f"Gaps:       {len(x) - len(record['pairs'])}/{len(x)} (" in text.getvalue()
+
+
+def test_score_is_that_of_needleman_wunsch(model):
+    import parasail
+
+    (found,) = model.align([tuple(vocab.encode(s.encode()) for s in (HBA, HBB))])
+    aligned = formats.Aligned("", Record("x", "", HBA), Record("y", "", HBB), *found)
+    x, y = formats.columns_of(aligned)[2:4]
+    cigar = parasail.nw_trace_striped_16(x.replace("-", ""), y.replace("-", ""), 11, 1, parasail.blosum62)
+    assert formats._score(formats.columns_of(aligned)) <= cigar.score
+    best = formats.Aligned(
+        "", aligned.x, aligned.y, np.array(pairs_of(cigar.traceback.query, cigar.traceback.ref)), *[np.ones(200)] * 3
+    )
+    best = best._replace(confidence=np.ones(len(best.pairs)))
+    assert formats._score(formats.columns_of(best)) == cigar.score
+
+
+def test_identical_sequences_are_aligned_residue_by_residue(model):
+    tokens = vocab.encode(HBB.encode())
+    by_plan, by_posterior = (model.align([(tokens, tokens)], decoder=decoder)[0] for decoder in ("plan", "posterior"))
+    for found in (by_plan, by_posterior):
+        np.testing.assert_array_equal(found.pairs, np.arange(len(HBB))[:, None].repeat(2, 1))
+    assert by_posterior.confidence.mean() > 0.95
+    assert max(by_posterior.x_alone.mean(), by_posterior.y_alone.mean()) < 0.05
+
+
+def test_banded_decoding_is_dense_decoding(model):
+    """Through both ways: the dense plan of the model, and its windows."""
+    x, y = vocab.encode(HBA.encode()), vocab.encode(HBB.encode())
+    lengths = np.array([len(x)], np.int32), np.array([len(y)], np.int32)
+
+    @jax.jit
+    def whole(x, y, x_length, y_length):
+        aligner = nnx.merge(model.graph, model.params)
+        return aligner.plan(x, y, x_length, y_length), aligner.gaps()
+
+    dense, gaps = jax.device_get(whole(x[None], y[None], *lengths))
+    expected, confidence = decode.align_batch(dense, *lengths, decode.Gaps(*gaps.tolist()))
+    (found,) = model.align([(x, y)], band=64)
+    np.testing.assert_array_equal(found.pairs[:, 1], expected[0][expected[0] >= 0])
+    np.testing.assert_allclose(found.confidence, confidence[0][expected[0] >= 0], atol=1e-4)
+    picture, scale = pretrained.dense_maximum(model.plan(x, y, band=64), 1000)
+    assert scale == 1
+    np.testing.assert_allclose(picture, dense[0], atol=1e-4)
+    picture, scale = pretrained.dense_maximum(model.plan(x, y, band=64), 50)
+    assert scale == 3 and picture.shape == (48, 49)
+    assert picture.max() == pytest.approx(dense.max(), abs=1e-4)
+
+
+def test_a_batch_is_aligned_as_each_pair_is(model):
+    """Of lengths that need several programs and batches, in the order given."""
+    rng = np.random.default_rng(0)
+    whole = [vocab.encode(s.encode()) for s in (HBA, HBB, HBB[5:])]
+    pairs = [(whole[i], whole[j]) for i, j in rng.integers(0, 3, (5, 2))]
+    pairs.insert(2, (whole[0], vocab.encode(FRAGMENT.encode())))
+    counts: list[int] = []
+    together = model.align(pairs, done=counts.append)
+    assert sum(counts) == len(pairs) == len(together)
+    for pair, found in zip(pairs, together, strict=True):
+        (alone,) = model.align([pair])
+        np.testing.assert_array_equal(found.pairs, alone.pairs)
+        np.testing.assert_allclose(found.confidence, alone.confidence, atol=1e-3)
+
+
+def test_a_domain_is_found_anywhere_in_a_long_sequence(model):
+    """Farther from the diagonal than the band of training reaches."""
+    rng = np.random.default_rng(1)
+    flank = rng.integers(1, 21, 300).astype(np.int32)
+    x, y = vocab.encode(HBA.encode()), vocab.encode(HBB.encode())
+    for left, right in ((0, 300), (300, 0), (150, 150)):
+        embedded = np.concatenate([flank[:left], y, flank[300 - right :]]) if left + right else y
+        (found,) = model.align([(x, embedded)])
+        inside = (found.pairs[:, 1] >= left) & (found.pairs[:, 1] < left + len(y))
+        assert inside.mean() > 0.9 and len(found.pairs) > 110
+
+
+def test_memory_grows_with_the_length_alone(model):
+    """The program for two sequences of 1,500 residues never holds as much as their dense plan would take."""
+    shape = pretrained._Shape(1, 1536, 1536, 64)
+    padded = pretrained._padded([(np.ones(9, np.int32),) * 2], shape)
+    compiled = model._predict(64).lower(model.params, *padded).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1536 * 1536
+    rng = np.random.default_rng(2)
+    x = rng.integers(1, 21, 1500).astype(np.int32)
+    y = np.where(rng.random(1500) < 0.3, rng.integers(1, 21, 1500), x).astype(np.int32)
+    plan = model.plan(x, y)
+    assert plan.values.shape == (1, 1500, 129)
+    (found,) = model.align([(x, y)])
+    assert (found.pairs[:, 0] == found.pairs[:, 1]).mean() > 0.98
+
+
+def test_which_pairs_are_aligned(run):
+    def names(*arguments: str) -> list[str]:
+        status, output, _ = run(*arguments, "--format=jsonl")
+        assert status == 0
+        return [json.loads(line)["id"] for line in output.splitlines()]
+
+    assert names("many.fasta") == ["HBA:HBB", "HBA:part", "HBA:one"]
+    assert names("many.fasta", "--all-pairs") == [
+        "HBA:HBB",
+        "HBA:part",
+        "HBA:one",
+        "HBB:part",
+        "HBB:one",
+        "part:one",
+    ]
+    assert names("b.fasta", "many.fasta") == ["HBB:HBA", "HBB:HBB", "HBB:part", "HBB:one"]
+
+
+def test_an_a3m_has_its_query_once(run):
+    records = list(SeqIO.parse(io.StringIO(run("many.fasta", "--format=a3m")[1]), "fasta"))
+    assert [record.id for record in records] == ["HBA", "HBB", "part", "one"]
+    assert {sum(not c.islower() for c in record.seq) for record in records} == {len(HBA)}
+
+
+def test_names_in_stockholm_are_distinct(run):
+    x, y = AlignIO.read(io.StringIO(run("a.fasta", "a.fasta", "--format=stockholm")[1]), "stockholm")
+    assert (x.id, y.id) == ("HBA", "HBA_2") and x.seq == y.seq
+
+
+def test_pairs_of_a_table(run, folder):
+    (folder / "p.tsv").write_text(f"id\tx\ty\n# two\nfirst\t{HBA}\t{HBB}\n\nsecond\tW\tw\n")
+    status, output, _ = run("--pairs=p.tsv", "--format=jsonl")
+    first, second = map(json.loads, output.splitlines())
+    assert status == 0 and first["id"] == "first" and len(first["pairs"]) > 130
+    assert second["id"] == "second" and second["pairs"] in ([[0, 0]], [])
+    assert len(second["confidence"]) == len(second["pairs"])
+
+
+def test_standard_input_gzip_and_output_files(run, folder, monkeypatch):
+    expected = run("a.fasta", "b.fasta", "--format=tsv")[1]
+    (folder / "b.gz").write_bytes(gzip.compress((folder / "b.fasta").read_bytes()))
+    assert run("a.fasta", "b.gz", "--format=tsv")[1] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "b.gz").read_bytes())))
+    assert run("a.fasta", "-", "--format=tsv", "--output=o.tsv.gz")[:2] == (0, "")
+    assert gzip.decompress((folder / "o.tsv.gz").read_bytes()).decode() == expected
+
+
+def test_the_plan_is_drawn(run, folder):
+    assert run("a.fasta", "b.fasta", "--plot=plan.png")[0] == 0
+    assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
+    status, _, errors = run("many.fasta", "--plot=plan.png")
+    assert status == 1 and "--plot draws the plan of one pair; 3 were given" in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "bad.fasta is empty"),
+        (b"MKV\n", "begins with 'MKV', not with '>'"),
+        (b">a\nMKV\n>a\nMKV\n", r"record 2 \(a\): this id has occurred before"),
+        (b">a\nMKV\n>b\n\n>c\nM\n", r"record 2 \(b\): the sequence is empty"),
+        (b">a\nMKV\n>\nMKV\n", r"record 2 \(without an id\)"),
+        (b">a\nMK\nV1L\n", r"record 1 \(a\), position 4: '1' is no residue"),
+        (b">a\nMK*V\n", r"position 3: '\*' is no residue; '\*' may only be the last symbol"),
+        (b">a\nMK\0V\n", "is no text"),
+        (gzip.compress(b">a\nMKV\n" * 9)[:-9], "cannot be unpacked"),
+        (b">a\nMKV\n", "holds one sequence; give a second file"),
+    ],
+)
+def test_bad_input_is_named(run, folder, content, message):
+    (folder / "bad.fasta").write_bytes(content)
+    status, output, errors = run("bad.fasta")
+    assert status == 1 and output == ""
+    assert errors.count("\n") == 1 and errors.startswith("align.py: bad.fasta")
+    assert re.search(message, errors)
+
+
+def test_bad_tables_and_files_are_named(run, folder):
+    (folder / "bad.tsv").write_text("a\tMKV\tMKV\nb\tMKV\n")
+    assert "bad.tsv, line 2: 2 columns" in run("--pairs=bad.tsv")[2]
+    (folder / "bad.tsv").write_text("a\tMKV\tM?V\n")
+    assert "bad.tsv, line 1 (a), y, position 2: '?' is no residue" in run("--pairs=bad.tsv")[2]
+    (folder / "bad.tsv").write_text("id\tx\ty\n")
+    assert "bad.tsv holds no pair" in run("--pairs=bad.tsv")[2]
+    status, _, errors = run("nowhere.fasta")
+    assert status == 1 and "nowhere.fasta" in errors and errors.count("\n") == 1
+    status, _, errors = run("a.fasta", "b.fasta", "--weights=nowhere.safetensors")
+    assert status == 1 and "no weights at nowhere.safetensors" in errors
+
+
+def test_doubtful_input_is_warned_of(run, folder):
+    (folder / "odd.fasta").write_bytes(b"\xef\xbb\xbf>dna\n" + b"ACGT" * 8 + b"\r\n>gaps caf\xe9\r\nM-K.VUX\r\n")
+    status, output, errors = run("odd.fasta", "--format=fasta")
+    assert status == 0 and "caf" in output and "MKVUX" in output.replace("-", "")
+    for part in ("is not UTF-8", "(dna): looks like nucleotides", "(gaps caf", "2 gaps ('-', '.') are left out"):
+        assert part.replace("(gaps caf", "(gaps)") in errors
+    assert run("odd.fasta", "--format=fasta", "--quiet")[2] == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["a", "b", "c"],
+        ["a", "--pairs=p"],
+        ["a", "b", "--all-pairs"],
+        ["-", "-"],
+        ["a", "--band=0"],
+        ["a", "--format=x"],
+        ["a", "--weights=w", "--workdir=r"],
+    ],
+)
+def test_wrong_command_lines(arguments):
+    with pytest.raises(SystemExit) as error:
+        align.main(arguments)
+    assert error.value.code == 2
+
+
+def test_a_reader_that_stops_is_no_error(folder):
+    command = [sys.executable, str(tiny.ROOT / "scripts/align.py"), "--weights=w.safetensors", "many.fasta"]
+    environment = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done.stdout.close()
+    assert done.stderr.read() == b"" and done.wait() == 0
+    assert list((folder / "cache" / "ot-attention").iterdir()), "compiled programs are kept"
+
+
+def test_lengths_and_decoders_are_checked(model):
+    one = np.ones(1, np.int32)
+    with pytest.raises(ValueError, match="y: 0 residues were given, allowed are 1 to 46000"):
+        model.align([(one, one[:0])])
+    with pytest.raises(ValueError, match="decoder: 'viterbi' was given, allowed are posterior, plan"):
+        model.align([(one, one)], decoder="viterbi")
+
+
+def test_the_band_reaches_wherever_the_shorter_sequence_fits(model):
+    for x_length, y_length in ((1, 1), (150, 170), (1500, 1520), (300, 2500), (5000, 5000), (5, 40_000)):
+        band = model.band_for(x_length, y_length)
+        assert band is None or band >= abs(x_length - y_length)
+    assert model.band_for(5000, 5000) == model.band_for(1500, 1520) == 64
+    with pytest.warns(UserWarning, match=r"lengths 20000 and 40000 differ by more than the band of \d+ residues"):
+        assert model.band_for(20_000, 40_000) * 40_000 <= pretrained.MAX_CELLS
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 96, 97, 129, 5000, 46_000])
+def test_buckets_hold_their_lengths_and_are_few(length):
+    assert length <= pretrained.bucket(length) < max(65, 1.51 * length)
+    assert len({pretrained.bucket(n) for n in range(1, 5001)}) == 14
