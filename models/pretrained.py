@@ -24,7 +24,8 @@ DECODERS = ("posterior", "plan")
 MAX_CELLS = 16_000_000  # of a band that is widened by itself; decoding takes about 50 bytes a cell
 MAX_LENGTH = 46_000  # what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
 _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch
-_SMALLEST = 64
+_SMALLEST = 64  # padded length
+_LONG, _LONG_BAND = 1024, 256  # from where on a model that was trained without a band gets one, and which
 
 Tokens = Int[np.ndarray, "_"]  # one sequence
 
@@ -81,22 +82,22 @@ class Pretrained:
         """Half-width of the band: wide enough that the shorter sequence fits anywhere into the longer one.
 
         That of training, or four times as much and so on, up to `MAX_CELLS` cells; None, which is all, where it covers
-        most.
+        most. A model that was trained without a band has one where sequences are long.
         """
-        band = self.band
-        if band is None:
-            return None
-        band = max(band, 1)
+        padded = bucket(max(x_length, y_length))
+        band = self.band or _LONG_BAND
         needed = abs(x_length - y_length) + band // 2
         while band < needed and x_length * min(8 * band + 1, y_length) <= MAX_CELLS:
             band *= 4  # each width is a program of its own
+        if 2 * band >= padded or (self.band is None and padded <= _LONG):
+            return None
         if band < needed:
             warnings.warn(
                 f"lengths {x_length} and {y_length} differ by more than the band of {band} residues reaches; --band=N "
                 "widens it, for more memory",
                 stacklevel=2,
             )
-        return None if 2 * band >= bucket(max(x_length, y_length)) else band
+        return band
 
     def align(
         self,

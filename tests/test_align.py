@@ -1,5 +1,6 @@
 """scripts/align.py: what goes in, what comes out in every format, and that length costs no memory of its square."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -369,6 +370,8 @@ def test_the_band_reaches_wherever_the_shorter_sequence_fits(model):
         band = model.band_for(x_length, y_length)
         assert band is None or band >= abs(x_length - y_length)
     assert model.band_for(5000, 5000) == model.band_for(1500, 1520) == 64
+    unbanded = dataclasses.replace(model, band=None)
+    assert unbanded.band_for(1000, 300) is None and unbanded.band_for(5000, 5000) == 256
     with pytest.warns(UserWarning, match=r"lengths 20000 and 40000 differ by more than the band of \d+ residues"):
         assert model.band_for(20_000, 40_000) * 40_000 <= pretrained.MAX_CELLS
 
