@@ -121,7 +121,8 @@ class Pretrained:
         for members, plan, gaps in self._plans(pairs, band):
             x_lengths, y_lengths = _lengths([pairs[n] for n in members], len(plan.values))
             if decoder == "posterior":
-                values = decode.posterior_in_windows(plan.values, plan.windows, x_lengths, y_lengths, gaps)
+                thick = plan.values * self._thinning(plan.windows.width, y_lengths)[:, None, None]
+                values = decode.posterior_in_windows(thick, plan.windows, x_lengths, y_lengths, gaps)
                 plan = Plans(values, plan.windows)
             for n, alignment in zip(members, _decoded(plan, x_lengths, y_lengths), strict=False):
                 found[n] = alignment
@@ -132,6 +133,15 @@ class Pretrained:
         """The plan of one pair; raises as `align` does."""
         (_, plan, _), *_ = self._plans([(x, y)], band)
         return plan
+
+    def _thinning(self, width: int, y_lengths: Int[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:
+        """How much thinner a row is spread than in training, whose plans the gap model knows: by its more columns.
+
+        Without it, distant flanks would make gaps ever cheaper beside matches, and confidence too low.
+        """
+        if self.band is None:
+            return np.ones(len(y_lengths))
+        return np.maximum(1, np.minimum(width, y_lengths) / (2 * self.band + 1))
 
     def _plans(
         self, pairs: Sequence[tuple[Tokens, Tokens]], band: int | None
