@@ -25,6 +25,7 @@ MAX_CELLS = 16_000_000  # of a band that is widened by itself; decoding takes ab
 MAX_LENGTH = 46_000  # what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
 _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch
 _SMALLEST = 64  # padded length
+_USUAL_LENGTH = 256  # residues; few pairs of training are longer
 _LONG, _LONG_BAND = 1024, 256  # from where on a model that was trained without a band gets one, and which
 
 Tokens = Int[np.ndarray, "_"]  # one sequence
@@ -121,7 +122,7 @@ class Pretrained:
         for members, plan, gaps in self._plans(pairs, band):
             x_lengths, y_lengths = _lengths([pairs[n] for n in members], len(plan.values))
             if decoder == "posterior":
-                thick = plan.values * self._thinning(plan.windows.width, y_lengths)[:, None, None]
+                thick = plan.values * self._thinning(plan, x_lengths, y_lengths)[:, None, None]
                 values = decode.posterior_in_windows(thick, plan.windows, x_lengths, y_lengths, gaps)
                 plan = Plans(values, plan.windows)
             for n, alignment in zip(members, _decoded(plan, x_lengths, y_lengths), strict=False):
@@ -134,14 +135,24 @@ class Pretrained:
         (_, plan, _), *_ = self._plans([(x, y)], band)
         return plan
 
-    def _thinning(self, width: int, y_lengths: Int[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:
-        """How much thinner a row is spread than in training, whose plans the gap model knows: by its more columns.
+    def _thinning(
+        self, plan: Plans, x_lengths: Int[np.ndarray, " batch"], y_lengths: Int[np.ndarray, " batch"]
+    ) -> Float[np.ndarray, " batch"]:
+        """How much thinner plans are spread than those of training, which the gap model knows; 1 for usual pairs.
 
-        Without it, distant flanks would make gaps ever cheaper beside matches, and confidence too low.
+        Let a row's `exp(S)` sum to K, and its plan to m over residues. Where all n rows and columns are alike, a full
+        dustbin of score s balances at `r = (1 - m) / m = e^s sqrt(n / K)`, and a cell of the plan is `exp(S) m / K`. It
+        shrinks with K, which grows with the band, and with n. Both are undone, r being known from the plan's sums.
         """
         if self.band is None:
-            return np.ones(len(y_lengths))
-        return np.maximum(1, np.minimum(width, y_lengths) / (2 * self.band + 1))
+            return np.ones(len(x_lengths))
+        x_lengths, y_lengths = np.maximum(x_lengths, 1), np.maximum(y_lengths, 1)
+        columns = np.maximum(1, np.minimum(plan.windows.width, y_lengths) / (2 * self.band + 1))
+        rows = np.maximum(1, x_lengths / _USUAL_LENGTH)
+        mass = plan.values.sum(axis=(1, 2), dtype=np.float64)
+        x_share, y_share = (np.clip(mass / n, 1e-6, 1) for n in (x_lengths, y_lengths))
+        r = np.sqrt((1 - x_share) * (1 - y_share)) / x_share
+        return columns * (1 + r) / (1 + r * np.sqrt(columns / rows))
 
     def _plans(
         self, pairs: Sequence[tuple[Tokens, Tokens]], band: int | None

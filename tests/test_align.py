@@ -228,6 +228,8 @@ def test_memory_grows_with_the_length_alone(model):
     assert plan.values.shape == (1, 1500, 129)
     (found,) = model.align([(x, y)])
     assert (found.pairs[:, 0] == found.pairs[:, 1]).mean() > 0.98
+    (part,) = model.align([(x[:140], y[:140])])
+    assert found.confidence.mean() > part.confidence.mean() - 0.02, "longer pairs are not less sure"
 
 
 def test_which_pairs_are_aligned(run):
@@ -355,6 +357,13 @@ def test_a_reader_that_stops_is_no_error(folder):
     done.stdout.close()
     assert done.stderr.read() == b"" and done.wait() == 0
     assert list((folder / "cache" / "ot-attention").iterdir()), "compiled programs are kept"
+
+
+def test_the_weights_that_ship_align_globins(run):
+    status = align.main(["a.fasta", "b.fasta", "--output=shipped.jsonl", "--format=jsonl"])
+    record = json.loads(Path("shipped.jsonl").read_text())
+    assert status == 0 and [140, 145] in record["pairs"] and len(record["pairs"]) > 135
+    assert np.mean(record["confidence"]) > 0.8
 
 
 def test_lengths_and_decoders_are_checked(model):
