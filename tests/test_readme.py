@@ -47,7 +47,8 @@ def test_flags_of_the_readme_exist(script):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:configs|data|tests|scripts|docs|notebooks)/[\w/.]+\.(?:py|md|png|ipynb)", README)))
+    "path",
+    sorted(set(re.findall(r"(?:configs|data|tests|scripts|docs|notebooks)/[\w/.]+\.(?:py|md|png|ipynb)", README))),
 )
 def test_files_of_the_readme_exist(path):
     assert (ROOT / path).exists()
