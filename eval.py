@@ -40,7 +40,7 @@ SPLITS = {
     "test": ("test_iid", "test_ood"),
 }
 _MASK_EVERY = 7  # residues; masked reconstruction asks for every seventh one
-_PICTURES = 3  # plans drawn for every split
+_PICTURES = 3  # plans drawn for every split, of different families
 _CERTIFIED = 128  # pairs of every split whose plans are certified
 
 Predict = Callable[[pipeline.Batch], dict[str, np.ndarray]]
@@ -133,11 +133,10 @@ def evaluate(
         for function in (predictor, certifier)
     )
     pictures.mkdir(parents=True, exist_ok=True)
-    report: dict = {"step": run.step, "config": config.to_dict(), "splits": {}, "certificates": {}}
-    report["reliability"] = {}
+    report: dict = {"step": run.step, "config": config.to_dict(), "splits": {}}
+    report |= {"certificates": {}, "reliability": {}}
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
-        draw = functools.partial(draw_plan, pictures, name)
         batches = functools.partial(
             pipeline.evaluation_batches,
             families,
@@ -145,17 +144,9 @@ def evaluate(
             config.data.buckets,
             divisible_by=run.mesh.shape["data"],
         )
-        reliability = metrics.Reliability()
-
-        def see(example: Example, split=name, reliability=reliability) -> None:
-            decoded = np.flatnonzero(example.match != decode.NO_MATCH)
-            match = example.match[decoded]
-            reliability.add(example.posterior[decoded, match], match == example.pair.target[decoded])
-            if examples:
-                examples.see(split, example)
-
-        report["splits"][name] = score_split(predict, families, batches(limit=limit), draw=draw, see=see, progress=name)
-        report["reliability"][name] = reliability.tenths()
+        observer = Observer(name, pictures, examples)
+        report["splits"][name] = score_split(predict, families, batches(limit=limit), see=observer, progress=name)
+        report["reliability"][name] = observer.reliability.tenths()
         report["certificates"][name] = certify_split(certify, batches(limit=min(limit or _CERTIFIED, _CERTIFIED)))
         summary = {who: result["overall"] for who, result in report["splits"][name].items()}
         others = {who: summary[who] for who in baselines.BASELINES}
@@ -163,22 +154,40 @@ def evaluate(
     return report
 
 
+class Observer:
+    """What is kept of the pairs of a split beside their scores: plans of the first families, reliability, examples."""
+
+    def __init__(self, split: str, pictures: Path, examples: Examples | None):
+        self.reliability = metrics.Reliability()
+        self._split, self._pictures, self._examples = split, pictures, examples
+        self._drawn: set[str] = set()
+
+    def __call__(self, example: Example) -> None:
+        decoded = np.flatnonzero(example.match != decode.NO_MATCH)
+        match = example.match[decoded]
+        self.reliability.add(example.posterior[decoded, match], match == example.pair.target[decoded])
+        if self._examples:
+            self._examples.see(self._split, example)
+        if len(self._drawn) < _PICTURES and example.family.accession not in self._drawn:
+            self._drawn.add(example.family.accession)
+            draw_plan(self._pictures, self._split, example)
+
+
 def score_split(
     predict: Predict,
     families: pipeline.Families,
     batches: Iterable[pipeline.Batch],
     *,
-    draw: Callable | None = None,
     see: Callable[[Example], None] = lambda example: None,
     progress: str = "",
 ) -> dict[str, dict]:
     """Summary of the model and of every baseline on evaluation pairs of a split, the families'.
 
     The plan of a model with a gap model is the posterior that its pair HMM makes of what was transported, and is what
-    is decoded; `transport` then is the transport plan by itself, with the same decoded alignment.
+    is decoded; `transport` then is the transport plan by itself, with the same decoded alignment. see: is given every
+    pair.
     """
     scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
-    drawn = 0
     for batch in tqdm(list(batches), desc=progress, unit=" batches", disable=not progress):
         result = predict(batch)
         plans, gaps = result.pop("plan"), result.pop("gaps", None)
@@ -197,9 +206,6 @@ def score_split(
                 prediction = baseline(pair)
                 scores[who].append(metrics.score_prediction(family.accession, pair, *prediction))
             see(Example(family, identity[1:], pair, plan, of_pair, found, score, scores["nw_blosum62"][-1]))
-            if draw and drawn < _PICTURES and n == 0:
-                draw(family.accession, identity, of_pair, pair.target, found)
-                drawn += 1
     return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
@@ -293,10 +299,11 @@ def read_metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def draw_plan(directory: Path, split: str, family: str, identity, plan, target, match) -> None:
-    _, row_x, row_y = identity
+def draw_plan(directory: Path, split: str, example: Example) -> None:
+    family, (row_x, row_y) = example.family.accession, example.rows
     path = directory / f"plan_{split}_{family}_{row_x}_{row_y}.png"
-    figures.plan_heatmap(plan, path, target=target, match=match, title=f"{family} ({split}), rows {row_x} and {row_y}")
+    title = f"{family} ({split}), rows {row_x} and {row_y}"
+    figures.plan_heatmap(example.posterior, path, target=example.pair.target, match=example.match, title=title)
 
 
 def table(report: dict) -> str:
