@@ -29,6 +29,7 @@ LABELS = {
     "reconstruction": "reconstruction (nats per residue)",
     "reconstruction_masked": "masked reconstruction (nats per residue)",
     "sparse_ce": "sparse CE (nats per aligned residue)",
+    "alignment": "likelihood of the alignment (nats per residue)",
     "barycenter_mae": "barycenter MAE (residues)",
     "barycenter_within_1": "barycenter within 1 residue (share)",
     "precision": "precision (share)",

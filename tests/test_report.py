@@ -130,7 +130,7 @@ def test_worst_best_and_lost_pairs_are_chosen_one_a_family():
 def test_a_pair_without_reference_and_prediction_is_none():
     examples = report.Examples()
     nothing = [-1] * 5
-    examples.see("test", example("A", nothing, nothing, target=nothing))
+    examples.see("test", example("A", nothing, RIGHT, target=nothing))
     assert examples.of("test", report.KINDS[0]) == []
 
 
