@@ -201,7 +201,7 @@ def _attend_fwd(heads: Heads, spec: SinkhornSpec):
     out, f, g, residual = _call(
         forward_kernel, heads, spec, sizes, blocks, _tile_dtypes(heads), problem, inputs, shapes
     )
-    last_f, last_g = _last(f, sizes.all_rows, rows), _last(g, sizes.all_columns, columns)
+    last_f, last_g = _last(f, sizes, sizes.all_rows, rows), _last(g, sizes, sizes.all_columns, columns)
     return (out.swapaxes(1, 2), last_f, last_g, residual[:, 0, 0]), (heads, f, g)
 
 
@@ -211,7 +211,8 @@ def _attend_bwd(spec, kept, cotangents):
     sizes = Sizes.create(heads, spec)
     blocks = _Blocks.backward(heads, spec, sizes)
     problem = Problem.create(heads, spec, sizes)
-    d_f, d_g = with_dustbin(d_f, sizes.rows), with_dustbin(d_g, sizes.columns)
+    d_f = with_dustbin(d_f, sizes.rows, sizes.all_rows)
+    d_g = with_dustbin(d_g, sizes.columns, sizes.all_columns)
     inputs = *(x.swapaxes(1, 2) for x in heads[:3]), problem.b, f, g, d_out.swapaxes(1, 2), d_f, d_g
     shapes = *(x.shape[1:] for x in inputs[:3]), (1, TILE)
     *gradients, d_score = _call(
@@ -224,7 +225,8 @@ def _attend_bwd(spec, kept, cotangents):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _last(x: Array, all_of_one: int, length: int) -> Array:
-    """Of vectors one after the other, `[N, 1, ...]`, the last as `[N, length + 1]`, the dustbin last."""
+def _last(x: Array, sizes: Sizes, all_of_one: int, length: int) -> Array:
+    """Of vectors one after the other, `[N, 1, ...]`, the last as `[N, length + 1]`, the dustbin last, 0 without one."""
     x = x[:, 0, -all_of_one:]
-    return jnp.concatenate([x[:, :length], x[:, -TILE][:, None]], 1)
+    dustbin = x[:, -TILE][:, None] if sizes.dustbin else jnp.zeros_like(x[:, :1])
+    return jnp.concatenate([x[:, :length], dustbin], 1)

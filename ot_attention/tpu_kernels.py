@@ -281,7 +281,7 @@ def backward_kernel(
         return carry
 
     each(begin, 0)
-    f_bar_bin = d_f[:, sizes.rows :][:, :1]
+    f_bar_bin = d_f[:, sizes.rows :][:, :1] if head.dustbin else zero
 
     # ---- the tail, last step first ----
     score_bar, bins_x = zero, {}

@@ -25,6 +25,7 @@ class Sizes(NamedTuple):
     groups: int  # of rows
     chunks: int  # of columns
     tiles: int  # at most so many meet the band, with those of the dustbin
+    dustbin: bool
 
     @property
     def rows(self) -> int:
@@ -36,12 +37,12 @@ class Sizes(NamedTuple):
 
     @property
     def all_rows(self) -> int:
-        """With one tile more, whose first entry is the dustbin."""
-        return self.rows + TILE
+        """With one tile more, whose first entry is the dustbin, if there is one."""
+        return self.rows + self.dustbin * TILE
 
     @property
     def all_columns(self) -> int:
-        return self.columns + TILE
+        return self.columns + self.dustbin * TILE
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec) -> "Sizes":
@@ -50,7 +51,8 @@ class Sizes(NamedTuple):
         if spec.band is not None:
             # A group's rows span their share of the columns and 2 W more; at either end it touches part of a tile.
             tiles = min(tiles, math.floor(chunks + groups * ((2 * spec.band + TILE - 1) / TILE + 1)))
-        return cls(groups, chunks, tiles + (groups if spec.dustbin != "none" else 0))
+        dustbin = spec.dustbin != "none"
+        return cls(groups, chunks, tiles + dustbin * groups, dustbin)
 
 
 class Problem(NamedTuple):
@@ -78,7 +80,7 @@ class Problem(NamedTuple):
         whole = jnp.concatenate([jnp.stack([n_q, n_k], -1), groups.reshape(len(n_q), -1)], -1).reshape(-1)
         a, b = support.targets(n_q, n_k, heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype)
         scalars = jnp.stack([heads.dustbin_score.astype(dtype), a[:, -1]], -1).reshape(-1)
-        return cls(whole, scalars, with_dustbin(b, sizes.columns))
+        return cls(whole, scalars, with_dustbin(b, sizes.columns, sizes.all_columns))
 
 
 class Group(NamedTuple):
@@ -196,10 +198,10 @@ def compute_dtype(heads: Heads):
     return jnp.promote_types(jnp.result_type(heads.q, heads.k, heads.v), jnp.float32)
 
 
-def with_dustbin(x: Array, length: int) -> Array:
-    """`[N, n + 1]`, the dustbin last, as `[N, 1, length + 128]`, the dustbin at `length`."""
+def with_dustbin(x: Array, length: int, all_of_it: int) -> Array:
+    """`[N, n + 1]`, the dustbin last, as `[N, 1, all_of_it]`, the dustbin at `length` if that is within."""
     x = jnp.concatenate([jnp.pad(x[:, :-1], ((0, 0), (0, length - x.shape[1] + 1))), x[:, -1:]], 1)
-    return jnp.pad(x, ((0, 0), (0, TILE - 1)))[:, None]
+    return jnp.pad(x, ((0, 0), (0, TILE - 1)))[:, None, :all_of_it]
 
 
 def dot(x, y, contract: tuple[int, int]):
