@@ -7,9 +7,9 @@ Durbin 1998, doi:10.1089/cmb.1998.5.493). The table's row i + 1 needs only row i
 
 so rows are computed for the whole batch at once, and the maximum over T[i+1, j] is a running maximum along the row.
 
-A transport plan knows no order and no gaps. `align` therefore takes its values for the weights of matches in a pair
-HMM with affine gaps (Durbin et al. 1998, chapter 4) and finds the MEA of that model's posterior: of all monotone
-alignments, each weighted by the product of its matches' and gaps' weights, the share that contains a pair.
+A transport plan knows no order and no gaps. `posterior` therefore takes its values for the weights of matches in a pair
+HMM with affine gaps (Durbin et al. 1998, chapter 4): of all monotone alignments, each weighted by the product of its
+matches' and gaps' weights, the share that contains a pair. What is aligned is the MEA of that.
 """
 
 import dataclasses
@@ -37,28 +37,6 @@ class Gaps:
     def __post_init__(self):
         if self.sharpness <= 0 or self.opening < 0:
             raise ValueError(f"{self}: sharpness must be above 0, opening at least 0")
-
-
-def align(
-    plan: Float[np.ndarray, "x_length y_length"], gaps: Gaps = Gaps()
-) -> tuple[Int32[np.ndarray, "aligned 2"], Float32[np.ndarray, " aligned"]]:
-    """Aligned pairs (i, j) in order and their posteriors, from one plan over residues (no dustbin, no padding).
-
-    Raises:
-      ValueError: a value is negative, NaN or infinite.
-    """
-    x_length, y_length = plan.shape
-    return mea(posterior(plan[None], np.array([x_length]), np.array([y_length]), gaps)[0])
-
-
-def align_batch(
-    plans: Float[np.ndarray, "batch x_padded y_padded"],
-    x_lengths: Int[np.ndarray, " batch"],
-    y_lengths: Int[np.ndarray, " batch"],
-    gaps: Gaps = Gaps(),
-) -> tuple[Int32[np.ndarray, "batch x_padded"], Float32[np.ndarray, "batch x_padded"]]:
-    """The column matched with each row, or -1, and the posterior there, or 0. Otherwise as `mea_batch`."""
-    return mea_batch(posterior(plans, x_lengths, y_lengths, gaps), x_lengths, y_lengths)
 
 
 def posterior(

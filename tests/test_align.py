@@ -176,7 +176,8 @@ def test_banded_decoding_is_dense_decoding(model):
         return aligner.plan(x, y, x_length, y_length), aligner.gaps()
 
     dense, gaps = jax.device_get(whole(x[None], y[None], *lengths))
-    expected, confidence = decode.align_batch(dense, *lengths, decode.Gaps(*gaps.tolist()))
+    posterior = decode.posterior(dense, *lengths, decode.Gaps(*gaps.tolist()))
+    expected, confidence = decode.mea_batch(posterior, *lengths)
     (found,) = model.align([(x, y)], band=64)
     np.testing.assert_array_equal(found.pairs[:, 1], expected[0][expected[0] >= 0])
     np.testing.assert_allclose(found.confidence, confidence[0][expected[0] >= 0], atol=1e-4)

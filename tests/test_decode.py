@@ -122,11 +122,11 @@ def test_posterior_of_a_batch_is_that_of_each_and_ignores_padding():
     for plan, one in zip(plans, small, strict=True):
         plan[: one.shape[0], : one.shape[1]] = one
     found = decode.posterior(plans, *lengths)
-    match, confidence = decode.align_batch(plans, *lengths)
+    match, confidence = decode.mea_batch(found, *lengths)
     for n, one in enumerate(small):
         alone = decode.posterior(one[None], *(np.array([size]) for size in one.shape))[0]
         np.testing.assert_allclose(found[n, : one.shape[0], : one.shape[1]], alone, atol=1e-12)
-        pairs, values = decode.align(one)
+        pairs, values = decode.mea(alone)
         rows = np.flatnonzero(match[n] != decode.NO_MATCH)
         np.testing.assert_array_equal(np.stack([rows, match[n, rows]], 1), pairs)
         np.testing.assert_allclose(confidence[n, rows], values, rtol=1e-5)
@@ -151,7 +151,9 @@ def test_affine_gaps_join_what_accuracy_alone_would_scatter():
     np.testing.assert_array_equal(decode.mea(plan)[0][:, 1], [0, 1, 4, 5, 6, 7])
     plan[2, 3] = 0.46  # alone between two gaps
     np.testing.assert_array_equal(decode.mea(plan)[0][:, 1], [0, 1, 3, 5, 6, 7])
-    np.testing.assert_array_equal(decode.align(plan, decode.Gaps(1.0, 3.3, 4.4))[0][:, 1], [0, 1, 4, 5, 6, 7])
+    lengths = (np.array([size]) for size in plan.shape)
+    ordered = decode.posterior(plan[None], *lengths, decode.Gaps(1.0, 3.3, 4.4))[0]
+    np.testing.assert_array_equal(decode.mea(ordered)[0][:, 1], [0, 1, 4, 5, 6, 7])
 
 
 @pytest.mark.parametrize("bad", [{"sharpness": 0.0}, {"opening": -0.1}])
