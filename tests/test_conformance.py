@@ -205,7 +205,7 @@ def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(monkeypatch):
 @pytest.mark.parametrize("dustbin", ["none", "full"])
 def test_tiles_of_any_lengths_fit_the_memory_that_is_laid_out(dustbin):
     rng, number_of = np.random.default_rng(0), 500
-    for rows, columns, band in ((1500, 1400, 0), (384, 384, 64), (700, 1900, 30), (1900, 300, 200)):
+    for rows, columns, band in ((1500, 1500, 1), (1500, 1400, 0), (384, 384, 64), (700, 1900, 30), (1900, 300, 200)):
         n_q, n_k = (rng.integers(0, n + 1, number_of).astype(np.int32) for n in (rows, columns))
         n_q[:20], n_k[:10] = rows, columns
         q, k = (np.zeros((number_of, n, 1)) for n in (rows, columns))
