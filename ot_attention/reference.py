@@ -38,8 +38,8 @@ def solve(
 
     def step(potentials, _=None):
         _, g = potentials
-        f = _log_scaling(scores + g[:, None, :], a, axis=-1)
-        return (f, _log_scaling(scores + f[:, :, None], b, axis=-2)), None
+        f = log_scaling(scores + g[:, None, :], a, axis=-1)
+        return (f, log_scaling(scores + f[:, :, None], b, axis=-2)), None
 
     potentials = support.varying_like(q, (jnp.zeros_like(a), jnp.zeros_like(b)))
     hats = implicit.hats(n_q, n_k, rows, columns, spec.band, q.dtype)
@@ -101,9 +101,9 @@ def _converged_bwd(cg_steps, kept, cotangents):
 _converged.defvjp(_converged_fwd, _converged_bwd)
 
 
-def _log_scaling(
-    scores: Float[Array, "heads rows columns"], target: Float[Array, "heads side"], axis: int
-) -> Float[Array, "heads side"]:
+def log_scaling(
+    scores: Float[Array, "*heads rows columns"], target: Float[Array, "*heads side"], axis: int
+) -> Float[Array, "*heads side"]:
     """`log target - logsumexp(scores)` along an axis, 0 (with gradient 0) where there is no support."""
     supported = target > 0
     top = jax.lax.stop_gradient(jnp.where(supported, scores.max(axis), 0))

@@ -1,0 +1,259 @@
+"""Sparse Sinkhorn Attention (Tay et al., arXiv 2002.11296): blocks of keys and values are sorted, attention is local.
+
+A sort network scores every place against every block; balanced, the scores are a soft permutation, by which keys and
+values move. A query attends, in one softmax, to the block that came to its place and to its own.
+
+Where the paper leaves room, we chose:
+
+- The sort network is the caller's (`models/attention.py`); here are what it reads (`pooled`) and what becomes of its
+  scores. The paper's has one output for every place and so one length; scores of places against blocks fit any number.
+- Blocks that reach over the end of a sequence: the key that comes to a place is the mean over real residues, and its
+  weight in the softmax is the share of them.
+- Causal: a block moves to later places only, never stays, since its own place may not see all of it; and column sums
+  run over places up to the one at hand, since later ones depend on what it may not see. The only doubly stochastic
+  matrix on that triangle is the shift by one place, and the balance tends to it: after k steps any other block has at
+  most about 1 / k. Take few steps. The last step is one over rows, so that every place holds a mean of blocks.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ot_attention import reference, support
+
+_NEVER = -1e30  # a score: finite, because cumulative sums of minus infinities have no gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseSpec:
+    """Settings of one layer; hashable.
+
+    block: residues in a block.
+    steps: of balancing, rows then columns.
+    temperature: scores, with Gumbel noise if there is any, are divided by it.
+    causal: a query sees no later residue.
+    sortcut: queries attend to so many sorted blocks, the first ones, and to nothing else; None for sorted and own.
+    mixture: adds dense softmax attention to the output.
+
+    Raises ValueError for values out of range.
+    """
+
+    block: int = 32
+    steps: int = 7
+    temperature: float = 0.75
+    causal: bool = False
+    sortcut: int | None = None
+    mixture: bool = False
+
+    def __post_init__(self):
+        for name, least in (("block", 1), ("steps", 1), ("sortcut", 1)):
+            value = getattr(self, name)
+            if (name, value) != ("sortcut", None) and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature!r} must be a finite number above 0")
+        if self.causal and self.sortcut:
+            raise ValueError(f"sortcut={self.sortcut} with causal=True: the first places would see later blocks")
+
+    def blocks(self, length: int) -> int:
+        """How many there are in a sequence of (padded) `length`."""
+        return -(-length // self.block)
+
+
+def pooled(
+    x: Float[Array, "batch length width"], spec: SparseSpec, lengths: Int[Array, "batch"]
+) -> tuple[Float[Array, "batch blocks width"], Float[Array, "batch blocks width"]]:
+    """What a sort network may know of places and of blocks: sums over blocks, padding left out.
+
+    Causal, a place knows the sum over all blocks before it.
+    """
+    blocks = _cut(support.zero_padding(x, lengths), spec.block).sum(2)
+    places = jnp.cumsum(blocks, 1) - blocks if spec.causal else blocks
+    return places, blocks
+
+
+def soft_permutation(
+    scores: Float[Array, "batch heads places blocks"],
+    spec: SparseSpec,
+    lengths: Int[Array, "batch"],
+    noise: Key[Array, "batch"] | None = None,
+) -> Float[Array, "batch heads places blocks"]:
+    """How much of each block comes to each place: scores balanced in the log domain; 0 where there is no block.
+
+    noise: random keys, one an example; Gumbel noise from them is added to the scores, as in training.
+    """
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if noise is not None:
+        scores += jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:], scores.dtype))(noise)
+    scores /= spec.temperature
+    place = jnp.arange(scores.shape[-1])
+    exists = place < -(-lengths // spec.block)[:, None]
+    allowed = exists[:, None, :, None] & exists[:, None, None, :]
+    if spec.causal:
+        return _balanced_causally(scores, allowed & (place < place[:, None]), spec.steps)
+    target = jnp.broadcast_to(exists[:, None], scores.shape[:-1]).astype(scores.dtype)
+    scores = jnp.where(allowed, scores, -jnp.inf)
+
+    def step(g, _):
+        f = reference.log_scaling(scores + g[..., None, :], target, axis=-1)
+        return reference.log_scaling(scores + f[..., None], target, axis=-2), f
+
+    g, f = jax.lax.scan(step, jnp.zeros_like(target), length=spec.steps)
+    return jnp.exp(scores + f[-1][..., None] + g[..., None, :])
+
+
+def _balanced_causally(scores, allowed: Bool[Array, "batch 1 places blocks"], steps: int):
+    scores = jnp.where(allowed, scores, _NEVER)
+
+    def rows(scores):
+        return jnp.where(allowed, jax.nn.log_softmax(scores, axis=-1), _NEVER)
+
+    def step(scores, _):
+        scores = rows(scores)
+        return jnp.where(allowed, scores - jax.lax.cumlogsumexp(scores, axis=scores.ndim - 2), _NEVER), None
+
+    scores, _ = jax.lax.scan(step, scores, length=steps)
+    return jnp.where(allowed, jnp.exp(rows(scores)), 0)
+
+
+def sparse_sinkhorn_attention(
+    q: Float[Array, "batch length heads width"],
+    k: Float[Array, "batch length heads width"],
+    v: Float[Array, "batch length heads value"],
+    scores: Float[Array, "batch heads places blocks"],
+    spec: SparseSpec,
+    lengths: Int[Array, "batch"] | None = None,
+    noise: Key[Array, "batch"] | None = None,
+) -> Float[Array, "batch length heads value"]:
+    """Softmax attention to the sorted and the own block; the output has the dtype of v, and is 0 at padding.
+
+    scores: of the sort network, `spec.blocks(length)` places against as many blocks; float32 is best.
+    noise: as of `soft_permutation`; None when not training.
+
+    Raises ValueError: shapes that do not fit, naming the argument.
+    """
+    q, k, v, lengths = _checked(q, k, v, lengths)
+    blocks = spec.blocks(q.shape[1])
+    if jnp.shape(scores) != (expected := (q.shape[0], q.shape[2], blocks, blocks)):
+        raise ValueError(f"scores has shape {jnp.shape(scores)}; with block={spec.block} it must be {expected}")
+    permutation = soft_permutation(scores, spec, lengths, noise)
+    moved_k, moved_v, share = _sorted(permutation, k, v, spec, lengths)
+    if spec.sortcut:
+        out = _attend_to_first(q, moved_k, moved_v, share, spec.sortcut)
+    else:
+        out = _attend_to_blocks(q, k, v, (moved_k, moved_v, share), spec, lengths)
+    if spec.mixture:
+        out += softmax_attention(q, k, v, causal=spec.causal, lengths=lengths)
+    return support.zero_padding(out, lengths)
+
+
+def local_attention(
+    q: Float[Array, "batch length heads width"],
+    k: Float[Array, "batch length heads width"],
+    v: Float[Array, "batch length heads value"],
+    spec: SparseSpec,
+    lengths: Int[Array, "batch"] | None = None,
+) -> Float[Array, "batch length heads value"]:
+    """Softmax attention to the own block alone, which `spec.block` and `spec.causal` describe. Raises ValueError."""
+    q, k, v, lengths = _checked(q, k, v, lengths)
+    return support.zero_padding(_attend_to_blocks(q, k, v, None, spec, lengths), lengths)
+
+
+def softmax_attention(
+    q: Float[Array, "batch length heads width"],
+    k: Float[Array, "batch length heads width"],
+    v: Float[Array, "batch length heads value"],
+    *,
+    causal: bool,
+    lengths: Int[Array, "batch"] | None = None,
+) -> Float[Array, "batch length heads value"]:
+    """Dense softmax attention, 0 at padding. Raises ValueError."""
+    q, k, v, lengths = _checked(q, k, v, lengths)
+    logits = _logits("bshd,bthd->bhst", q, k)
+    place = jnp.arange(q.shape[1])
+    allowed = (place < lengths[:, None])[:, None, None]
+    if causal:
+        allowed &= place <= place[:, None]
+    out = jnp.einsum("bhst,bthd->bshd", _softmax(logits, allowed).astype(v.dtype), v)
+    return support.zero_padding(out, lengths)
+
+
+def _checked(q, k, v, lengths):
+    """The arrays, with 0 as padding. Raises ValueError."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if jnp.ndim(x) != 4 or 0 in jnp.shape(x):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(x)}; it must be [batch, length, heads, width], none of them 0"
+            )
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"k and v have shapes {k.shape} and {v.shape}; with q they must be {(*q.shape[:3], 'any')}")
+    if lengths is None:
+        lengths = jnp.full(q.shape[0], q.shape[1], jnp.int32)
+    if jnp.shape(lengths) != q.shape[:1]:
+        raise ValueError(f"lengths has shape {jnp.shape(lengths)}; it must be {q.shape[0]} integers")
+    return *(support.zero_padding(x, lengths) for x in (q, k, v)), lengths
+
+
+def _cut(x: Float[Array, "batch length ..."], block: int) -> Float[Array, "batch blocks block ..."]:
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:])
+
+
+def _sorted(permutation, k, v, spec: SparseSpec, lengths):
+    """Keys and values `[batch, place, slot, heads, width]` as they come to each place, and the share that is real of
+    each `[batch, heads, place, slot]`.
+    """
+    k, v = _cut(k, spec.block), _cut(v, spec.block)
+    place = jnp.arange(k.shape[1] * spec.block)
+    real = (place < lengths[:, None]).reshape(*k.shape[:3]).astype(permutation.dtype)
+    came = jnp.einsum("bhij,bjs->bhis", permutation, real)
+    share = support.divide(came, jnp.broadcast_to(permutation.sum(-1, keepdims=True), came.shape))
+
+    def move(x):
+        moved = jnp.einsum("bhij,bjshd->bhisd", permutation.astype(x.dtype), x, preferred_element_type=share.dtype)
+        mean = support.divide(moved, jnp.broadcast_to(share[..., None], moved.shape))
+        return mean.astype(x.dtype).transpose(0, 2, 3, 1, 4)
+
+    return move(k), move(v), share
+
+
+def _attend_to_blocks(q, k, v, moved, spec: SparseSpec, lengths):
+    """In one softmax to the own block and, if given, the sorted one."""
+    length = q.shape[1]
+    q, k, v = (_cut(x, spec.block) for x in (q, k, v))
+    slot = jnp.arange(spec.block)
+    allowed = (jnp.arange(k.shape[1] * spec.block) < lengths[:, None]).reshape(k.shape[0], 1, -1, 1, spec.block)
+    if spec.causal:
+        allowed &= slot <= slot[:, None]
+    logits = _logits("bishd,bithd->bhist", q, k)
+    if moved:
+        moved_k, moved_v, share = moved
+        came = (share > 0)[:, :, :, None]
+        to_moved = _logits("bishd,bithd->bhist", q, moved_k) + jnp.log(jnp.where(came, share[:, :, :, None], 1))
+        allowed = jnp.concatenate([jnp.broadcast_to(x, logits.shape) for x in (allowed, came)], -1)
+        logits, v = jnp.concatenate([logits, to_moved], -1), jnp.concatenate([v, moved_v], 2)
+    out = jnp.einsum("bhist,bithd->bishd", _softmax(logits, allowed).astype(v.dtype), v)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+
+
+def _attend_to_first(q, moved_k, moved_v, share, blocks: int):
+    """SortCut: `softmax(Q psi(K)[:n]^T) psi(V)[:n]`, all queries to the same n sorted blocks."""
+    k, v = (x[:, :blocks].reshape(x.shape[0], -1, *x.shape[3:]) for x in (moved_k, moved_v))
+    share = share[:, :, :blocks].reshape(*share.shape[:2], 1, -1)
+    logits = _logits("bshd,bthd->bhst", q, k) + jnp.log(jnp.where(share > 0, share, 1))
+    return jnp.einsum("bhst,bthd->bshd", _softmax(logits, share > 0).astype(v.dtype), v)
+
+
+def _logits(product: str, q, k):
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum(product, q, k, preferred_element_type=dtype) / math.sqrt(q.shape[-1])
+
+
+def _softmax(logits, allowed):
+    """0 in rows where nothing is allowed."""
+    top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True, initial=_NEVER, where=allowed))
+    weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, logits - top, 0)), 0)
+    return support.divide(weights, jnp.broadcast_to(weights.sum(-1, keepdims=True), weights.shape))
