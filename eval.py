@@ -25,12 +25,13 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data import baselines, metrics, pfam, pipeline, vocab
+from data import baselines, metrics, pfam, pipeline, sorting, vocab
 from models import decode, figures, loss, sharding, weights
 from models.aligner import AlignerConfig
-from models.attention import Certificate, SinkhornSpec
-from models.loss import LossConfig
-from models.state import Checkpoints, OptimizerConfig, Trainer
+from models.attention import BlockSpec, Certificate, SinkhornSpec, SparseSpec
+from models.loss import Alignment, LossConfig
+from models.sorter import SorterConfig, Sorting
+from models.state import Checkpoints, OptimizerConfig, Task, Trainer
 from report import Example, Examples, write_html
 
 SPLITS = {
@@ -127,6 +128,8 @@ def evaluate(
     examples: sees every pair as it is aligned.
     """
     config = run.config
+    if sorts(config):
+        return evaluate_sorting(run, split, limit)
     shards = resolve_data_dir(data_dir or config.data.dir)
     predict, certify = (
         functools.partial(run.trainer.compiled_evaluation(function(run.trainer), run.mesh), run.params)
@@ -152,6 +155,35 @@ def evaluate(
         others = {who: summary[who] for who in baselines.BASELINES}
         figures.comparison_bars({"model": summary["model"]}, others, pictures / f"{name}.png", title=name)
     return report
+
+
+def evaluate_sorting(run: Run, split: str, limit: int | None = None) -> dict:
+    """The same JSON for a model that sorts: exact match and edit distance (a share of the length), by length."""
+    write = functools.partial(run.trainer.compiled_evaluation(writer(run.trainer), run.mesh), run.params)
+    report: dict = {"step": run.step, "config": run.config.to_dict(), "splits": {}}
+    for name in SPLITS[split]:
+        batches = list(sorting.evaluation_batches(sorting_config(run.config), name, limit))
+        report["splits"][name] = score_sorting(write, tqdm(batches, desc=name, unit=" batches"))
+    return report
+
+
+def score_sorting(write: Callable, batches: Iterable[sorting.SortingBatch]) -> dict[str, dict]:
+    """Summary of the model on sequences of a split."""
+    scores = []
+    for batch in batches:
+        written, real = write(batch), batch["id"] >= 0
+        of_batch = sorting.exact(written, batch), sorting.edit_distances(written, batch), batch["length"] - 1
+        scores.append([x[real] for x in of_batch])
+    return {"model": sorting.summarise(*(np.concatenate(x) for x in zip(*scores, strict=True)))}
+
+
+def writer(trainer: Trainer) -> Callable:
+    """`(params, batch) -> tokens`."""
+    return lambda params, batch: trainer.model(params).write(batch["x"], batch["length"])
+
+
+def sorting_config(config: ConfigDict) -> sorting.SortingConfig:
+    return sorting.SortingConfig(batch_size=config.batch_size, seed=config.seed, **config.data)
 
 
 class Observer:
@@ -262,15 +294,31 @@ def certifier(trainer: Trainer) -> Callable:
 
 def make_trainer(config: ConfigDict) -> Trainer:
     """What a configuration describes; a misspelt key fails here."""
-    band = config.attention.band  # a flag cannot say None
     return Trainer.create(
-        AlignerConfig(**config.model),
-        SinkhornSpec(**dict(config.attention) | {"band": None if band == -1 else band}),
-        OptimizerConfig(**config.optimizer),
-        LossConfig(**config.loss),
-        total_steps=config.total_steps,
-        seed=config.seed,
+        make_task(config), OptimizerConfig(**config.optimizer), total_steps=config.total_steps, seed=config.seed
     )
+
+
+def make_task(config: ConfigDict) -> Task:
+    values = dict(config.attention)
+    kind = values.pop("kind", "sinkhorn")  # runs of earlier versions know no other
+    blocks = None if kind == "sinkhorn" else BlockSpec(kind, _sparse_spec(config))
+    if sorts(config):
+        if blocks is None:
+            raise ValueError("attention.kind='sinkhorn' cannot be causal; sort with sparse_sinkhorn, local or softmax")
+        return Sorting(SorterConfig(**config.model), blocks, config.data.symbols)
+    values["band"] = None if values["band"] == -1 else values["band"]  # a flag cannot say None
+    return Alignment(AlignerConfig(**config.model), SinkhornSpec(**values), LossConfig(**config.loss), blocks)
+
+
+def sorts(config: ConfigDict) -> bool:
+    """Whether it is one of the sorting task; all others align."""
+    return config.get("task") == "sorting"
+
+
+def _sparse_spec(config: ConfigDict) -> SparseSpec:
+    values = dict(config.sparse)
+    return SparseSpec(**values | {"sortcut": values["sortcut"] or None})  # a flag cannot say None
 
 
 def local_mesh(batch_size: int) -> Mesh:
@@ -310,17 +358,20 @@ def table(report: dict) -> str:
     """Every metric with its interval for every split, and F1 by identity bin, as text."""
     lines = []
     for split, result in report["splits"].items():
-        pairs = result["model"]["pairs"]
-        lines += [f"\n{split}: {pairs} pairs, step {report['step']}; 95 % intervals over families"]
-        names = [name for name in metrics.METRICS if name in result["model"]["overall"]]
+        pairs, sorts = result["model"]["pairs"], "exact_match" in result["model"]["overall"]
+        of, over = ("sequences", "sequences") if sorts else ("pairs", "families")
+        lines += [f"\n{split}: {pairs} {of}, step {report['step']}; 95 % intervals over {over}"]
+        names = list(result["model"]["overall"])
         lines.append(f"{'':24}" + "".join(f"{who:>24}" for who in result))
         for name in names:
             cells = [_cell(summary["overall"].get(name)) for summary in result.values()]
             lines.append(f"{name:24}" + "".join(f"{cell:>24}" for cell in cells))
+        metric, of_bin = ("exact_match", "exact match, length ") if sorts else ("f1", "f1, identity ")
         for name in result["model"]["bins"]:
-            cells = [f"{summary['bins'][name]['f1']['value']:.3f}" for summary in result.values()]
-            lines.append(f"{'f1, identity ' + name:24}" + "".join(f"{cell:>24}" for cell in cells))
-        lines += _certificate_lines(report["certificates"][split])
+            cells = [f"{summary['bins'][name][metric]['value']:.3f}" for summary in result.values()]
+            lines.append(f"{of_bin + name:24}" + "".join(f"{cell:>24}" for cell in cells))
+        if not sorts:
+            lines += _certificate_lines(report["certificates"][split])
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from configs import base
-from data import pfam, pipeline
+from data import pfam, pipeline, sorting
 from models import sharding
 from models.state import Checkpoints, Trainer, TrainState
 
@@ -108,11 +108,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         state = trainer.initial_state(mesh)
     start = int(state.step)
     log = MetricsLog(workdir, config, start)
-    left_out = iterator.stream.index.left_out
     if leads:
-        print(
-            f"{workdir}: step {start} of {config.total_steps}, {left_out:.1%} of pairs longer than the largest bucket"
-        )
+        print(f"{workdir}: step {start} of {config.total_steps}, {iterator.stream.description()}")
     if start == 0:
         checkpoints.save(state, iterator.get_state(), config.to_dict())
         if validate:
@@ -171,7 +168,6 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 def prepare(config: ConfigDict, workdir: Path) -> tuple[Trainer, Mesh, pipeline.BatchIterator, Callable | None]:
     """Trainer, mesh, this process's part of the batches, and validation if it is wanted; the folder is not touched."""
     check_workdir(workdir, config)
-    data_dir = evaluation.resolve_data_dir(config.data.dir)
     trainer = evaluation.make_trainer(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size)
     if config.batch_size % (mesh.shape["data"] * config.optimizer.accumulate):
@@ -179,24 +175,41 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[Trainer, Mesh, pipeline.
             f"batch_size={config.batch_size} must be divisible by optimizer.accumulate={config.optimizer.accumulate} "
             f"times mesh.data={mesh.shape['data']}"
         )
+    make_batches = sorting_batches if evaluation.sorts(config) else pair_batches
+    iterator, score = make_batches(trainer, mesh, config)
+    return trainer, mesh, iterator, validation(score) if score else None
+
+
+def validation(score: Callable[[TrainState], dict]) -> Callable[[TrainState], dict[str, float]]:
+    """A function from the state to the model's metrics on a fixed sample of the validation split.
+
+    Every process computes all of them from the same predictions, so that all go on together.
+    """
+
+    def validate(state: TrainState) -> dict[str, float]:
+        overall = score(state)["model"]["overall"]
+        return {f"validation/{name}": metric["value"] for name, metric in overall.items()}
+
+    return validate
+
+
+def pair_batches(
+    trainer: Trainer, mesh: Mesh, config: ConfigDict
+) -> tuple[pipeline.BatchIterator, Callable[[TrainState], dict] | None]:
+    """This process's part of the batches of pairs, and, if wanted, how a state is scored on the validation split."""
+    data_dir = evaluation.resolve_data_dir(config.data.dir)
     options = {key: value for key, value in config.data.items() if key != "dir"}
     pipeline_config = pipeline.PipelineConfig(batch_size=config.batch_size, seed=config.seed, **options)
     shard_index, shard_count = sharding.host_shard(mesh)
     iterator = pipeline.train_iterator(
         pfam.open_split(data_dir, "train"), pipeline_config, shard_index=shard_index, shard_count=shard_count
     )
-    return trainer, mesh, iterator, validation(trainer, mesh, data_dir, config) if config.log.eval_every else None
-
-
-def validation(trainer: Trainer, mesh: Mesh, data_dir: Path, config: ConfigDict) -> Callable:
-    """A function from the state to the model's metrics on a fixed sample of the validation split.
-
-    Every process computes all of them from the same predictions, so that all go on together.
-    """
+    if not config.log.eval_every:
+        return iterator, None
     families = pfam.open_split(data_dir, "validation")
     predict = trainer.compiled_evaluation(evaluation.predictor(trainer), mesh)
 
-    def validate(state: TrainState) -> dict[str, float]:
+    def score(state: TrainState) -> dict:
         batches = pipeline.evaluation_batches(
             families,
             config.batch_size,
@@ -204,11 +217,28 @@ def validation(trainer: Trainer, mesh: Mesh, data_dir: Path, config: ConfigDict)
             limit=config.log.eval_pairs,
             divisible_by=mesh.shape["data"],
         )
-        scores = evaluation.score_split(functools.partial(predict, state.ema), families, batches)
-        overall = scores["model"]["overall"]
-        return {f"validation/{name}": metric["value"] for name, metric in overall.items()}
+        return evaluation.score_split(functools.partial(predict, state.ema), families, batches)
 
-    return validate
+    return iterator, score
+
+
+def sorting_batches(
+    trainer: Trainer, mesh: Mesh, config: ConfigDict
+) -> tuple[pipeline.BatchIterator, Callable[[TrainState], dict] | None]:
+    """The same of the sorting task."""
+    sorting_config = evaluation.sorting_config(config)
+    shard_index, shard_count = sharding.host_shard(mesh)
+    stream = sorting.SortingStream(sorting_config, shard_index=shard_index, shard_count=shard_count)
+    iterator = pipeline.BatchIterator(stream)
+    if not config.log.eval_every:
+        return iterator, None
+    write = trainer.compiled_evaluation(evaluation.writer(trainer), mesh)
+
+    def score(state: TrainState) -> dict:
+        batches = sorting.evaluation_batches(sorting_config, "validation", config.log.eval_pairs)
+        return evaluation.score_sorting(functools.partial(write, state.ema), batches)
+
+    return iterator, score
 
 
 def check_and_log(step: int, metrics: dict, ids: jax.Array, log: "MetricsLog", progress: tqdm, workdir: Path) -> None:

@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
                 "implementation": "auto",  # of the attention: or "reference", "xla", "pallas_tpu"
                 "dtype": "float32",
             },
-            "attention": {  # the fields of ot_attention.SinkhornSpec
+            "attention": {  # the fields of ot_attention.SinkhornSpec, of the plan and the encoder's self-attention
+                "kind": "sinkhorn",  # of the self-attention: or "sparse_sinkhorn", "local", "softmax"
                 "epsilon": 1.0,
                 "base_steps": 20,
                 "tail_steps": 2,
@@ -44,6 +45,13 @@ def get_config() -> ConfigDict:
                 "solver": "sinkhorn",
                 "newton_steps": 2,
                 "cg_steps": 8,
+            },
+            "sparse": {  # of the self-attention, if it is sparse_sinkhorn or local: ot_attention/sparse.py
+                "block": 32,  # residues
+                "steps": 7,  # of balancing
+                "temperature": 0.75,
+                "sortcut": 0,  # attend to the first so many sorted blocks only; 0 for the sorted and the own one
+                "mixture": False,  # with dense softmax attention
             },
             "loss": {
                 "reconstruction": 1.0,

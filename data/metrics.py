@@ -175,7 +175,7 @@ def summarise(
     bins = np.array([identity_bin(score.identity) or "" for score in scores])
 
     def group(members: np.ndarray) -> Summary:
-        return _intervals({name: r[:, members] for name, r in ratios.items()}, families[members], resamples, seed)
+        return intervals({name: r[:, members] for name, r in ratios.items()}, families[members], resamples, seed)
 
     return {
         "overall": group(np.arange(len(scores))),
@@ -195,9 +195,10 @@ def _ratio(
     return ratio if average == "residues" else np.stack([ratio[0] / np.where(applies, ratio[1], 1), applies])
 
 
-def _intervals(
-    ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"], resamples: int, seed: int
+def intervals(
+    ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"], resamples: int = 1000, seed=0
 ) -> Summary:
+    """Quotients of sums over pairs, numerators and denominators given, with bootstrap 95 % intervals over families."""
     ratios = {name: ratio for name, ratio in ratios.items() if ratio[1].sum() > 0}
     if not ratios:
         return {}

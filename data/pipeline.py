@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, Protocol, TypedDict
 
 import grain
 import numpy as np
@@ -96,6 +96,9 @@ class PairStream:
             of.update(array.tobytes())
         return of.hexdigest()[:16]
 
+    def description(self) -> str:
+        return f"{self.index.left_out:.1%} of pairs longer than the largest bucket"
+
     def _candidates(
         self, step: int
     ) -> tuple[int, Int32[np.ndarray, "batch attempts 3"], Float64[np.ndarray, "batch 4"]]:
@@ -117,8 +120,22 @@ class PairStream:
         return candidate, found
 
 
+class Stream(Protocol):
+    """Training batches as a pure function of the step: `PairStream`, `data.sorting.SortingStream`. Picklable."""
+
+    config: Any  # with `workers` and `prefetch`
+
+    def __getitem__(self, step: int) -> Any: ...
+
+    def fingerprint(self) -> str:
+        """Names the batches, so that a run does not go on with others."""
+
+    def description(self) -> str:
+        """For the first line of a run."""
+
+
 class BatchIterator(grain.DatasetIterator):
-    """Endless iterator over a `PairStream`, made ahead by Grain on a thread or in worker processes.
+    """Endless iterator over a `Stream`, made ahead by Grain on a thread or in worker processes.
 
     Its state is the number of the next step, not Grain's own (which is tied to the number of workers): it can be
     restored with other `workers`, and on other numbers of hosts. Grain's Orbax handlers accept the iterator, but they
@@ -127,17 +144,17 @@ class BatchIterator(grain.DatasetIterator):
     Worker processes need parsed absl flags (`absl.app.run`) and `if __name__ == "__main__"` in the main script.
     """
 
-    def __init__(self, stream: PairStream, start_step: int = 0):
+    def __init__(self, stream: Stream, start_step: int = 0):
         super().__init__()
         self.stream = stream
         self._fingerprint = stream.fingerprint()
         self._seek(start_step)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         batch = next(self._batches)
         self.step += 1
         if self.stream.config.workers:  # arrays in shared memory, which Grain unlinks: hand out ordinary ones
-            batch = cast(Batch, {name: np.array(array) for name, array in batch.items()})
+            batch = {name: np.array(array) for name, array in batch.items()}
         return batch
 
     def get_state(self) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import get_args
+from typing import cast, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from data import vocab
 from models import attention, ordering, refinement
-from models.attention import Implementation, SinkhornSpec
+from models.attention import BlockSpec, Implementation, SinkhornSpec
 
 # BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
 _PRIOR_WEIGHT = 0.3466
@@ -80,26 +80,33 @@ class ConvolutionBlock(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-    """Residual: Sinkhorn self-attention."""
+    """Residual: self-attention."""
 
-    def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
+    def __init__(self, config: AlignerConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
-        self.attention = attention.SelfAttention(
+        self.attention = attention.self_attention(
             config.width, config.heads, spec, config.implementation, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]):
-        return h + self.attention(self.norm(h), lengths)
+    def __call__(
+        self,
+        h: Float[Array, "batch length width"],
+        lengths: Int[Array, "batch"],
+        noise: Key[Array, "batch"] | None = None,
+    ):
+        extra = {"noise": noise} if isinstance(self.attention, attention.BlockSelfAttention) else {}
+        return h + self.attention(self.norm(h), lengths, **extra)
 
     def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> attention.Certificate:
-        return self.attention.certificate(self.norm(h), lengths)
+        """Of Sinkhorn self-attention."""
+        return cast(attention.SelfAttention, self.attention).certificate(self.norm(h), lengths)
 
 
 class Encoder(nnx.Module):
     """Tokens of one sequence to features; padding does not change them."""
 
-    def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
+    def __init__(self, config: AlignerConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(vocab.SIZE, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
         blocks: list[nnx.Module] = []
         for i in range(config.depth):
@@ -110,25 +117,35 @@ class Encoder(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
+        self,
+        tokens: Int[Array, "batch length"],
+        lengths: Int[Array, "batch"],
+        noise: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch length width"]:
-        *_, h = self._features(tokens, lengths)
+        *_, h = self._features(tokens, lengths, noise)
         return self.norm(h.astype(jnp.float32))
 
     def certificates(
         self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
     ) -> list[attention.Certificate]:
-        """Of every self-attention block."""
-        features = zip(self.blocks, self._features(tokens, lengths), strict=False)
-        return [block.certificate(h, lengths) for block, h in features if isinstance(block, AttentionBlock)]
+        """Of every Sinkhorn self-attention."""
+        features = zip(self.blocks, self._features(tokens, lengths, None), strict=False)
+        return [
+            block.certificate(h, lengths)
+            for block, h in features
+            if isinstance(block, AttentionBlock) and isinstance(block.attention, attention.SelfAttention)
+        ]
 
-    def _features(self, tokens, lengths) -> Iterator[Float[Array, "batch length width"]]:
+    def _features(self, tokens, lengths, noise) -> Iterator[Float[Array, "batch length width"]]:
         """What goes into each block, and what comes out of the last."""
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         h = self.embed(tokens)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             yield h
-            h = block(h, real[..., None].astype(h.dtype)) if isinstance(block, ConvolutionBlock) else block(h, lengths)
+            if isinstance(block, ConvolutionBlock):
+                h = block(h, real[..., None].astype(h.dtype))
+            else:
+                h = block(h, lengths, attention.of_layer(noise, number))
         yield h
 
 
@@ -137,11 +154,13 @@ class Aligner(nnx.Module):
 
     Queries and keys come from the same projection, so that before any training alike residues in alike surroundings
     score high. Half of each is rotated by the position, x's scaled to y's length: a learned pull to the diagonal.
+
+    spec: of the plan, and of the encoder's self-attention unless `encoder` says otherwise.
     """
 
-    def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
+    def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, encoder: BlockSpec | None = None, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
-        self.encoder = Encoder(config, spec, rngs=rngs)
+        self.encoder = Encoder(config, encoder or spec, rngs=rngs)
         spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
         self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
         self.value_projection = nnx.Linear(config.width, config.value_width, rngs=rngs)
@@ -163,13 +182,14 @@ class Aligner(nnx.Module):
         target: Int[Array, "batch x_length"],
         x_length: Int[Array, "batch"],
         y_length: Int[Array, "batch"],
+        noise: Key[Array, "batch"] | None = None,
     ) -> tuple[attention.Transported, Float[Array, "batch x_length 20"]]:
         """What the plan transports, and logits of x's residues made from that alone.
 
         x may hold MASK: the plan then cannot route a masked residue to an identical one. `target` only selects which
-        of the plan's values are reported.
+        of the plan's values are reported. noise: random keys of the examples while training (attention.BlockSpec).
         """
-        q, k, h_y = self._queries_and_keys(x, y, x_length, y_length)
+        q, k, h_y = self._queries_and_keys(x, y, x_length, y_length, noise)
         values = self.value_projection(h_y)
         lengths = x_length, y_length
         transported = attention.transport(
@@ -223,8 +243,8 @@ class Aligner(nnx.Module):
         plan = attention.certify(q[:, :, None], k[:, :, None], self.spec, (x_length, y_length), self.dustbin.score)
         return {f"self-attention {i + 1}": of_block for i, of_block in enumerate(both)} | {"plan": plan}
 
-    def _queries_and_keys(self, x, y, x_length, y_length):
-        h_x, h_y = self._encode(x, y, x_length, y_length)
+    def _queries_and_keys(self, x, y, x_length, y_length, noise=None):
+        h_x, h_y = self._encode(x, y, x_length, y_length, noise)
         q, k = self.plan_projection(h_x), self.plan_projection(h_y)
         if self.config.positions:
             rows, columns = (jnp.arange(tokens.shape[1], dtype=jnp.float32)[None] for tokens in (x, y))
@@ -236,13 +256,17 @@ class Aligner(nnx.Module):
             q, k = self._refined(q, k, h_x, h_y, x_length, y_length)
         return q, k, h_y
 
-    def _encode(self, x, y, x_length, y_length):
+    def _encode(self, x, y, x_length, y_length, noise):
         """Both sequences in one pass where they are padded alike, as training batches are."""
+        noises = None if noise is None else jax.vmap(lambda key: jax.random.split(key))(noise)
         if x.shape != y.shape:
-            return self.encoder(x, x_length), self.encoder(y, y_length)
+            of_x, of_y = (None, None) if noises is None else (noises[:, 0], noises[:, 1])
+            return self.encoder(x, x_length, of_x), self.encoder(y, y_length, of_y)
         # Pair by pair, not x after y: where devices share a batch, each keeps its pairs.
         both = self.encoder(
-            jnp.stack([x, y], 1).reshape(-1, x.shape[1]), jnp.stack([x_length, y_length], 1).reshape(-1)
+            jnp.stack([x, y], 1).reshape(-1, x.shape[1]),
+            jnp.stack([x_length, y_length], 1).reshape(-1),
+            None if noises is None else noises.reshape(-1),
         ).reshape(*x.shape[:1], 2, x.shape[1], -1)
         return both[:, 0], both[:, 1]
 

@@ -1,36 +1,68 @@
 """Multi-head attention by optimal transport: the only module of the models that knows `ot_attention`."""
 
+import dataclasses
 import math
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from models import sharding
-from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, support, transport_plan
+from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, sparse, support, transport_plan
 from ot_attention.certificates import contraction, posterior_bias
+from ot_attention.sparse import SparseSpec
 from ot_attention.spec import Implementation
 
 _PLAN_ROWS = 32  # of a banded plan made at a time
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
 
 
-class SelfAttention(nnx.Module):
+BlockKind = Literal["sparse_sinkhorn", "local", "softmax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """Self-attention by softmax: over a sorted block and the own one (arXiv 2002.11296), over the own one alone, or
+    over all residues.
+    """
+
+    kind: BlockKind
+    sparse: SparseSpec
+
+    def __post_init__(self):
+        if self.kind not in get_args(BlockKind):
+            allowed = ", ".join(("sinkhorn", *get_args(BlockKind)))
+            raise ValueError(f"attention.kind={self.kind!r} must be one of {allowed}")
+
+
+class _Heads(nnx.Module):
+    """Projections of self-attention, with rotary positions."""
+
+    def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"model.heads={heads} must divide model.width={width} into even head widths")
+        # Heads are an axis of the kernels, so that devices can share them.
+        each = heads, width // heads
+        self.project = nnx.LinearGeneral(width, (3, *each), use_bias=False, dtype=dtype, rngs=rngs)
+        self.out = nnx.LinearGeneral(each, width, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs)
+
+    def _project(self, h):
+        q, k, v = (x[:, :, 0] for x in jnp.split(self.project(h), 3, axis=2))
+        position = jnp.arange(h.shape[1], dtype=jnp.float32)[None]
+        return rotate(q, position), rotate(k, position), v
+
+
+class SelfAttention(_Heads):
     """Banded Sinkhorn self-attention with rotary positions."""
 
     def __init__(
         self, width: int, heads: int, spec: SinkhornSpec, implementation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        if width % heads or (width // heads) % 2:
-            raise ValueError(f"model.heads={heads} must divide model.width={width} into even head widths")
-        self.spec, self.heads, self.implementation = spec, heads, _named(implementation)
-        # Heads are an axis of the kernels, so that devices can share them.
-        each = heads, width // heads
-        self.project = nnx.LinearGeneral(width, (3, *each), use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.LinearGeneral(each, width, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs)
+        super().__init__(width, heads, dtype=dtype, rngs=rngs)
+        self.spec, self.implementation = spec, _named(implementation)
         self.dustbin = Dustbin(heads, spec)
 
     def __call__(
@@ -45,10 +77,56 @@ class SelfAttention(nnx.Module):
         q, k, _ = self._project(h)
         return certify(q, k, self.spec, (lengths, lengths), self.dustbin.score)
 
-    def _project(self, h):
-        q, k, v = (x[:, :, 0] for x in jnp.split(self.project(h), 3, axis=2))
-        position = jnp.arange(h.shape[1], dtype=jnp.float32)[None]
-        return rotate(q, position), rotate(k, position), v
+
+class BlockSelfAttention(_Heads):
+    """Self-attention of a `BlockSpec` with rotary positions.
+
+    The sort network scores place i for block j by a product of what it knows of each, normalised sums of residues.
+    """
+
+    def __init__(self, width: int, heads: int, spec: BlockSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(width, heads, dtype=dtype, rngs=rngs)
+        self.spec = spec
+        if spec.kind == "sparse_sinkhorn":
+            each = heads, width // heads
+            self.sort_norm = nnx.LayerNorm(width, rngs=rngs)
+            self.sort_place = nnx.LinearGeneral(width, each, rngs=rngs)
+            self.sort_block = nnx.LinearGeneral(width, each, rngs=rngs)
+
+    def __call__(
+        self,
+        h: Float[Array, "batch length width"],
+        lengths: Int[Array, "batch"],
+        noise: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        """noise: random keys of the examples while training."""
+        q, k, v = self._project(h)
+        kind, spec = self.spec.kind, self.spec.sparse
+        if kind == "softmax":
+            return self.out(sparse.softmax_attention(q, k, v, causal=spec.causal, lengths=lengths))
+        if kind == "local":
+            return self.out(sparse.local_attention(q, k, v, spec, lengths))
+        scores = self._sort_scores(h, lengths)
+        return self.out(sparse.sparse_sinkhorn_attention(q, k, v, scores, spec, lengths, noise))
+
+    def _sort_scores(self, h, lengths) -> Float[Array, "batch heads places blocks"]:
+        places, blocks = map(self.sort_norm, sparse.pooled(h.astype(jnp.float32), self.spec.sparse, lengths))
+        places, blocks = self.sort_place(places), self.sort_block(blocks)
+        return jnp.einsum("bihd,bjhd->bhij", places, blocks) / math.sqrt(places.shape[-1])
+
+
+def self_attention(
+    width: int, heads: int, spec: SinkhornSpec | BlockSpec, implementation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> SelfAttention | BlockSelfAttention:
+    """What the spec describes."""
+    if isinstance(spec, BlockSpec):
+        return BlockSelfAttention(width, heads, spec, dtype=dtype, rngs=rngs)
+    return SelfAttention(width, heads, spec, implementation, dtype=dtype, rngs=rngs)
+
+
+def of_layer(noise: Key[Array, "batch"] | None, layer: int) -> Key[Array, "batch"] | None:
+    """Random keys for one of the layers that share some."""
+    return None if noise is None else jax.vmap(lambda key: jax.random.fold_in(key, layer))(noise)
 
 
 def _named(implementation: str) -> Implementation | None:

@@ -5,11 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import vocab
 from models import ordering
-from models.aligner import Aligner
+from models.aligner import Aligner, AlignerConfig
+from models.attention import BlockSpec, SinkhornSpec
 
 LEAST_PROBABILITY = 1e-6  # the floor of the sparse CE metric: 13.8 nats
 
@@ -38,6 +40,41 @@ class LossConfig:
             raise ValueError(f"loss.mask_rate={self.mask_rate} must be at least 0 and below 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """What is trained: an aligner (a `models.state.Task`). encoder: of its self-attention, if another than `spec`."""
+
+    model: AlignerConfig
+    spec: SinkhornSpec
+    loss: LossConfig
+    encoder: BlockSpec | None = None
+
+    def __post_init__(self):
+        if self.loss.alignment and not self.model.gap_model:
+            raise ValueError(f"loss.alignment={self.loss.alignment} needs model.gap_model=True")
+
+    def make(self, rngs: nnx.Rngs) -> Aligner:
+        return Aligner(self.model, self.spec, encoder=self.encoder, rngs=rngs)
+
+    def seen(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+        """With what is masked, and random keys if the encoder takes noise."""
+        x_seen, asked = queries(batch["x"], key, self.loss.mask_rate)
+        noise = {"noise": jax.random.split(key, len(x_seen))} if self.encoder else {}
+        return batch | {"x_seen": x_seen, "asked": asked} | noise
+
+    def totals(self, model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        return totals(model, batch)
+
+    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        return counts(batch)
+
+    def objective(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+        return objective(totals, self.loss)
+
+    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
+        return (batch["x_length"] + batch["y_length"]).sum()
+
+
 def queries(
     x: Int[Array, "batch length"], key: PRNGKeyArray, mask_rate: float
 ) -> tuple[Int[Array, "batch length"], Bool[Array, "batch length"]]:
@@ -51,9 +88,11 @@ def queries(
 def sums(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, "batch"]]:
     """Sums over the residues of every pair, and under `<name>/count` how many; their quotients are the metrics.
 
-    `batch` holds, beside what the pipeline gives, `x_seen` (what queries are computed from) and `asked`.
+    `batch` holds, beside what the pipeline gives, `x_seen` (what queries are computed from) and `asked`, and while
+    training perhaps `noise`.
     """
-    transported, logits = model(batch["x_seen"], batch["y"], batch["target"], batch["x_length"], batch["y_length"])
+    x_seen, y, target, *lengths = (batch[name] for name in ("x_seen", "y", "target", "x_length", "y_length"))
+    transported, logits = model(x_seen, y, target, *lengths, noise=batch.get("noise"))
     nats = -jax.nn.log_softmax(logits)
     nats = jnp.take_along_axis(nats, jnp.clip(batch["x"] - 1, 0, len(vocab.RESIDUES) - 1)[..., None], -1)[..., 0]
     aligned, log_target = batch["target"] >= 0, transported.log_target

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,9 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from models import loss, sharding
-from models.aligner import Aligner, AlignerConfig
-from models.attention import SinkhornSpec
-from models.loss import LossConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +54,31 @@ class OptimizerConfig:
         )
 
 
+class Task(Protocol):
+    """What is trained: `models.loss.Alignment`, `models.sorter.Sorting`. Batches are trees with the batch leading.
+
+    Sums over a batch go by metric, `<name>` and how many under `<name>/count`.
+    """
+
+    def make(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model before training."""
+
+    def seen(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+        """The batch with whatever is random in it."""
+
+    def totals(self, model: Any, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        """Sums over (a part of) a batch."""
+
+    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        """Those of the counts that `objective` divides by, known without the model."""
+
+    def objective(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+        """The loss."""
+
+    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
+        """How much work a batch is."""
+
+
 class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: PyTree
@@ -73,30 +95,26 @@ class Trainer:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     settings: OptimizerConfig
-    loss: LossConfig
+    task: Task
     seed: int
 
     @classmethod
-    def create(
-        cls, model: AlignerConfig, spec: SinkhornSpec, settings, loss_config, *, total_steps: int, seed: int
-    ) -> "Trainer":
-        if loss_config.alignment and not model.gap_model:
-            raise ValueError(f"loss.alignment={loss_config.alignment} needs model.gap_model=True")
+    def create(cls, task: Task, settings: OptimizerConfig, *, total_steps: int, seed: int) -> "Trainer":
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(
             optax.clip_by_global_norm(settings.clip_norm),
             optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=_is_matrix),
         )
 
-        def make_model() -> Aligner:
-            return Aligner(model, spec, rngs=nnx.Rngs(seed))
+        def make_model() -> nnx.Module:
+            return task.make(nnx.Rngs(seed))
 
         def initial() -> TrainState:
             params = nnx.to_pure_dict(nnx.state(make_model()))
             return TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
         graph = nnx.graphdef(nnx.eval_shape(make_model))
-        return cls(initial, graph, optimizer, schedule, settings, loss_config, seed)
+        return cls(initial, graph, optimizer, schedule, settings, task, seed)
 
     def abstract_state(self, mesh: Mesh) -> TrainState:
         """Shapes, dtypes and shardings of the state on a mesh, whose devices need not be there."""
@@ -136,41 +154,40 @@ class Trainer:
         )
         return lambda params, batch: jax.device_get(compiled(params, sharding.from_whole(batch, mesh)))
 
-    def model(self, params: PyTree) -> Aligner:
+    def model(self, params: PyTree) -> Any:
         return nnx.merge(self.graph, params)
 
     def update(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """One step: the new state and scalar metrics of the batch before the update."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        x_seen, asked = loss.queries(batch["x"], key, self.loss.mask_rate)
-        grads, totals = self._gradients(state.params, batch | {"x_seen": x_seen, "asked": asked})
+        grads, totals = self._gradients(state.params, self.task.seen(batch, key))
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         # A young average forgets faster, or the initial parameters would stay in it for 1 / (1 - ema) steps.
         decay = jnp.minimum(self.settings.ema, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
         metrics = loss.means(totals) | {
-            "loss": loss.objective(totals, self.loss),
+            "loss": self.task.objective(totals),
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": self.schedule(state.step),
-            "residues": (batch["x_length"] + batch["y_length"]).sum(),
+            "residues": self.task.residues(batch),
         }
         return TrainState(state.step + 1, params, ema, optimizer), metrics
 
     def _gradients(self, params: PyTree, batch: dict[str, Array]) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
         """Gradient of the loss and sums of the metrics over the batch, part by part."""
-        counts = loss.counts(batch)
+        counts = self.task.counts(batch)
 
         def part_loss(params, part):
-            totals = loss.totals(self.model(params), part)
-            return loss.objective(totals | counts, self.loss), totals
+            totals = self.task.totals(self.model(params), part)
+            return self.task.objective(totals | counts), totals
 
         gradient = jax.grad(part_loss, has_aux=True)
         parts, mesh = self.settings.accumulate, sharding.current()
         groups = mesh.shape[sharding.DATA] if mesh else 1
         if len(batch["x"]) % (parts * groups):
             times = f" times mesh.data={groups}" if mesh else ""
-            raise ValueError(f"optimizer.accumulate={parts}{times} must divide the batch of {len(batch['x'])} pairs")
+            raise ValueError(f"optimizer.accumulate={parts}{times} must divide the batch of {len(batch['x'])}")
         # Every so many pairs, so that devices which share a batch share each part.
         batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
         # Not a loop of JAX: on CPUs XLA takes 80 times as long for a convolution's weight gradient inside one.

@@ -14,7 +14,7 @@ from data import metrics, vocab
 from data.transforms import Pair
 from models import loss
 from models.aligner import Aligner, AlignerConfig
-from models.loss import LossConfig
+from models.loss import Alignment, LossConfig
 from models.state import OptimizerConfig, Trainer
 from ot_attention import SinkhornSpec
 
@@ -242,7 +242,7 @@ def make_trainer(model=SMALL, loss_config=None, **settings):
     # Warm-up begins at a rate of 0; without it the first update already changes something.
     optimizer = OptimizerConfig(**({"warmup_steps": 0} | settings))
     loss_config = loss_config or LossConfig(sparse_ce=0.5)
-    trainer = Trainer.create(model, SPECS["dustbin"], optimizer, loss_config, total_steps=10, seed=1)
+    trainer = Trainer.create(Alignment(model, SPECS["dustbin"], loss_config), optimizer, total_steps=10, seed=1)
     return trainer, trainer.initial()
 
 

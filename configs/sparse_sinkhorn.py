@@ -1,0 +1,14 @@
+"""r2_dustbin with Sparse Sinkhorn Attention (arXiv 2002.11296) as the encoder's self-attention.
+
+python train.py --config=configs/sparse_sinkhorn.py --config.data.dir=runs/pfam --config.total_steps=400
+"""
+
+from ml_collections import ConfigDict
+
+from configs import r2_dustbin
+
+
+def get_config() -> ConfigDict:
+    config = r2_dustbin.get_config()
+    config.attention.kind = "sparse_sinkhorn"
+    return config

@@ -1,0 +1,135 @@
+"""A small Transformer that writes the sorted sequence, to compare kinds of self-attention (arXiv 2002.11296).
+
+Self-attention of encoder and decoder is what the configuration says; from decoder to encoder it is dense.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from models import attention
+from models.attention import BlockSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class SorterConfig:
+    """`config.model` of the task. depth: layers of the encoder, and as many of the decoder; widths in channels."""
+
+    width: int = 64
+    heads: int = 4
+    depth: int = 2
+    hidden: int = 256
+
+    def __post_init__(self):
+        for field in ("width", "heads", "depth", "hidden"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
+
+
+class Layer(nnx.Module):
+    """Self-attention, attention to the encoder if there is one to see, two layers at every place; all residual."""
+
+    def __init__(self, config: SorterConfig, spec: BlockSpec, *, sees_encoder: bool, rngs: nnx.Rngs):
+        width = config.width
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = attention.BlockSelfAttention(width, config.heads, spec, dtype=jnp.dtype("float32"), rngs=rngs)
+        if sees_encoder:
+            self.cross_norm = nnx.LayerNorm(width, rngs=rngs)
+            self.cross = nnx.MultiHeadAttention(config.heads, width, decode=False, use_bias=False, rngs=rngs)
+        self.hidden_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.hidden_in = nnx.Linear(width, config.hidden, rngs=rngs)
+        self.hidden_out = nnx.Linear(config.hidden, width, rngs=rngs)
+
+    def __call__(self, h, length, noise, encoded=None):
+        h += self.attention(self.norm(h), length, noise)
+        if encoded is not None:
+            seen = (jnp.arange(encoded.shape[1]) < length[:, None])[:, None, None]
+            # An empty example attends to its padding, or there would be nothing to attend to.
+            h += self.cross(self.cross_norm(h), encoded, mask=seen | (length == 0)[:, None, None, None])
+        return h + self.hidden_out(nnx.gelu(self.hidden_in(self.hidden_norm(h))))
+
+
+class Sorter(nnx.Module):
+    """Encoder and decoder. END is the largest token."""
+
+    def __init__(self, config: SorterConfig, spec: BlockSpec, symbols: int, *, rngs: nnx.Rngs):
+        causal = dataclasses.replace(spec, sparse=dataclasses.replace(spec.sparse, causal=True, sortcut=None))
+        self.end = symbols + 1
+        self.embed = nnx.Embed(symbols + 2, config.width, rngs=rngs)
+        self.encoder = nnx.List([Layer(config, spec, sees_encoder=False, rngs=rngs) for _ in range(config.depth)])
+        self.decoder = nnx.List([Layer(config, causal, sees_encoder=True, rngs=rngs) for _ in range(config.depth)])
+        self.encoder_norm = nnx.LayerNorm(config.width, rngs=rngs)
+        self.norm = nnx.LayerNorm(config.width, rngs=rngs)
+        self.out = nnx.Linear(config.width, symbols + 2, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Int[Array, "batch places"],
+        y: Int[Array, "batch places"],
+        length: Int[Array, "batch"],
+        noise: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch places tokens"]:
+        """Logits of the token after each of y."""
+        return self.decode(y, self.encode(x, length, noise), length, noise)
+
+    def encode(self, x, length, noise=None) -> Float[Array, "batch places width"]:
+        h = self.embed(x)
+        for number, layer in enumerate(self.encoder):
+            h = layer(h, length, attention.of_layer(noise, number))
+        return self.encoder_norm(h)
+
+    def decode(self, y, encoded, length, noise=None) -> Float[Array, "batch places tokens"]:
+        h = self.embed(y)
+        for number, layer in enumerate(self.decoder, start=len(self.encoder)):
+            h = layer(h, length, attention.of_layer(noise, number), encoded)
+        return self.out(self.norm(h))
+
+    def write(self, x: Int[Array, "batch places"], length: Int[Array, "batch"]) -> Int[Array, "batch places"]:
+        """The likeliest token at every place, given those written before; 0 after the first END, none from `length` on."""
+        encoded = self.encode(x, length)
+        places = x.shape[1]
+
+        def place(written, n):
+            y = jnp.concatenate([jnp.full_like(written[:, :1], self.end), written[:, :-1]], 1)
+            token = self.decode(y, encoded, length)[:, n].argmax(-1)
+            going = (n == 0) | (written[:, n - 1] != self.end) & (written[:, n - 1] != 0)
+            token = jnp.where(going & (n < length), token, 0)
+            return written.at[:, n].set(token.astype(written.dtype)), None
+
+        written, _ = jax.lax.scan(place, jnp.zeros_like(x), jnp.arange(places))
+        return written
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorting:
+    """What is trained: a sorter (a `models.state.Task`)."""
+
+    model: SorterConfig
+    attention: BlockSpec
+    symbols: int
+
+    def make(self, rngs: nnx.Rngs) -> Sorter:
+        return Sorter(self.model, self.attention, self.symbols, rngs=rngs)
+
+    def seen(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+        return batch | {"noise": jax.random.split(key, len(batch["x"]))}
+
+    def totals(self, model: Sorter, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        logits = model(batch["x"], batch["y"], batch["length"], batch["noise"])
+        real = batch["target"] > 0
+        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["target"][..., None], -1)[..., 0]
+        right = logits.argmax(-1) == batch["target"]
+        sums = {name: jnp.where(real, x, 0).sum() for name, x in (("cross_entropy", nats), ("accuracy", right))}
+        return sums | {f"{name}/count": real.sum().astype(jnp.float32) for name in sums}
+
+    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        return {"cross_entropy/count": (batch["target"] > 0).sum().astype(jnp.float32)}
+
+    def objective(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+        return totals["cross_entropy"] / jnp.maximum(totals["cross_entropy/count"], 1)
+
+    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
+        return batch["length"].sum()
