@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     print(table(report))
-    print(f"\nwritten: {output}, figures in {folder / 'figures'}")
+    figures_too = f", figures in {folder / 'figures'}" if (folder / "figures").exists() else ""
+    print(f"\nwritten: {output}{figures_too}")
     if args.report:
         print(f"the page: {args.report / 'report.html'}")
 
@@ -92,6 +93,7 @@ def evaluate_run(workdir: Path, split: str, *, step: int | None = None, **option
     """
     report = evaluate(load_run(workdir, step), split, workdir / "figures", **options)
     if rows := read_metrics(workdir):
+        (workdir / "figures").mkdir(exist_ok=True)
         figures.metric_curves(rows, workdir / "figures" / "training.png")
     return report
 
@@ -129,6 +131,8 @@ def evaluate(
     """
     config = run.config
     if sorts(config):
+        if data_dir or examples:
+            raise ValueError("--data and --report are of alignments; this run sorts")
         return evaluate_sorting(run, split, limit)
     shards = resolve_data_dir(data_dir or config.data.dir)
     predict, certify = (

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import grain
 import numpy as np
@@ -120,6 +120,7 @@ class PairStream:
         return candidate, found
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Training batches as a pure function of the step: `PairStream`, `data.sorting.SortingStream`. Picklable."""
 

@@ -88,7 +88,7 @@ class Sorter(nnx.Module):
         return self.out(self.norm(h))
 
     def write(self, x: Int[Array, "batch places"], length: Int[Array, "batch"]) -> Int[Array, "batch places"]:
-        """The likeliest token at every place, given those written before; 0 after the first END, none from `length` on."""
+        """The likeliest token at every place, given those before; 0 after the first END and from `length` on."""
         encoded = self.encode(x, length)
         places = x.shape[1]
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class OptimizerConfig:
         )
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained: `models.loss.Alignment`, `models.sorter.Sorting`. Batches are trees with the batch leading.
 
@@ -187,7 +188,8 @@ class Trainer:
         groups = mesh.shape[sharding.DATA] if mesh else 1
         if len(batch["x"]) % (parts * groups):
             times = f" times mesh.data={groups}" if mesh else ""
-            raise ValueError(f"optimizer.accumulate={parts}{times} must divide the batch of {len(batch['x'])}")
+            of = f"the batch of {len(batch['x'])} examples"
+            raise ValueError(f"optimizer.accumulate={parts}{times} must divide {of}")
         # Every so many pairs, so that devices which share a batch share each part.
         batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
         # Not a loop of JAX: on CPUs XLA takes 80 times as long for a convolution's weight gradient inside one.

@@ -14,6 +14,7 @@ from data import metrics, vocab
 from data.transforms import Pair
 from models import loss
 from models.aligner import Aligner, AlignerConfig
+from models.attention import BlockSpec, SparseSpec
 from models.loss import Alignment, LossConfig
 from models.state import OptimizerConfig, Trainer
 from ot_attention import SinkhornSpec
@@ -269,6 +270,32 @@ def test_the_dense_logarithm_is_that_of_the_plan():
     np.testing.assert_allclose(jnp.exp(transported.log_plan), plan, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sparse_sinkhorn", "local", "softmax"])
+def test_self_attention_of_another_kind_is_trained(kind):
+    """Padding changes nothing, every parameter learns, and only the sorted kind is noisy while training."""
+    model = AlignerConfig(**(vars(SMALL) | {"attention_every": 1, "depth": 1}))
+    spec, blocks = SPECS["dustbin"], BlockSpec(kind, SparseSpec(block=6))
+    trainer = Trainer.create(
+        Alignment(model, spec, LossConfig(sparse_ce=0.5), blocks),
+        OptimizerConfig(warmup_steps=0),
+        total_steps=9,
+        seed=1,
+    )
+    state, batch = trainer.initial(), training_batch()
+    totals = jax.jit(lambda batch: trainer.task.totals(trainer.model(state.params), batch))
+    seen = trainer.task.seen(batch, jax.random.key(3))
+    other = seen | {"noise": jax.random.split(jax.random.key(4), len(batch["x"]))}
+    assert (float(totals(seen)["sparse_ce"]) != float(totals(other)["sparse_ce"])) == (kind == "sparse_sinkhorn")
+    longer = {name: jnp.pad(x, ((0, 0), (0, 7))) if x.ndim == 2 else x for name, x in seen.items()}
+    longer["target"] = jnp.pad(seen["target"], ((0, 0), (0, 7)), constant_values=-1)
+    if kind != "sparse_sinkhorn":  # whose noise is drawn by block
+        np.testing.assert_allclose(totals(longer)["sparse_ce"], totals(seen)["sparse_ce"], rtol=1e-5)
+    after, _ = jax.jit(trainer.update)(state, batch)
+    for path, old in jax.tree_util.tree_leaves_with_path(state.params):
+        new = functools.reduce(lambda tree, key: tree[key.key], path, after.params)
+        assert (np.asarray(old) != np.asarray(new)).any(), path
+
+
 def training_batch() -> dict[str, jax.Array]:
     batch = make_batch()
     return {name: jnp.asarray(batch[name]) for name in ("x", "y", "target", "x_length", "y_length")}
@@ -317,7 +344,7 @@ def test_accumulation_gives_the_update_of_the_whole_batch(updated):
     # Adam's first step is the sign of the gradient where that is above its epsilon: its moments are what to compare.
     for a, b in zip(jax.tree.leaves(parts.optimizer), jax.tree.leaves(whole.optimizer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
-    with pytest.raises(ValueError, match=r"optimizer\.accumulate=3 must divide the batch of 4 pairs"):
+    with pytest.raises(ValueError, match=r"optimizer\.accumulate=3 must divide the batch of 4 examples"):
         make_trainer(accumulate=3)[0].update(state, training_batch())
 
 
