@@ -3,6 +3,7 @@
   python scripts/bench_attention.py                            # all cases; a table, and a JSON row for each method
   python scripts/bench_attention.py --cases long short --rounds 15
   python scripts/bench_attention.py --cases scaling --figure docs/bench_scaling.png
+  python scripts/bench_attention.py --cases sparse     # Sparse Sinkhorn Attention and dense softmax, 1k to 16k residues
 
 Every round calls each method of a case once to warm up and once against the clock, in turn, so that what else the
 machine does hits all of them; times are medians, and ratios are to the faster of the two softmax programs. Rows carry
@@ -32,7 +33,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention
+from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, sparse
 from ot_attention.banded_xla import Band
 
 _MOST_ORACLE_CELLS = 4 * 2048 * 2048  # dense in float64; beyond, the banded implementation in float64 judges
@@ -83,6 +84,11 @@ SCALING = {
     for length in (1024, 2048, 4096, 8192, 16384, 32768)
 }
 
+
+SPARSE = {
+    f"sparse {length}": Case(1, 1, length, None, ("softmax, dense", "sparse sinkhorn", "sparse sinkhorn, sortcut"))
+    for length in (1024, 2048, 4096, 8192, 16384)
+}
 
 # ---- methods: (case, implementation) -> a function of q, k, v, lengths and dustbin score that returns the output ----
 
@@ -150,6 +156,25 @@ def ott(case: Case, implicit: bool, lse_mode: bool = True) -> Callable:
     return attend
 
 
+def dense_softmax(q, k, v, lengths, score):
+    return sparse.softmax_attention(q, k, v, causal=False, lengths=lengths[0])
+
+
+def sparse_sinkhorn(**changes) -> Callable:
+    """With a sort network of one layer, the identity: places and blocks are known by their mean queries and keys."""
+    spec = sparse.SparseSpec(block=64, **changes)
+
+    def attend(q, k, v, lengths, score):
+        batch, length, heads, width = q.shape
+        places, _ = sparse.pooled(q.reshape(batch, length, -1), spec, lengths[0])
+        _, blocks = sparse.pooled(k.reshape(batch, length, -1), spec, lengths[0])
+        places, blocks = (x.reshape(batch, -1, heads, width) / spec.block for x in (places, blocks))
+        scores = jnp.einsum("bihd,bjhd->bhij", places, blocks)
+        return sparse.sparse_sinkhorn_attention(q, k, v, scores, spec, lengths[0])
+
+    return attend
+
+
 _NEWTON = {"base_steps": 10, "solver": "newton"}
 METHODS: dict[str, Callable[[Case, str], Callable]] = {
     "softmax": lambda case, _: softmax(case, head_by_head=False),
@@ -157,6 +182,9 @@ METHODS: dict[str, Callable[[Case, str], Callable]] = {
     "tail": lambda case, implementation: sinkhorn(case, implementation),
     "newton, tail": lambda case, implementation: sinkhorn(case, implementation, **_NEWTON),
     "newton, implicit": lambda case, implementation: sinkhorn(case, implementation, gradient="implicit", **_NEWTON),
+    "softmax, dense": lambda *_: dense_softmax,
+    "sparse sinkhorn": lambda *_: sparse_sinkhorn(),
+    "sparse sinkhorn, sortcut": lambda *_: sparse_sinkhorn(sortcut=2),
     "dense unrolled": lambda case, _: sinkhorn(case, "reference", gradient="unrolled"),
     "ott unrolled": lambda case, _: ott(case, implicit=False),
     "ott implicit": lambda case, _: ott(case, implicit=True),
@@ -208,7 +236,7 @@ def errors(method: str, case: Case, attend: Callable) -> dict[str, float]:
     with jax.enable_x64(True):
         found = {"out": _deviation(actual[0], expected[0])}
         found |= {"gradient": max(_deviation(x, y) for x, y in zip(actual[1:], expected[1:], strict=True))}
-        if not method.startswith("softmax"):
+        if not method.startswith(("softmax", "sparse")):
             found["gradient_to_converged"] = max(
                 float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
                 for x, y in zip(actual[1:3], converged(case)[1:3], strict=True)
@@ -288,7 +316,7 @@ def table(rows: list[dict]) -> str:
 
 
 def exponents(rows: list[dict]) -> str:
-    """Slopes of time and memory against length, in logarithms."""
+    """Slopes of time and memory against length, in logarithms, of rows of a series of cases."""
     lines = []
     for method, (lengths, times, sizes) in _against_length(rows).items():
         slopes = (np.polyfit(np.log(lengths), np.log(y), 1)[0] for y in (times, sizes))
@@ -298,13 +326,12 @@ def exponents(rows: list[dict]) -> str:
 
 def _against_length(rows: list[dict]) -> dict[str, tuple[list, ...]]:
     keys = ("length", "forward_backward_ms", "forward_backward_temporary_bytes")
-    rows = [row for row in rows if row["case"] in SCALING]
     methods = dict.fromkeys(row["method"] for row in rows)
     return {m: tuple([row[key] for row in rows if row["method"] == m] for key in keys) for m in methods}
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Time and temporary memory of forward + backward against length, on logarithmic axes."""
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """Time and temporary memory of forward + backward against length, on logarithmic axes, of a series of cases."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, label, index, unit in zip(
         figure.subplots(1, 2), ("time (ms)", "memory (MB)"), (1, 2), (1, 1e6), strict=True
@@ -313,23 +340,22 @@ def draw(rows: list[dict], path: Path) -> None:
             axes.loglog(series[0], np.array(series[index]) / unit, marker="o", markersize=3, label=method)
         axes.set_xlabel("length (residues)")
         axes.set_ylabel(label)
-        axes.set_xticks(ticks := sorted({row["length"] for row in rows if row["case"] in SCALING}))
+        axes.set_xticks(ticks := sorted({row["length"] for row in rows}))
         axes.set_xticklabels([f"{tick // 1024}k" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.suptitle("one head, W = 256, forward + backward, temporary memory of the compiled program")
+    figure.suptitle(f"one head, {title}, forward + backward, temporary memory of the compiled program")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = _parse(arguments)
-    cases = {
-        name: case
-        for name, case in (CASES | SCALING).items()
-        if name in args.cases or (name in SCALING and "scaling" in args.cases)
-    }
+    series = {"scaling": SCALING, "sparse": SPARSE}
+    cases = {name: case for name, case in CASES.items() if name in args.cases}
+    for name in series:
+        cases |= series[name] if name in args.cases else {}
     if importlib.util.find_spec("ott") is None:
         print("ott-jax is not installed and left out (pip install ott-jax)", file=sys.stderr)
         cases = {
@@ -347,21 +373,25 @@ def main(arguments: list[str] | None = None) -> None:
     except UnsupportedError as error:
         sys.exit(f"bench_attention.py: {error}")
     print(table(rows))
-    if any(row["case"] in SCALING for row in rows):
-        print("\n" + exponents(rows))
-        draw(rows, args.figure)
-        print(f"figure: {args.figure}")
+    for name, title in (("scaling", "W = 256"), ("sparse", "blocks of 64")):
+        if of_series := [row for row in rows if row["case"] in series[name]]:
+            figure = args.figure if name == "scaling" else args.figure.with_stem(f"{args.figure.stem}_{name}")
+            print("\n" + exponents(of_series))
+            draw(of_series, figure, title)
+            print(f"figure: {figure}")
     print(f"rows: {args.output}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*CASES, "scaling"]
+    names = [*CASES, "scaling", "sparse"]
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {names}")
     parser.add_argument("--implementation", default="xla", help="of ours: xla, pallas_tpu, pallas_gpu; default: xla")
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each program; default: 9")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/rows.jsonl"), help="default: %(default)s")
-    parser.add_argument("--figure", type=Path, default=Path("runs/bench/scaling.png"), help="default: %(default)s")
+    parser.add_argument(
+        "--figure", type=Path, default=Path("runs/bench/scaling.png"), help="default: %(default)s; _sparse beside it"
+    )
     return parser.parse_args(arguments)
 
 

@@ -13,6 +13,10 @@ TINY = {
     "full": Case(1, 1, 24, None, PEERS, width=8),
     "band": Case(2, 1, 40, 6, ("softmax", "tail", "newton, implicit"), width=8, dustbin="full", ragged=True),
 }
+SPARSE = {
+    f"sparse {length}": Case(1, 1, length, None, ("softmax, dense", "sparse sinkhorn", "sparse sinkhorn, sortcut"), 8)
+    for length in (100, 200)
+}
 GROWING = {f"scaling {length}": Case(1, 1, length, 4, ("softmax", "tail"), width=8) for length in (64, 128)}
 
 
@@ -24,11 +28,13 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, tiny.quick_compilation():
         patch.setattr(bench_attention, "CASES", TINY)
         patch.setattr(bench_attention, "SCALING", GROWING)
+        patch.setattr(bench_attention, "SPARSE", SPARSE)
         bench_attention.main(
-            ["--rounds=2", f"--output={output}", f"--figure={figure}", "--cases", "full", "band", "scaling"]
+            ["--rounds=2", f"--output={output}", f"--figure={figure}", "--cases", "full", "band", "scaling", "sparse"]
         )
         rows = [json.loads(line) for line in output.read_text().splitlines()]
-        yield rows, bench_attention.table(rows), bench_attention.exponents(rows), figure
+        growing = [row for row in rows if row["case"] in GROWING]
+        yield rows, bench_attention.table(rows), bench_attention.exponents(growing), figure
 
 
 def test_all_methods_solve_the_same_problem(measured):
@@ -53,7 +59,8 @@ def test_times_memory_and_ratios_are_reported(measured):
     softmax = [row["forward_to_softmax"] for row in rows if row["method"].startswith("softmax")]
     assert min(softmax) == 1
     assert exponents.splitlines()[0].startswith("softmax: time ~ length^")
-    assert figure.read_bytes().startswith(b"\x89PNG")
+    for path in (figure, figure.with_stem("scaling_sparse")):
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_an_implementation_cannot_do_is_told(tmp_path):
