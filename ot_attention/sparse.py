@@ -7,12 +7,13 @@ Where the paper leaves room, we chose:
 
 - The sort network is the caller's (`models/attention.py`); here are what it reads (`pooled`) and what becomes of its
   scores. The paper's has one output for every place and so one length; scores of places against blocks fit any number.
+- A step of balancing sums columns, then rows, so that every place holds a mean of blocks however few steps there are.
 - Blocks that reach over the end of a sequence: the key that comes to a place is the mean over real residues, and its
   weight in the softmax is the share of them.
 - Causal: a block moves to later places only, never stays, since its own place may not see all of it; and column sums
   run over places up to the one at hand, since later ones depend on what it may not see. The only doubly stochastic
   matrix on that triangle is the shift by one place, and the balance tends to it: after k steps any other block has at
-  most about 1 / k. Take few steps. The last step is one over rows, so that every place holds a mean of blocks.
+  most about 1 / k. Take few steps.
 """
 
 import dataclasses
@@ -24,6 +25,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ot_attention import reference, support
 
+_LEAST_SHARE = (
+    1e-6  # of real residues in what comes to a place; with less nothing came, or the mean's gradient overflows
+)
 _NEVER = -1e30  # a score: finite, because cumulative sums of minus infinities have no gradient
 
 
@@ -32,7 +36,7 @@ class SparseSpec:
     """Settings of one layer; hashable.
 
     block: residues in a block.
-    steps: of balancing, rows then columns.
+    steps: of balancing, columns then rows.
     temperature: scores, with Gumbel noise if there is any, are divided by it.
     causal: a query sees no later residue.
     sortcut: queries attend to so many sorted blocks, the first ones, and to nothing else; None for sorted and own.
@@ -97,26 +101,23 @@ def soft_permutation(
     target = jnp.broadcast_to(exists[:, None], scores.shape[:-1]).astype(scores.dtype)
     scores = jnp.where(allowed, scores, -jnp.inf)
 
-    def step(g, _):
-        f = reference.log_scaling(scores + g[..., None, :], target, axis=-1)
-        return reference.log_scaling(scores + f[..., None], target, axis=-2), f
+    def step(f, _):
+        g = reference.log_scaling(scores + f[..., None], target, axis=-2)
+        return reference.log_scaling(scores + g[..., None, :], target, axis=-1), g
 
-    g, f = jax.lax.scan(step, jnp.zeros_like(target), length=spec.steps)
-    return jnp.exp(scores + f[-1][..., None] + g[..., None, :])
+    f, g = jax.lax.scan(step, jnp.zeros_like(target), length=spec.steps)
+    return jnp.exp(scores + f[..., None] + g[-1][..., None, :])
 
 
 def _balanced_causally(scores, allowed: Bool[Array, "batch 1 places blocks"], steps: int):
     scores = jnp.where(allowed, scores, _NEVER)
 
-    def rows(scores):
-        return jnp.where(allowed, jax.nn.log_softmax(scores, axis=-1), _NEVER)
-
     def step(scores, _):
-        scores = rows(scores)
-        return jnp.where(allowed, scores - jax.lax.cumlogsumexp(scores, axis=scores.ndim - 2), _NEVER), None
+        scores = jnp.where(allowed, scores - jax.lax.cumlogsumexp(scores, axis=scores.ndim - 2), _NEVER)
+        return jnp.where(allowed, jax.nn.log_softmax(scores, axis=-1), _NEVER), None
 
     scores, _ = jax.lax.scan(step, scores, length=steps)
-    return jnp.where(allowed, jnp.exp(rows(scores)), 0)
+    return jnp.where(allowed, jnp.exp(scores), 0)
 
 
 def sparse_sinkhorn_attention(
@@ -209,8 +210,8 @@ def _sorted(permutation, k, v, spec: SparseSpec, lengths):
     k, v = _cut(k, spec.block), _cut(v, spec.block)
     place = jnp.arange(k.shape[1] * spec.block)
     real = (place < lengths[:, None]).reshape(*k.shape[:3]).astype(permutation.dtype)
-    came = jnp.einsum("bhij,bjs->bhis", permutation, real)
-    share = support.divide(came, jnp.broadcast_to(permutation.sum(-1, keepdims=True), came.shape))
+    share = jnp.einsum("bhij,bjs->bhis", permutation, real)
+    share = jnp.where(share < _LEAST_SHARE, 0, share)
 
     def move(x):
         moved = jnp.einsum("bhij,bjshd->bhisd", permutation.astype(x.dtype), x, preferred_element_type=share.dtype)
