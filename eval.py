@@ -29,9 +29,10 @@ from data import baselines, metrics, pfam, pipeline, sorting, vocab
 from models import decode, figures, loss, sharding, weights
 from models.aligner import AlignerConfig
 from models.attention import BlockSpec, Certificate, SinkhornSpec, SparseSpec
+from models.checkpoints import Checkpoints
 from models.loss import Alignment, LossConfig
 from models.sorter import SorterConfig, Sorting
-from models.state import Checkpoints, OptimizerConfig, Task, Trainer
+from models.state import OptimizerConfig, Task, Trainer
 from report import Example, Examples, write_html
 
 SPLITS = {
@@ -150,6 +151,7 @@ def evaluate(
             config.batch_size,
             config.data.buckets,
             divisible_by=run.mesh.shape["data"],
+            max_bad=config.data.get("max_bad_records", 0),  # older runs have none
         )
         observer = Observer(name, pictures, examples)
         report["splits"][name] = score_split(predict, families, batches(limit=limit), see=observer, progress=name)
@@ -346,9 +348,15 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """Lines of metrics.jsonl; none where there is no such file."""
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Lines of metrics.jsonl; none where there is no such file. One without its end is cut off, and left out."""
+    path, rows = workdir / "metrics.jsonl", []
+    *lines, _ = path.read_text(errors="replace").split("\n") if path.exists() else [""]
+    for n, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n} is damaged ({error}): remove the line") from error
+    return rows
 
 
 def draw_plan(directory: Path, split: str, example: Example) -> None:

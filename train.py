@@ -13,20 +13,26 @@ start the same command in each, with one --workdir and one --config.data.dir tha
   --coordinator=auto                                    # on a TPU slice or a cluster that JAX knows
 
 A run may go on with another number of processes or devices; its batches stay the same.
+
+Exit codes: 0, finished; 75, stopped in between by SIGTERM, after saving, or by the loss of another process: start it
+again; anything else: see the message.
 """
 
+import contextlib
+import dataclasses
 import functools
 import json
-import math
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
-import wandb
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -37,7 +43,9 @@ import eval as evaluation
 from configs import base
 from data import pfam, pipeline, sorting
 from models import sharding
-from models.state import Checkpoints, Trainer, TrainState
+from models.checkpoints import Checkpoints, set_damaged_aside
+from models.state import Trainer, TrainState
+from workdir import MetricsLog, check_shared, check_workdir, differences, held, replace, write_settings
 
 T = TypeVar("T")
 
@@ -49,13 +57,38 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; with --coordinator=HOST:PORT")
 _PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0; with --coordinator=HOST:PORT")
 
-# What may change when a run goes on; anything else makes it another run.
-_FREE_KEYS = ("total_steps", "checkpoint.", "log.", "mesh.", "data.workers", "data.prefetch", "model.implementation")
 _TRACED = 3  # steps
+
+
+STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
+_LOST = 30  # seconds of silence after which a process is held to be dead, and of patience at the end
 
 
 class NonFiniteError(Exception):
     """Loss or gradient is NaN or infinite."""
+
+
+class Stopped(Exception):
+    """Told to stop in the middle of a run, which is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`config.train`: what happens at a loss or gradient that is not finite. The batch is named in a file in any case.
+
+    on_nonfinite: "stop" the run; "skip" the update; "rollback": go on from the last checkpoint, with the batches that
+      follow the bad one.
+    max_nonfinite: With "skip" and "rollback", the run stops after so many.
+    """
+
+    on_nonfinite: str = "stop"
+    max_nonfinite: int = 10
+
+    def __post_init__(self):
+        if self.on_nonfinite not in ("stop", "skip", "rollback"):
+            raise ValueError(f"train.on_nonfinite={self.on_nonfinite!r} must be stop, skip or rollback")
+        if self.max_nonfinite < 0:
+            raise ValueError(f"train.max_nonfinite={self.max_nonfinite} must be at least 0")
 
 
 def main(argv: list[str]) -> None:
@@ -70,6 +103,15 @@ def main(argv: list[str]) -> None:
         train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
     except (ValueError, TypeError, OSError, NonFiniteError) as error:
         sys.exit(f"train.py: {error}")
+    except Stopped as told:
+        print(f"train.py: {told}", file=sys.stderr)
+        sys.exit(STOPPED)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"train.py: another process is gone; start all of them again to go on ({error})", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(STOPPED)  # JAX would wait for the others to end with this one
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -83,85 +125,107 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             f"{processes} and {process}"
         )
     if coordinator:
-        jax.config.update("jax_enable_preemption_service", False)  # or SIGTERM would end nothing
         try:
-            jax.distributed.initialize(None if auto else coordinator, processes, process)
+            jax.distributed.initialize(
+                None if auto else coordinator,
+                processes,
+                process,
+                heartbeat_timeout_seconds=_LOST,
+                shutdown_timeout_seconds=_LOST,
+            )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--coordinator={coordinator}: no connection to the other processes: {error}") from error
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:
-    """Runs or resumes, together with the other processes if there are any; returns the final state."""
-    # ---- the run's folder, data, model ----
-    trainer, mesh, iterator, validate = in_all_processes(lambda: prepare(config, workdir))
+    """Runs or resumes, together with the other processes if there are any; returns the final state.
 
-    # ---- resume ----
+    Raises:
+      ValueError, OSError: a setting, the data or the folder is not as it should be; the message says what to do.
+      NonFiniteError: see `TrainConfig`.
+      Stopped: by SIGTERM, after saving.
+    """
+    # ---- the run's folder, data, model ----
+    policy = TrainConfig(**config.train)
+    trainer, mesh, iterator, validate = in_all_processes(lambda: prepare(config, workdir))
     leads = jax.process_index() == 0  # writes everything but the checkpoints, to which all contribute
     settings = json.dumps(json.loads(config.to_json()), indent=1) + "\n"
-    in_all_processes(lambda: write_settings(workdir, settings))
-    in_all_processes(lambda: check_shared(workdir, settings))
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
-    if checkpoints.steps():
-        state, position = checkpoints.restore(trainer.abstract_state(mesh))
-        iterator.set_state(position)
-    else:
-        state = trainer.initial_state(mesh)
-    start = int(state.step)
-    log = MetricsLog(workdir, config, start)
-    if leads:
-        print(f"{workdir}: step {start} of {config.total_steps}, {iterator.stream.description()}")
-    if start == 0:
-        checkpoints.save(state, iterator.get_state(), config.to_dict())
-        if validate:
-            log.write(0, validate(state))
+    with contextlib.ExitStack() as resources:
+        in_all_processes(lambda: resources.enter_context(held(workdir)) if leads else None)
+        told_to_stop = resources.enter_context(on_sigterm())
+        in_all_processes(lambda: check_workdir(workdir, config))  # anew: now nobody else changes it
+        in_all_processes(lambda: write_settings(workdir, settings))
+        in_all_processes(lambda: check_shared(workdir, settings))
+        for damage in in_all_processes(lambda: set_damaged_aside(workdir) if leads else []):
+            warn(damage)
 
-    # ---- the loop: step n is checked and logged while step n + 1 computes ----
-    update = trainer.compiled_update(mesh)
-    # Collectives of two steps on the threads of a CPU can wait for each other for ever.
-    one_at_a_time = jax.default_backend() == "cpu" and mesh.size > 1
-    progress = tqdm(
-        total=config.total_steps,
-        initial=start,
-        unit=" steps",
-        desc=workdir.name,
-        smoothing=0.05,
-        mininterval=1,
-        disable=not leads,
-    )
-    previous = None
-    for step in range(start + 1, config.total_steps + 1):
-        if leads and step == config.log.trace:
-            jax.profiler.start_trace(workdir / "trace")
-        asked = time.perf_counter()
-        examples = next(iterator)
-        log.waited += time.perf_counter() - asked
-        batch = sharding.from_hosts(cast(dict, examples), mesh)
-        ids = batch.pop("id")
-        state, metrics = update(state, batch)
-        if one_at_a_time:
-            jax.block_until_ready(state)
-        if previous:
-            check_and_log(*previous, log, progress, workdir)
-        previous = step, metrics, ids
-        last_traced = min(config.log.trace + _TRACED - 1, config.total_steps)
-        if leads and step == last_traced and start < config.log.trace <= step:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-        save = step % config.checkpoint.every == 0 or step == config.total_steps
-        evaluate = validate and (step % config.log.eval_every == 0 or step == config.total_steps)
-        if save or evaluate:
-            check_and_log(*previous, log, progress, workdir)  # nothing is kept of a step that was not checked
-            previous = None
-        if save:
-            checkpoints.save(state, iterator.get_state(), config.to_dict())
-        if evaluate:
-            log.write(step, validate(state))
+        # ---- resume ----
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        if checkpoints.steps():
+            state, position = checkpoints.restore(trainer.abstract_state(mesh))
+            iterator.set_state(position)
+        else:
+            state, position = trainer.initial_state(mesh), {}
+        step = start = int(state.step)
+        log = MetricsLog(workdir, config, start)
+        if leads:
+            introduce(workdir, config, start, iterator.stream)
+        progress = progress_bar(workdir, config, start)
+        judge = Judge(policy, log, progress, workdir, position.get("nonfinite", 0))
+        if start == 0:
+            checkpoints.save(state, judge.position(iterator), config.to_dict())
+        if validate and is_evaluated(start, config) and gather(str(log.was_validated(start)))[0] == "False":
+            log.write(start, validate(state))
 
-    # ---- finish ----
-    progress.close()
-    checkpoints.close()
-    iterator.close()
-    log.close()
+        # ---- the loop: step n is checked and logged while step n + 1 computes ----
+        update = trainer.compiled_update(mesh)
+        # Collectives of two steps on the threads of a CPU can wait for each other for ever.
+        one_at_a_time = jax.default_backend() == "cpu" and mesh.size > 1
+        profile = Profile(workdir, config, start)
+        previous, stop = None, False
+        while step < config.total_steps and not stop:
+            step += 1
+            profile.before(step)
+            asked = time.perf_counter()
+            examples = next(iterator)
+            log.waited += time.perf_counter() - asked
+            batch = sharding.from_hosts(cast(dict, examples), mesh)
+            ids = batch.pop("id")
+            state, metrics = update(state, batch)
+            if one_at_a_time:
+                jax.block_until_ready(state)
+            profile.after(step, state)
+            stop = told_to_stop(step)
+            save = step % config.checkpoint.every == 0 or step == config.total_steps or stop
+            evaluate = validate and is_evaluated(step, config) and not stop
+            try:
+                if previous:
+                    judge(*previous)
+                previous = step, iterator.step, metrics, ids
+                if save or evaluate:
+                    judge(*previous)  # nothing is kept of a step that was not checked
+                    previous = None
+            except RollBack as bad:
+                checkpoints.wait()
+                state, position = checkpoints.restore(trainer.abstract_state(mesh))
+                iterator.set_state(position | {"step": bad.batch})
+                step, previous = int(state.step), None
+                log.rewind(step)
+                progress.reset_to(step)
+                continue
+            if save:
+                checkpoints.save(state, judge.position(iterator), config.to_dict())
+            if evaluate:
+                log.write(step, validate(state))
+
+        # ---- finish ----
+        progress.close()
+        checkpoints.close()
+        iterator.close()
+        log.close()
+        gather("")  # all end together, however long the first one's W&B takes: JAX itself has little patience
+        if step < config.total_steps:
+            raise Stopped(f"{workdir}: stopped by SIGTERM, step {step} is saved; the same command goes on from there")
     return state
 
 
@@ -216,6 +280,7 @@ def pair_batches(
             config.data.buckets,
             limit=config.log.eval_pairs,
             divisible_by=mesh.shape["data"],
+            max_bad=config.data.max_bad_records,
         )
         return evaluation.score_split(functools.partial(predict, state.ema), families, batches)
 
@@ -241,23 +306,154 @@ def sorting_batches(
     return iterator, score
 
 
-def check_and_log(step: int, metrics: dict, ids: jax.Array, log: "MetricsLog", progress: tqdm, workdir: Path) -> None:
-    """Stops the run at a non-finite loss or gradient, naming its batch; else logs it. `ids`: of the global batch."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    residues = round(values.pop("residues"))
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-        path = workdir / f"nonfinite_{step}.json"
-        told = {"step": step, "metrics": values, "ids": multihost_utils.process_allgather(ids, tiled=True).tolist()}
-        if jax.process_index() == 0:
-            path.write_text(json.dumps(told) + "\n")
-        raise NonFiniteError(
+class RollBack(Exception):
+    """To the last checkpoint, and on with the batch of this number."""
+
+    def __init__(self, batch: int):
+        super().__init__(batch)
+        self.batch = batch
+
+
+class Judge:
+    """Logs a step, or does with a non-finite one what `config.train` says.
+
+    nonfinite: how many there have been; part of what a checkpoint holds.
+    """
+
+    def __init__(self, policy: TrainConfig, log: MetricsLog, progress: "Progress", workdir: Path, nonfinite: int):
+        self.policy, self.log, self.progress, self.workdir = policy, log, progress, workdir
+        self.nonfinite = nonfinite
+
+    def __call__(self, step: int, batch: int, metrics: dict, ids: jax.Array) -> None:
+        """batch: number of the step's batch, which is the step's own unless some were left out; ids: of all of it.
+
+        Raises:
+          NonFiniteError, RollBack: what is not finite ends the run, or takes it back.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        residues, finite = round(values.pop("residues")), values.pop("finite") == 1
+        if finite:
+            counted = {} if self.policy.on_nonfinite == "stop" else {"nonfinite": self.nonfinite}
+            self.log.step(step, values | counted, len(ids), residues)
+            self.progress.update()
+            rate = f"{self.log.residues_per_second:,.0f} residues/s"
+            self.progress.set_postfix_str(f"loss {values['loss']:.3f}, {rate}", refresh=False)
+            return
+        self.nonfinite += 1
+        path = self._keep(step, batch, values, ids)
+        told = (
             f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The batch (family, row of "
-            f"x, row of y in the train split) is in {path}. Checkpoints hold earlier steps only: start again to resume "
-            "from the last one; if it comes back, lower optimizer.learning_rate in another workdir"
+            f"x, row of y in the train split) is in {path}"
         )
-    log.step(step, values, len(ids), residues)
-    progress.update()
-    progress.set_postfix_str(f"loss {values['loss']:.3f}, {log.residues_per_second:,.0f} residues/s", refresh=False)
+        if self.policy.on_nonfinite == "stop" or self.nonfinite > self.policy.max_nonfinite:
+            before = f", the last of {self.nonfinite} such steps" if self.nonfinite > 1 else ""
+            raise NonFiniteError(
+                f"{told}{before}. Checkpoints hold earlier steps only: start again to resume from the last one; if it "
+                "comes back, lower optimizer.learning_rate in another workdir, or give train.on_nonfinite=skip or "
+                "rollback, and train.max_nonfinite"
+            )
+        so_far = f"{self.nonfinite} of at most {self.policy.max_nonfinite}"
+        if self.policy.on_nonfinite == "rollback":
+            warn(f"{told}. Back to the last checkpoint, and on with batch {batch + 1} ({so_far})")
+            raise RollBack(batch)
+        warn(f"{told}. Its update is left out ({so_far})")
+        self.log.count(len(ids), residues)
+        self.progress.update()
+
+    def position(self, iterator: pipeline.BatchIterator) -> dict[str, Any]:
+        """What `Checkpoints` keeps beside the state."""
+        return iterator.get_state() | {"nonfinite": self.nonfinite}
+
+    def _keep(self, step: int, batch: int, values: dict[str, float], ids: jax.Array) -> Path:
+        path = self.workdir / f"nonfinite_{batch}.json"
+        of_all = multihost_utils.process_allgather(ids, tiled=True).tolist()
+        if jax.process_index() == 0:
+            path.write_text(json.dumps({"step": step, "batch": batch, "metrics": values, "ids": of_all}) + "\n")
+        return path
+
+
+class Progress(tqdm):
+    """A bar that can go back."""
+
+    def reset_to(self, step: int) -> None:
+        self.initial = self.n = step
+        self.refresh()
+
+
+def progress_bar(workdir: Path, config: ConfigDict, start: int) -> Progress:
+    return Progress(
+        total=config.total_steps,
+        initial=start,
+        unit=" steps",
+        desc=workdir.name,
+        smoothing=0.05,
+        mininterval=1,
+        disable=jax.process_index() > 0,
+    )
+
+
+class Profile:
+    """A trace of a few steps, in `<workdir>/trace`, from the first process."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, start: int):
+        self.folder, self.running = workdir / "trace", False
+        asked = jax.process_index() == 0 and config.log.trace > start
+        self.first = config.log.trace if asked else 0
+        self.last = min(self.first + _TRACED - 1, config.total_steps)
+
+    def before(self, step: int) -> None:
+        if step == self.first and not self.running:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+
+    def after(self, step: int, state: TrainState) -> None:
+        if step == self.last and self.running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self.running = False
+
+
+@contextlib.contextmanager
+def on_sigterm() -> Iterator[Callable[[int], bool]]:
+    """A function that says whether the run is to stop after a step: in all processes after the same one.
+
+    A second SIGTERM ends the process at once.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point  # JAX heeds the signal, and agrees on the step
+        return
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield lambda step: False
+        return
+
+    def note(number, frame) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def is_evaluated(step: int, config: ConfigDict) -> bool:
+    return step % config.log.eval_every == 0 or step == config.total_steps
+
+
+def introduce(workdir: Path, config: ConfigDict, start: int, stream: pipeline.Stream) -> None:
+    """Tells what is about to be trained, and on what not."""
+    print(f"{workdir}: step {start} of {config.total_steps}, {stream.description()}")
+    if stream.bad:
+        replace(workdir / "bad_records.json", json.dumps(stream.bad, indent=1) + "\n")
+        warn(f"{len(stream.bad)} damaged record(s) left out, listed in {workdir / 'bad_records.json'}: {stream.bad[0]}")
+
+
+def warn(text: str) -> None:
+    """Once, whatever the number of processes."""
+    if jax.process_index() == 0:
+        tqdm.write(f"train.py: {text}", file=sys.stderr)
 
 
 def in_all_processes(function: Callable[[], T]) -> T:
@@ -281,109 +477,6 @@ def gather(text: str) -> list[str]:
     sizes = multihost_utils.process_allgather(np.array(len(encoded)))
     padded = multihost_utils.process_allgather(np.pad(encoded, (0, sizes.max() - len(encoded) + 1)))
     return [bytes(row[:size]).decode() for row, size in zip(padded, sizes, strict=True)]
-
-
-class MetricsLog:
-    """Lines of metrics.jsonl, and the same to W&B. Lines beyond the step a run resumes from are dropped first.
-
-    Counts in every process, writes in the first.
-    """
-
-    def __init__(self, workdir: Path, config: ConfigDict, start: int):
-        self.path, self.every = workdir / "metrics.jsonl", config.log.every
-        self.residues_per_second = 0.0
-        self.waited = 0.0  # seconds, for batches
-        self._time, self._residues, self._examples = time.perf_counter(), 0, 0
-        self._wandb = None
-        if jax.process_index() > 0:
-            return
-        if self.path.exists():
-            kept = [row for row in evaluation.read_metrics(workdir) if row["step"] <= start and start > 0]
-            replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._wandb = wandb.init(
-            project="ot-attention",
-            name=workdir.name,
-            dir=workdir,
-            config=config.to_dict(),
-            mode=config.log.wandb,
-            settings=wandb.Settings(silent=config.log.wandb != "online"),
-        )
-
-    def step(self, step: int, values: dict[str, float], examples: int, residues: int) -> None:
-        """Counts a training step; every so many steps writes a line with the rates since the last one."""
-        self._residues, self._examples = self._residues + residues, self._examples + examples
-        seconds = time.perf_counter() - self._time
-        if step % self.every == 0 or step == 1:
-            self.residues_per_second = self._residues / seconds
-            rates = {
-                "residues_per_second": self.residues_per_second,
-                "examples_per_second": self._examples / seconds,
-                "data_share": self.waited / seconds,
-            }
-            self.write(step, values | rates)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line; the clock of the rates starts anew."""
-        if self._wandb:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-            self._wandb.log(values, step=step)
-        self.waited, self._time, self._residues, self._examples = 0.0, time.perf_counter(), 0, 0
-
-    def close(self) -> None:
-        if self._wandb:
-            self._wandb.finish()
-
-
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Raises ValueError if the folder holds a run of another configuration."""
-    path, wanted = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
-        found = json.loads(path.read_text())
-        changed = [
-            f"{key} was {old!r}, is {new!r}"
-            for key, old, new in differences(found, wanted)
-            if not key.startswith(_FREE_KEYS)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir to "
-                "start a new run, or the same values to go on with this one"
-            )
-
-
-def write_settings(workdir: Path, settings: str) -> None:
-    """Once, whatever the number of processes."""
-    if jax.process_index() == 0:
-        replace(workdir / "config.json", settings)
-
-
-def check_shared(workdir: Path, settings: str) -> None:
-    """Raises ValueError unless this process sees what the first one wrote."""
-    path = workdir / "config.json"
-    if not path.exists() or path.read_text() != settings:
-        raise ValueError(
-            f"{path} is not what process 0 wrote, in process {jax.process_index()}: give all processes the same "
-            "options, and a --workdir on a disk that they share"
-        )
-
-
-def differences(old: dict, new: dict, prefix: str = ""):
-    """Dotted names of what differs, with both values."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key, {}), new.get(key, {})
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}", a, b
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
                 "crop": 0.0,  # share of pairs of which one sequence loses up to half at one end
                 "workers": 0,  # processes that prepare batches; 0 for a thread
                 "prefetch": 4,
+                "max_bad_records": 0,  # damaged records that may be left out of a split
             },
             "model": {
                 "width": 128,
@@ -71,6 +72,10 @@ def get_config() -> ConfigDict:
             "mesh": {  # over all processes
                 "data": -1,  # groups that share a batch; -1 for all there are
                 "model": 1,  # devices of a group, which share its matrices and heads
+            },
+            "train": {
+                "on_nonfinite": "stop",  # at a loss or gradient that is not finite: or "skip", "rollback"
+                "max_nonfinite": 10,  # so often in a run, then it stops
             },
             "checkpoint": {"every": 100, "keep": 2, "keep_every": 0},
             "log": {

@@ -29,6 +29,10 @@ MIN_SEQUENCES_TO_HOLD_OUT = 10
 PAIRS_PER_FAMILY = 15
 
 
+class BadRecordError(ValueError):
+    """A record of a data set is damaged; the message names shard, record and family."""
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """One family of one split.

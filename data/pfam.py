@@ -6,7 +6,9 @@
 A build appears at its place whole or not at all: it grows in `<out>.incomplete`, gets its checksums and is renamed.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import operator
 import shutil
@@ -20,10 +22,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from data.families import SALT, SPLITS, Family, read_clans
+from data.families import SALT, SPLITS, BadRecordError, Family, read_clans
 from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, read_inputs
 
 CHECKSUMS = "SHA256SUMS"
+RECORDS = "records.json"  # split -> accessions in the order of its records: a damaged record cannot tell its own
 REPORT = "report.json"
 
 
@@ -155,6 +158,7 @@ def build(
     prepared.report.records = {split: prepared.info.splits[split].num_examples for split in prepared.info.splits}
     folder = Path(prepared.data_dir)
     (folder / REPORT).write_text(json.dumps(asdict(prepared.report), indent=1) + "\n")
+    (folder / RECORDS).write_text(json.dumps(accessions(prepared), indent=1) + "\n")
     (folder / CHECKSUMS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in _listed(folder)))
     out.mkdir(parents=True, exist_ok=True)
     if final.exists():
@@ -162,6 +166,15 @@ def build(
     (growing / builder.name).replace(final)
     shutil.rmtree(growing)
     return prepared.report
+
+
+def accessions(builder: tfds.core.DatasetBuilder) -> dict[str, list[str]]:
+    """Of all records of every split, in order."""
+    packed = {"alignment": tfds.decode.SkipDecoding()}
+    return {
+        split: [example["accession"].decode() for example in builder.as_data_source(split=split, decoders=packed)]
+        for split in builder.info.splits
+    }
 
 
 def verify(data_dir: str | Path) -> None:
@@ -203,10 +216,13 @@ class FamilySource:
             raise ValueError(
                 f"split {split!r} is empty in {folder}; it has {', '.join(dataset.info.splits)}: add families"
             )
-        for path in dataset.info.splits[split].filepaths:
+        self.split_info = dataset.info.splits[split]
+        for path in self.split_info.filepaths:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"shard {path} is missing; build or copy the data again")
         self.records = dataset.as_data_source(split=split)
+        listed = folder / RECORDS  # builds before it have none
+        self.accessions: list[str] = json.loads(listed.read_text())[split] if listed.exists() else []
 
     def __len__(self) -> int:
         return len(self.records)
@@ -215,7 +231,22 @@ class FamilySource:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index}: split {self.split!r} has {len(self)} families")
-        return from_example(self.records[index])
+        try:
+            family = from_example(self.records[index])
+        except Exception as error:  # of Riegeli, zlib or protobuf, as the damage will have it
+            raise BadRecordError(f"{self.place(index)} is damaged ({_brief(error)})") from error
+        expected = self.accessions[index] if self.accessions else family.accession
+        if family.accession != expected:
+            raise BadRecordError(f"{self.place(index)} holds {family.accession}: the shard is of another build")
+        return family
+
+    def place(self, index: int) -> str:
+        """Shard, number of the record in it and family, for messages."""
+        ends = list(itertools.accumulate(self.split_info.shard_lengths))
+        shard = bisect.bisect_right(ends, index)
+        path, number = self.split_info.filepaths[shard], index - (ends[shard - 1] if shard else 0)
+        family = self.accessions[index] if self.accessions else f"number {index} of {self.split}"
+        return f"{path}, record {number}, family {family}"
 
     def __reduce__(self):
         return FamilySource, (self.folder, self.split)
@@ -235,6 +266,10 @@ def open_split(data_dir: str | Path, split: str) -> FamilySource:
 
 def _listed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _sha256(path: Path) -> str:

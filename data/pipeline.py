@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -17,11 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int32, Int64
 
 from data import vocab
-from data.sampling import Families, LengthIndex, check_buckets, row_lengths
+from data.sampling import Families, LengthIndex, check_buckets, readable, row_lengths
 from data.transforms import NO_TARGET, Pair, crop, pair
 
 _LAST_STEP = 2**40  # Grain wants a length; no run gets there
 _ATTEMPTS = 4  # draws of an example before a pair without any aligned residue is accepted
+_RESTARTS = 3  # of dead worker processes, before one batch
 _CACHED_FAMILIES = 512  # decoded records kept, mostly below 50 KB each; reading one takes longer than making its pair
 
 
@@ -48,6 +50,7 @@ class PipelineConfig:
       crop: Share of the pairs of which one sequence loses up to half at one end.
       workers: Processes that make batches; 0 makes them on a thread of this one. Does not change the batches.
       prefetch: Batches made ahead, by each worker. Does not change the batches.
+      max_bad_records: Damaged records that may be left out; with one more there are no batches at all.
     """
 
     buckets: Sequence[int] = (64, 128, 256, 512)
@@ -57,10 +60,19 @@ class PipelineConfig:
     crop: float = 0.0
     workers: int = 0
     prefetch: int = 4
+    max_bad_records: int = 0
 
     def __post_init__(self):
         check_buckets(self.buckets)
-        for name, least in (("batch_size", 1), ("pairs_per_family", 1), ("prefetch", 1), ("seed", 0), ("workers", 0)):
+        least_of = {
+            "batch_size": 1,
+            "pairs_per_family": 1,
+            "prefetch": 1,
+            "seed": 0,
+            "workers": 0,
+            "max_bad_records": 0,
+        }
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} was given, allowed is {least} or more")
         if not 0 <= self.crop <= 1:
@@ -75,7 +87,8 @@ class PairStream:
 
     def __init__(self, families: Families, config: PipelineConfig, *, shard_index: int = 0, shard_count: int = 1):
         self.config = config
-        self.index = LengthIndex.build(families, config.buckets, config.pairs_per_family)
+        self.index = LengthIndex.build(families, config.buckets, config.pairs_per_family, config.max_bad_records)
+        self.bad = self.index.bad
         self._shard = _shard_rows(config.batch_size, shard_index, shard_count)
         self._read = _Reader(families)
 
@@ -125,6 +138,7 @@ class Stream(Protocol):
     """Training batches as a pure function of the step: `PairStream`, `data.sorting.SortingStream`. Picklable."""
 
     config: Any  # with `workers` and `prefetch`
+    bad: tuple[str, ...]  # records that were left out, and why
 
     def __getitem__(self, step: int) -> Any: ...
 
@@ -152,7 +166,7 @@ class BatchIterator(grain.DatasetIterator):
         self._seek(start_step)
 
     def __next__(self) -> Any:
-        batch = next(self._batches)
+        batch = self._next()
         self.step += 1
         if self.stream.config.workers:  # arrays in shared memory, which Grain unlinks: hand out ordinary ones
             batch = {name: np.array(array) for name, array in batch.items()}
@@ -181,6 +195,22 @@ class BatchIterator(grain.DatasetIterator):
     def close(self) -> None:
         self._batches.close()
         super().close()
+
+    def _next(self) -> Any:
+        """The next batch; worker processes that died (for want of memory, say) are replaced, but not for ever."""
+        for _ in range(_RESTARTS):
+            try:
+                return next(self._batches)
+            except RuntimeError as error:  # Grain's, and as such also what tells of a dead worker
+                if not self.stream.config.workers or "terminated unexpectedly" not in str(error):
+                    raise
+                warnings.warn(f"a worker process died before batch {self.step}; all are started again", stacklevel=3)
+                self._batches.close()
+                self._seek(self.step)
+        raise OSError(
+            f"data.workers={self.stream.config.workers}: worker processes died {_RESTARTS} times before batch "
+            f"{self.step}; is there enough memory for them? Start again with fewer, or 0"
+        )
 
     def _seek(self, step: int) -> None:
         self.step = step
@@ -222,6 +252,7 @@ def evaluation_batches(
     divisible_by: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
+    max_bad: int = 0,
 ) -> Iterator[Batch]:
     """The fixed evaluation pairs of a split, each once, shortest bucket first.
 
@@ -234,8 +265,10 @@ def evaluation_batches(
         possible, and only pairs that fit into the given buckets, as every further shape is compiled.
       divisible_by: Every batch stays divisible by this, e.g. by the number of devices.
       shard_index, shard_count: As in `train_iterator`; all hosts get the same number of batches.
+      max_bad: So many damaged records are left out, with a warning for each.
 
     Raises:
+      BadRecordError: more than max_bad records are damaged.
       ValueError: no family or no evaluation pair in the split (with limit: none that fits), limit below 1, batch_size
         not divisible by divisible_by or shard_count.
     """
@@ -243,7 +276,7 @@ def evaluation_batches(
     _shard_rows(batch_size, shard_index, shard_count)
     if divisible_by < 1 or batch_size % divisible_by:
         raise ValueError(f"divisible_by: {divisible_by} was given, allowed are divisors of batch_size = {batch_size}")
-    ids, lengths = _evaluation_pairs(families)
+    ids, lengths = _evaluation_pairs(families, max_bad)
     if limit is not None:
         chosen = _spread(ids, lengths <= buckets[-1], limit)
         ids, lengths = ids[chosen], lengths[chosen]
@@ -296,13 +329,18 @@ def _assemble(pairs: Sequence[Pair], ids: Int[np.ndarray, "batch 3"], length: in
     return batch
 
 
-def _evaluation_pairs(families: Families) -> tuple[Int64[np.ndarray, "pairs 3"], Int64[np.ndarray, " pairs"]]:
+def _evaluation_pairs(
+    families: Families, max_bad: int
+) -> tuple[Int64[np.ndarray, "pairs 3"], Int64[np.ndarray, " pairs"]]:
     """Ids of all evaluation pairs, family after family, and the length of the longer sequence of each."""
     ids, lengths = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)]
-    for f in range(len(families)):
-        family = families[f]
-        ids.append(np.insert(family.pairs.astype(np.int64), 0, f, axis=1))
-        lengths.append(row_lengths(family)[family.pairs].max(axis=1, initial=0))
+    bad: list[str] = []
+    for f, family in enumerate(readable(families, max_bad, bad)):
+        if family is not None:
+            ids.append(np.insert(family.pairs.astype(np.int64), 0, f, axis=1))
+            lengths.append(row_lengths(family)[family.pairs].max(axis=1, initial=0))
+    for told in bad:
+        warnings.warn(f"left out: {told}", stacklevel=3)
     if not any(map(len, ids)):
         raise ValueError(
             f"families: none of the {len(families)} families of this split has evaluation pairs; "

@@ -2,14 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 from data import vocab
-from data.families import Family
+from data.families import BadRecordError, Family
 
 
 @runtime_checkable
@@ -34,6 +34,7 @@ class LengthIndex:
       ranks: Pairs of bucket k are those with ranks[:, k] <= rank < ranks[:, k + 1].
       mass: How many of the (capped) pairs of a family fall into each bucket.
       left_out: Share of the capped pairs that is longer than the largest bucket, 0 to 1.
+      bad: What is wrong with each damaged record; its family counts as one without rows.
     """
 
     rows: Int32[np.ndarray, " rows"]
@@ -41,17 +42,24 @@ class LengthIndex:
     ranks: Int64[np.ndarray, "families edges"]
     mass: Float64[np.ndarray, "families buckets"]
     left_out: float
+    bad: tuple[str, ...] = ()
 
     @classmethod
-    def build(cls, families: Families, buckets: Sequence[int], pairs_per_family: int) -> "LengthIndex":
+    def build(
+        cls, families: Families, buckets: Sequence[int], pairs_per_family: int, max_bad: int = 0
+    ) -> "LengthIndex":
         """Reads every family once.
 
         Raises:
+          BadRecordError: more than max_bad records are damaged.
           ValueError: there is no family, or no pair that fits into the largest bucket.
         """
         if not len(families):
             raise ValueError("families: the split is empty; a split that training reads needs at least one family")
-        rows, edges = zip(*(_rows_by_length(families[i], buckets) for i in range(len(families))), strict=True)
+        bad: list[str] = []
+        rows, edges = zip(
+            *(_rows_by_length(family, buckets) for family in readable(families, max_bad, bad)), strict=True
+        )
         sizes = np.array([len(r) for r in rows])
         ranks = _rank(np.stack(edges), 0)
         total = _rank(sizes, 0)
@@ -63,7 +71,7 @@ class LengthIndex:
                 "give larger buckets, or families with at least two sequences"
             )
         left_out = 1 - mass.sum() / weight.sum()
-        return cls(np.concatenate(rows), np.cumsum(sizes) - sizes, ranks, mass, float(left_out))
+        return cls(np.concatenate(rows), np.cumsum(sizes) - sizes, ranks, mass, float(left_out), tuple(bad))
 
     def draw(
         self, family: Int64[np.ndarray, "*shape"], bucket: int, rng: np.random.Generator
@@ -75,16 +83,35 @@ class LengthIndex:
         return np.stack([family, x, y], axis=-1).astype(np.int32)
 
 
+def readable(families: Families, max_bad: int, bad: list[str]) -> Iterator[Family | None]:
+    """All families in order, None for a damaged record, of which `bad` is told.
+
+    Raises:
+      BadRecordError: the one after max_bad of them.
+    """
+    for n in range(len(families)):
+        try:
+            yield families[n]
+        except BadRecordError as error:
+            bad.append(str(error))
+            if len(bad) > max_bad:
+                raise BadRecordError(
+                    f"{error}; build or copy the data again, or leave such records out with a data.max_bad_records "
+                    f"above {max_bad}"
+                ) from error
+            yield None
+
+
 def row_lengths(family: Family) -> Int64[np.ndarray, " rows"]:
     """Residues of every row."""
     return vocab.is_residue(family.alignment).sum(axis=1)
 
 
 def _rows_by_length(
-    family: Family, buckets: Sequence[int]
+    family: Family | None, buckets: Sequence[int]
 ) -> tuple[Int32[np.ndarray, " rows"], Int64[np.ndarray, " edges"]]:
     """Rows with residues, shortest first, and how many of them fit into no bucket, the first bucket, the second, ..."""
-    lengths = row_lengths(family)
+    lengths = np.zeros(0, np.int64) if family is None else row_lengths(family)
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
     return order.astype(np.int32), np.searchsorted(lengths[order], [0, *buckets], side="right")

@@ -63,6 +63,8 @@ class SortingConfig:
 class SortingStream:
     """Training batches by step number: `stream[step]` is this host's part. Every sequence comes once in an epoch."""
 
+    bad: tuple[str, ...] = ()
+
     def __init__(self, config: SortingConfig, *, shard_index: int = 0, shard_count: int = 1):
         if config.batch_size % shard_count:
             raise ValueError(f"batch_size: {config.batch_size} was given, allowed are multiples of {shard_count}")

@@ -1,18 +1,17 @@
-"""What a run has to remember, parameters, optimiser, moving average, step: how it is updated and kept on disk."""
+"""What a run has to remember, parameters, optimiser, moving average, step, and how it is updated."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from models import loss, sharding
 
@@ -159,7 +158,10 @@ class Trainer:
         return nnx.merge(self.graph, params)
 
     def update(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One step: the new state and scalar metrics of the batch before the update."""
+        """One step: the new state and scalar metrics of the batch before the update.
+
+        Where loss, gradient or new parameters are not finite, the metric `finite` is 0 and only counts of steps change.
+        """
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         grads, totals = self._gradients(state.params, self.task.seen(batch, key))
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
@@ -173,7 +175,12 @@ class Trainer:
             "learning_rate": self.schedule(state.step),
             "residues": self.task.residues(batch),
         }
-        return TrainState(state.step + 1, params, ema, optimizer), metrics
+        # Squares of a gradient whose norm is finite are finite, and so are the moments of the optimiser.
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]) & _is_finite(params)
+        new = TrainState(state.step + 1, params, ema, optimizer)
+        return jax.tree.map(functools.partial(_unless_count, finite), new, state), metrics | {
+            "finite": finite.astype(jnp.float32)
+        }
 
     def _gradients(self, params: PyTree, batch: dict[str, Array]) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
         """Gradient of the loss and sums of the metrics over the batch, part by part."""
@@ -214,60 +221,15 @@ def _shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
+def _is_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def _unless_count(finite: Bool[Array, ""], new: Array, old: Array) -> Array:
+    """The new value if all is finite; counts of steps, of the schedule for one, go on in any case."""
+    return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+
 def _is_matrix(params: PyTree) -> PyTree:
     """Weight decay leaves biases, norms and single scores alone."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
-
-
-class Checkpoints:
-    """Checkpoints of a run in `<workdir>/checkpoints`: state, data iterator and configuration, written asynchronously.
-
-    All processes of a run call the same methods; the folder is one that all of them see. What is restored may have been
-    saved from another mesh and by another number of processes.
-
-    keep: the newest so many stay; keep_every: and all whose step is a multiple of it (0 for none).
-    """
-
-    def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only
-        )
-        self.directory = workdir.absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=("state", "iterator", "config")
-        )
-
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
-
-    def save(self, state: TrainState, iterator: dict, config: dict) -> None:
-        """Starts saving; does nothing if this step is saved already."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()),
-            iterator=ocp.args.JsonSave(iterator),
-            config=ocp.args.JsonSave(config),
-        )
-        self._manager.save(step, args=items)
-
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """State and iterator state of a step, by default the newest; the arrays lie as those of `like` do.
-
-        Raises:
-          FileNotFoundError: there is no checkpoint, or none of that step; lists those there are.
-        """
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            have = f"the steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
-            raise FileNotFoundError(f"{self.directory} holds {have}{'' if step is None else f', not step {step}'}")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore())
-        restored = self._manager.restore(steps[-1] if step is None else step, args=items)
-        return TrainState(**restored["state"]), restored["iterator"]
-
-    def close(self) -> None:
-        """Waits for the last save."""
-        self._manager.wait_until_finished()
-        self._manager.close()

@@ -1,5 +1,5 @@
-"""Imports go one way: configs; ot_attention; data; models; report.py; eval.py; train.py. Each knows only what stands
-before it.
+"""Imports go one way: configs; ot_attention; data; models; report.py; eval.py; workdir.py; train.py. Each knows only
+what stands before it.
 """
 
 import ast
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"configs", "ot_attention", "data", "models", "report", "eval", "train", "scripts"}
+OURS = {"configs", "ot_attention", "data", "models", "report", "eval", "workdir", "train", "scripts"}
 
 
 def modules(folder: str) -> list[Path]:
@@ -70,7 +70,8 @@ def test_only_models_attention_knows_the_attention(path):
 def test_programs():
     assert of_ours(imports(ROOT / "report.py"), "data", "models") == set()
     assert of_ours(imports(ROOT / "eval.py"), "data", "models", "report") == set()
-    assert of_ours(imports(ROOT / "train.py"), "data", "models", "report", "eval", "configs") == set()
+    assert of_ours(imports(ROOT / "workdir.py"), "eval") == set()
+    assert of_ours(imports(ROOT / "train.py"), "data", "models", "report", "eval", "workdir", "configs") == set()
 
 
 def test_no_library_prints_and_there_is_no_drawer_for_odds_and_ends():

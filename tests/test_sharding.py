@@ -19,7 +19,7 @@ import eval as evaluation
 import train
 from data import pfam, pipeline
 from models import sharding
-from models.state import Checkpoints
+from models.checkpoints import Checkpoints
 
 CONFIG = tiny.ROOT / "configs/r2_dustbin.py"
 # Heads, widths and the batch can be shared by 2, 4 and 8 devices.
@@ -37,7 +37,7 @@ import jax, numpy as np
 import test_sharding as shared
 import eval as evaluation
 from models import sharding
-from models.state import Checkpoints
+from models.checkpoints import Checkpoints
 
 folder = Path(sys.argv[1])
 losses, initial = {}, {}

@@ -13,7 +13,7 @@ import tiny
 
 import eval as evaluation
 import train
-from models.state import Checkpoints
+from models.checkpoints import Checkpoints
 
 RATES = {"residues_per_second", "examples_per_second", "data_share"}
 
@@ -83,15 +83,15 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(finished, tmp_path, m
     whole, workdir = tmp_path / "whole", tmp_path / "stopped"
     config = tiny.config_of(finished)
     train.train(config, whole)
-    check_and_log = train.check_and_log
+    judge = train.Judge.__call__
 
-    def stop_after_step_5(step, *rest):
-        check_and_log(step, *rest)
+    def stop_after_step_5(self, step, *rest):
+        judge(self, step, *rest)
         if step == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "check_and_log", stop_after_step_5)
+        patch.setattr(train.Judge, "__call__", stop_after_step_5)
         with pytest.raises(KeyboardInterrupt):
             train.train(config, workdir)
     wait_for(workdir / "checkpoints" / "3")

@@ -1,0 +1,170 @@
+"""Checkpoints of a run: written asynchronously, each with checksums, without which nothing of it is trusted.
+
+Orbax notices most missing and truncated files; a flipped bit in an array or in the iterator's state it reads as if it
+were true (docs/reliability.md). So every checkpoint holds SHA256SUMS of its files, written before Orbax commits it by
+renaming: a checkpoint that is there has them.
+"""
+
+import hashlib
+import itertools
+import warnings
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from models.state import TrainState
+
+SUMS = "SHA256SUMS"
+DAMAGED = ".damaged"  # suffix of checkpoints that were set aside
+# Orbax writes these after the sums, and reads nothing from them.
+_UNCHECKED = frozenset({SUMS, "_CHECKPOINT_METADATA", "commit_success.txt"})
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was saved."""
+
+
+class Checkpoints:
+    """Checkpoints of a run in `<workdir>/checkpoints`: state, data iterator and configuration, written asynchronously.
+
+    All processes of a run call the same methods; the folder is one that all of them see. What is restored may have been
+    saved from another mesh and by another number of processes.
+
+    keep: the newest so many stay; keep_every: and all whose step is a multiple of it (0 for none).
+    """
+
+    def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            keep_period=keep_every or None,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of saves that were killed
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._add_sums),
+        )
+        self.directory = workdir.absolute() / "checkpoints"
+        self._saving = -1
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("state", "iterator", "config")
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, iterator: dict, config: dict) -> None:
+        """Starts saving; does nothing if this step is saved already. Raises OSError if the last save failed."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()),
+            iterator=ocp.args.JsonSave(iterator),
+            config=ocp.args.JsonSave(config),
+        )
+        self.wait()
+        self._saving = step
+        self._manager.save(step, args=items)
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """State and iterator state of a step, by default the newest; the arrays lie as those of `like` do.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint, or none of that step; lists those there are.
+          DamagedCheckpointError: it is not what was saved; names the files.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            have = f"the steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+            raise FileNotFoundError(f"{self.directory} holds {have}{'' if step is None else f', not step {step}'}")
+        step = steps[-1] if step is None else step
+        if damage := damage_of(self.directory / str(step)):
+            raise DamagedCheckpointError(
+                f"{self.directory / str(step)} is damaged: {damage}. There are the steps {', '.join(map(str, steps))}; "
+                "train.py sets it aside and goes on from the one before, eval.py takes another with --step"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return TrainState(**restored["state"]), restored["iterator"]
+
+    def wait(self) -> None:
+        """For the last save. Raises OSError if it failed, on a full disk for example."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # of whatever kind: Orbax's, TensorStore's, the file system's
+            raise OSError(
+                f"the checkpoint of step {self._saving} could not be written to {self.directory} ({_brief(error)}). "
+                "Earlier ones are whole: free space there and start again to resume from the last"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+        self._manager.close()
+
+    def _add_sums(self) -> None:
+        """Of the checkpoint that Orbax is about to commit; called in its thread."""
+        if jax.process_index() == 0:
+            (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            (folder / SUMS).write_text("".join(f"{line}\n" for line in _sums(folder)))
+
+
+def set_damaged_aside(workdir: Path) -> list[str]:
+    """Renames checkpoints that are newer than the last good one, and damaged, to `<step>.damaged`; says which and why.
+
+    For one process, before any `Checkpoints` of the folder is made. Nothing is deleted.
+
+    Raises:
+      DamagedCheckpointError: there are checkpoints and none is good; nothing is renamed.
+    """
+    found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    damaged = {}
+    for folder in sorted(found, key=lambda path: -int(path.name)):
+        if (damage := damage_of(folder)) is None:
+            break
+        damaged[folder] = f"checkpoint {folder.name} is damaged ({damage})"
+    if found and len(damaged) == len(found):
+        raise DamagedCheckpointError(
+            f"{workdir / 'checkpoints'} holds no good checkpoint: {'; '.join(damaged.values())}. Bring one back from a "
+            "copy, or start anew in another --workdir"
+        )
+    return [f"{told}; it is now {_rename(folder)}" for folder, told in damaged.items()]
+
+
+def _rename(folder: Path) -> str:
+    names = (f"{folder.name}{DAMAGED}" + (f".{n}" if n else "") for n in itertools.count())
+    return folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists())).name
+
+
+def damage_of(folder: Path) -> str | None:
+    """What differs from the checksums of a checkpoint; None if nothing does, or with a warning if nothing can tell.
+
+    None of the checkpoints of versions before checksums has any; where one beside it has them, they were lost.
+    """
+    path = folder / SUMS
+    if not path.exists():
+        if any((other / SUMS).exists() for other in folder.parent.iterdir() if other.is_dir()):
+            return f"{SUMS} is missing"
+        warnings.warn(f"{folder} has no checksums, an older version wrote it: used unchecked", stacklevel=2)
+        return None
+    expected = dict(line.split("  ", 1)[::-1] for line in path.read_text(errors="replace").splitlines() if "  " in line)
+    found = dict(line.split("  ", 1)[::-1] for line in _sums(folder))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        return f"{len(wrong)} of {len(expected)} files missing, changed or unknown: {', '.join(wrong[:3])}"
+    return None
+
+
+def _sums(folder: Path) -> list[str]:
+    """Lines of `sha256sum`, which can check them: digest, two blanks, name below the folder."""
+    files = (p for p in folder.rglob("*") if p.is_file() and (p.parent != folder or p.name not in _UNCHECKED))
+    return [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}" for path in sorted(files)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
