@@ -25,6 +25,13 @@ def test_python_of_the_readme_runs():
     assert names["plan"].shape == (2, 4, 301, 301)
 
 
+def test_python_of_the_page_on_sparse_attention_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sparse.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["out"].shape == (2, 300, 4, 32)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_the_readme_exist(option):
     value = base.get_config()
