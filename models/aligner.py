@@ -92,8 +92,8 @@ class AttentionBlock(nnx.Module):
     def __call__(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]):
         return h + self.attention(self.norm(h), lengths)
 
-    def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> attention.Certificate:
-        return self.attention.certificate(self.norm(h), lengths)
+    def inputs(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> attention.Inputs:
+        return self.attention.inputs(self.norm(h), lengths)
 
 
 class Encoder(nnx.Module):
@@ -115,12 +115,12 @@ class Encoder(nnx.Module):
         *_, h = self._features(tokens, lengths)
         return self.norm(h.astype(jnp.float32))
 
-    def certificates(
+    def attention_inputs(
         self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
-    ) -> list[attention.Certificate]:
+    ) -> list[attention.Inputs]:
         """Of every self-attention block."""
         features = zip(self.blocks, self._features(tokens, lengths), strict=False)
-        return [block.certificate(h, lengths) for block, h in features if isinstance(block, AttentionBlock)]
+        return [block.inputs(h, lengths) for block, h in features if isinstance(block, AttentionBlock)]
 
     def _features(self, tokens, lengths) -> Iterator[Float[Array, "batch length width"]]:
         """What goes into each block, and what comes out of the last."""
@@ -141,6 +141,7 @@ class Aligner(nnx.Module):
 
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
+        self.implementation: str | attention.Compiled = config.implementation  # of the plan; see `compiled`
         self.encoder = Encoder(config, spec, rngs=rngs)
         spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
         self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
@@ -180,7 +181,7 @@ class Aligner(nnx.Module):
             self.spec,
             lengths,
             self.dustbin.score,
-            self.config.implementation,
+            self.implementation,
             dense=self.config.gap_model,
         )
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
@@ -194,7 +195,7 @@ class Aligner(nnx.Module):
     ) -> Float[Array, "batch x_length y_length"]:
         """The plan over residues, dense."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score)
+        return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
 
     def banded_plan(
         self,
@@ -205,9 +206,7 @@ class Aligner(nnx.Module):
     ) -> attention.BandedPlan:
         """The plan over residues by the windows of its band."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        return attention.banded_plan(
-            q, k, self.spec, (x_length, y_length), self.dustbin.score, self.config.implementation
-        )
+        return attention.banded_plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
 
     def certificates(
         self,
@@ -216,12 +215,32 @@ class Aligner(nnx.Module):
         x_length: Int[Array, "batch"],
         y_length: Int[Array, "batch"],
     ) -> dict[str, attention.Certificate]:
-        """Of every self-attention, for x and y one after the other, and of the plan."""
-        blocks = zip(self.encoder.certificates(x, x_length), self.encoder.certificates(y, y_length), strict=True)
-        both = [jax.tree.map(lambda *of: jnp.concatenate(of), *of_block) for of_block in blocks]
+        """Of every layer in `attention_inputs`, for x and y one after the other."""
+        return {
+            layer: jax.tree.map(lambda *of: jnp.concatenate(of), *map(attention.certify, inputs))
+            for layer, inputs in self.attention_inputs(x, y, x_length, y_length).items()
+        }
+
+    def attention_inputs(
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        x_length: Int[Array, "batch"],
+        y_length: Int[Array, "batch"],
+    ) -> dict[str, list[attention.Inputs]]:
+        """Of every self-attention, for x and for y, and of the plan, by the names of `layers`."""
+        blocks = zip(
+            self.encoder.attention_inputs(x, x_length), self.encoder.attention_inputs(y, y_length), strict=True
+        )
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        plan = attention.certify(q[:, :, None], k[:, :, None], self.spec, (x_length, y_length), self.dustbin.score)
-        return {f"self-attention {i + 1}": of_block for i, of_block in enumerate(both)} | {"plan": plan}
+        q, k, lengths = q[:, :, None], k[:, :, None], (x_length, y_length)
+        plan = [attention.Inputs(q, k, k, self.spec, lengths, self.dustbin.score)]
+        return dict(zip(self.layers(), [*map(list, blocks), plan], strict=True))
+
+    def layers(self) -> "dict[str, attention.SelfAttention | Aligner]":
+        """What holds the implementation of each attention, by name; not of the first plan that `refinement` makes."""
+        blocks = [block.attention for block in self.encoder.blocks if isinstance(block, AttentionBlock)]
+        return {f"self-attention {i + 1}": block for i, block in enumerate(blocks)} | {"plan": self}
 
     def _queries_and_keys(self, x, y, x_length, y_length):
         h_x, h_y = self._encode(x, y, x_length, y_length)
