@@ -52,7 +52,7 @@ class Asap:
 
     directions: Float[Array, "heads projections width"]
     weights: Float[Array, "heads design"]
-    features: tuple[Feature, ...] = ("kantorovich",)
+    features: tuple[str, ...] = ("kantorovich",)
     two_sided: bool = True
 
     def __post_init__(self):
@@ -63,12 +63,13 @@ class Asap:
     def create(
         cls,
         directions: Float[Array, "heads projections width"],
-        features: tuple[Feature, ...] = ("kantorovich",),
+        features: Sequence[str] = ("kantorovich",),
         two_sided: bool = True,
     ) -> "Asap":
         """The map to f = 0, from which one step starts at the columns."""
         heads, projections, _ = directions.shape
-        return cls(directions, jnp.zeros((heads, design_size(features, projections))), tuple(features), two_sided)
+        empty = cls(directions, jnp.zeros((heads, 0)), tuple(features), two_sided)
+        return dataclasses.replace(empty, weights=jnp.zeros((heads, design_size(features, projections))))
 
 
 class Sample(NamedTuple):
@@ -92,7 +93,7 @@ class Deviation(NamedTuple):
     variation: Float[Array, "batch heads"]  # sum |T - P| / 2
 
 
-def design_size(features: Sequence[Feature], projections: int) -> int:
+def design_size(features: Sequence[str], projections: int) -> int:
     """Number of weights of a head: features of residues, then of the dustbin's row."""
     sizes = {"kantorovich": projections, "squares": projections, "position": 3, "mass": 1}
     return sum(sizes[name] for name in features) + 3 + ("mass" in features)
@@ -172,7 +173,7 @@ def _uniform_staircase(n_x, n_y, length: int) -> tuple[Int[Array, "n"], Int[Arra
 
 
 def directions(
-    kind: Direction, samples: Sequence[Sample], number: int, seed: int = 0
+    kind: str, samples: Sequence[Sample], number: int, seed: int = 0
 ) -> Float[Array, "heads projections width"]:
     """Unit vectors to project q and k on: "random", or the axes along which queries and keys, or keys alone, vary most.
 
@@ -224,7 +225,7 @@ def _relative(f: Float[Array, "N all_rows"], problem: Problem) -> Float[Array, "
     return jnp.where(problem.a > 0, f - mean[:, None], 0)
 
 
-def _features(name: Feature, asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, "N rows _"]:
+def _features(name: str, asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, "N rows _"]:
     """Those of residues; what is said of padding does not matter."""
     n_q, n_k, rows = heads.n_q, heads.n_k, heads.q.shape[1]
     if name == "mass":
@@ -247,6 +248,7 @@ def _features(name: Feature, asap: Asap, heads: Heads, problem: Problem, first_f
 # ---- the plan ----
 
 
+@checked
 def apply(
     asap: Asap,
     q: Float[Array, "batch rows heads width"],
@@ -265,11 +267,6 @@ def apply(
     Raises:
         ValueError: as `sinkhorn_attention` does; a map of other heads or widths.
     """
-    return _apply(q, k, v, spec, q_lengths, k_lengths, dustbin_score, asap=asap)
-
-
-@checked
-def _apply(q, k, v, spec, q_lengths=None, k_lengths=None, dustbin_score=None, *, asap):
     heads = cleaned(by_head(q, k, v, dustbin_score, q_lengths, k_lengths))
     group = functools.partial(_attend, spec=spec)
     solved = sinkhorn.by_group(group, (heads, _tiled(asap, q, heads)), spec)

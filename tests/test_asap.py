@@ -1,7 +1,6 @@
 """ot_attention/asap.py: one-dimensional duals, the map and its fit, and plans, against SciPy and dense NumPy."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ def problem(seed: int = 0, dustbin: str = "none", scale: float = 1.0, rows: int 
     for x, n in ((q, LENGTHS[0]), (k, LENGTHS[1]), (v, LENGTHS[1])):
         x[np.arange(x.shape[1]) >= n[:, None]] = np.nan
     score = None if dustbin == "none" else jnp.asarray([0.5, -0.3], jnp.float32)
-    return q * scale, k, v, *map(jnp.asarray, LENGTHS), score
+    return *map(jnp.asarray, (q * scale, k, v)), *map(jnp.asarray, LENGTHS), score
 
 
 def weighted(features=("kantorovich", "squares", "position", "mass"), seed: int = 1, two_sided: bool = True) -> Asap:
@@ -111,7 +110,7 @@ def test_uniform_masses_need_no_search():
 def dense(of: Asap, spec: SinkhornSpec, q, k, v, q_lengths, k_lengths, score, n: int, h: int):
     """Plan, f and g of one head by the definition, in float64."""
     n_q, n_k = int(q_lengths[n]), int(k_lengths[n])
-    q, k = (x[n, :m, h].astype(float) for x, m in ((q, n_q), (k, n_k)))
+    q, k = (np.asarray(x[n, :m, h], float) for x, m in ((q, n_q), (k, n_k)))
     mask, a, b = _support(n_q, n_k, spec)
     scores = np.zeros((n_q + 1, n_k + 1))
     scores[:-1, :-1] = q @ k.T / WIDTH**0.5 / spec.epsilon
@@ -198,3 +197,140 @@ def test_plans_are_those_of_the_definition(band, dustbin, two_sided, scale):
             off = plan.sum(0) - _support(n_q, n_k, spec)[2] if two_sided else plan.sum(1) - _support(n_q, n_k, spec)[1]
             np.testing.assert_allclose(info.residual[n, h], np.abs(off).max(), rtol=2e-3, atol=1e-4)
         assert not np.asarray(out[n, n_q:]).any()
+
+
+def test_it_works_on_float64_and_under_vmap():
+    spec, arguments = SinkhornSpec(band=12, dustbin="full"), problem(dustbin="full")
+    q, k, v, *rest = arguments
+    together, _ = asap.apply(weighted(), q, k, v, spec, *rest)
+
+    def one(q, k, v, n_q, n_k):
+        return asap.apply(weighted(), q[None], k[None], v[None], spec, n_q[None], n_k[None], rest[2])[0][0]
+
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(q, k, v, *rest[:2]), together, rtol=1e-4, atol=1e-5)
+    with jax.enable_x64(True):
+        out, _ = asap.apply(weighted(), *(jnp.asarray(x, "float64") for x in (q, k, v)), spec, *rest)
+        assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, together, rtol=1e-3, atol=1e-4)
+
+
+# ---- fitting ----
+
+
+def sample(spec: SinkhornSpec, seed: int, f=None, shift: float = 0.0) -> Sample:
+    """With the potentials of Sinkhorn's steps, or those given, moved by a constant."""
+    q, k, v, *rest = problem(seed, spec.dustbin)
+    info = attend(q, k, v, spec, *rest)[1]
+    return Sample(q, k, *rest, (info.f if f is None else f(q, k, v, *rest)) + shift)
+
+
+attend = jax.jit(sinkhorn_attention, static_argnums=3)
+MANY = SinkhornSpec(band=12, dustbin="full", base_steps=200)
+
+
+@pytest.mark.parametrize(("band", "dustbin"), CASES)
+def test_a_linear_map_is_recovered_whatever_the_gauge(band, dustbin):
+    spec, of = SinkhornSpec(band=band, dustbin=dustbin), weighted(two_sided=False)
+
+    def predicted(*arguments):
+        return asap.apply(of, *arguments[:3], spec, *arguments[3:])[1].f
+
+    samples = [sample(spec, seed, predicted, shift=3.0 * seed) for seed in range(4)]
+    fitted = asap.fit(dataclasses.replace(of, weights=0 * of.weights), samples, spec, ridge=0.0)
+    for given in samples:
+        info = asap.apply(fitted, given.q, given.k, given.k, spec, *given[2:5])[1]
+        for n, h in np.ndindex(BATCH, HEADS):
+            rows = np.flatnonzero(np.asarray(info.f[n, h]))
+            off = info.f[n, h][rows] - given.f[n, h][rows]
+            assert np.ptp(np.asarray(off)) < 5e-3 * np.ptp(np.asarray(given.f[n, h][rows])) + 1e-3
+    if dustbin == "none":  # without, the dustbin's weights are nowhere
+        assert not np.asarray(fitted.weights)[:, -4:].any()
+
+
+def test_newton_steps_reach_the_least_divergence():
+    spec = MANY
+    samples = [sample(spec, seed) for seed in range(2)]
+    of = weighted(("kantorovich", "mass"), two_sided=False)
+
+    def divergence(of: Asap) -> np.ndarray:
+        """Summed over problems, by head."""
+        total = 0
+        for given in samples:
+            f, g, _ = jax.jit(asap.apply, static_argnums=4)(of, given.q, given.k, given.k, spec, *given[2:5])[1]
+            teacher = attend(given.q, given.k, given.k, spec, *given[2:5])[1]
+            compared = asap.deviation(given.q, given.k, spec, *given[2:5], teacher=teacher[:2], student=(f, g))
+            masses = transport_plan(given.q, given.k, spec, *given[2:5]).sum((2, 3))
+            total += np.asarray(compared.divergence * masses, float).sum(0)
+        return total
+
+    ridge, refined = (asap.fit(of, samples, spec, newton_steps=steps) for steps in (0, 4))
+    least = divergence(refined)
+    assert (least < 0.995 * divergence(ridge)).all()
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        away = refined.weights * (1 + 0.05 * jnp.asarray(rng.normal(size=refined.weights.shape), jnp.float32))
+        assert (divergence(dataclasses.replace(refined, weights=away)) > least).all()
+
+
+def test_a_map_of_the_teachers_own_features_gives_the_teachers_plan():
+    """A converged teacher's f, predicted exactly, is its plan: here f is the potential of a problem without scores."""
+    spec = SinkhornSpec(band=12, dustbin="full", base_steps=300)
+    given = sample(spec, 0)
+    given = given._replace(q=jnp.zeros_like(given.q), k=jnp.zeros_like(given.k), dustbin_score=jnp.zeros(HEADS))
+    out, info = attend(given.q, given.k, given.k, spec, *given[2:5])
+    fitted = asap.fit(weighted(("mass",)), [given._replace(f=info.f)], spec, ridge=0.0)
+    _, student = asap.apply(fitted, given.q, given.k, given.k, spec, *given[2:5])
+    off = asap.deviation(given.q, given.k, spec, *given[2:5], teacher=info[:2], student=student[:2])
+    assert np.asarray(off.divergence).max() < 1e-3 and np.asarray(student.residual).max() < 0.5
+
+
+def test_deviations_are_those_of_dense_plans():
+    spec, of = SinkhornSpec(band=12, dustbin="full"), weighted()
+    q, k, v, *rest = problem(dustbin="full")
+    teacher, student = attend(q, k, v, spec, *rest)[1], asap.apply(of, q, k, v, spec, *rest)[1]
+    found = asap.deviation(q, k, spec, *rest, teacher=teacher[:2], student=student[:2])
+    plans = np.asarray(transport_plan(q, k, spec, *rest), float)
+    for n, h in np.ndindex(BATCH, HEADS):
+        n_q, n_k = (int(x[n]) for x in LENGTHS)
+        keep = np.ix_([*range(n_q), q.shape[1]], [*range(n_k), k.shape[1]])
+        a_teacher, (plan, f, _) = plans[n, h][keep], dense(of, spec, q, k, v, *rest, n, h)
+        _, a, b = _support(n_q, n_k, spec)
+        there = a_teacher > 0
+        kl = (a_teacher[there] * np.log(a_teacher[there] / plan[there])).sum() - a_teacher.sum() + plan.sum()
+        np.testing.assert_allclose(found.divergence[n, h], kl / a_teacher.sum(), rtol=1e-3)
+        np.testing.assert_allclose(
+            found.variation[n, h], np.abs(plan - a_teacher).sum() / 2 / a_teacher.sum(), rtol=1e-3
+        )
+        np.testing.assert_allclose(found.columns[n, h], np.abs(plan.sum(0) - b).max(), rtol=1e-3)
+        np.testing.assert_allclose(found.rows[n, h], np.abs(plan.sum(1) - a).max(), atol=1e-4)
+        off = f - np.asarray(teacher.f[n, h], float)[[*range(n_q), q.shape[1]]]
+        np.testing.assert_allclose(found.f[n, h], np.sqrt(np.mean((off - off[:-1].mean()) ** 2)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["principal", "keys"])
+def test_axes_are_those_of_the_largest_variance(kind):
+    rng = np.random.default_rng(0)
+    spread = np.linspace(1, 3, WIDTH)
+    q, k = rng.normal(size=(2, 4, 300, 1, WIDTH)) * spread
+    k = k[..., ::-1] if kind == "keys" else k  # q's order must not matter then
+    lengths = jnp.full(4, 300)
+    given = Sample(*(jnp.asarray(x, jnp.float32) for x in (q, k)), lengths, lengths, None, jnp.zeros((4, 1, 300)))
+    axes = np.abs(np.asarray(asap.directions(kind, [given], 2)[0]))
+    expected = [0, 1] if kind == "keys" else [WIDTH - 1, WIDTH - 2]
+    assert axes.argmax(1).tolist() == expected and axes.max(1).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: weighted(("mass", "charm")), "features=.'charm'. must be among kantorovich, squares"),
+        (lambda: asap.directions("best", [sample(MANY, 0)], 2), "kind='best' must be one of random"),
+        (lambda: asap.directions("keys", [sample(MANY, 0)], 9), "number=9 must be from 0 to 8"),
+        (lambda: asap.fit(weighted(), [], MANY), "0 samples"),
+        (lambda: asap.apply(weighted(), *(x[:, :, :1] for x in problem()[:3]), SinkhornSpec()), "2 heads of width 8; q has 1"),
+        (lambda: asap.apply(weighted(), *problem()[:3], MANY), "dustbin_score is missing"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
