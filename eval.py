@@ -5,9 +5,11 @@ python eval.py --workdir=runs/r2_balanced --split=validation --step=0
 python eval.py --workdir=runs/r2_balanced --data=runs/pfam --output=table.json
 python eval.py --workdir=runs/r2_balanced --report=runs/report   # also one HTML page, with alignments
 python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=test_ood
+python eval.py --workdir=runs/r2_dustbin --asap=runs/r2_dustbin/asap.safetensors   # of scripts/compile_asap.py
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import shlex
@@ -26,7 +28,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import baselines, metrics, pfam, pipeline, sorting, vocab
-from models import decode, figures, loss, sharding, weights
+from models import compiled, decode, figures, loss, sharding, weights
 from models.aligner import AlignerConfig
 from models.attention import BlockSpec, Certificate, SinkhornSpec, SparseSpec
 from models.checkpoints import Checkpoints
@@ -63,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
     try:
         examples = Examples() if args.report else None
-        options = {"data_dir": args.data, "limit": args.limit, "examples": examples}
-        folder = args.workdir or Path("runs") / f"eval_{args.weights.stem}"
+        options = {"data_dir": args.data, "limit": args.limit, "examples": examples, "asap": args.asap}
+        folder, suffix = args.workdir or Path("runs") / f"eval_{args.weights.stem}", "_asap" if args.asap else ""
+        pictures = folder / f"figures{suffix}"
         if args.weights:
-            report = evaluate(load_weights(args.weights), args.split, folder / "figures", **options)
+            report = evaluate(load_weights(args.weights), args.split, pictures, **options)
         else:
-            report = evaluate_run(args.workdir, args.split, step=args.step, **options)
-        output = args.output or folder / f"eval_{args.split}.json"
+            report = evaluate_run(args.workdir, args.split, pictures, step=args.step, **options)
+        output = args.output or folder / f"eval_{args.split}{suffix}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n")
         if examples:
@@ -79,23 +82,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     print(table(report))
-    figures_too = f", figures in {folder / 'figures'}" if (folder / "figures").exists() else ""
+    figures_too = f", figures in {pictures}" if pictures.exists() else ""
     print(f"\nwritten: {output}{figures_too}")
     if args.report:
         print(f"the page: {args.report / 'report.html'}")
 
 
-def evaluate_run(workdir: Path, split: str, *, step: int | None = None, **options) -> dict:
-    """The contract's JSON for one run and the splits that `split` names; draws the figures into `<workdir>/figures`.
+def evaluate_run(
+    workdir: Path, split: str, pictures: Path | None = None, *, step: int | None = None, **options
+) -> dict:
+    """The contract's JSON for one run and the splits that `split` names.
 
-    options: of `evaluate`.
+    pictures: the folder to draw figures into; default: `<workdir>/figures`. options: of `evaluate`.
 
     Raises ValueError or FileNotFoundError: no run in workdir, no such checkpoint, no data, an empty split.
     """
-    report = evaluate(load_run(workdir, step), split, workdir / "figures", **options)
+    pictures = pictures or workdir / "figures"
+    report = evaluate(load_run(workdir, step), split, pictures, **options)
     if rows := read_metrics(workdir):
-        (workdir / "figures").mkdir(exist_ok=True)
-        figures.metric_curves(rows, workdir / "figures" / "training.png")
+        pictures.mkdir(parents=True, exist_ok=True)
+        figures.metric_curves(rows, pictures / "training.png")
     return report
 
 
@@ -117,6 +123,14 @@ def load_weights(path: Path) -> Run:
     return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
 
 
+def with_asap(run: Run, path: Path) -> Run:
+    """The run with the layers compiled that a file of scripts/compile_asap.py holds; raises ValueError if it is not of
+    this run.
+    """
+    graph = compiled.into(run.trainer.graph, run.params, compiled.load(path, run.params))
+    return run._replace(trainer=dataclasses.replace(run.trainer, graph=graph))
+
+
 def evaluate(
     run: Run,
     split: str,
@@ -125,16 +139,18 @@ def evaluate(
     data_dir: str | None = None,
     limit: int | None = None,
     examples: Examples | None = None,
+    asap: Path | None = None,
 ) -> dict:
     """The contract's JSON for one model and the splits that `split` names; draws figures into the folder `pictures`.
 
-    examples: sees every pair as it is aligned.
+    examples: sees every pair as it is aligned. asap: of `with_asap`; certificates then are those of Sinkhorn's steps on
+    what the compiled model's layers see.
     """
-    config = run.config
-    if sorts(config):
-        if data_dir or examples:
-            raise ValueError("--data and --report are of alignments; this run sorts")
+    if sorts(run.config):
+        if data_dir or examples or asap:
+            raise ValueError("--data, --report and --asap are of alignments; this run sorts")
         return evaluate_sorting(run, split, limit)
+    config, run = run.config, with_asap(run, asap) if asap else run
     shards = resolve_data_dir(data_dir or config.data.dir)
     predict, certify = (
         functools.partial(run.trainer.compiled_evaluation(function(run.trainer), run.mesh), run.params)
@@ -142,7 +158,7 @@ def evaluate(
     )
     pictures.mkdir(parents=True, exist_ok=True)
     report: dict = {"step": run.step, "config": config.to_dict(), "splits": {}}
-    report |= {"certificates": {}, "reliability": {}}
+    report |= {"certificates": {}, "reliability": {}} | ({"asap": str(asap)} if asap else {})
     for name in SPLITS[split]:
         families = pfam.open_split(shards, name)
         batches = functools.partial(
@@ -372,7 +388,8 @@ def table(report: dict) -> str:
     for split, result in report["splits"].items():
         pairs, sorts = result["model"]["pairs"], "exact_match" in result["model"]["overall"]
         of, over = ("sequences", "sequences") if sorts else ("pairs", "families")
-        lines += [f"\n{split}: {pairs} {of}, step {report['step']}; 95 % intervals over {over}"]
+        told = f"step {report['step']}" + (f", compiled by {report['asap']}" if "asap" in report else "")
+        lines += [f"\n{split}: {pairs} {of}, {told}; 95 % intervals over {over}"]
         names = list(result["model"]["overall"])
         lines.append(f"{'':24}" + "".join(f"{who:>24}" for who in result))
         for name in names:
@@ -414,6 +431,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=Path, help="JSON file; default: eval_SPLIT.json in WORKDIR or in runs/eval_NAME of the weights"
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="also writes one page, DIR/report.html")
+    parser.add_argument(
+        "--asap", type=Path, metavar="FILE", help="maps of scripts/compile_asap.py in place of Sinkhorn's steps"
+    )
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--data", help="folder with other shards than those the run was trained on")
     parser.add_argument("--limit", type=int, help="at most this many pairs a split, for a quick look")

@@ -95,12 +95,17 @@ class AttentionBlock(nnx.Module):
         lengths: Int[Array, "batch"],
         noise: Key[Array, "batch"] | None = None,
     ):
-        extra = {"noise": noise} if isinstance(self.attention, attention.BlockSelfAttention) else {}
+        extra = {} if self.transports else {"noise": noise}
         return h + self.attention(self.norm(h), lengths, **extra)
 
-    def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> attention.Certificate:
+    @property
+    def transports(self) -> bool:
+        """Whether it is Sinkhorn self-attention."""
+        return isinstance(self.attention, attention.SelfAttention)
+
+    def inputs(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> attention.Inputs:
         """Of Sinkhorn self-attention."""
-        return cast(attention.SelfAttention, self.attention).certificate(self.norm(h), lengths)
+        return cast(attention.SelfAttention, self.attention).inputs(self.norm(h), lengths)
 
 
 class Encoder(nnx.Module):
@@ -125,15 +130,13 @@ class Encoder(nnx.Module):
         *_, h = self._features(tokens, lengths, noise)
         return self.norm(h.astype(jnp.float32))
 
-    def certificates(
+    def attention_inputs(
         self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
-    ) -> list[attention.Certificate]:
+    ) -> list[attention.Inputs]:
         """Of every Sinkhorn self-attention."""
         features = zip(self.blocks, self._features(tokens, lengths, None), strict=False)
         return [
-            block.certificate(h, lengths)
-            for block, h in features
-            if isinstance(block, AttentionBlock) and isinstance(block.attention, attention.SelfAttention)
+            block.inputs(h, lengths) for block, h in features if isinstance(block, AttentionBlock) and block.transports
         ]
 
     def _features(self, tokens, lengths, noise) -> Iterator[Float[Array, "batch length width"]]:
@@ -160,6 +163,7 @@ class Aligner(nnx.Module):
 
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, encoder: BlockSpec | None = None, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
+        self.implementation: str | attention.Compiled = config.implementation  # of the plan; see `compiled`
         self.encoder = Encoder(config, encoder or spec, rngs=rngs)
         spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
         self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
@@ -200,7 +204,7 @@ class Aligner(nnx.Module):
             self.spec,
             lengths,
             self.dustbin.score,
-            self.config.implementation,
+            self.implementation,
             dense=self.config.gap_model,
         )
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
@@ -214,7 +218,7 @@ class Aligner(nnx.Module):
     ) -> Float[Array, "batch x_length y_length"]:
         """The plan over residues, dense."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score)
+        return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
 
     def banded_plan(
         self,
@@ -225,9 +229,7 @@ class Aligner(nnx.Module):
     ) -> attention.BandedPlan:
         """The plan over residues by the windows of its band."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        return attention.banded_plan(
-            q, k, self.spec, (x_length, y_length), self.dustbin.score, self.config.implementation
-        )
+        return attention.banded_plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
 
     def certificates(
         self,
@@ -236,12 +238,34 @@ class Aligner(nnx.Module):
         x_length: Int[Array, "batch"],
         y_length: Int[Array, "batch"],
     ) -> dict[str, attention.Certificate]:
-        """Of every self-attention, for x and y one after the other, and of the plan."""
-        blocks = zip(self.encoder.certificates(x, x_length), self.encoder.certificates(y, y_length), strict=True)
-        both = [jax.tree.map(lambda *of: jnp.concatenate(of), *of_block) for of_block in blocks]
+        """Of every layer in `attention_inputs`, for x and y one after the other."""
+        return {
+            layer: jax.tree.map(lambda *of: jnp.concatenate(of), *map(attention.certify, inputs))
+            for layer, inputs in self.attention_inputs(x, y, x_length, y_length).items()
+        }
+
+    def attention_inputs(
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        x_length: Int[Array, "batch"],
+        y_length: Int[Array, "batch"],
+    ) -> dict[str, list[attention.Inputs]]:
+        """Of every self-attention, for x and for y, and of the plan, by the names of `layers`."""
+        blocks = zip(
+            self.encoder.attention_inputs(x, x_length), self.encoder.attention_inputs(y, y_length), strict=True
+        )
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        plan = attention.certify(q[:, :, None], k[:, :, None], self.spec, (x_length, y_length), self.dustbin.score)
-        return {f"self-attention {i + 1}": of_block for i, of_block in enumerate(both)} | {"plan": plan}
+        q, k, lengths = q[:, :, None], k[:, :, None], (x_length, y_length)
+        plan = [attention.Inputs(q, k, k, self.spec, lengths, self.dustbin.score)]
+        return dict(zip(self.layers(), [*map(list, blocks), plan], strict=True))
+
+    def layers(self) -> "dict[str, nnx.Module]":
+        """What holds the `implementation` of each attention, by name; not of the first plan that `refinement` makes."""
+        blocks = [
+            block.attention for block in self.encoder.blocks if isinstance(block, AttentionBlock) and block.transports
+        ]
+        return {f"self-attention {i + 1}": block for i, block in enumerate(blocks)} | {"plan": self}
 
     def _queries_and_keys(self, x, y, x_length, y_length, noise=None):
         h_x, h_y = self._encode(x, y, x_length, y_length, noise)

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from models import sharding
-from ot_attention import SinkhornInfo, SinkhornSpec, sinkhorn_attention, sparse, support, transport_plan
+from ot_attention import SinkhornInfo, SinkhornSpec, asap, sinkhorn_attention, sparse, support, transport_plan
+from ot_attention.asap import Asap
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.sparse import SparseSpec
 from ot_attention.spec import Implementation
@@ -60,20 +61,20 @@ class SelfAttention(_Heads):
         self, width: int, heads: int, spec: SinkhornSpec, implementation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         super().__init__(width, heads, dtype=dtype, rngs=rngs)
-        self.spec, self.implementation = spec, _named(implementation)
+        self.spec = spec
+        self.implementation: str | Compiled = implementation
         self.dustbin = Dustbin(heads, spec)
 
     def __call__(
         self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]
     ) -> Float[Array, "batch length width"]:
-        q, k, v = self._project(h)
-        out, _ = _attend(q, k, v, self.spec, (lengths, lengths), self.dustbin.score, self.implementation)
+        out, _ = _attend(*self.inputs(h, lengths), self.implementation)
         return self.out(out)
 
-    def certificate(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> "Certificate":
-        """Of the plans that a call with the same arguments applies."""
-        q, k, _ = self._project(h)
-        return certify(q, k, self.spec, (lengths, lengths), self.dustbin.score)
+    def inputs(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> "Inputs":
+        """What a call with the same arguments attends to."""
+        q, k, v = self._project(h)
+        return Inputs(q, k, v, self.spec, (lengths, lengths), self.dustbin.score)
 
 
 class BlockSelfAttention(_Heads):
@@ -127,29 +128,51 @@ def of_layer(noise: Key[Array, "batch"] | None, layer: int) -> Key[Array, "batch
     return None if noise is None else jax.vmap(lambda key: jax.random.fold_in(key, layer))(noise)
 
 
-def _named(implementation: str) -> Implementation | None:
-    """That of `config.model`, where "auto" stands for None."""
-    return None if implementation == "auto" else cast(Implementation, implementation)
+class Inputs(NamedTuple):
+    """Of one attention: queries, keys and values, and the problem that they pose."""
+
+    q: Float[Array, "batch rows heads width"]
+    k: Float[Array, "batch columns heads width"]
+    v: Float[Array, "batch columns heads value"]
+    spec: SinkhornSpec
+    lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]]
+    dustbin_score: Float[Array, "heads"] | None
 
 
-def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation: Implementation | None):
-    """`sinkhorn_attention`, on a mesh of each device's examples and, where they can be shared evenly, heads.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compiled:
+    """Stands where a layer's implementation stands: its plans come from a map fitted to it, not from steps.
+
+    Hashable by identity, so that it is part of a model's structure and not of its parameters.
+    """
+
+    map: Asap
+
+
+def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled):
+    """`sinkhorn_attention` or its compiled map, on a mesh of each device's examples and, where they can be shared
+    evenly, heads.
 
     XLA cannot cut a kernel, and would have to guess how to cut the loops.
     """
+    compiled = implementation.map if isinstance(implementation, Compiled) else None
+    # "auto" of config.model stands for None.
+    name = None if compiled or implementation == "auto" else cast(Implementation, implementation)
 
-    def attend(q, k, v, lengths, score):
-        return sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)
+    def attend(q, k, v, lengths, score, compiled):
+        if compiled:
+            return asap.apply(compiled, q, k, v, spec, *lengths, score)
+        return sinkhorn_attention(q, k, v, spec, *lengths, score, name)
 
     if mesh := sharding.current():
         heads = None if q.shape[2] % mesh.shape[sharding.MODEL] else sharding.MODEL
         by_length, by_head = P(sharding.DATA, None, heads), P(sharding.DATA, heads)
         attend = jax.shard_map(
             attend,
-            in_specs=(by_length, by_length, by_length, P(sharding.DATA), P(heads)),
+            in_specs=(by_length, by_length, by_length, P(sharding.DATA), P(heads), P(heads)),
             out_specs=(by_length, by_head),
         )
-    return attend(q, k, v, lengths, dustbin_score)
+    return attend(q, k, v, lengths, dustbin_score, compiled)
 
 
 class Dustbin(nnx.Module):
@@ -191,7 +214,7 @@ def transport(
     spec: SinkhornSpec,
     lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]],
     dustbin_score: Float[Array, "1"] | None,
-    implementation: str,
+    implementation: str | Compiled,
     *,
     dense: bool = False,
 ) -> Transported:
@@ -202,7 +225,7 @@ def transport(
     position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=values.dtype), k.shape[:2])
     carried = jnp.concatenate([values, jnp.ones_like(position)[..., None], position[..., None]], -1)
     heads = q[:, :, None], k[:, :, None], carried[:, :, None]
-    out, info = _attend(*heads, spec, lengths, dustbin_score, _named(implementation))
+    out, info = _attend(*heads, spec, lengths, dustbin_score, implementation)
     values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
     barycenter = moment / jnp.where(mass > 0, mass, 1)
     at_target = _log_plan_at(q, k, info, target, spec, lengths)
@@ -217,11 +240,9 @@ class BandedPlan(NamedTuple):
     first: Int[Array, "batch x_length"]
 
 
-def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str) -> BandedPlan:
+def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled) -> BandedPlan:
     """The plan over residues from q to k `[batch, length, width]`; nothing larger than a few of its rows is dense."""
-    nothing = jnp.zeros((*k.shape[:2], 1, 1), k.dtype)
-    heads = q[:, :, None], k[:, :, None], nothing
-    _, info = sinkhorn_attention(*heads, spec, *lengths, dustbin_score, _named(implementation))
+    info = _potentials(q, k, spec, lengths, dustbin_score, implementation)
     rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
     first, last = support.row_windows(rows, lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32), spec.band)
     columns = k.shape[1]
@@ -241,6 +262,11 @@ def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation
     )
     values = jax.lax.map(some_rows, parts).swapaxes(0, 1)
     return BandedPlan(values.reshape(len(q), q.shape[1], -1), first)
+
+
+def _potentials(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled) -> SinkhornInfo:
+    nothing = jnp.zeros((*k.shape[:2], 1, 1), k.dtype)
+    return _attend(q[:, :, None], k[:, :, None], nothing, spec, lengths, dustbin_score, implementation)[1]
 
 
 def _log_plan(q, k, info: SinkhornInfo, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length y_length"]:
@@ -279,14 +305,19 @@ class Certificate(NamedTuple):
     gradient: Float[Array, "batch heads"]
 
 
-def certify(q, k, spec: SinkhornSpec, lengths, dustbin_score) -> Certificate:
-    """For queries and keys `[batch, length, heads, width]`."""
-    arguments = q, k, spec, *lengths, dustbin_score
-    _, info = _attend(q, k, k, spec, lengths, dustbin_score, None)
+def certify(given: Inputs) -> Certificate:
+    """Of the plans of Sinkhorn's steps."""
+    arguments = given.q, given.k, given.spec, *given.lengths, given.dustbin_score
+    _, info = _attend(given.q, given.k, given.k, *given[3:], "auto")
     return Certificate(info.residual, contraction(*arguments), *posterior_bias(*arguments))
 
 
-def plan(q, k, spec: SinkhornSpec, lengths, dustbin_score) -> Float[Array, "batch x_length y_length"]:
+def plan(
+    q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled
+) -> Float[Array, "batch x_length y_length"]:
     """The plan over residues, dense, for decoding and pictures."""
+    if isinstance(implementation, Compiled):
+        info = _potentials(q, k, spec, lengths, dustbin_score, implementation)
+        return jnp.exp(_log_plan(q, k, info, spec, lengths))
     dense = transport_plan(q[:, :, None], k[:, :, None], spec, *lengths, dustbin_score)
     return dense[:, 0, : q.shape[1], : k.shape[1]]

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Float32, Float64, Int, Int32, PyTree
 
-from models import decode, weights
+from models import compiled, decode, weights
 from models.aligner import Aligner, AlignerConfig
 from models.attention import SinkhornSpec
 
@@ -78,6 +78,11 @@ class Pretrained:
         """From a file of `models.weights.save`; raises ValueError or OSError as that module does."""
         config, _ = weights.read_config(path)
         return cls.from_config(config, functools.partial(weights.load, path))
+
+    def compiled(self, path: Path) -> "Pretrained":
+        """With the layers of a file of `models.compiled.save` compiled; raises as `models.compiled.load` does."""
+        maps = compiled.load(path, self.params)
+        return dataclasses.replace(self, graph=compiled.into(self.graph, self.params, maps))
 
     def band_for(self, x_length: int, y_length: int) -> int | None:
         """Half-width of the band: wide enough that the shorter sequence fits anywhere into the longer one.

@@ -45,6 +45,16 @@ def load(path: Path, like: PyTree) -> PyTree:
     return jax.tree.map_with_path(lambda keys, _: file.get_tensor(_name(keys)), like)
 
 
+def load_by_layer(path: Path) -> dict[str, dict[str, Any]]:
+    """All arrays, by what stands before the last dot of their names."""
+    file = _open(path)
+    found: dict[str, dict[str, Any]] = {}
+    for name in file.keys():  # noqa: SIM118
+        layer, _, of_layer = name.rpartition(".")
+        found.setdefault(layer, {})[of_layer] = file.get_tensor(name)
+    return found
+
+
 def _open(path: Path):
     try:
         return safe_open(path, framework="numpy")

@@ -40,7 +40,8 @@ def checked(function):
     def wrapper(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        bound.arguments |= _check(**bound.arguments)
+        known = inspect.signature(_check).parameters
+        bound.arguments |= _check(**{name: x for name, x in bound.arguments.items() if name in known})
         return function(*bound.args, **bound.kwargs)
 
     return wrapper

@@ -159,11 +159,7 @@ def forward(heads: Heads, spec: SinkhornSpec) -> Solved:
     def renew(carry):
         start, *_ = carry
         f, g = start.last(spec)
-        top = jax.lax.cond(
-            (start.step == 0) & (_largest_score(heads, spec) < _LARGEST_PLAIN_SCORE),
-            lambda: jnp.zeros_like(f),
-            lambda: jnp.where(a > 0, scores.shift(jnp.zeros_like(f), g).row_max(), 0),
-        )
+        top = row_tops(problem, heads, g, plain=start.step == 0)
         top = jnp.where(start.step == steps, -f, top)  # the last step was one in the log domain: u = v = 1
         kernel = scores.shift(-top, g).exp()
         progress, u, v = _scale(problem, kernel, top, g, start)
@@ -180,12 +176,22 @@ def forward(heads: Heads, spec: SinkhornSpec) -> Solved:
     return Solved(out, progress.f.swapaxes(0, 1), progress.g.swapaxes(0, 1), residual)
 
 
+def row_tops(problem: Problem, heads: Heads, g, plain: Bool[Array, ""] | bool = True) -> Float[Array, "N all_rows"]:
+    """What is taken off the rows of `S + g` before exp: their maxima, or nothing if g is 0 (`plain`) and S is small."""
+    f = jnp.zeros_like(problem.a)
+    return jax.lax.cond(
+        plain & (_largest_score(heads, problem.spec) < _LARGEST_PLAIN_SCORE),
+        lambda: f,
+        lambda: jnp.where(problem.a > 0, problem.scores.shift(f, g).row_max(), 0),
+    )
+
+
 def _scale(problem: Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[_Progress, Array, Array]:
     """Steps by scaling `K = exp(S + g - top)`, until all are done or one would leave the range."""
     a, b, spec = problem.a, problem.b, problem.spec
 
     def potentials(u, v):
-        return jnp.where(a > 0, _log(u) - top, 0), g + _log(v)
+        return jnp.where(a > 0, log(u) - top, 0), g + log(v)
 
     def correct(progress, u, v):
         system = problem.linear_system(kernel, u, v)
@@ -199,7 +205,7 @@ def _scale(problem: Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[
             progress, u, v = jax.lax.cond(due, correct, lambda *x: x, progress, u, v)
         new_u = support.divide(a, kernel.times(v))
         new_v = support.divide(b, kernel.transpose_times(new_u))
-        fine = _in_range(new_u, a) & _in_range(new_v, b)
+        fine = in_range(new_u, a) & in_range(new_v, b)
         u, v = jnp.where(fine, new_u, u), jnp.where(fine, new_v, v)
         progress = progress._replace(step=progress.step + fine)
         progress = jax.lax.cond(
@@ -215,15 +221,26 @@ def _scale(problem: Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[
 
 def _log_step(problem: Problem, progress: _Progress) -> _Progress:
     """One step in the log domain, for scores whose rows and columns have nothing in common."""
-    scores, a, b, spec = problem.scores, problem.a, problem.b, problem.spec
-    _, g = progress.last(spec)
-    shifted = scores.shift(jnp.zeros_like(a), g)
+    _, g = progress.last(problem.spec)
+    f = row_potentials(problem, g)
+    g = column_potentials(problem, f)
+    return progress._replace(step=progress.step + 1).record(problem.spec, f, g)
+
+
+def row_potentials(problem: Problem, g: Float[Array, "N all_columns"]) -> Float[Array, "N all_rows"]:
+    """The half step `f = log a - LSE_j(S + g)` in the log domain."""
+    a, b = problem.a, problem.b
+    shifted = problem.scores.shift(jnp.zeros_like(a), g)
     top = jnp.where(a > 0, shifted.row_max(), 0)
-    f = _log(support.divide(a, shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b)))) - top
-    shifted = scores.shift(f, jnp.zeros_like(b))
+    return log(support.divide(a, shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b)))) - top
+
+
+def column_potentials(problem: Problem, f: Float[Array, "N all_rows"]) -> Float[Array, "N all_columns"]:
+    """The half step `g = log b - LSE_i(S + f)` in the log domain."""
+    a, b = problem.a, problem.b
+    shifted = problem.scores.shift(f, jnp.zeros_like(b))
     top = jnp.where(b > 0, shifted.column_max(), 0)
-    g = _log(support.divide(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
-    return progress._replace(step=progress.step + 1).record(spec, f, g)
+    return log(support.divide(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
 
 
 def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array]:
@@ -309,10 +326,10 @@ def _scaled(scaling: Array, x: Array) -> Array:
     return scaling.reshape(scaling.shape + (1,) * (x.ndim - 2)) * x
 
 
-def _log(x: Array) -> Array:
+def log(x: Array) -> Array:
     """log of a scaling, 0 where it is 0: potentials of unsupported rows and columns are 0."""
     return jnp.log(jnp.where(x == 0, 1, x))
 
 
-def _in_range(scaling: Array, target: Array) -> Bool[Array, ""]:
+def in_range(scaling: Array, target: Array) -> Bool[Array, ""]:
     return jnp.all(((scaling > 1 / _SCALING_RANGE) & (scaling < _SCALING_RANGE)) | (target == 0))

@@ -103,8 +103,10 @@ def _load(args: argparse.Namespace) -> "Pretrained":
         import eval as evaluation
 
         run = evaluation.load_run(args.workdir)
-        return Pretrained.from_config(run.config.to_dict(), lambda _: run.params)
-    return Pretrained.load(path)
+        model = Pretrained.from_config(run.config.to_dict(), lambda _: run.params)
+    else:
+        model = Pretrained.load(path)
+    return model.compiled(args.asap) if args.asap else model
 
 
 def _keep_compiled() -> None:
@@ -163,6 +165,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--weights", type=Path, metavar="FILE.safetensors", help=f"default: {WEIGHTS.relative_to(ROOT)}, which ships"
     )
     model.add_argument("--workdir", type=Path, metavar="RUN", help="a run of train.py in place of weights")
+    parser.add_argument(
+        "--asap",
+        type=Path,
+        metavar="FILE",
+        help="maps of scripts/compile_asap.py in place of the model's Sinkhorn steps",
+    )
     parser.add_argument(
         "--decoder",
         choices=_DECODERS,
