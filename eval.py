@@ -99,7 +99,7 @@ def evaluate_run(workdir: Path, split: str, *, step: int | None = None, **option
 def load_run(workdir: Path, step: int | None = None) -> Run:
     """What a checkpoint of a run holds, by default the newest."""
     config = read_config(workdir)
-    trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
+    trainer, mesh = described(config, workdir / "config.json")
     checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
     checkpoints.close()
@@ -110,7 +110,7 @@ def load_weights(path: Path) -> Run:
     """What a file of `scripts/export_weights.py` holds."""
     values, step = weights.read_config(path)
     config = ConfigDict(values)
-    trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
+    trainer, mesh = described(config, path)
     return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
 
 
@@ -275,6 +275,14 @@ def make_trainer(config: ConfigDict) -> Trainer:
     )
 
 
+def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
+    """Trainer and local mesh of a stored configuration. Raises ValueError naming the file."""
+    try:
+        return make_trainer(config), local_mesh(config.batch_size)
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"{path} does not describe a model of this version: {error}") from error
+
+
 def local_mesh(batch_size: int) -> Mesh:
     """As many of this machine's devices as can share a batch evenly."""
     data = max(n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0)
@@ -292,7 +300,12 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (no config.json): train one with --workdir={workdir}")
-    return ConfigDict(json.loads(path.read_text()))
+    try:
+        return ConfigDict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): take it from config/metadata of the newest checkpoint"
+        ) from error
 
 
 def read_metrics(workdir: Path) -> list[dict]:
