@@ -4,7 +4,6 @@ The fast half is part of the suite; `python -m pytest -m slow tests/test_reliabi
 real kills. What came out is in docs/reliability.md.
 """
 
-import ast
 import contextlib
 import json
 import os
