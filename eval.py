@@ -10,6 +10,7 @@ python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=te
 import argparse
 import functools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -322,7 +323,8 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 def draw_plan(directory: Path, split: str, example: Example) -> None:
     family, (row_x, row_y) = example.family.accession, example.rows
-    path = directory / f"plan_{split}_{family}_{row_x}_{row_y}.png"
+    name = re.sub(r"[^\w-]", "_", family)  # it comes from the data, and must not lead out of the folder
+    path = directory / f"plan_{split}_{name}_{row_x}_{row_y}.png"
     title = f"{family} ({split}), rows {row_x} and {row_y}"
     figures.plan_heatmap(example.posterior, path, target=example.pair.target, match=example.match, title=title)
 

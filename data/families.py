@@ -57,10 +57,10 @@ class Family:
 
 def accession_of(alignment: Alignment) -> str:
     """'PF08975' of '#=GF AC PF08975.5'; a record without AC goes by its ID, one without both is refused."""
-    name = alignment.feature("AC") or alignment.feature("ID")
+    name = (alignment.feature("AC") or alignment.feature("ID") or "").strip().rstrip(";").split(".")[0]
     if not name:
         raise ValueError(f"the alignment of {alignment.ids[0]!r} has neither '#=GF AC' nor '#=GF ID'; give it one")
-    return name.strip().rstrip(";").split(".")[0]
+    return name
 
 
 def from_alignment(alignment: Alignment, clans: dict[str, str]) -> Family:

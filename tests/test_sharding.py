@@ -244,10 +244,8 @@ def train_together(workdir: Path, processes: int, cache: Path) -> list[subproces
 
 
 def logged(workdir: Path) -> dict[int, dict]:
-    path = workdir / "metrics.jsonl"
     found: dict[int, dict] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+    for row in evaluation.read_metrics(workdir):
         found.setdefault(row["step"], {}).update(row)
     return found
 
