@@ -68,8 +68,8 @@ class AlignerConfig:
                 raise ValueError(f"model.{field}={value!r} must be an integer from 1 to {most}")
         if type(self.refinement) is not int or not 0 <= self.refinement <= _MOST["depth"]:
             raise ValueError(
-                f"model.refinement={self.refinement!r} must not be negative, nor above {_MOST['depth']}; 0 is no second "
-                "plan"
+                f"model.refinement={self.refinement!r} must not be negative, nor above {_MOST['depth']}; 0 is no "
+                "second plan"
             )
         if self.plan_gain <= 0:
             raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
