@@ -5,6 +5,7 @@ real kills. What came out is in docs/reliability.md.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -28,11 +29,14 @@ import tiny
 import eval as evaluation
 import train
 import workdir as folder_of_a_run
-from data import pfam, pipeline
+from configs import aligner
+from data import pfam, pipeline, vocab
 from data.families import BadRecordError
 from models import checkpoints as kept
 from models import loss
 from models.checkpoints import Checkpoints, DamagedCheckpointError
+from models.pretrained import Pretrained
+from ot_attention import SinkhornSpec, sinkhorn_attention
 
 CONFIG = f"--config={tiny.ROOT / 'configs/r2_dustbin.py'}"
 RATES = {"residues_per_second", "examples_per_second", "data_share"}
@@ -509,6 +513,88 @@ def test_a_setting_that_cannot_be_is_named(changes, named, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# ---- extreme inputs ----
+
+
+def extreme(kind: str) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """q and k [1, 24, 2, 16] with scores of up to 1e4, of one constant, ..., and the true lengths."""
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 1, 24, 2, 16)).astype(np.float32)
+    if kind == "constant":
+        return np.ones_like(q), np.ones_like(k), (24, 24)
+    if kind == "identical":
+        return 3 * q, 3 * q, (24, 24)
+    if kind == "length 1":
+        return q, k, (1, 24)
+    if kind == "both of length 1":
+        return q, k, (1, 1)
+    scale = np.sqrt(1e4 / np.abs(np.einsum("bihd,bjhd->bhij", q, k) / 4).max())
+    return scale * q, scale * k, (24, 20)
+
+
+@pytest.mark.parametrize(("dustbin", "gradient"), [("none", "tail"), ("unit", "tail"), ("full", "implicit")])
+def test_attention_of_extreme_scores_is_that_of_the_reference(dustbin, gradient):
+    """Finite values and gradients; the output in float32 to within what a score of 1e4 can hold (1e-3)."""
+    spec = SinkhornSpec(band=8, base_steps=4, dustbin=dustbin, gradient=gradient)
+
+    def output(q, k, lengths, score, implementation):
+        score = None if dustbin == "none" else score
+        out, info = sinkhorn_attention(q, k, k, spec, *lengths, dustbin_score=score, implementation=implementation)
+        return (out * out).sum(), (out, info)
+
+    measure = jax.jit(jax.value_and_grad(functools.partial(output, implementation="xla"), (0, 1), has_aux=True))
+    expect = jax.jit(functools.partial(output, implementation="reference"))
+    for kind in ("1e4", "constant", "identical", "length 1", "both of length 1"):
+        q, k, lengths = extreme(kind)
+        given = q, k, [jnp.array([n]) for n in lengths], jnp.full(2, 1e4 if kind == "1e4" else 1.0)
+        (_, (out, info)), grads = measure(*given)
+        _, (expected, _) = expect(*given)
+        assert all(np.isfinite(x).all() for x in (out, *grads, info.residual)), kind
+        assert np.isfinite(info.f[..., : lengths[0]]).all() and np.isfinite(info.g[..., : lengths[1]]).all(), kind
+        np.testing.assert_allclose(out, expected, atol=4e-3 * np.abs(k).max(), err_msg=kind)
+
+
+GLOBIN = "MVLSPADKTNVKAAWGKVGAHAGEYGAEALERMF"
+PAIRS = {
+    "all X": ("X" * 30, "X" * 25),  # nothing is known of any residue
+    "one residue again and again": ("A" * 30, "A" * 30),
+    "one and one": ("W", "W"),
+    "one and many": ("W", "ACDEFGHIKLMNPQRSTVWY" * 3),
+    "identical": (GLOBIN, GLOBIN),
+}
+
+
+def test_extreme_pairs_are_aligned():
+    """With the weights that ship."""
+    model = Pretrained.load(tiny.ROOT / "weights/aligner.safetensors")
+    found = model.align([(vocab.encode(x.encode()), vocab.encode(y.encode())) for x, y in PAIRS.values()])
+    for (name, (x, y)), of_one in zip(PAIRS.items(), found, strict=True):
+        assert ((of_one.confidence >= 0) & (of_one.confidence <= 1.001)).all(), name
+        assert (np.diff(of_one.pairs, axis=0) > 0).all() and (of_one.pairs < (len(x), len(y))).all(), name
+        assert np.isfinite(of_one.x_alone).all() and np.isfinite(of_one.y_alone).all(), name
+    np.testing.assert_array_equal(found[-1].pairs, np.arange(len(GLOBIN))[:, None].repeat(2, 1), "with itself")
+
+
+def test_extreme_pairs_are_trained_on():
+    """A batch of them, and of an empty one, has a finite loss with all its terms, and a finite update."""
+    settings = several.config(
+        aligner.get_config(), loss__sparse_ce=1.0, attention__base_steps=2, optimizer__warmup_steps=0
+    )
+    trainer, mesh = evaluation.make_trainer(settings), evaluation.local_mesh(1)
+    tokens = [[vocab.encode(s.encode()) for s in pair] for pair in (*PAIRS.values(), ("", ""))]
+    batch = {name: np.zeros((6, 64), np.int32) for name in ("x", "y")} | {"target": np.full((6, 64), -1, np.int32)}
+    for n, (x, y) in enumerate(tokens):
+        batch["x"][n, : len(x)], batch["y"][n, : len(y)] = x, y
+        batch["target"][n, : min(len(x), len(y))] = np.arange(min(len(x), len(y)))
+    batch |= {f"{name}_length": np.array([len(pair[of]) for pair in tokens], np.int32) for of, name in enumerate("xy")}
+    with tiny.quick_compilation():
+        update, state = trainer.compiled_update(mesh), trainer.initial_state(mesh)
+        for _ in range(2):
+            state, metrics = update(state, batch)
+            assert metrics["finite"] == 1, metrics
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
 # ---- at length ----
 
 LONG = {"total_steps": 10_000, "checkpoint__every": 500, "checkpoint__keep_every": 0}
@@ -516,19 +602,20 @@ OFTEN = LONG | {"checkpoint__every": 5}  # how often a run is saved does not cha
 KILLS = 100
 
 
-def sample(process: subprocess.Popen, folder: Path) -> Iterator[tuple[int, float, int]]:
-    """Step, resident MB and open files of a running process, about once a second."""
+def sample(process: subprocess.Popen, folder: Path) -> Iterator[tuple[int, float, int, float]]:
+    """Step, resident MB, open files and seconds of CPU of a running process, about once a second."""
     of = psutil.Process(process.pid)
     while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), of.oneshot():
             logged = evaluation.read_metrics(folder)
-            yield logged[-1]["step"] if logged else 0, of.memory_info().rss / 1e6, of.num_fds()
+            cpu = of.cpu_times()
+            yield logged[-1]["step"] if logged else 0, of.memory_info().rss / 1e6, of.num_fds(), cpu.user + cpu.system
         time.sleep(1)
 
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory, compiled_once) -> tuple[Path, np.ndarray]:
-    """A run of 10,000 steps, and what it looked like from outside: [step, MB, files] a second."""
+    """A run of 10,000 steps, and what it looked like from outside: rows of `sample`."""
     folder = tmp_path_factory.mktemp("long") / "run"
     process = program(folder, compiled_once, **LONG)
     samples = np.array(list(sample(process, folder)))
@@ -538,19 +625,19 @@ def long_run(tmp_path_factory, compiled_once) -> tuple[Path, np.ndarray]:
 
 @pytest.mark.slow
 def test_memory_files_and_time_of_a_step_stay_flat_for_10000_steps(long_run):
-    folder, samples = long_run
-    steps, megabytes, files = samples[samples[:, 0] >= 1000].T
-    early, late = megabytes[steps <= 2000], megabytes[steps >= 9000]
-    growth = np.median(late) / np.median(early) - 1
-    rates = [row["examples_per_second"] for row in evaluation.read_metrics(folder) if "examples_per_second" in row]
-    seconds = 4 / np.array(rates)
-    slower = np.median(seconds[9000:]) / np.median(seconds[1000:2000]) - 1
-    print(f"\nRSS {np.median(early):.0f} -> {np.median(late):.0f} MB ({growth:+.2%}), median step "
-          f"{np.median(seconds[1000:2000]) * 1e3:.2f} -> {np.median(seconds[9000:]) * 1e3:.2f} ms, files "
-          f"{files.min():.0f} to {files.max():.0f}")  # fmt: skip
+    """Time is the processor's, which other work on the machine hardly changes. A step takes milliseconds."""
+    _, samples = long_run
+    early, late = (samples[(samples[:, 0] >= a) & (samples[:, 0] <= a + 2000)] for a in (1000, 7500))
+    growth = np.median(late[:, 1]) / np.median(early[:, 1]) - 1
+    files = [np.median(of[:, 2]) for of in (early, late)]
+    seconds = [(of[-1, 3] - of[0, 3]) / (of[-1, 0] - of[0, 0]) for of in (early, late)]
+    print(
+        f"\nRSS {np.median(early[:, 1]):.0f} -> {np.median(late[:, 1]):.0f} MB ({growth:+.2%}), CPU time of a step "
+        f"{seconds[0] * 1e3:.2f} -> {seconds[1] * 1e3:.2f} ms, open files {files[0]:.0f} -> {files[1]:.0f}"
+    )
     assert growth < 0.02
-    assert slower < 0.25, "the machine's other work moves this, a leak would more"
-    assert np.ptp(np.sort(files)[len(files) // 20 : -len(files) // 20]) <= 8, "of saves in progress"
+    assert seconds[1] < 1.3 * seconds[0]
+    assert files[1] == files[0]
 
 
 def kill_somewhere(process: subprocess.Popen, folder: Path, rng: random.Random) -> str:
