@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -108,7 +109,7 @@ def evaluate_run(
 def load_run(workdir: Path, step: int | None = None) -> Run:
     """What a checkpoint of a run holds, by default the newest."""
     config = read_config(workdir)
-    trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
+    trainer, mesh = described(config, workdir / "config.json")
     checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
     checkpoints.close()
@@ -119,7 +120,7 @@ def load_weights(path: Path) -> Run:
     """What a file of `scripts/export_weights.py` holds."""
     values, step = weights.read_config(path)
     config = ConfigDict(values)
-    trainer, mesh = make_trainer(config), local_mesh(config.batch_size)
+    trainer, mesh = described(config, path)
     return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
 
 
@@ -321,6 +322,14 @@ def make_trainer(config: ConfigDict) -> Trainer:
     )
 
 
+def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
+    """Trainer and local mesh of a stored configuration. Raises ValueError naming the file."""
+    try:
+        return make_trainer(config), local_mesh(config.batch_size)
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"{path} does not describe a model of this version: {error}") from error
+
+
 def make_task(config: ConfigDict) -> Task:
     values = dict(config.attention)
     kind = values.pop("kind", "sinkhorn")  # runs of earlier versions know no other
@@ -360,7 +369,12 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (no config.json): train one with --workdir={workdir}")
-    return ConfigDict(json.loads(path.read_text()))
+    try:
+        return ConfigDict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): take it from config/metadata of the newest checkpoint"
+        ) from error
 
 
 def read_metrics(workdir: Path) -> list[dict]:
@@ -377,7 +391,8 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 def draw_plan(directory: Path, split: str, example: Example) -> None:
     family, (row_x, row_y) = example.family.accession, example.rows
-    path = directory / f"plan_{split}_{family}_{row_x}_{row_y}.png"
+    name = re.sub(r"[^\w-]", "_", family)  # it comes from the data, and must not lead out of the folder
+    path = directory / f"plan_{split}_{name}_{row_x}_{row_y}.png"
     title = f"{family} ({split}), rows {row_x} and {row_y}"
     figures.plan_heatmap(example.posterior, path, target=example.pair.target, match=example.match, title=title)
 

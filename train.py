@@ -170,7 +170,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         log = MetricsLog(workdir, config, start)
         if leads:
             introduce(workdir, config, start, iterator.stream)
-        progress = progress_bar(workdir, config, start)
+        progress = resources.enter_context(progress_bar(workdir, config, start))
         judge = Judge(policy, log, progress, workdir, position.get("nonfinite", 0))
         if start == 0:
             checkpoints.save(state, judge.position(iterator), config.to_dict())

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -176,6 +177,7 @@ def without_folders(values: dict) -> dict:
 
 def _start_wandb(workdir: Path, config: ConfigDict):
     """A W&B run that stores metrics and settings, and nothing of the machine, its user, its paths or the command."""
+    logging.getLogger("wandb").addFilter(lambda record: record.levelno >= logging.WARNING)  # it logs every path
     return wandb.init(
         project="ot-attention",
         name=workdir.name,

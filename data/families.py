@@ -27,6 +27,7 @@ TRAIN_SHARE, VALIDATION_SHARE = 0.80, 0.05  # the rest is test_ood
 HELD_OUT_SHARE = 0.15  # of the sequences of a training family
 MIN_SEQUENCES_TO_HOLD_OUT = 10
 PAIRS_PER_FAMILY = 15
+MAX_CLANS_BYTES = 1 << 28  # that of Pfam 37 has 2 MB
 
 
 class BadRecordError(ValueError):
@@ -56,10 +57,10 @@ class Family:
 
 def accession_of(alignment: Alignment) -> str:
     """'PF08975' of '#=GF AC PF08975.5'; a record without AC goes by its ID, one without both is refused."""
-    name = alignment.feature("AC") or alignment.feature("ID")
+    name = (alignment.feature("AC") or alignment.feature("ID") or "").strip().rstrip(";").split(".")[0]
     if not name:
         raise ValueError(f"the alignment of {alignment.ids[0]!r} has neither '#=GF AC' nor '#=GF ID'; give it one")
-    return name.strip().rstrip(";").split(".")[0]
+    return name
 
 
 def from_alignment(alignment: Alignment, clans: dict[str, str]) -> Family:
@@ -76,11 +77,15 @@ def from_alignment(alignment: Alignment, clans: dict[str, str]) -> Family:
 
 def read_clans(path: str | Path) -> dict[str, str]:
     """Accession -> clan of Pfam-A.clans.tsv, plain or gzip; "" for a family without clan."""
-    raw = Path(path).read_bytes()
-    try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("latin-1")
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+    with Path(path).open("rb") as file:
+        compressed = file.peek(2)[:2] == b"\x1f\x8b"
+        try:
+            raw = (gzip.GzipFile(fileobj=file) if compressed else file).read(MAX_CLANS_BYTES + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+    if len(raw) > MAX_CLANS_BYTES:
+        raise ValueError(f"{path} has more than {MAX_CLANS_BYTES} bytes (unpacked): is it the table of clans?")
+    text = raw.decode("latin-1")
     clans = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

@@ -7,10 +7,12 @@ stay as they are and are aligned as "any residue". Anything else is an error tha
 
 import codecs
 import collections
+import contextlib
 import gzip
 import io
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from data import vocab
 
 STANDARD_INPUT = "-"
+MAX_BYTES = 1 << 30  # of a file, unpacked; Swiss-Prot has 0.3 GB
 _GZIP = b"\x1f\x8b"
 _RESIDUES = frozenset(vocab.RESIDUES + vocab.AMBIGUOUS)
 _NUCLEOTIDES = frozenset("ACGTUN")
@@ -89,12 +92,15 @@ def _name(path: str) -> str:
 
 
 def _read_text(path: str) -> str:
-    data = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
+    with contextlib.nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else Path(path).open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
     if data[:2] == _GZIP:
         try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{_name(path)} begins as gzip does and cannot be unpacked: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{_name(path)} has more than {MAX_BYTES} bytes (unpacked): cut it into parts")
     if b"\0" in data:
         raise ValueError(f"{_name(path)} is no text (it holds a zero byte); plain text or gzip is read")
     data = data.removeprefix(codecs.BOM_UTF8)

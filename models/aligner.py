@@ -17,6 +17,18 @@ from models.attention import BlockSpec, Implementation, SinkhornSpec
 _PRIOR_WEIGHT = 0.3466
 
 
+# Far beyond use: a damaged or hostile configuration is refused before it takes all memory, or for ever.
+_MOST = {
+    "width": 1 << 16,
+    "depth": 1000,
+    "kernel": 1001,
+    "dilations": 30,
+    "heads": 1 << 12,
+    "plan_width": 1 << 14,
+    "value_width": 1 << 14,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class AlignerConfig:
     """`config.model`. Widths are in channels.
@@ -50,11 +62,15 @@ class AlignerConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for field in ("width", "depth", "kernel", "dilations", "heads", "plan_width", "value_width"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
-        if self.refinement < 0:
-            raise ValueError(f"model.refinement={self.refinement} must not be negative; 0 is no second plan")
+        for field, most in _MOST.items():
+            value = getattr(self, field)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"model.{field}={value!r} must be an integer from 1 to {most}")
+        if type(self.refinement) is not int or not 0 <= self.refinement <= _MOST["depth"]:
+            raise ValueError(
+                f"model.refinement={self.refinement!r} must not be negative, nor above {_MOST['depth']}; 0 is no "
+                "second plan"
+            )
         if self.plan_gain <= 0:
             raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
         if self.plan_width % 4:

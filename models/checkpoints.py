@@ -5,9 +5,11 @@ were true (docs/reliability.md). So every checkpoint holds SHA256SUMS of its fil
 renaming: a checkpoint that is there has them.
 """
 
+import contextlib
 import hashlib
 import itertools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -63,7 +65,8 @@ class Checkpoints:
         )
         self.wait()
         self._saving = step
-        self._manager.save(step, args=items)
+        with self._failing_clearly():
+            self._manager.save(step, args=items)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """State and iterator state of a step, by default the newest; the arrays lie as those of `like` do.
@@ -89,8 +92,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """For the last save. Raises OSError if it failed, on a full disk for example."""
-        try:
+        with self._failing_clearly():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing_clearly(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # of whatever kind: Orbax's, TensorStore's, the file system's
             raise OSError(
                 f"the checkpoint of step {self._saving} could not be written to {self.directory} ({_brief(error)}). "

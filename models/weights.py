@@ -27,7 +27,13 @@ def read_config(path: Path) -> tuple[dict[str, Any], int]:
     header = _open(path).metadata() or {}
     if not {"config", "step"} <= header.keys():
         raise ValueError(f"{path} has no configuration in its header; write it with scripts/export_weights.py")
-    return json.loads(header["config"]), int(header["step"])
+    try:
+        config, step = json.loads(header["config"]), int(header["step"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged header ({error}); take it from its source again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has a header whose configuration is no table; take it from its source again")
+    return config, step
 
 
 def load(path: Path, like: PyTree) -> PyTree:

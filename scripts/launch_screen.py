@@ -6,7 +6,8 @@
   python scripts/launch_screen.py --dry-run                          # only prints the commands
   python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # on a v6e-8: docs/tpu.md
 
-Runs that are finished are not trained again and those that were interrupted go on: start it again after any stop.
+Runs that are finished are not trained again and those that were interrupted go on: start it again after any stop. Where
+a signal stopped a run, which then is saved, it exits with 75.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from data.baselines import BASELINES  # noqa: E402
 from models import figures  # noqa: E402
 from scripts import launch_tpu  # noqa: E402
 
+STOPPED = 75  # exit code of a train.py that was told to stop; also this script's then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
 SPLITS = ("validation", *evaluation.SPLITS["test"])
 METRICS = (
@@ -57,7 +59,10 @@ def here(args: argparse.Namespace) -> None:
     for command in (command for name in args.configs for command in commands(name, args)):
         print("$", shlex.join(command), flush=True)
         if not args.dry_run:
-            subprocess.run(command, cwd=ROOT, env=environment, check=True)
+            done = subprocess.run(command, cwd=ROOT, env=environment)
+            if done.returncode == STOPPED:
+                sys.exit(STOPPED)  # the run is saved, and has said so
+            done.check_returncode()
     if not args.dry_run:
         collect(args.configs, out)
 

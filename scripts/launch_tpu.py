@@ -56,7 +56,8 @@ prepare || {{ put "$log" "logs/$log"; status failed; exit 1; }}
 status running
 (while sleep {snapshot_every}; do snapshot; done) &
 snapshots=$!
-if {command}; then result=finished; else result=failed; fi
+while {command}; code=$?; [ $code = 75 ]; do snapshot; done  # 75: told to stop; if the machine goes on, so does it
+if [ $code = 0 ]; then result=finished; else result=failed; fi
 kill $snapshots
 until snapshot; do sleep 10; done
 status $result

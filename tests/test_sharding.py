@@ -244,22 +244,25 @@ def train_together(workdir: Path, processes: int, cache: Path) -> list[subproces
 
 
 def logged(workdir: Path) -> dict[int, dict]:
-    path = workdir / "metrics.jsonl"
     found: dict[int, dict] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+    for row in evaluation.read_metrics(workdir):
         found.setdefault(row["step"], {}).update(row)
     return found
 
 
-def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> None:
-    """With no warning to any, once there is a checkpoint beside the first one."""
+def wait_for_step(step: int, workdir: Path, processes: list[subprocess.Popen]) -> None:
+    """Until it is logged, and there is a checkpoint beside the first one."""
     deadline = time.monotonic() + PATIENCE
+    while len(logged(workdir)) <= step or not any((workdir / "checkpoints").glob("[1-9]")):
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        assert time.monotonic() < deadline, "two processes make no progress"
+        time.sleep(0.01)
+
+
+def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> None:
+    """With no warning to any."""
     try:
-        while len(logged(workdir)) <= step or not (workdir / "checkpoints" / "2").exists():
-            assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
-            assert time.monotonic() < deadline, "two processes make no progress"
-            time.sleep(0.01)
+        wait_for_step(step, workdir, processes)
     finally:
         for process in processes:
             process.send_signal(signal.SIGKILL)
@@ -288,6 +291,47 @@ def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path):
             assert same
             of_both = [[of[step][name] for name in same] for of in (rows, expected)]
             np.testing.assert_allclose(*of_both, rtol=ROUNDING, err_msg=f"{workdir.name}, step {step}: {same}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_processes_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
+    workdir, cache = tmp_path / "run", tmp_path / "compiled"
+    processes = train_together(workdir, 2, cache)
+    survivor = processes[1 - victim]
+    try:
+        wait_for_step(3, workdir, processes)
+        killed = time.monotonic()
+        processes[victim].send_signal(signal.SIGKILL)
+        _, told = survivor.communicate(timeout=60)
+        print(f"\nprocess {victim} killed: the other stopped after {time.monotonic() - killed:.1f} s")
+    finally:
+        for process in processes:
+            process.kill()
+    assert "train.py: another process is gone; start all of them again" in told or "another task died" in told, told
+    assert survivor.returncode in (train.STOPPED, -signal.SIGABRT)
+    assert max(logged(workdir)) < TOTAL, "killed too late to show anything"
+    finish(*train_together(workdir, 2, cache))
+    assert list(logged(workdir)) == list(range(TOTAL + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path):
+    workdir, cache = tmp_path / "run", tmp_path / "compiled"
+    processes = train_together(workdir, 2, cache)
+    try:
+        wait_for_step(3, workdir, processes)
+        processes[1].terminate()
+        told = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [train.STOPPED] * 2, told
+    last = max(logged(workdir))
+    assert last < TOTAL and f"stopped by SIGTERM, step {last} is saved" in told[0]
+    assert (workdir / "checkpoints" / str(last)).exists()
+    finish(*train_together(workdir, 2, cache))
+    assert list(logged(workdir)) == list(range(TOTAL + 1))
 
 
 @pytest.mark.parametrize(
