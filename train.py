@@ -161,6 +161,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
         # ---- resume ----
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        resources.push(functools.partial(finish_saving, checkpoints))
         if checkpoints.steps():
             state, position = checkpoints.restore(trainer.abstract_state(mesh))
             iterator.set_state(position)
@@ -227,6 +228,12 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         if step < config.total_steps:
             raise Stopped(f"{workdir}: stopped by SIGTERM, step {step} is saved; the same command goes on from there")
     return state
+
+
+def finish_saving(checkpoints: Checkpoints, kind: type[BaseException] | None, *_) -> None:
+    """When an error ends the run: or what is being saved just then would be lost. A process that is gone is not waited for."""
+    if kind and not issubclass(kind, jax.errors.JaxRuntimeError):
+        checkpoints.wait()
 
 
 def prepare(config: ConfigDict, workdir: Path) -> tuple[Trainer, Mesh, pipeline.BatchIterator, Callable | None]:

@@ -490,11 +490,15 @@ def test_rollback_goes_on_behind_the_bad_batch_and_resumes_exactly(poisoned, tmp
     assert restored(tmp_path / "whole")[1] | {"stream": ""} == {"step": 9, "stream": "", "nonfinite": 1}
 
 
-def test_too_many_of_them_stop_the_run(poisoned, tmp_path):
+def test_too_many_of_them_stop_the_run(poisoned, tmp_path, monkeypatch):
+    """And what is being saved meanwhile is kept."""
+    add_sums = Checkpoints._add_sums
+    monkeypatch.setattr(Checkpoints, "_add_sums", lambda self: (time.sleep(3), add_sums(self)))
     poisoned.append(6)
     changes = {"train__on_nonfinite": "skip", "train__max_nonfinite": 1}
     with tiny.quick_compilation(), pytest.raises(train.NonFiniteError, match=r"step 6: .*the last of 2 such steps"):
         train.train(config(**changes), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "2", "4"]
 
 
 @pytest.mark.parametrize(
