@@ -225,7 +225,7 @@ def sample(spec: SinkhornSpec, seed: int, f=None, shift: float = 0.0) -> Sample:
 
 
 attend = jax.jit(sinkhorn_attention, static_argnums=3)
-MANY = SinkhornSpec(band=12, dustbin="full", base_steps=200)
+MANY = SinkhornSpec(band=12, dustbin="full", base_steps=60)
 
 
 @pytest.mark.parametrize(("band", "dustbin"), CASES)
@@ -272,18 +272,6 @@ def test_newton_steps_reach_the_least_divergence():
         assert (divergence(dataclasses.replace(refined, weights=away)) > least).all()
 
 
-def test_a_map_of_the_teachers_own_features_gives_the_teachers_plan():
-    """A converged teacher's f, predicted exactly, is its plan: here f is the potential of a problem without scores."""
-    spec = SinkhornSpec(band=12, dustbin="full", base_steps=300)
-    given = sample(spec, 0)
-    given = given._replace(q=jnp.zeros_like(given.q), k=jnp.zeros_like(given.k), dustbin_score=jnp.zeros(HEADS))
-    out, info = attend(given.q, given.k, given.k, spec, *given[2:5])
-    fitted = asap.fit(weighted(("mass",)), [given._replace(f=info.f)], spec, ridge=0.0)
-    _, student = asap.apply(fitted, given.q, given.k, given.k, spec, *given[2:5])
-    off = asap.deviation(given.q, given.k, spec, *given[2:5], teacher=info[:2], student=student[:2])
-    assert np.asarray(off.divergence).max() < 1e-3 and np.asarray(student.residual).max() < 0.5
-
-
 def test_deviations_are_those_of_dense_plans():
     spec, of = SinkhornSpec(band=12, dustbin="full"), weighted()
     q, k, v, *rest = problem(dustbin="full")
@@ -327,10 +315,10 @@ def test_axes_are_those_of_the_largest_variance(kind):
         (lambda: asap.directions("best", [sample(MANY, 0)], 2), "kind='best' must be one of random"),
         (lambda: asap.directions("keys", [sample(MANY, 0)], 9), "number=9 must be from 0 to 8"),
         (lambda: asap.fit(weighted(), [], MANY), "0 samples"),
-        (lambda: asap.apply(weighted(), *(x[:, :, :1] for x in problem()[:3]), SinkhornSpec()), "2 heads of width 8; q has 1"),
+        (lambda: asap.apply(weighted(), *(x[:, :, :1] for x in problem()[:3]), SinkhornSpec()), "width 8; q has 1"),
         (lambda: asap.apply(weighted(), *problem()[:3], MANY), "dustbin_score is missing"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told(call, told):
     with pytest.raises(ValueError, match=told):
         call()
