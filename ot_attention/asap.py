@@ -50,8 +50,8 @@ class Asap:
     Raises ValueError for unknown features.
     """
 
-    directions: Float[Array, "heads projections width"]
-    weights: Float[Array, "heads design"]
+    directions: Float[Array, "*heads projections width"]
+    weights: Float[Array, "*heads design"]
     features: tuple[str, ...] = ("kantorovich",)
     two_sided: bool = True
 

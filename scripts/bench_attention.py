@@ -274,15 +274,15 @@ def build(name: str, case: Case, implementation: str, progress: tqdm) -> tuple[d
     return rows, programs
 
 
-def clock(programs: Programs, rounds: int) -> dict[tuple[str, str], float]:
-    """Median seconds of each program; each call against the clock follows one that is not."""
+def clock(programs: Programs, rounds: int, of: Callable = statistics.median) -> dict[tuple[str, str], Any]:
+    """Median seconds of each program, or what else is wanted `of` them; each call follows one that is not timed."""
     times: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
     for _, (key, program) in itertools.product(range(rounds), programs.items()):
         jax.block_until_ready(program())
         start = time.perf_counter()
         jax.block_until_ready(program())
         times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(seconds) for key, seconds in times.items()}
+    return {key: of(seconds) for key, seconds in times.items()}
 
 
 def measure(name: str, case: Case, implementation: str, rounds: int, progress: tqdm) -> list[dict]:
