@@ -141,6 +141,8 @@ def program(folder: Path, compiled: Path, *, limit: int | None = None, **overrid
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    if limit:
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen([*command, *tiny.flags(**SMALL | overrides)], env=environment, text=True, **pipes)
 
