@@ -68,13 +68,13 @@ def product(
     """
     width = vector.shape[2:]
     vector = pad_width(vector) if width else vector
-    out = _call(_Operands(own, other, windows, fields, vector), by_rows, scale)
+    out = _call(_Operands(own, other, windows, fields, vector), by_rows, scale, INTERPRET)
     return out[..., : width[0]] if width else out
 
 
 def maximum(own: Side, other: Side, windows: Windows, *, by_rows: bool, scale: float) -> Float[Array, "N own"]:
     """The largest `S + f + g` of every position of the own side, minus infinity where it meets nothing."""
-    return _call(_Operands(own, other, windows, (), None), by_rows, scale)
+    return _call(_Operands(own, other, windows, (), None), by_rows, scale, INTERPRET)
 
 
 def block_size(dtype: jnp.dtype) -> int:
@@ -95,7 +95,8 @@ def pad_width(x: Float[Array, "N length width"]) -> Float[Array, "N length padde
     return x if width == x.shape[2] else jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])))
 
 
-def _call(operands: _Operands, by_rows: bool, scale: float) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # traced and lowered once for all calls alike
+def _call(operands: _Operands, by_rows: bool, scale: float, interpret: bool) -> Array:
     own, vector = operands.own, operands.vector
     number, length, _ = own.x.shape
     few = tuple(x.shape[2] <= _MOST_VECTORS for x, _ in operands.fields)
@@ -113,7 +114,7 @@ def _call(operands: _Operands, by_rows: bool, scale: float) -> Array:
         in_specs=(jax.tree.map(_of_head, operands),),
         out_specs=_of_head(out),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
-        interpret=INTERPRET,
+        interpret=interpret,
         name="band_maximum" if vector is None else "band_product",
     )(operands)
 
@@ -139,7 +140,7 @@ def _kernel(operands: _Operands, out, *, static: _Static):
         at = _Place.at(start + number * static.tile, static.tile, stop)
         other = _Part.load(other_side, tuple(y for _, y in fields), at, static)
         scores = _scores(own, other, static)
-        inside = _inside(windows, own_at, at) if static.by_rows else _inside(windows, at, own_at).T
+        inside = _inside(windows, own_at, at, static)
         if is_maximum:
             return jnp.maximum(total, jnp.where(inside, scores, -jnp.inf).max(1))
         weights = jnp.where(inside, jnp.exp(scores), 0)
@@ -165,8 +166,14 @@ class _Place(NamedTuple):
         return cls(pl.ds(first, size), position, position < stop)
 
     def load(self, ref, fill=0):
+        """Of a vector, or of the rows of a matrix."""
         mask = self.exists if len(ref.shape) == 1 else self.exists[:, None]
         return plgpu.load(ref.at[self.slice], mask=mask, other=jnp.array(fill, ref.dtype))
+
+    def load_vectors(self, ref) -> list[Array]:
+        """Of the columns of a matrix."""
+        zero = jnp.array(0, ref.dtype)
+        return [plgpu.load(ref.at[jnp.int32(r), self.slice], mask=self.exists, other=zero) for r in range(ref.shape[0])]
 
     def store(self, ref, x) -> None:
         plgpu.store(ref.at[self.slice], x, mask=self.exists if x.ndim == 1 else self.exists[:, None])
@@ -182,8 +189,7 @@ class _Part(NamedTuple):
     @classmethod
     def load(cls, side: Side, fields: tuple, at: _Place, static: _Static) -> "_Part":
         loaded = (
-            [at.load(x.at[r]) for r in range(x.shape[0])] if few else at.load(x)
-            for x, few in zip(fields, static.few, strict=True)
+            at.load_vectors(x) if few else at.load(x) for x, few in zip(fields, static.few, strict=True)
         )
         return cls(at.load(side.x), at.load(side.shift), tuple(loaded))
 
@@ -195,10 +201,15 @@ def _scores(own: _Part, other: _Part, static: _Static) -> Array:
     return _dot(own.x, other.x, (1, 1), own.shift.dtype) * static.scale + first + second
 
 
-def _inside(windows: Windows, rows: _Place, columns: _Place) -> Array:
-    """Which cells of a tile are in the support, `[rows, columns]`."""
-    first, last = rows.load(windows.first, 1)[:, None], rows.load(windows.last, 0)[:, None]
-    return (first <= columns.position[None, :]) & (columns.position[None, :] <= last) & rows.exists[:, None]
+def _inside(windows: Windows, own: _Place, other: _Place, static: _Static) -> Array:
+    """Which cells of a tile are in the support."""
+    rows, columns = (own, other) if static.by_rows else (other, own)
+    first, last = rows.load(windows.first, 1), rows.load(windows.last, 0)  # positions that do not exist meet nothing
+    if static.by_rows:
+        first, last, column = first[:, None], last[:, None], columns.position[None, :]
+    else:
+        first, last, column = first[None, :], last[None, :], columns.position[:, None]
+    return (first <= column) & (column <= last)
 
 
 def _field(x, y, few: bool, dtype) -> Array:
