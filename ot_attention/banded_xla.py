@@ -121,7 +121,7 @@ class Band:
     def exp(self, tiles):
         return jnp.exp(tiles)
 
-    def modulate(self, tiles, *fields: tuple[Float[Array, "N rows rank"], Float[Array, "N columns rank"]]):
+    def modulate(self, tiles, *fields: tuple[Float[Array, "N rows _"], Float[Array, "N columns _"]]):
         """Times the sum of fields `x_i . y_j`."""
         return tiles * self.outer(*(jnp.concatenate(side, -1) for side in zip(*fields, strict=True)))
 

@@ -39,7 +39,7 @@ class Windows(NamedTuple):
 
 
 # Entries are multiplied by the sum of fields `x_i . y_j`.
-Field = tuple[Float[Array, "N own rank"], Float[Array, "N other rank"]]
+Field = tuple[Float[Array, "N own _"], Float[Array, "N other _"]]
 
 
 class _Operands(NamedTuple):
@@ -101,22 +101,23 @@ def _call(operands: _Operands, by_rows: bool, scale: float, interpret: bool) -> 
     number, length, _ = own.x.shape
     few = tuple(x.shape[2] <= _MOST_VECTORS for x, _ in operands.fields)
     operands = operands._replace(fields=tuple(map(_laid_out, operands.fields, few)))
-    block = block_size(own.x.dtype)
-    out = jax.ShapeDtypeStruct(
-        (number, length, *(() if vector is None else vector.shape[2:])),
-        own.shift.dtype,
-        manual_axis_type=jax.typeof(own.x).manual_axis_type,  # under shard_map, those that the heads vary over
-    )
-    return pl.pallas_call(
+    block, width = block_size(own.x.dtype), () if vector is None else vector.shape[2:]
+    blocks = pl.cdiv(length, block)
+    out = pl.pallas_call(
         functools.partial(_kernel, static=_Static(by_rows, scale, few, block, block)),
-        out_shape=out,
-        grid=(pl.cdiv(length, block), number),
+        out_shape=jax.ShapeDtypeStruct(
+            (number, blocks * block, *width),  # whole blocks: a store beyond the end would not be caught
+            own.shift.dtype,
+            manual_axis_type=jax.typeof(own.x).manual_axis_type,  # under shard_map, those that the heads vary over
+        ),
+        grid=(blocks, number),
         in_specs=(jax.tree.map(_of_head, operands),),
-        out_specs=_of_head(out),
+        out_specs=pl.BlockSpec((None, block, *width), lambda b, n: (n, b, *(0,) * len(width))),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         interpret=interpret,
         name="band_maximum" if vector is None else "band_product",
     )(operands)
+    return out[:, :length]
 
 
 def _laid_out(field: Field, few: bool) -> Field:
@@ -132,7 +133,7 @@ def _kernel(operands: _Operands, out, *, static: _Static):
     own_side, other_side, windows, fields, vector = operands
     block = pl.program_id(0)
     start, stop = windows.start[block], windows.stop[block]
-    own_at = _Place.at(block * static.block, static.block, out.shape[0])
+    own_at = _Place.at(block * static.block, static.block, own_side.shift.shape[0])
     own = _Part.load(own_side, tuple(x for x, _ in fields), own_at, static)
     is_maximum, shape = vector is None, (static.block, *(() if vector is None else vector.shape[1:]))
 
@@ -150,7 +151,7 @@ def _kernel(operands: _Operands, out, *, static: _Static):
 
     tiles = jax.lax.div(jnp.maximum(stop - start, 0) + static.tile - 1, jnp.int32(static.tile))
     total = jax.lax.fori_loop(0, tiles, visit, jnp.full(shape, -jnp.inf if is_maximum else 0, out.dtype))
-    own_at.store(out, total)
+    out[...] = total
 
 
 class _Place(NamedTuple):
@@ -174,9 +175,6 @@ class _Place(NamedTuple):
         """Of the columns of a matrix."""
         zero = jnp.array(0, ref.dtype)
         return [plgpu.load(ref.at[jnp.int32(r), self.slice], mask=self.exists, other=zero) for r in range(ref.shape[0])]
-
-    def store(self, ref, x) -> None:
-        plgpu.store(ref.at[self.slice], x, mask=self.exists if x.ndim == 1 else self.exists[:, None])
 
 
 class _Part(NamedTuple):

@@ -58,7 +58,7 @@ class Kernel(NamedTuple):
             self.band, tiles, Dustbin(column * u[:, :-1] * v_bin, row * u_bin * v[:, :-1], corner * u_bin * v_bin)
         )
 
-    def modulate(self, *fields: tuple[Float[Array, "N all_rows rank"], Float[Array, "N all_columns rank"]]) -> "Kernel":
+    def modulate(self, *fields: tuple[Float[Array, "N all_rows _"], Float[Array, "N all_columns _"]]) -> "Kernel":
         """`K_ij` times the sum of fields `x_i . y_j`, each of low rank."""
         tiles = self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields))
         if self.bin is None:

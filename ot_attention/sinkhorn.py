@@ -24,6 +24,7 @@ _SCALING_RANGE = 1e10
 _LARGEST_PLAIN_SCORE = 16.0
 # Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_minus_exact_tail`).
 _LARGEST_TAIL_CHANGE = 30.0
+_STEPS_BETWEEN_CHECKS = 12  # at most, on a GPU: 22 steps are two times eleven
 
 
 class Solved(NamedTuple):
@@ -204,17 +205,29 @@ def _scale(problem: Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[
             progress, u, v = jax.lax.cond(due, correct, lambda *x: x, progress, u, v)
         new_u = support.divide(a, kernel.times(v))
         new_v = support.divide(b, kernel.transpose_times(new_u))
-        fine = _in_range(new_u, a) & _in_range(new_v, b)
+        fine = _in_range(new_u, a) & _in_range(new_v, b) & (progress.step < steps)
         u, v = jnp.where(fine, new_u, u), jnp.where(fine, new_v, v)
         progress = progress._replace(step=progress.step + fine)
-        progress = jax.lax.cond(
-            progress.step >= spec.all_base_steps, lambda p: p.record(spec, *potentials(u, v)), lambda p: p, progress
-        )
+        if on_gpu:
+            progress = progress.record(spec, *potentials(u, v))
+        else:
+            progress = jax.lax.cond(
+                progress.step >= spec.all_base_steps, lambda p: p.record(spec, *potentials(u, v)), lambda p: p, progress
+            )
         return progress, fine, u, v
 
+    def several_steps(carry):
+        """As many as are checked at once; those after the last, or after one out of range, change nothing."""
+        return jax.lax.fori_loop(0, at_once, lambda _, c: step(c), carry)
+
     steps = spec.all_base_steps + spec.tail_steps
+    # On a GPU a condition on what was computed makes the host wait for the device and the device for the host.
+    on_gpu = support.platform() == "gpu"
+    at_once = math.ceil(steps / math.ceil(steps / _STEPS_BETWEEN_CHECKS))
     carry = start, start.step >= 0, jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b)
-    progress, _, u, v = jax.lax.while_loop(lambda c: (c[0].step < steps) & c[1], step, carry)
+    progress, _, u, v = jax.lax.while_loop(
+        lambda c: (c[0].step < steps) & c[1], several_steps if on_gpu else step, carry
+    )
     return progress.record(spec, *potentials(u, v)), u, v
 
 
