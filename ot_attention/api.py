@@ -121,7 +121,8 @@ def without_padding(heads: Heads) -> Heads:
 def cleaned(heads: Heads) -> Heads:
     """The same in the dtype of the computation: float32 or float64."""
     dtype = jnp.promote_types(jnp.result_type(*heads[:3]), jnp.float32)
-    return Heads(*(x.astype(dtype) for x in without_padding(heads)[:4]), heads.n_q, heads.n_k)
+    q, k, v, score, n_q, n_k = without_padding(heads)
+    return Heads(q.astype(dtype), k.astype(dtype), v.astype(dtype), score.astype(dtype), n_q, n_k)
 
 
 def _check(q, k, spec, q_lengths, k_lengths, dustbin_score, v=None, implementation=None) -> dict:

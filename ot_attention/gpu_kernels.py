@@ -7,7 +7,7 @@ between programs, so the same call gives the same bits.
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,8 @@ def _kernel(operands: _Operands, out, *, static: _Static):
             return jnp.maximum(total, jnp.where(inside, scores, -jnp.inf).max(1))
         weights = jnp.where(inside, jnp.exp(scores), 0)
         if fields:
-            weights = weights * _sum(_field(*x, weights.dtype) for x in zip(own.fields, other.fields, static.few))
+            pairs = zip(own.fields, other.fields, static.few, strict=True)
+            weights = weights * _sum(_field(*pair, weights.dtype) for pair in pairs)
         return total + _times(weights, at.load(vector))
 
     tiles = jax.lax.div(jnp.maximum(stop - start, 0) + static.tile - 1, jnp.int32(static.tile))
@@ -157,7 +158,7 @@ def _kernel(operands: _Operands, out, *, static: _Static):
 class _Place(NamedTuple):
     """Consecutive positions of one side, some of which may not exist."""
 
-    slice: pl.Slice
+    where: Any  # a slice of references
     position: Int[Array, "size"]
     exists: Array
 
@@ -169,12 +170,12 @@ class _Place(NamedTuple):
     def load(self, ref, fill=0):
         """Of a vector, or of the rows of a matrix."""
         mask = self.exists if len(ref.shape) == 1 else self.exists[:, None]
-        return plgpu.load(ref.at[self.slice], mask=mask, other=jnp.array(fill, ref.dtype))
+        return plgpu.load(ref.at[self.where], mask=mask, other=jnp.array(fill, ref.dtype))
 
     def load_vectors(self, ref) -> list[Array]:
         """Of the columns of a matrix."""
         zero = jnp.array(0, ref.dtype)
-        return [plgpu.load(ref.at[jnp.int32(r), self.slice], mask=self.exists, other=zero) for r in range(ref.shape[0])]
+        return [plgpu.load(ref.at[jnp.int32(r), self.where], mask=self.exists, other=zero) for r in range(ref.shape[0])]
 
 
 class _Part(NamedTuple):
@@ -186,9 +187,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def load(cls, side: Side, fields: tuple, at: _Place, static: _Static) -> "_Part":
-        loaded = (
-            at.load_vectors(x) if few else at.load(x) for x, few in zip(fields, static.few, strict=True)
-        )
+        loaded = (at.load_vectors(x) if few else at.load(x) for x, few in zip(fields, static.few, strict=True))
         return cls(at.load(side.x), at.load(side.shift), tuple(loaded))
 
 
@@ -222,7 +221,7 @@ def _sum(terms: Iterable[Array]) -> Array:
 
 
 def _times(weights, vector) -> Array:
-    """`weights @ vector`. With bfloat16, weights are split in two such parts and lose nothing that float32 would hold."""
+    """`weights @ vector`. For bfloat16, weights are split into two such parts, which hold 16 bits of them."""
     if vector.ndim == 1:
         return (weights * vector[None, :]).sum(1)
     if vector.dtype != jnp.bfloat16:

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, PyTree
 
 from ot_attention import banded_xla, pallas_gpu, support
 
-
 AnyBand = banded_xla.Band | pallas_gpu.Band
 
 

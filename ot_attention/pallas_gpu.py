@@ -5,10 +5,10 @@ potentials and fields of low rank, and every product makes it anew, tile by tile
 on tensor cores and one exp a cell, and q, k and vectors in memory. So Newton steps, implicit gradients and every
 dustbin come from `sinkhorn`, and this module has no loop of its own.
 
-Compiler: Pallas Triton. Of those that could do it, it alone lowers through `pl.pallas_call` on jax 0.10 to 0.12, is
-interpreted on a CPU by all of them (Mosaic GPU from 0.12 on), and compiles for an H100 without one. jax 0.11 deprecates
-it in favour of Mosaic GPU, whose attention is 1.5 times as fast where both were measured by others; which is faster here
-has not been measured: no GPU was at hand (docs/gpu.md). Only `gpu_kernels` would change.
+Compiler: Pallas Triton. Of those that there are it alone lowers through `pl.pallas_call` on jax 0.10 to 0.12, and is
+interpreted on a CPU by all of them (Mosaic GPU from 0.12 on). jax 0.11 deprecates it in favour of Mosaic GPU, whose
+asynchronous copies and specialised warps an H100 may reward: to be decided by measuring, for no GPU was at hand
+(docs/gpu.md). Nothing but `gpu_kernels` would change.
 """
 
 import functools
@@ -122,11 +122,11 @@ class Band:
 
     def times(self, terms: Terms, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
         """`K x`, for a vector or for several columns at once."""
-        return sum(self._product(term, x, by_rows=True) for term in terms)
+        return functools.reduce(jnp.add, (self._product(term, x, by_rows=True) for term in terms))
 
     def transpose_times(self, terms: Terms, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
         """`K^T x`."""
-        return sum(self._product(term, x, by_rows=False) for term in terms)
+        return functools.reduce(jnp.add, (self._product(term, x, by_rows=False) for term in terms))
 
     def apply(self, terms: Terms, u: Float[Array, "N rows"], v: Float[Array, "N columns"], values) -> Array:
         """`u_i K v_j values`: the scalings become potentials, so that values may stay bfloat16."""

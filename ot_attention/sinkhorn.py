@@ -88,14 +88,17 @@ class Problem(NamedTuple):
         a, b = support.targets(n_q, n_k, q.shape[1], k.shape[1], spec.band, spec.dustbin, dtype)
         dustbin = None
         if spec.dustbin != "none":
-            exists, bin_score = support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None], bin_score.astype(dtype)[:, None]
+            exists, bin_score = (
+                support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None],
+                bin_score.astype(dtype)[:, None],
+            )
             dustbin = Dustbin(
                 column=jnp.where(exists & (a[:, :-1] > 0), bin_score, -jnp.inf),
                 row=jnp.where(exists & (b[:, :-1] > 0), bin_score, -jnp.inf),
                 corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf),
             )
-        scores = Kernel(*band.scores(q, k, n_q, n_k, spec.band, _score_scale(heads, spec)), dustbin)
-        return cls(scores, a, b, spec, (n_q, n_k))
+        created, tiles = band.scores(q, k, n_q, n_k, spec.band, _score_scale(heads, spec))
+        return cls(Kernel(created, tiles, dustbin), a, b, spec, (n_q, n_k))
 
     def linear_system(self, kernel: Kernel, u, v) -> implicit.Plan:
         """That of the plan `u_i K v_j`, whose column sums are met."""

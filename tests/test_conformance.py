@@ -283,7 +283,9 @@ def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation,
 @pytest.mark.parametrize(
     ("implementation", "seed"),
     [
-        pytest.param(name, seed, marks=pytest.mark.slow if seed > 0 and name in INTERPRETED or name == "pallas_gpu" else ())
+        pytest.param(
+            name, seed, marks=pytest.mark.slow if (seed > 0 and name in INTERPRETED) or name == "pallas_gpu" else ()
+        )
         for name in IMPLEMENTATIONS[1:]
         for seed in range(4)
     ],
@@ -402,9 +404,7 @@ def test_output_is_the_plan_times_the_values(implementation):
 
 @pytest.mark.parametrize(
     ("implementation", "settings"),
-    [
-        pytest.param(*s.values, id=s.id, marks=pytest.mark.slow if s.values[0] in INTERPRETED else ()) for s in SETTINGS
-    ],
+    [pytest.param(*s.values, id=s.id, marks=pytest.mark.slow if s.values[0] in INTERPRETED else ()) for s in SETTINGS],
 )
 def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[1], "unit")

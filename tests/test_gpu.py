@@ -165,7 +165,7 @@ def test_blocks_visit_all_that_they_meet_and_little_else(band):
 
 def check_visits(cells: np.ndarray, start: np.ndarray, stop: np.ndarray, block: int, exactly: bool) -> None:
     """exactly: unless there are rows in between whose window is empty."""
-    assert (0 <= start).all() and (start <= stop).all() and (stop <= cells.shape[2]).all()
+    assert (start >= 0).all() and (start <= stop).all() and (stop <= cells.shape[2]).all()
     for n, b in np.ndindex(start.shape):
         met = np.flatnonzero(cells[n, b * block : (b + 1) * block].any(0))
         if len(met):
@@ -250,12 +250,16 @@ compiled = trainer.compiled_update(mesh).lower(trainer.abstract_state(mesh), bat
 print(compiled.as_text().count(test_gpu.KERNEL), compiled.memory_analysis().temp_size_in_bytes)
 """
 CONFIGURED = [(64, 384, 4, 32, 64, "full", "float32"), (32, 384, 1, 64, 64, "none", "bfloat16")]
-LONG = [(1, 8192, 2, 64, band, "full", "bfloat16") for band in (128, 512)] + [(1, 8192, 2, 128, None, "none", "float32")]
+LONG = [(1, 8192, 2, 64, band, "full", "bfloat16") for band in (128, 512)] + [
+    (1, 8192, 2, 128, None, "none", "float32")
+]
 
 
 def compiled(program: str) -> list[str]:
     """What a program prints that compiles for an H100, in a process of its own. No card is needed, nor a driver."""
-    if not any(importlib.metadata.packages_distributions().get(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+    if not any(
+        importlib.metadata.packages_distributions().get(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    ):
         pytest.skip("jax's CUDA plugin is not installed (docs/gpu.md)")
     settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command, environment = [sys.executable, "-c", program], os.environ | settings
