@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 INTERPRET = False  # set by tests: kernels are interpreted, in any dtype, on any device
 
-_WARPS, _STAGES = 4, 2
+_STAGES = 2
 _LEAST_WIDTH = 16  # of a matrix product
 _MOST_VECTORS = 8  # fields of at most so many columns are added up column by column
 
@@ -113,7 +113,8 @@ def _call(operands: _Operands, by_rows: bool, scale: float, interpret: bool) -> 
         grid=(blocks, number),
         in_specs=(jax.tree.map(_of_head, operands),),
         out_specs=pl.BlockSpec((None, block, *width), lambda b, n: (n, b, *(0,) * len(width))),
-        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        # With fields a tile takes more registers than four warps have.
+        compiler_params=plgpu.CompilerParams(num_warps=8 if operands.fields else 4, num_stages=_STAGES),
         interpret=interpret,
         name="band_maximum" if vector is None else "band_product",
     )(operands)
