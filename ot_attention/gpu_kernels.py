@@ -113,12 +113,17 @@ def _call(operands: _Operands, by_rows: bool, scale: float, interpret: bool) -> 
         grid=(blocks, number),
         in_specs=(jax.tree.map(_of_head, operands),),
         out_specs=pl.BlockSpec((None, block, *width), lambda b, n: (n, b, *(0,) * len(width))),
-        # With fields a tile takes more registers than four warps have.
-        compiler_params=plgpu.CompilerParams(num_warps=8 if operands.fields else 4, num_stages=_STAGES),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(operands), num_stages=_STAGES),
         interpret=interpret,
         name="band_maximum" if vector is None else "band_product",
     )(operands)
     return out[:, :length]
+
+
+def _warps(operands: _Operands) -> int:
+    """Twice as many where four have too few registers: ptxas counts none spilled."""
+    wide = operands.own.x.dtype == jnp.float32 and operands.own.x.shape[2] >= 128
+    return 8 if operands.fields or wide else 4
 
 
 def _laid_out(field: Field, few: bool) -> Field:

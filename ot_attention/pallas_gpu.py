@@ -37,8 +37,8 @@ def refusal(heads: Heads) -> str | None:
     width = max(heads.q.shape[2], heads.v.shape[2])
     if width > _MOST_WIDTH:
         return f"heads of width {width} do not fit its tiles; use at most {_MOST_WIDTH} or implementation='xla'"
-    if len(heads.q) > _MOST_HEADS:
-        return f"{len(heads.q)} heads are more than a grid has; use a batch of at most {_MOST_HEADS} heads in all"
+    if (number := heads.q.shape[0]) > _MOST_HEADS:
+        return f"{number} heads are more than a grid has; use a batch of at most {_MOST_HEADS} heads in all"
     return None
 
 

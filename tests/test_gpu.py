@@ -22,6 +22,7 @@ from configs import r2_dustbin
 from models import sharding, state
 from ot_attention import SinkhornSpec, UnsupportedError, api, gpu_kernels, pallas_gpu, sinkhorn_attention, support
 from ot_attention.banded_xla import Band
+from ot_attention.spec import Heads
 
 ROOT = Path(__file__).parents[1]
 KERNEL = "__gpu$xla.gpu.triton"
@@ -106,9 +107,8 @@ def test_a_training_step_lowers_for_a_gpu(h100):
 
 def test_what_a_gpu_is_chosen_and_refused_for(h100):
     def choice(dtype="float32", width=8, implementation=None, **changes):
-        x = jnp.zeros((1, 8, 1, width), dtype)
-        heads = api.by_head(x, x, x, jnp.zeros(1), *(jnp.full(1, 8),) * 2)
-        return api._choose(implementation, SinkhornSpec(**changes), heads)
+        x = jax.ShapeDtypeStruct((1, 8, width), dtype)
+        return api._choose(implementation, SinkhornSpec(**changes), Heads(x, x, x, None, None, None))
 
     assert choice() == choice(solver="newton", gradient="implicit") == choice("bfloat16", 256) == "pallas_gpu"
     assert choice(width=257) == "xla"
