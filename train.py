@@ -231,7 +231,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
 
 def finish_saving(checkpoints: Checkpoints, kind: type[BaseException] | None, *_) -> None:
-    """When an error ends the run: or what is being saved just then would be lost. A process that is gone is not waited for."""
+    """When an error ends the run: or what is being saved just then would be lost. A lost process is not waited for."""
     if kind and not issubclass(kind, jax.errors.JaxRuntimeError):
         checkpoints.wait()
 

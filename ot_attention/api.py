@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ot_attention import pallas_tpu, reference, sinkhorn, support
+from ot_attention import pallas_gpu, pallas_tpu, reference, sinkhorn, support
 from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec, UnsupportedError
 
 
-def _without_padding(attend: Callable) -> Callable:
-    """For implementations that take padding as 0 and one dtype: kernels see to both on the chip."""
+def _without_padding(attend: Callable, *, one_dtype: bool = True) -> Callable:
+    """For implementations that take padding as 0, and one dtype if so: kernels for TPUs see to both on the chip."""
 
     def attend_to_cleaned(heads: Heads, spec: SinkhornSpec):
-        out, *info = attend(cleaned(heads), spec)
+        out, *info = attend(cleaned(heads) if one_dtype else without_padding(heads), spec)
         return support.zero_padding(out, heads.n_q), *info  # it is 0 already: for what comes back through padding
 
     return attend_to_cleaned
@@ -28,6 +28,7 @@ _ATTEND: dict[str, Callable] = {
     "reference": _without_padding(reference.attend),
     "xla": _without_padding(sinkhorn.attend),
     "pallas_tpu": pallas_tpu.attend,
+    "pallas_gpu": _without_padding(functools.partial(sinkhorn.attend, band=pallas_gpu.Band), one_dtype=False),
 }
 _DTYPES = ("bfloat16", "float32", "float64")
 
@@ -111,12 +112,18 @@ def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
     return result
 
 
-def cleaned(heads: Heads) -> Heads:
-    """With 0 as padding, whatever stood there, in the dtype of the computation: float32 or float64."""
+def without_padding(heads: Heads) -> Heads:
+    """With 0 as padding, whatever stood there."""
     q, k, v, score, n_q, n_k = heads
-    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
-    q, k, v = (support.zero_padding(x, n).astype(dtype) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
-    return Heads(q, k, v, score.astype(dtype), n_q, n_k)
+    q, k, v = (support.zero_padding(x, n) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
+    return Heads(q, k, v, score, n_q, n_k)
+
+
+def cleaned(heads: Heads) -> Heads:
+    """The same in the dtype of the computation: float32 or float64."""
+    dtype = jnp.promote_types(jnp.result_type(*heads[:3]), jnp.float32)
+    q, k, v, score, n_q, n_k = without_padding(heads)
+    return Heads(q.astype(dtype), k.astype(dtype), v.astype(dtype), score.astype(dtype), n_q, n_k)
 
 
 def _check(q, k, spec, q_lengths, k_lengths, dustbin_score, v=None, implementation=None) -> dict:
@@ -184,9 +191,11 @@ def _choose(implementation: str | None, spec: SinkhornSpec, heads: Heads) -> str
         name = "reference"
     elif implementation is None and jax.default_backend() == "tpu":
         name = "xla" if pallas_tpu.refusal(heads, spec) else "pallas_tpu"
+    elif implementation is None and support.platform() == "gpu":
+        name = "xla" if pallas_gpu.refusal(heads) else "pallas_gpu"
     reasons = []
-    if name == "pallas_gpu":
-        reasons.append("this version has no kernels for GPUs; use implementation='xla' or None")
+    if name == "pallas_gpu" and (reason := pallas_gpu.refusal(heads)):
+        reasons.append(reason)
     if name == "pallas_tpu" and (reason := pallas_tpu.refusal(heads, spec)):
         reasons.append(reason)
     if spec.gradient == "unrolled" and spec.solver == "newton":

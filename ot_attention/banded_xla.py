@@ -16,6 +16,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ot_attention import support
 
+_MIB = 2**20
+# Of tiles at a time. A CPU's cache holds so much. On a GPU a product over them must outlast starting it, some 10
+# microseconds, and fill the machine: 256 MiB are 80 microseconds of an H100's memory (by arithmetic, not measured).
+_GROUP_BYTES = {"cpu": 4 * _MIB, "gpu": 256 * _MIB}
 _PRECISION = "highest"  # float32 products stay float32 on devices that would round them to bfloat16
 
 
@@ -53,6 +57,27 @@ class Band:
         first_column = jnp.take_along_axis(first, jnp.minimum(start[:, :-1], rows - 1), axis=1)
         column_index = first_column[:, :, None] + jnp.arange(width, dtype=jnp.int32)
         return cls(first, last, row_index, slot, column_index, in_block, rows, columns)
+
+    @classmethod
+    def scores(
+        cls,
+        q: Float[Array, "N rows width"],
+        k: Float[Array, "N columns width"],
+        n_q: Int[Array, "N"],
+        n_k: Int[Array, "N"],
+        band: int | None,
+        scale: float,
+    ) -> tuple["Band", Float[Array, "N blocks block reach"]]:
+        """`scale q_i . k_j`, minus infinity outside the support, and the band that they lie in."""
+        created = cls.create(n_q, n_k, q.shape[1], k.shape[1], band)
+        return created, created.mask(created.outer(q * scale, k), -jnp.inf)
+
+    @staticmethod
+    def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int) -> int:
+        """The largest divisor of their number whose tiles fit `_GROUP_BYTES`, at least 1."""
+        block, width, blocks = block_shape(rows, columns, band)
+        at_most = max(1, _GROUP_BYTES.get(support.platform(), 4 * _MIB) // (block * width * blocks * itemsize))
+        return max(size for size in range(1, min(number, at_most) + 1) if number % size == 0)
 
     @property
     def _whole(self) -> bool:
@@ -93,7 +118,17 @@ class Band:
         column = self.column_index[:, :, None, :]
         return jnp.where((column >= first) & (column <= last) & self.in_block[..., None], tiles, fill)
 
-    def scale(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
+    def exp(self, tiles):
+        return jnp.exp(tiles)
+
+    def modulate(self, tiles, *fields: tuple[Float[Array, "N rows _"], Float[Array, "N columns _"]]):
+        """Times the sum of fields `x_i . y_j`."""
+        return tiles * self.outer(*(jnp.concatenate(side, -1) for side in zip(*fields, strict=True)))
+
+    def minus(self, tiles, others):
+        return tiles - others
+
+    def scale_by(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
         return tiles * self.take_rows(row)[..., None] * self.take_columns(column)[:, :, None, :]
 
     def shift(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
@@ -102,6 +137,10 @@ class Band:
     def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
         """`K x`, for a vector or for several columns at once."""
         return self.put_rows(jnp.einsum("nbij,nbj...->nbi...", tiles, self.take_columns(x), precision=_PRECISION))
+
+    def apply(self, tiles, u: Float[Array, "N rows"], v: Float[Array, "N columns"], values) -> Array:
+        """`u_i K v_j values`."""
+        return u[..., None] * self.times(tiles, v[..., None] * values)
 
     def transpose_times(self, tiles, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
         """`K^T x`. Cells outside the support must be 0: slots without a row hold another row's `x`."""

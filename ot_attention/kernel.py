@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from ot_attention import support
-from ot_attention.banded_xla import Band
+from ot_attention import banded_xla, pallas_gpu, support
+
+AnyBand = banded_xla.Band | pallas_gpu.Band
 
 
 class Dustbin(NamedTuple):
@@ -24,8 +25,8 @@ class Kernel(NamedTuple):
     Vectors always have an entry for the dustbin. Without one, it costs nothing but that entry.
     """
 
-    band: Band
-    tiles: Float[Array, "N blocks block reach"]
+    band: AnyBand
+    tiles: PyTree[Array]  # as the band holds them: it alone looks inside
     bin: Dustbin | None
 
     def shift(self, f: Float[Array, "N all_rows"], g: Float[Array, "N all_columns"]) -> "Kernel":
@@ -39,15 +40,15 @@ class Kernel(NamedTuple):
         return Kernel(self.band, tiles, shifted)
 
     def map(self, function: Callable[[Array], Array]) -> "Kernel":
-        """A function of every entry, also of those outside the support."""
+        """A function of every entry, also of those outside the support, of tiles that are arrays."""
         return Kernel(self.band, function(self.tiles), self.bin and Dustbin(*map(function, self.bin)))
 
     def exp(self) -> "Kernel":
-        return self.map(jnp.exp)
+        return Kernel(self.band, self.band.exp(self.tiles), self.bin and Dustbin(*map(jnp.exp, self.bin)))
 
     def scale(self, u: Float[Array, "N all_rows"], v: Float[Array, "N all_columns"]) -> "Kernel":
         """`u_i K v_j`."""
-        tiles = self.band.scale(self.tiles, u[:, :-1], v[:, :-1])
+        tiles = self.band.scale_by(self.tiles, u[:, :-1], v[:, :-1])
         if self.bin is None:
             return Kernel(self.band, tiles, None)
         column, row, corner = self.bin
@@ -56,18 +57,19 @@ class Kernel(NamedTuple):
             self.band, tiles, Dustbin(column * u[:, :-1] * v_bin, row * u_bin * v[:, :-1], corner * u_bin * v_bin)
         )
 
-    def modulate(self, x: Float[Array, "N all_rows m"], y: Float[Array, "N all_columns m"]) -> "Kernel":
-        """`K_ij (x_i . y_j)`, the plan times a field of low rank."""
-        tiles = self.tiles * self.band.outer(x[:, :-1], y[:, :-1])
+    def modulate(self, *fields: tuple[Float[Array, "N all_rows _"], Float[Array, "N all_columns _"]]) -> "Kernel":
+        """`K_ij` times the sum of fields `x_i . y_j`, each of low rank."""
+        tiles = self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields))
         if self.bin is None:
             return Kernel(self.band, tiles, None)
+        x, y = (jnp.concatenate(side, -1) for side in zip(*fields, strict=True))
         column, row, corner = self.bin
         x_bin, y_bin = x[:, -1:], y[:, -1:]
-        fields = (x[:, :-1] * y_bin).sum(-1), (x_bin * y[:, :-1]).sum(-1), (x_bin * y_bin).sum(-1)
-        return Kernel(self.band, tiles, Dustbin(column * fields[0], row * fields[1], corner * fields[2]))
+        of_bin = (x[:, :-1] * y_bin).sum(-1), (x_bin * y[:, :-1]).sum(-1), (x_bin * y_bin).sum(-1)
+        return Kernel(self.band, tiles, Dustbin(column * of_bin[0], row * of_bin[1], corner * of_bin[2]))
 
     def minus(self, other: "Kernel") -> "Kernel":
-        tiles = self.tiles - other.tiles
+        tiles = self.band.minus(self.tiles, other.tiles)
         if self.bin is None or other.bin is None:
             return Kernel(self.band, tiles, None)
         return Kernel(self.band, tiles, Dustbin(*map(jnp.subtract, self.bin, other.bin)))

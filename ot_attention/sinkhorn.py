@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_attention import implicit, support
-from ot_attention.banded_xla import Band, block_shape
-from ot_attention.kernel import Dustbin, Kernel
+from ot_attention.banded_xla import Band
+from ot_attention.kernel import AnyBand, Dustbin, Kernel
 from ot_attention.spec import Heads, SinkhornSpec
 
 # Potentials are folded into the kernel before the scalings leave this range. A row's largest kernel entry is 1, or at
@@ -24,7 +24,7 @@ _SCALING_RANGE = 1e10
 _LARGEST_PLAIN_SCORE = 16.0
 # Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_minus_exact_tail`).
 _LARGEST_TAIL_CHANGE = 30.0
-_GROUP_BYTES = 4 * 2**20
+_STEPS_BETWEEN_CHECKS = 12  # at most, on a GPU: 22 steps are two times eleven
 
 
 class Solved(NamedTuple):
@@ -36,34 +36,36 @@ class Solved(NamedTuple):
     residual: Float[Array, "N"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def attend(heads: Heads, spec: SinkhornSpec):
-    """Output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual `[N]` of every head."""
-    solved = by_group(functools.partial(forward, spec=spec), heads, spec)
-    return solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def attend(heads: Heads, spec: SinkhornSpec, band: type[AnyBand] = Band):
+    """Output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual `[N]` of every head.
+
+    band: how the implementation holds the band.
+    """
+    return _attend_fwd(heads, spec, band)[0]
 
 
-def _attend_fwd(heads, spec):
-    solved = by_group(functools.partial(forward, spec=spec), heads, spec)
+def _attend_fwd(heads, spec, band):
+    solved = by_group(functools.partial(forward, spec=spec, band=band), heads, spec, band)
     return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual), (heads, solved)
 
 
-def _attend_bwd(spec, kept, cotangents):
+def _attend_bwd(spec, band, kept, cotangents):
     heads, solved = kept
-    dq, dk, dv, ds = by_group(functools.partial(_backward, spec=spec), (heads, solved, cotangents[:3]), spec)
-    return (Heads(dq, dk, dv, ds, None, None),)
+    backward = functools.partial(_backward, spec=spec, band=band)
+    dq, dk, dv, ds = by_group(backward, (heads, solved, cotangents[:3]), spec, band)
+    gradients = (d.astype(x.dtype) for d, x in zip((dq, dk, dv, ds), heads[:4], strict=True))
+    return (Heads(*gradients, None, None),)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def by_group(function, arguments, spec: SinkhornSpec):
-    """Maps over groups of heads whose tiles fit `_GROUP_BYTES`, at least one head."""
+def by_group(function, arguments, spec: SinkhornSpec, band: type[AnyBand] = Band):
+    """Maps over groups of as many heads as the band takes at a time."""
     heads = arguments if isinstance(arguments, Heads) else arguments[0]
     number, rows, _ = heads.q.shape
-    block, width, blocks = block_shape(rows, heads.k.shape[1], spec.band)
-    at_most = max(1, _GROUP_BYTES // (block * width * blocks * heads.q.dtype.itemsize))
-    group = max(size for size in range(1, min(number, at_most) + 1) if number % size == 0)
+    group = band.heads_at_once(number, rows, heads.k.shape[1], spec.band, heads.q.dtype.itemsize)
     if group == number:
         return function(arguments)
     split = jax.tree.map(lambda x: x.reshape(number // group, group, *x.shape[1:]), arguments)
@@ -80,22 +82,23 @@ class Problem(NamedTuple):
     lengths: tuple[Int[Array, "N"], Int[Array, "N"]]
 
     @classmethod
-    def create(cls, heads: Heads, spec: SinkhornSpec) -> "Problem":
+    def create(cls, heads: Heads, spec: SinkhornSpec, band: type[AnyBand] = Band) -> "Problem":
         q, k, _, bin_score, n_q, n_k = heads
-        rows, columns = q.shape[1], k.shape[1]
-        a, b = support.targets(n_q, n_k, rows, columns, spec.band, spec.dustbin, q.dtype)
-        band = Band.create(n_q, n_k, rows, columns, spec.band)
-        tiles = band.mask(band.outer(q * _score_scale(heads, spec), k), -jnp.inf)
+        dtype = _dtype(heads)
+        a, b = support.targets(n_q, n_k, q.shape[1], k.shape[1], spec.band, spec.dustbin, dtype)
         dustbin = None
         if spec.dustbin != "none":
-            exists, bin_score = support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None], bin_score[:, None]
+            exists, bin_score = (
+                support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None],
+                bin_score.astype(dtype)[:, None],
+            )
             dustbin = Dustbin(
                 column=jnp.where(exists & (a[:, :-1] > 0), bin_score, -jnp.inf),
                 row=jnp.where(exists & (b[:, :-1] > 0), bin_score, -jnp.inf),
                 corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf),
             )
-        scores = Kernel(band, tiles, dustbin)
-        return cls(scores, a, b, spec, (n_q, n_k))
+        created, tiles = band.scores(q, k, n_q, n_k, spec.band, _score_scale(heads, spec))
+        return cls(Kernel(created, tiles, dustbin), a, b, spec, (n_q, n_k))
 
     def linear_system(self, kernel: Kernel, u, v) -> implicit.Plan:
         """That of the plan `u_i K v_j`, whose column sums are met."""
@@ -120,9 +123,15 @@ def _score_scale(heads: Heads, spec: SinkhornSpec) -> float:
     return 1 / (math.sqrt(heads.q.shape[-1]) * spec.epsilon)
 
 
+def _dtype(heads: Heads) -> jnp.dtype:
+    """Of potentials and sums."""
+    return jnp.promote_types(jnp.result_type(*heads[:3]), jnp.float32)
+
+
 def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
     """A bound on the absolute scores, by Cauchy and Schwarz."""
-    longest_q, longest_k = (jnp.sqrt((x * x).sum(-1).max()) for x in (heads.q, heads.k))
+    q, k = (x.astype(_dtype(heads)) for x in heads[:2])
+    longest_q, longest_k = (jnp.sqrt((x * x).sum(-1).max()) for x in (q, k))
     return jnp.maximum(longest_q * longest_k * _score_scale(heads, spec), jnp.abs(heads.dustbin_score).max())
 
 
@@ -145,14 +154,14 @@ class _Progress(NamedTuple):
         return tuple(jax.lax.dynamic_index_in_dim(h, slot, keepdims=False) for h in (self.f, self.g))
 
 
-def forward(heads: Heads, spec: SinkhornSpec) -> Solved:
+def forward(heads: Heads, spec: SinkhornSpec, band: type[AnyBand] = Band) -> Solved:
     """All steps (contract, section 2), few of which need an exp over the band.
 
     The kernel `K = exp(S + g - row maximum)` is scaled, `u = a / (K v)`, `v = b / (K^T u)`, until all steps are done or
     a scaling leaves its range. Then K is made anew from the g reached, after a step in the log domain if there was no
     progress otherwise.
     """
-    problem = Problem.create(heads, spec)
+    problem = Problem.create(heads, spec, band)
     a, b, scores = problem.a, problem.b, problem.scores
     steps = spec.all_base_steps + spec.tail_steps
 
@@ -163,7 +172,7 @@ def forward(heads: Heads, spec: SinkhornSpec) -> Solved:
         top = jnp.where(start.step == steps, -f, top)  # the last step was one in the log domain: u = v = 1
         kernel = scores.shift(-top, g).exp()
         progress, u, v = _scale(problem, kernel, top, g, start)
-        out = u[:, :-1, None] * kernel.band.times(kernel.tiles, v[:, :-1, None] * heads.v)
+        out = kernel.band.apply(kernel.tiles, u[:, :-1], v[:, :-1], heads.v)
         residual = jnp.abs(u * kernel.times(v) - a).max(-1)
         stuck = (progress.step == start.step) & (start.step < steps)
         progress = jax.lax.cond(stuck, functools.partial(_log_step, problem), lambda p: p, progress)
@@ -205,17 +214,29 @@ def _scale(problem: Problem, kernel: Kernel, top, g, start: _Progress) -> tuple[
             progress, u, v = jax.lax.cond(due, correct, lambda *x: x, progress, u, v)
         new_u = support.divide(a, kernel.times(v))
         new_v = support.divide(b, kernel.transpose_times(new_u))
-        fine = in_range(new_u, a) & in_range(new_v, b)
+        fine = in_range(new_u, a) & in_range(new_v, b) & (progress.step < steps)
         u, v = jnp.where(fine, new_u, u), jnp.where(fine, new_v, v)
         progress = progress._replace(step=progress.step + fine)
-        progress = jax.lax.cond(
-            progress.step >= spec.all_base_steps, lambda p: p.record(spec, *potentials(u, v)), lambda p: p, progress
-        )
+        if on_gpu:
+            progress = progress.record(spec, *potentials(u, v))
+        else:
+            progress = jax.lax.cond(
+                progress.step >= spec.all_base_steps, lambda p: p.record(spec, *potentials(u, v)), lambda p: p, progress
+            )
         return progress, fine, u, v
 
+    def several_steps(carry):
+        """As many as are checked at once; those after the last, or after one out of range, change nothing."""
+        return jax.lax.fori_loop(0, at_once, lambda _, c: step(c), carry)
+
     steps = spec.all_base_steps + spec.tail_steps
+    # On a GPU a condition on what was computed makes the host wait for the device and the device for the host.
+    on_gpu = support.platform() == "gpu"
+    at_once = math.ceil(steps / math.ceil(steps / _STEPS_BETWEEN_CHECKS))
     carry = start, start.step >= 0, jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b)
-    progress, _, u, v = jax.lax.while_loop(lambda c: (c[0].step < steps) & c[1], step, carry)
+    progress, _, u, v = jax.lax.while_loop(
+        lambda c: (c[0].step < steps) & c[1], several_steps if on_gpu else step, carry
+    )
     return progress.record(spec, *potentials(u, v)), u, v
 
 
@@ -243,16 +264,16 @@ def column_potentials(problem: Problem, f: Float[Array, "N all_rows"]) -> Float[
     return log(support.divide(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
 
 
-def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array]:
+def _backward(arguments, spec: SinkhornSpec, band: type[AnyBand] = Band) -> tuple[Array, Array, Array, Array]:
     """Gradients of q, k, v and the dustbin score: `dS = P * (G - sum of x_i y_j)`, the plan P made once more.
 
     The sum has two terms for every tail step, or two for the converged plan: one product gives the whole field.
     """
     heads, solved, (d_out, d_f, d_g) = arguments
-    problem = Problem.create(heads, spec)
-    band = problem.scores.band
+    problem = Problem.create(heads, spec, band)
     plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
-    dv = band.transpose_times(plan.tiles, d_out)
+    d_out = d_out.astype(heads.v.dtype)  # which it had: `api` hands out the output so
+    dv = plan.band.transpose_times(plan.tiles, d_out)
     g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
     f_bar = d_f + support.with_dustbin((d_out * solved.out).sum(-1))
 
@@ -262,19 +283,28 @@ def _backward(arguments, spec: SinkhornSpec) -> tuple[Array, Array, Array, Array
         change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
         gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
         x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
-    d_scores = plan.modulate(
-        jnp.concatenate([support.with_dustbin(d_out), -x], -1), jnp.concatenate([support.with_dustbin(heads.v), y], -1)
-    )
-    if spec.gradient == "tail":
-        exact = functools.partial(_minus_exact_tail, spec=spec)
-        d_scores = jax.lax.cond(gentle, lambda d, *_: d, exact, d_scores, heads, solved, f_bar, g_bar)
+    d_scores = plan.modulate((support.with_dustbin(d_out), support.with_dustbin(heads.v)), (-x, y))
+    of_scores = functools.partial(_of_scores, heads=heads, spec=spec)
+    if spec.gradient == "implicit":
+        dq, dk, d_bin = of_scores(d_scores)
+    else:
+        dq, dk, d_bin = jax.lax.cond(
+            gentle,
+            lambda d, *_: of_scores(d),
+            lambda d, *rest: of_scores(_minus_exact_tail(d, problem, *rest)),
+            *(d_scores, solved, f_bar, g_bar),
+        )
+    return dq, dk, dv, d_bin
 
-    scale = _score_scale(heads, spec)
-    dq, dk = band.times(d_scores.tiles, heads.k), band.transpose_times(d_scores.tiles, heads.q)
-    d_bin = jnp.zeros_like(heads.dustbin_score)
+
+def _of_scores(d_scores: Kernel, heads: Heads, spec: SinkhornSpec) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and the dustbin score from those of the scores."""
+    scale, tiles = _score_scale(heads, spec), d_scores.tiles
+    dq, dk = d_scores.band.times(tiles, heads.k), d_scores.band.transpose_times(tiles, heads.q)
+    d_bin = jnp.zeros_like(d_scores.band.first, dq.dtype)[:, 0]
     if d_scores.bin is not None:
         d_bin = d_scores.bin.column.sum(-1) + d_scores.bin.row.sum(-1)
-    return scale * dq, scale * dk, dv, d_bin
+    return scale * dq, scale * dk, d_bin
 
 
 def _tail_terms(problem: Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
@@ -291,26 +321,21 @@ def _tail_terms(problem: Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
     return (jnp.stack(side, -1) for side in zip(*terms, strict=True))
 
 
-def _minus_exact_tail(d_scores: Kernel, heads: Heads, solved: Solved, f_bar, g_bar, spec: SinkhornSpec) -> Kernel:
+def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar, g_bar) -> Kernel:
     """The same where potentials move so far within the tail that those vectors would overflow.
 
     Each factor is made from the scores and taken off, one after the other.
     """
-    problem = Problem.create(heads, spec)
     a, b, scores = problem.a, problem.b, problem.scores
-    f, g = solved.f.swapaxes(0, 1), solved.g.swapaxes(0, 1)
-
-    def step(carry, potentials):
-        d_scores, f_bar, g_bar = carry
-        f, g, earlier_g = potentials
+    for r in range(problem.spec.tail_steps, 0, -1):
+        f, g, earlier_g = solved.f[:, r], solved.g[:, r], solved.g[:, r - 1]
         factor, y = scores.shift(f, g).exp(), support.divide(g_bar, b)
         f_bar = f_bar - factor.times(y)
         d_scores = d_scores.minus(factor.scale(jnp.ones_like(a), y))
         factor, x = scores.shift(f, earlier_g).exp(), support.divide(f_bar, a)
         d_scores = d_scores.minus(factor.scale(x, jnp.ones_like(b)))
-        return (d_scores, jnp.zeros_like(f_bar), -factor.transpose_times(x)), None
-
-    return jax.lax.scan(step, (d_scores, f_bar, g_bar), (f[1:], g[1:], g[:-1]), reverse=True)[0][0]
+        f_bar, g_bar = jnp.zeros_like(f_bar), -factor.transpose_times(x)
+    return d_scores
 
 
 def _implicit_terms(problem: Problem, plan: Kernel, f_bar, g_bar):

@@ -137,3 +137,9 @@ def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
         return jax.lax.pcast(y, missing, to="varying") if missing else y
 
     return jax.tree.map(mark, tree)
+
+
+def platform() -> str:
+    """Of the devices that are compiled for, as far as it is known: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()

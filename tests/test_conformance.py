@@ -12,13 +12,23 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from ot_attention import SinkhornSpec, UnsupportedError, pallas_tpu, sinkhorn_attention, support, transport_plan
+from ot_attention import (
+    SinkhornSpec,
+    UnsupportedError,
+    gpu_kernels,
+    pallas_tpu,
+    sinkhorn_attention,
+    support,
+    transport_plan,
+)
 from ot_attention.api import by_head
 from ot_attention.spec import Heads
 from ot_attention.tpu_tiles import Problem, Sizes
 
-IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
-INTERPRETED = ["pallas_tpu"]
+IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_gpu"]
+INTERPRETED = ["pallas_tpu", "pallas_gpu"]
+# Of the cases that compile for seconds each when interpreted, those that are in the quick suite.
+QUICK_ON_GPU = ["ragged", "length 1 against many", "blocks, x longer", "empty problem", "sharp"]
 PLAIN_ONLY = ["pallas_tpu"]  # neither Newton steps nor implicit gradients
 DUSTBINS = ["none", "unit", "full"]
 # Interpreted kernels run once: compiling them takes longer.
@@ -84,7 +94,12 @@ def small_memory(monkeypatch, mib: float) -> None:
 
 
 @pytest.fixture(autouse=True)
-def tpu_kernels_are_interpreted(capfd):
+def kernels_are_interpreted(request, capfd, monkeypatch):
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("implementation") == "pallas_gpu":  # TPUs' interpreter would take these too
+        monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
+        yield
+        return
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
@@ -113,7 +128,7 @@ def attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent
         out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)
         return (out, info.f, info.g), info.residual
 
-    @functools.partial(jax.jit, compiler_options=QUICK if implementation == "pallas_tpu" else None)
+    @functools.partial(jax.jit, compiler_options=QUICK if implementation in INTERPRETED else None)
     def run_and_pull_back(*arrays):
         (out, f, g), pull_back, residual = jax.vjp(run, *arrays, has_aux=True)
         of_f = jnp.cos(jnp.arange(f.size)).reshape(f.shape).astype(f.dtype)
@@ -134,11 +149,19 @@ def error(actual, expected, least_scale=1.0) -> float:
 def cases(name: str) -> list:
     """All cases with all dustbins that they are for; interpreted kernels have one of each in the quick suite."""
     quick = name not in INTERPRETED
+
+    def in_quick_suite(number: int, case: Case, dustbin: str) -> bool:
+        here = quick or dustbin == case.dustbins[number % len(case.dustbins)]
+        return here and (name != "pallas_gpu" or case.name in QUICK_ON_GPU)
+
     return [
-        pytest.param(name, case, dustbin, id=f"{name}-{case.name}, {dustbin}", marks=() if here else pytest.mark.slow)
-        for n, case in enumerate(CASES)
-        for m, dustbin in enumerate(case.dustbins)
-        for here in [quick or m == n % len(case.dustbins)]
+        pytest.param(
+            *(name, case, dustbin),
+            id=f"{name}-{case.name}, {dustbin}",
+            marks=() if in_quick_suite(number, case, dustbin) else pytest.mark.slow,
+        )
+        for number, case in enumerate(CASES)
+        for dustbin in case.dustbins
     ]
 
 
@@ -239,9 +262,18 @@ SETTINGS = [pytest.param(name, few_steps(name), id=name) for name in IMPLEMENTAT
 
 
 @pytest.mark.parametrize(
-    ("case", "dustbin"), [pytest.param(c, d, id=f"{c.name}, {d}") for c in CASES for d in c.dustbins[:1]]
+    ("implementation", "case", "dustbin"),
+    [
+        pytest.param(
+            *(name, case, case.dustbins[0]),
+            id=f"{name}-{case.name}, {case.dustbins[0]}",
+            marks=pytest.mark.slow if name in INTERPRETED and case.name != "ragged" else (),
+        )
+        for name in IMPLEMENTATIONS[1:]
+        if name not in PLAIN_ONLY
+        for case in CASES
+    ],
 )
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS[1:] if name not in PLAIN_ONLY])
 def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation, case, dustbin):
     """Both go through the same linear solver; products and everything around it are the implementation's own."""
     arguments = case.spec(dustbin=dustbin, **CONVERGING), *inputs(case, dustbin)
@@ -251,7 +283,9 @@ def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation,
 @pytest.mark.parametrize(
     ("implementation", "seed"),
     [
-        pytest.param(name, seed, marks=pytest.mark.slow if name in INTERPRETED and seed > 0 else ())
+        pytest.param(
+            name, seed, marks=pytest.mark.slow if (seed > 0 and name in INTERPRETED) or name == "pallas_gpu" else ()
+        )
         for name in IMPLEMENTATIONS[1:]
         for seed in range(4)
     ],
@@ -370,7 +404,7 @@ def test_output_is_the_plan_times_the_values(implementation):
 
 @pytest.mark.parametrize(
     ("implementation", "settings"),
-    [s if s.id not in INTERPRETED else pytest.param(*s.values, id=s.id, marks=pytest.mark.slow) for s in SETTINGS],
+    [pytest.param(*s.values, id=s.id, marks=pytest.mark.slow if s.values[0] in INTERPRETED else ()) for s in SETTINGS],
 )
 def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[1], "unit")
@@ -391,7 +425,10 @@ def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-9, atol=1e-12), gradients, eager[1])
 
 
-@pytest.mark.parametrize(("implementation", "settings"), SETTINGS)
+@pytest.mark.parametrize(
+    ("implementation", "settings"),
+    [s for s in SETTINGS if "pallas_gpu" not in s.values],  # its interpreter cannot: it is lowered in test_gpu.py
+)
 def test_shard_map_over_the_batch(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[0], "full")
     spec, mesh = CASES[0].spec(dustbin="full", **settings), jax.sharding.Mesh(jax.devices()[:1], ("data",))
@@ -502,7 +539,6 @@ def test_bad_specs_are_named(bad):
     [
         ("pallas_tpu", {"solver": "newton"}),
         ("pallas_tpu", {"gradient": "implicit"}),
-        ("pallas_gpu", {}),
         ("xla", {"gradient": "unrolled"}),
         ("reference", {"gradient": "unrolled", "solver": "newton"}),
     ],

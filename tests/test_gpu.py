@@ -1,0 +1,309 @@
+"""The GPU's kernels without a GPU: lowered for one always, compiled for an H100 where jax's CUDA plugin is installed.
+
+Their numbers are tested by interpretation in test_conformance.py; on a machine with a card by the last test here.
+"""
+
+import importlib.metadata
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_conformance as conformance
+
+import eval as evaluation
+from configs import r2_dustbin
+from models import sharding, state
+from ot_attention import SinkhornSpec, UnsupportedError, api, gpu_kernels, pallas_gpu, sinkhorn_attention, support
+from ot_attention.banded_xla import Band
+from ot_attention.spec import Heads
+
+ROOT = Path(__file__).parents[1]
+KERNEL = "__gpu$xla.gpu.triton"
+QUICK = conformance.QUICK
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98  device_memory_size: 84929347584  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+runtime_version { major: 12 minor: 8 }  platform_name: "CUDA"  dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.fixture
+def h100():
+    """What is traced and lowered is for one, as far as JAX goes without its compiler."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1), ("data", "model"), abstract_device=device)):
+        yield
+
+
+def lowered(function, *arguments) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def forward_and_backward(spec: SinkhornSpec):
+    """Of q, k, v, dustbin scores, lengths and the cotangents of output and potentials."""
+
+    def run(q, k, v, score, lengths, *cotangents):
+        def attend(q, k, v, score):
+            score = None if spec.dustbin == "none" else score
+            out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, "pallas_gpu")
+            return out, info.f, info.g
+
+        results, pull_back = jax.vjp(attend, q, k, v, score)
+        return results, pull_back(cotangents)
+
+    return run
+
+
+def arguments(batch: int, length: int, heads: int, width: int, dustbin: str, dtype: str) -> tuple:
+    x = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
+    potential = jax.ShapeDtypeStruct((batch, heads, length + (dustbin != "none")), "float32")
+    lengths = (jax.ShapeDtypeStruct((batch,), "int32"),) * 2
+    return x, x, x, jax.ShapeDtypeStruct((heads,), "float32"), lengths, x, potential, potential
+
+
+@pytest.mark.parametrize(
+    ("width", "dustbin", "dtype", "settings"),
+    [
+        (32, "full", "float32", {}),
+        (64, "none", "bfloat16", {}),
+        (128, "unit", "bfloat16", {"gradient": "implicit", "solver": "newton"}),
+        (20, "none", "float32", {"tail_steps": 5}),
+    ],
+)
+def test_forward_and_backward_lower_for_a_gpu_and_hold_nothing_of_the_bands_size(h100, width, dustbin, dtype, settings):
+    length, band = 2048, 512
+    spec = SinkhornSpec(band=band, dustbin=dustbin, **settings)
+    text = lowered(forward_and_backward(spec), *arguments(1, length, 2, width, dustbin, dtype))
+    assert text.count(KERNEL) >= 8
+    for name in ("band_product", "band_maximum"):
+        assert f'name = "{name}"' in text, name
+    shapes = {tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)}
+    largest = max(shapes, key=math.prod)
+    assert math.prod(largest) <= 2 * (length + 64) * 128 < 2 * length * band, largest
+
+
+def test_a_training_step_lowers_for_a_gpu(h100):
+    config = r2_dustbin.get_config()
+    config.model.implementation = "pallas_gpu"
+    trainer = evaluation.make_trainer(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 1), config.batch_size, jax.devices()[:1])
+    given = trainer.abstract_state(mesh), state.abstract_batch(config.batch_size, 128, mesh)
+    text = lowered(trainer.update, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given))
+    assert text.count(KERNEL) >= 16  # of self-attention and of the plan, forward and backward
+
+
+def test_what_a_gpu_is_chosen_and_refused_for(h100):
+    def choice(dtype="float32", width=8, implementation=None, **changes):
+        x = jax.ShapeDtypeStruct((1, 8, width), dtype)
+        return api._choose(implementation, SinkhornSpec(**changes), Heads(x, x, x, None, None, None))
+
+    assert choice() == choice(solver="newton", gradient="implicit") == choice("bfloat16", 256) == "pallas_gpu"
+    assert choice(width=257) == "xla"
+    assert choice(gradient="unrolled") == "reference"
+    with pytest.raises(UnsupportedError, match="heads of width 257 do not fit its tiles; use at most 256"):
+        choice(width=257, implementation="pallas_gpu")
+    with pytest.raises(UnsupportedError, match="gradient='unrolled' keeps every step; use "):
+        choice(gradient="unrolled", implementation="pallas_gpu")
+    with jax.enable_x64(True):
+        assert choice("float64") == "xla"
+        with pytest.raises(UnsupportedError, match="its kernels compute in float32; use float32 or bfloat16"):
+            choice("float64", implementation="pallas_gpu")
+    x = jax.ShapeDtypeStruct((65536, 1, 1, 8), jnp.float32)
+    with pytest.raises(UnsupportedError, match="65536 heads are more than a grid has"):
+        jax.eval_shape(lambda x: sinkhorn_attention(x, x, x, SinkhornSpec(), implementation="pallas_gpu"), x)
+
+
+def test_without_a_gpu_it_is_refused():
+    x = np.zeros((1, 8, 1, 8), np.float32)
+    with pytest.raises(UnsupportedError, match="there is no GPU here; use implementation='xla' or None"):
+        sinkhorn_attention(x, x, x, SinkhornSpec(), implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_products_with_bfloat16_lose_no_more_than_float32_would(by_rows, monkeypatch):
+    """Weights are not rounded to bfloat16, which would cost 2^-9."""
+    monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
+    rng = np.random.default_rng(0)
+    q, k, x = (jnp.asarray(rng.normal(size=(1, 90, 32)), jnp.bfloat16) for _ in range(3))
+    n = jnp.array([90])
+    band, scores = pallas_gpu.Band.scores(q, k, n, n, 12, 0.2)
+    product = (band.times if by_rows else band.transpose_times)(band.exp(scores), x)
+    q, k, x = (np.asarray(y, np.float64)[0] for y in (q, k, x))
+    weights = np.where(np.abs(np.subtract.outer(range(90), range(90))) <= 12, np.exp(0.2 * q @ k.T), 0)
+    exact = (weights if by_rows else weights.T) @ x
+    assert product.dtype == jnp.float32
+    assert np.abs(np.asarray(product)[0] - exact).max() < 2.0**-15 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("band", [0, 3, 40, None])
+def test_blocks_visit_all_that_they_meet_and_little_else(band):
+    rng = np.random.default_rng(0)
+    number, rows, columns, block = 200, 150, 230, 32
+    n_q, n_k = (rng.integers(0, size + 1, number).astype(np.int32) for size in (rows, columns))
+    n_q[:2], n_k[1:3] = rows, columns
+    index = np.broadcast_to(np.arange(rows, dtype=np.int32), (number, rows))
+    first, last = map(np.asarray, jax.jit(support.row_windows, static_argnums=3)(index, n_q, n_k, band))
+    cells = (first[..., None] <= np.arange(columns)) & (np.arange(columns) <= last[..., None])
+    ends = jax.jit(pallas_gpu._met_by_rows, static_argnums=3)(first, last, n_q, block)
+    check_visits(cells, *map(np.asarray, ends), block, exactly=band != 0)
+    ends = jax.jit(pallas_gpu._met_by_columns, static_argnums=(3, 4))(first, last, n_q, columns, block)
+    check_visits(cells.swapaxes(1, 2), *map(np.asarray, ends), block, exactly=band != 0)
+
+
+def check_visits(cells: np.ndarray, start: np.ndarray, stop: np.ndarray, block: int, exactly: bool) -> None:
+    """exactly: unless there are rows in between whose window is empty."""
+    assert (start >= 0).all() and (start <= stop).all() and (stop <= cells.shape[2]).all()
+    for n, b in np.ndindex(start.shape):
+        met = np.flatnonzero(cells[n, b * block : (b + 1) * block].any(0))
+        if len(met):
+            assert start[n, b] <= met[0] and met[-1] < stop[n, b]
+            assert not exactly or (start[n, b], stop[n, b]) == (met[0], met[-1] + 1)
+
+
+@pytest.mark.parametrize("number", [5, 11], ids=lambda n: conformance.CASES[n].name)
+def test_fewer_checks_on_a_gpu_change_no_step(number, monkeypatch):
+    """In one of the cases scalings leave their range in mid-run, several times."""
+    case = conformance.CASES[number]
+    arrays, lengths, score, _ = conformance.inputs(case, "full", "float32")
+    spec = case.spec(dustbin="full", base_steps=23)  # 25 steps: three times nine, the last two for nothing
+
+    def run():
+        attend = jax.jit(lambda *x: sinkhorn_attention(*x, spec, *lengths, score, "xla"), compiler_options=QUICK)
+        out, info = attend(*arrays)
+        return {"out": out, "f": info.f, "g": info.g, "residual": info.residual}
+
+    expected = run()
+    monkeypatch.setattr(support, "platform", lambda: "gpu")
+    monkeypatch.setattr(Band, "heads_at_once", lambda *_: 4)
+    actual = run()
+    for name, value in expected.items():
+        assert conformance.error(actual[name], value) < 1e-6, name
+
+
+def test_a_gpu_checks_seldom_and_takes_many_heads_at_once(h100):
+    def attend(q):
+        return sinkhorn_attention(q, q, q, SinkhornSpec(band=64), implementation="xla")[0]
+
+    x = jax.ShapeDtypeStruct((256, 384, 4, 32), jnp.float32)
+    on_gpu = jax.make_jaxpr(attend)(x)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        elsewhere = jax.make_jaxpr(attend)(x)
+    assert "length=11" in str(on_gpu) and "length=11" not in str(elsewhere)
+    assert Band.heads_at_once(1024, 384, 384, 64, 4) == 512  # of 295 KB, in 256 MiB
+
+
+COMPILE = """
+import jax
+from jax.experimental import topologies
+import test_gpu
+from ot_attention import SinkhornSpec
+
+devices = topologies.get_topology_desc(
+    platform="cuda", topology_name="h100", target_config=test_gpu.H100, topology="1x1x1"
+).devices
+mesh = jax.sharding.Mesh(devices, ("data",))
+
+def bytes_a_row(batch, length, heads, width, band, dustbin, dtype, **settings):
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P())),
+        test_gpu.arguments(batch, length, heads, width, dustbin, dtype),
+    )
+    with jax.set_mesh(mesh):
+        run = test_gpu.forward_and_backward(SinkhornSpec(band=band, dustbin=dustbin, **settings))
+        compiled = jax.jit(run).lower(*given).compile()
+    assert compiled.as_text().count(test_gpu.KERNEL) >= 8
+    return compiled.memory_analysis().temp_size_in_bytes / (batch * length * heads)
+
+for shape in {shapes}:
+    print(bytes_a_row(*shape), flush=True)
+"""
+TRAIN_STEP = """
+import jax
+from jax.experimental import topologies
+import test_gpu
+import eval as evaluation
+from configs import r2_dustbin
+from models import sharding, state
+
+devices = topologies.get_topology_desc(
+    platform="cuda", topology_name="h100", target_config=test_gpu.H100, topology="{devices}x1x1"
+).devices
+config = r2_dustbin.get_config()
+config.model.implementation = "pallas_gpu"
+trainer = evaluation.make_trainer(config)
+mesh = sharding.make_mesh(sharding.MeshConfig(), config.batch_size, devices)
+batch = state.abstract_batch(config.batch_size, 128, mesh)
+compiled = trainer.compiled_update(mesh).lower(trainer.abstract_state(mesh), batch).compile()
+print(compiled.as_text().count(test_gpu.KERNEL), compiled.memory_analysis().temp_size_in_bytes)
+"""
+CONFIGURED = [(64, 384, 4, 32, 64, "full", "float32"), (32, 384, 1, 64, 64, "none", "bfloat16")]
+LONG = [(1, 8192, 2, 64, band, "full", "bfloat16") for band in (128, 512)] + [
+    (1, 8192, 2, 128, None, "none", "float32")
+]
+
+
+def compiled(program: str) -> list[str]:
+    """What a program prints that compiles for an H100, in a process of its own. No card is needed, nor a driver."""
+    if not any(
+        importlib.metadata.packages_distributions().get(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    ):
+        pytest.skip("jax's CUDA plugin is not installed (docs/gpu.md)")
+    settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command, environment = [sys.executable, "-c", program], os.environ | settings
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100_and_leave_nothing_of_the_bands_size_in_memory():
+    shapes = CONFIGURED + LONG
+    found = dict(zip(shapes, map(float, compiled(COMPILE.format(shapes=shapes))), strict=True))
+    assert found[LONG[0]] == found[LONG[1]], "memory grows with the band"
+    assert all(size < 12 * 4 * shape[3] for shape, size in found.items()), found  # arrays of a head's width, float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_training_step_compiles_for_h100s(devices):
+    kernels, temporary = map(int, compiled(TRAIN_STEP.format(devices=devices))[-1].split())
+    assert kernels >= 16
+    assert temporary < 10e9
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here (JAX_PLATFORMS=cuda,cpu on one)")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "dustbin"),
+    [pytest.param(c, d, id=f"{c.name}, {d}") for c in conformance.CASES for d in c.dustbins],
+)
+@pytest.mark.parametrize("settings", [{}, conformance.CONVERGING], ids=["plain", "converging"])
+def test_a_card_has_the_numbers_of_the_reference(case, dustbin, settings, dtype):
+    """At most twice the dense reference's own float32 error; bfloat16 as its inputs were rounded."""
+    spec, (arrays, *rest) = case.spec(dustbin=dustbin, **settings), conformance.inputs(case, dustbin, dtype)
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        given = [np.asarray(x, np.float64) for x in arrays], *jax.device_get(rest)
+        exact = conformance.attend_and_pull_back("reference", spec, *given)
+    given = [x.astype("float32") for x in arrays], *rest
+    dense, actual = (
+        conformance.attend_and_pull_back(*given)
+        for given in (("reference", spec, *given), ("pallas_gpu", spec, arrays, *rest))
+    )
+    for name in exact.keys() - {"residual"}:
+        allowed = 2 * conformance.error(dense[name], exact[name]) + 32 * conformance.EPS["float32"]
+        if dtype == "bfloat16" and name not in ("f", "g"):
+            allowed += 2.0**-7
+        assert conformance.error(actual[name], exact[name]) <= allowed, name
