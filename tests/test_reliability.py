@@ -41,7 +41,7 @@ from ot_attention import SinkhornSpec, sinkhorn_attention
 CONFIG = f"--config={tiny.ROOT / 'configs/r2_dustbin.py'}"
 RATES = {"residues_per_second", "examples_per_second", "data_share"}
 SMALL = {"data__buckets": (64,), "log__eval_every": 0, "checkpoint__keep": 3, "checkpoint__every": 2, "total_steps": 7}
-PATIENCE = 240  # seconds, on a machine with other work
+PATIENCE = 900  # seconds, on a machine with much other work
 
 
 @pytest.fixture(scope="module", autouse=True)

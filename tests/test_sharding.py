@@ -28,7 +28,7 @@ EIGHT = SHARED | {"batch_size": 8, "data__buckets": (64,), "optimizer__warmup_st
 # Sums over the batch are added in another order: a few ulps of float32 (6e-8) a step, which later steps amplify.
 # Measured: 2e-7 after 4 steps.
 ROUNDING = 5e-6
-PATIENCE = 240  # seconds, on a machine with other work
+PATIENCE = 900  # seconds, on a machine with much other work
 
 ON_EIGHT_DEVICES = """
 import json, sys
@@ -233,6 +233,12 @@ TRAINING = SHARED | {
 }
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Of compiled programs, which are the same in all these runs."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 def train_together(workdir: Path, processes: int, cache: Path) -> list[subprocess.Popen]:
     address = f"localhost:{free_port()}"
     command = [tiny.ROOT / "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *tiny.flags(**TRAINING)]
@@ -270,9 +276,8 @@ def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path):
+def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path, cache):
     alone, killed, as_one = tmp_path / "alone", tmp_path / "killed", tmp_path / "as_one"
-    cache = tmp_path / "compiled"
     with tiny.quick_compilation():
         train.train(config(**TRAINING), alone)
     kill_after(2, killed, train_together(killed, 2, cache))
@@ -295,8 +300,8 @@ def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_of_two_processes_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
-    workdir, cache = tmp_path / "run", tmp_path / "compiled"
+def test_when_one_of_two_processes_is_killed_the_other_stops_and_both_go_on(tmp_path, victim, cache):
+    workdir = tmp_path / "run"
     processes = train_together(workdir, 2, cache)
     survivor = processes[1 - victim]
     try:
@@ -316,8 +321,8 @@ def test_when_one_of_two_processes_is_killed_the_other_stops_and_both_go_on(tmp_
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path):
-    workdir, cache = tmp_path / "run", tmp_path / "compiled"
+def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path, cache):
+    workdir = tmp_path / "run"
     processes = train_together(workdir, 2, cache)
     try:
         wait_for_step(3, workdir, processes)
