@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, transport_plan
-from scripts.bench_attention import Case, clock, forward_backward
+from scripts.bench_attention import Case, Programs, clock, forward_backward
 
 _STEPS = SinkhornSpec().base_steps + SinkhornSpec().tail_steps
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-6}
@@ -88,12 +88,12 @@ def error(case: Case, name: str, dtype: str) -> float:
 
 def measure(case: Case, name: str, dtype: str, rounds: int) -> dict[str, Any]:
     """A row: error, then milliseconds and rates of the forward, and of forward and backward."""
-    method, found = METHODS[name], error(case, name, dtype)
-    row: dict[str, Any] = {"method": name, "error": found}
-    if not found < _TOLERANCE[dtype]:
+    method = METHODS[name]
+    row: dict[str, Any] = {"method": name, "error": error(case, name, dtype)}
+    if not row["error"] < _TOLERANCE[dtype]:
         return row
     given, attend = case.arguments(dtype), method.attend(case)
-    programs: dict[tuple[str, str], Callable] = {
+    programs: Programs = {
         (name, "forward"): functools.partial(jax.jit(attend).lower(*given[:-1]).compile(), *given[:-1]),
         (name, "forward_backward"): functools.partial(
             jax.jit(forward_backward(attend)).lower(*given).compile(), *given
@@ -137,9 +137,11 @@ def measure_flash_sinkhorn(case: Case, rounds: int) -> dict[str, Any]:
     cost = norms[0][:, None] + norms[1] - 2 * points[0] @ points[1].T
     plan = np.exp((f[:, None] + g - cost) / eps) / case.length
     ours = transport_plan(q[:, :, :1], k[:, :, :1], SinkhornSpec(band=None))[0, 0]
-    error = float(np.abs(plan - np.asarray(ours)).max() / np.asarray(ours).max())
-    row = {"method": "flash-sinkhorn", "error": error}
-    if not error < 2e-2:  # of TF32 products, and of steps in the other order
+    row: dict[str, Any] = {
+        "method": "flash-sinkhorn",
+        "error": float(np.abs(plan - np.asarray(ours)).max() / np.asarray(ours).max()),
+    }
+    if not row["error"] < 2e-2:  # of TF32 products, and of steps in the other order
         return row
     seconds = clock({("flash-sinkhorn", "forward"): run}, rounds)["flash-sinkhorn", "forward"]
     return row | {"forward_ms": 1e3 * seconds} | rates(seconds, cells(few) * 2 * _STEPS)
