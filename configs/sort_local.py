@@ -3,7 +3,7 @@
 python train.py --config=configs/sort_local.py
 python eval.py --workdir=runs/sort_local
 
-took 10 minutes on 2 busy CPU cores. Exact match .86 on lengths as in training, .20 on 11 to 20; edit distance there .19.
+took 10 minutes on 2 busy cores. Exact match .86 on lengths as in training, .20 on 11 to 20; edit distance there .19.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 python train.py --config=configs/sort_sinkhorn.py
 python eval.py --workdir=runs/sort_sinkhorn
 
-took 11 minutes on 2 busy CPU cores. Exact match 1.00 on lengths as in training, .23 on 11 to 20; edit distance there .17
+took 11 minutes on 2 busy cores. Exact match 1.00 on lengths as in training, .23 on 11 to 20; edit distance there .17
 (docs/sparse.md has both seeds).
 """
 
