@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import baselines, metrics, pfam, pipeline, sorting, vocab
 from models import compiled, decode, figures, loss, sharding, weights
 from models.aligner import AlignerConfig
-from models.attention import BlockSpec, Certificate, SinkhornSpec, SparseSpec
+from models.attention import Certificate, specs_of
 from models.checkpoints import Checkpoints
 from models.loss import Alignment, LossConfig
 from models.sorter import SorterConfig, Sorting
@@ -331,15 +331,12 @@ def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
 
 
 def make_task(config: ConfigDict) -> Task:
-    values = dict(config.attention)
-    kind = values.pop("kind", "sinkhorn")  # runs of earlier versions know no other
-    blocks = None if kind == "sinkhorn" else BlockSpec(kind, _sparse_spec(config))
-    if sorts(config):
-        if blocks is None:
-            raise ValueError("attention.kind='sinkhorn' cannot be causal; sort with sparse_sinkhorn, local or softmax")
-        return Sorting(SorterConfig(**config.model), blocks, config.data.symbols)
-    values["band"] = None if values["band"] == -1 else values["band"]  # a flag cannot say None
-    return Alignment(AlignerConfig(**config.model), SinkhornSpec(**values), LossConfig(**config.loss), blocks)
+    spec, blocks = specs_of(config.to_dict())
+    if not sorts(config):
+        return Alignment(AlignerConfig(**config.model), spec, LossConfig(**config.loss), blocks)
+    if blocks is None:
+        raise ValueError("attention.kind='sinkhorn' cannot be causal; sort with sparse_sinkhorn, local or softmax")
+    return Sorting(SorterConfig(**config.model), blocks, config.data.symbols)
 
 
 def sorts(config: ConfigDict) -> bool:
@@ -347,9 +344,10 @@ def sorts(config: ConfigDict) -> bool:
     return config.get("task") == "sorting"
 
 
-def _sparse_spec(config: ConfigDict) -> SparseSpec:
-    values = dict(config.sparse)
-    return SparseSpec(**values | {"sortcut": values["sortcut"] or None})  # a flag cannot say None
+def check_aligns(run: Run) -> None:
+    """Raises ValueError for a run of the sorting task."""
+    if sorts(run.config):
+        raise ValueError("the run is one of the sorting task, and has no plan: give one that was trained on alignments")
 
 
 def local_mesh(batch_size: int) -> Mesh:

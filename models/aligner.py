@@ -150,12 +150,12 @@ class Encoder(nnx.Module):
         self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
     ) -> list[attention.Inputs]:
         """Of every Sinkhorn self-attention."""
-        features = zip(self.blocks, self._features(tokens, lengths, None), strict=False)
+        features = zip(self.blocks, self._features(tokens, lengths), strict=False)
         return [
             block.inputs(h, lengths) for block, h in features if isinstance(block, AttentionBlock) and block.transports
         ]
 
-    def _features(self, tokens, lengths, noise) -> Iterator[Float[Array, "batch length width"]]:
+    def _features(self, tokens, lengths, noise=None) -> Iterator[Float[Array, "batch length width"]]:
         """What goes into each block, and what comes out of the last."""
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         h = self.embed(tokens)

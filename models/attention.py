@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,22 @@ class BlockSpec:
         if self.kind not in _BLOCK_KINDS:
             allowed = ", ".join(("sinkhorn", *_BLOCK_KINDS))
             raise ValueError(f"attention.kind={self.kind!r} must be one of {allowed}")
+
+
+def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]:
+    """Of a run's `attention` and `sparse`: of plans, and of the self-attention if it is of another kind.
+
+    Raises ValueError or TypeError: values out of range, misspelt keys.
+    """
+    values = dict(config["attention"])
+    kind = values.pop("kind", "sinkhorn")  # runs of earlier versions know no other
+    if values.get("band") == -1:  # a flag cannot say None
+        values["band"] = None
+    if kind == "sinkhorn":
+        return SinkhornSpec(**values), None
+    sparse_values = dict(config["sparse"])
+    sparse_values["sortcut"] = sparse_values["sortcut"] or None
+    return SinkhornSpec(**values), BlockSpec(kind, SparseSpec(**sparse_values))
 
 
 class _Heads(nnx.Module):

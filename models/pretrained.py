@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Float64, Int, Int32, PyTree
 
 from models import compiled, decode, weights
 from models.aligner import Aligner, AlignerConfig
-from models.attention import SinkhornSpec
+from models.attention import specs_of
 
 DECODERS = ("posterior", "plan")
 MAX_CELLS = 16_000_000  # of a band that is widened by itself; decoding takes about 50 bytes a cell
@@ -67,11 +67,9 @@ class Pretrained:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], parameters: Callable[[PyTree], PyTree]) -> "Pretrained":
         """`config`: that of the run; `parameters` makes them for a tree of their shapes."""
-        model, spec = AlignerConfig(**config["model"]), dict(config["attention"])
-        if spec["band"] == -1:  # a flag cannot say None
-            spec["band"] = None
-        graph, like = nnx.split(nnx.eval_shape(lambda: Aligner(model, SinkhornSpec(**spec), rngs=nnx.Rngs(0))))
-        return cls(graph, parameters(nnx.to_pure_dict(like)), spec["band"])
+        model, (spec, blocks) = AlignerConfig(**config["model"]), specs_of(config)
+        graph, like = nnx.split(nnx.eval_shape(lambda: Aligner(model, spec, encoder=blocks, rngs=nnx.Rngs(0))))
+        return cls(graph, parameters(nnx.to_pure_dict(like)), spec.band)
 
     @classmethod
     def load(cls, path: Path) -> "Pretrained":

@@ -103,6 +103,7 @@ def _load(args: argparse.Namespace) -> "Pretrained":
         import eval as evaluation
 
         run = evaluation.load_run(args.workdir)
+        evaluation.check_aligns(run)
         model = Pretrained.from_config(run.config.to_dict(), lambda _: run.params)
     else:
         model = Pretrained.load(path)

@@ -115,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 def compile_model(args: argparse.Namespace) -> dict[str, Any]:
     """Fits, writes the maps, and measures them."""
     run = evaluation.load_weights(args.weights) if args.weights else evaluation.load_run(args.workdir, args.step)
+    evaluation.check_aligns(run)
     shards = evaluation.resolve_data_dir(args.data or run.config.data.dir)
     buckets = tuple(args.buckets or run.config.data.buckets)
     settings = Settings(

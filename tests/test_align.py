@@ -20,6 +20,7 @@ from flax import nnx
 from data import formats, vocab
 from data.sequences import Record
 from models import decode, pretrained, weights
+from models.attention import specs_of
 from models.pretrained import Pretrained
 from scripts import align
 
@@ -43,7 +44,7 @@ def config(**model: object) -> dict:
 
 def initial(of: dict) -> Pretrained:
     aligner = pretrained.AlignerConfig(**of["model"])
-    spec = pretrained.SinkhornSpec(**of["attention"])
+    spec, _ = specs_of(of)
     params = nnx.to_pure_dict(nnx.state(pretrained.Aligner(aligner, spec, rngs=nnx.Rngs(0))))
     return Pretrained.from_config(of, lambda _: params)
 

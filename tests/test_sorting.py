@@ -136,5 +136,8 @@ def test_a_run_sorts_and_is_scored(tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
     assert overall["exact_match"]["value"] == logged["validation/exact_match"] > 0.9
     assert overall["edit_distance"]["value"] == pytest.approx(logged["validation/edit_distance"])
+    (tmp_path / "a.fasta").write_text(">x\nMKV\n>y\nMKV\n")
+    aligned = tiny.program("scripts/align.py", f"--workdir={tmp_path}", tmp_path / "a.fasta")
+    assert aligned.returncode == 1 and "one of the sorting task" in aligned.stderr
     page = tiny.program("eval.py", f"--workdir={tmp_path}", "--split=validation", "--report", tmp_path / "page")
     assert page.returncode == 1 and "--report" in page.stderr
