@@ -252,12 +252,11 @@ def test_damage_to_any_file_of_a_checkpoint_is_seen(whole, tmp_path, how):
     assert kept.damage_of(whole / "checkpoints" / "7") is None
 
 
-def test_orbax_alone_would_read_a_flipped_bit(whole, tmp_path):
+def test_orbax_alone_reads_a_changed_file_as_if_it_were_true(whole, tmp_path):
     """Why there are checksums; when this fails, they may go."""
     folder = copy(whole, tmp_path / "run")
-    flip(max(files_of(folder / "checkpoints" / "7"), key=lambda path: path.stat().st_size))
-    flipped = folder / "checkpoints" / "7" / "iterator" / "metadata"
-    flipped.write_bytes(flipped.read_bytes().replace(b'"step": 7', b'"step": 6').replace(b'"step":7', b'"step":6'))
+    changed = folder / "checkpoints" / "7" / "iterator" / "metadata"
+    changed.write_bytes(changed.read_bytes().replace(b'"step": 7', b'"step": 6').replace(b'"step":7', b'"step":6'))
     for path in (folder / "checkpoints").glob("*/" + kept.SUMS):
         path.unlink()
     with pytest.warns(UserWarning, match="has no checksums, an older version wrote it"):
@@ -312,6 +311,7 @@ def disk_of(bytes_: int, folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_ends_the_run_with_one_line(tmp_path, compiled_once, whole):
     """As on a full disk, where none can be mounted: no file may have more than 8 kB."""
     folder = tmp_path / "run"
