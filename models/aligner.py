@@ -296,7 +296,7 @@ class Aligner(nnx.Module):
             q, k = self._refined(q, k, h_x, h_y, x_length, y_length)
         return q, k, h_y
 
-    def _encode(self, x, y, x_length, y_length, noise):
+    def _encode(self, x, y, x_length, y_length, noise=None):
         """Both sequences in one pass where they are padded alike, as training batches are."""
         noises = None if noise is None else jax.vmap(lambda key: jax.random.split(key))(noise)
         if x.shape != y.shape:
