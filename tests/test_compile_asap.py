@@ -49,6 +49,7 @@ def maps(model):
     return path
 
 
+@pytest.mark.slow
 def test_the_report_says_what_each_way_costs_and_gives(maps):
     report = json.loads(maps.with_suffix(".json").read_text())
     assert report["provenance"]["settings"]["features"] == ["kantorovich"]

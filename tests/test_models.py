@@ -270,7 +270,9 @@ def test_the_dense_logarithm_is_that_of_the_plan():
     np.testing.assert_allclose(jnp.exp(transported.log_plan), plan, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sparse_sinkhorn", "local", "softmax"])
+@pytest.mark.parametrize(
+    "kind", ["sparse_sinkhorn", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("local", "softmax"))]
+)
 def test_self_attention_of_another_kind_is_trained(kind):
     """Padding changes nothing, every parameter learns, and only the sorted kind is noisy while training."""
     model = AlignerConfig(**(vars(SMALL) | {"attention_every": 1, "depth": 1}))
