@@ -204,6 +204,7 @@ def test_a_line_cut_off_is_dropped_and_a_damaged_one_named(tmp_path):
         evaluation.read_metrics(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_validation_that_a_kill_prevented_is_made_up_for(tmp_path):
     """Between the checkpoint of a step and its validation there is time to be killed."""
     changes = {"log__eval_every": 2, "total_steps": 2, "data__buckets": (128,)}
