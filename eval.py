@@ -399,8 +399,8 @@ def table(report: dict) -> str:
     """Every metric with its interval for every split, and F1 by identity bin, as text."""
     lines = []
     for split, result in report["splits"].items():
-        pairs, sorts = result["model"]["pairs"], "exact_match" in result["model"]["overall"]
-        of, over = ("sequences", "sequences") if sorts else ("pairs", "families")
+        pairs, sorted_ones = result["model"]["pairs"], "exact_match" in result["model"]["overall"]
+        of, over = ("sequences", "sequences") if sorted_ones else ("pairs", "families")
         told = f"step {report['step']}" + (f", compiled by {report['asap']}" if "asap" in report else "")
         lines += [f"\n{split}: {pairs} {of}, {told}; 95 % intervals over {over}"]
         names = list(result["model"]["overall"])
@@ -408,11 +408,11 @@ def table(report: dict) -> str:
         for name in names:
             cells = [_cell(summary["overall"].get(name)) for summary in result.values()]
             lines.append(f"{name:24}" + "".join(f"{cell:>24}" for cell in cells))
-        metric, of_bin = ("exact_match", "exact match, length ") if sorts else ("f1", "f1, identity ")
+        metric, of_bin = ("exact_match", "exact match, length ") if sorted_ones else ("f1", "f1, identity ")
         for name in result["model"]["bins"]:
             cells = [f"{summary['bins'][name][metric]['value']:.3f}" for summary in result.values()]
             lines.append(f"{of_bin + name:24}" + "".join(f"{cell:>24}" for cell in cells))
-        if not sorts:
+        if not sorted_ones:
             lines += _certificate_lines(report["certificates"][split])
     return "\n".join(lines)
 

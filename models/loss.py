@@ -59,7 +59,8 @@ class Alignment:
     def seen(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
         """With what is masked, and random keys if the encoder takes noise."""
         x_seen, asked = queries(batch["x"], key, self.loss.mask_rate)
-        noise = {"noise": jax.random.split(key, len(x_seen))} if self.encoder else {}
+        noise_key = jax.random.fold_in(key, 1)  # what is masked must not say what the noise is
+        noise = {"noise": jax.random.split(noise_key, len(x_seen))} if self.encoder else {}
         return batch | {"x_seen": x_seen, "asked": asked} | noise
 
     def totals(self, model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:

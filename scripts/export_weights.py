@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = evaluation.load_run(args.workdir, args.step)
+        evaluation.check_aligns(run)
         if args.band is not None:
             run.config.attention.band = args.band
         if args.gaps:
