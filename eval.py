@@ -247,8 +247,7 @@ def score_split(
         result = predict(batch)
         plans, gaps = result.pop("plan"), result.pop("gaps", None)
         lengths = batch["x_length"], batch["y_length"]
-        posterior = plans if gaps is None else decode.posterior(plans, *lengths, decode.Gaps(*gaps.tolist()))
-        match, _ = decode.mea_batch(posterior, *lengths)
+        posterior, match = decode.decode_dense(plans, *lengths, gaps)
         for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
             family = families[identity[0]]
             plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]

@@ -4,6 +4,7 @@ Positions are counted from 1 where people read them, in `text`, and from 0 in `t
 probability of a column: that its two residues are aligned, or that its only residue is aligned with none.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,6 +19,7 @@ GAP = "-"
 _BLOCK = 60  # columns
 _WIDEST_NAME = 20
 NO_POSITION = -1
+_STEPS = 10_000  # of confidence from 0 to 1, in JSON
 
 
 class Aligned(NamedTuple):
@@ -203,8 +205,17 @@ def tsv(aligned: Aligned) -> str:
 
 def jsonl(aligned: Aligned) -> str:
     """`{"id", "pairs": [[i, j], ...], "confidence": [...]}`, positions from 0."""
-    confidence = [round(float(c), 4) for c in aligned.confidence]
-    return json.dumps({"id": aligned.id, "pairs": aligned.pairs.tolist(), "confidence": confidence}) + "\n"
+    # As json.dumps writes them, in a fifth of its time: numbers are most of what this program writes.
+    pairs = ", ".join(["[%d, %d]"] * len(aligned.pairs)) % tuple(aligned.pairs.ravel().tolist())
+    steps, digits = np.rint(aligned.confidence.astype(float) * _STEPS).astype(int).tolist(), _digits()
+    confidence = ", ".join([digits[n] if n <= _STEPS else repr(n / _STEPS) for n in steps])
+    return f'{{"id": {json.dumps(aligned.id)}, "pairs": [{pairs}], "confidence": [{confidence}]}}\n'
+
+
+@functools.cache
+def _digits() -> list[str]:
+    """Return what probabilities look like, rounded."""
+    return [repr(n / _STEPS) for n in range(_STEPS + 1)]
 
 
 FORMATS: dict[str, Callable[[Aligned], str]] = {

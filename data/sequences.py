@@ -6,7 +6,6 @@ stay as they are and are aligned as "any residue". Anything else is an error tha
 """
 
 import codecs
-import collections
 import contextlib
 import gzip
 import io
@@ -24,8 +23,8 @@ from data import vocab
 STANDARD_INPUT = "-"
 MAX_BYTES = 1 << 30  # of a file, unpacked; Swiss-Prot has 0.3 GB
 _GZIP = b"\x1f\x8b"
-_RESIDUES = frozenset(vocab.RESIDUES + vocab.AMBIGUOUS)
-_NUCLEOTIDES = frozenset("ACGTUN")
+_ALLOWED = frozenset(vocab.RESIDUES + vocab.AMBIGUOUS + "-.")
+_NUCLEOTIDES = "ACGTUN"
 _SUSPICIOUS = 20  # residues; shorter peptides may be made of A, C, G and T
 
 
@@ -116,8 +115,8 @@ def _residues(sequence: str, where: str) -> str:
     ungapped = residues.replace("-", "").replace(".", "")
     if len(ungapped) < len(residues):
         warnings.warn(f"{where}: {len(residues) - len(ungapped)} gaps ('-', '.') are left out", stacklevel=3)
-    bad = next((n for n, letter in enumerate(residues) if letter not in _RESIDUES and letter not in "-."), None)
-    if bad is not None:
+    if not _ALLOWED.issuperset(residues):
+        bad = next(n for n, letter in enumerate(residues) if letter not in _ALLOWED)
         stop = "; '*' may only be the last symbol" if residues[bad] == "*" else ""
         raise ValueError(
             f"{where}, position {bad + 1}: {residues[bad]!r} is no residue{stop}; allowed are the letters "
@@ -125,7 +124,6 @@ def _residues(sequence: str, where: str) -> str:
         )
     if not ungapped:
         raise ValueError(f"{where}: the sequence is empty")
-    counts = collections.Counter(ungapped)
-    if len(ungapped) >= _SUSPICIOUS and sum(counts[n] for n in _NUCLEOTIDES) > 0.95 * len(ungapped):
+    if len(ungapped) >= _SUSPICIOUS and sum(map(ungapped.count, _NUCLEOTIDES)) > 0.95 * len(ungapped):
         warnings.warn(f"{where}: looks like nucleotides; it is aligned as a protein all the same", stacklevel=3)
     return ungapped

@@ -40,7 +40,7 @@ class AlignerConfig:
     positions: half of them is rotated by length-scaled positions, a pull to the diagonal.
     substitution_prior: adds BLOSUM62 with a learned weight to the plan's scores.
     refinement: residual convolution blocks that weigh the votes of a first plan for a second one; 0 for no second plan.
-    gap_model: learns the pair HMM that plans are aligned by (loss.alignment); else that of models/decode.py is taken.
+    gap_model: learns the pair HMM that plans are aligned by (loss.alignment); else decode.Gaps() is taken.
     implementation: of the attention: "auto", "reference", "xla" or "pallas_tpu".
     dtype: of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
     """

@@ -8,26 +8,32 @@ Durbin 1998, doi:10.1089/cmb.1998.5.493). The table's row i + 1 needs only row i
 so rows are computed for the whole batch at once, and the maximum over T[i+1, j] is a running maximum along the row.
 
 A transport plan knows no order and no gaps. `posterior` therefore takes its values for the weights of matches in a pair
-HMM with affine gaps (Durbin et al. 1998, chapter 4): of all monotone alignments, each weighted by the product of its
-matches' and gaps' weights, the share that contains a pair. What is aligned is the MEA of that.
+HMM (models/pair_hmm.py). What is aligned is the MEA of that.
+
+Plans are held by windows, `values[n, i, c]` is P_ij for j = first[n, i] + c, as models/pair_hmm.py describes. All is
+computed where the plan is; a few numbers for each residue are what a host has to fetch.
 """
 
 import dataclasses
-import math
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+
+from models import pair_hmm
 
 NO_MATCH = -1
-_LARGEST = 1e250  # of a row's weights: leaves room for 1,280 nats less, and for a row's sum
+_MATCHED, _ENTERED = 1, 2  # bits of a cell of the MEA's table
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaps:
     """Log-weights of the pair HMM, in nats: `sharpness * log P + match` for a match, `-opening` for a gap.
 
-    Each residue of a gap thereby costs half a `match`: written so, prefixes of one row weigh nearly the same, and none
-    underflows. The values were chosen on validation families (docs/aligner.md).
+    Each residue of a gap thereby costs half a `match`. The values were chosen on validation families
+    (docs/aligner.md).
     """
 
     sharpness: float = 1.0
@@ -38,187 +44,138 @@ class Gaps:
         if self.sharpness <= 0 or self.opening < 0:
             raise ValueError(f"{self}: sharpness must be above 0, opening at least 0")
 
+    def numbers(self) -> Float32[np.ndarray, "3"]:
+        """Return sharpness, match and opening in one array."""
+        return np.array([self.sharpness, self.match, self.opening], np.float32)
+
+
+class Decoded(NamedTuple):
+    """Hard alignments of a batch, residue by residue; NO_MATCH or 0 beyond the lengths."""
+
+    match: Int[Array, "batch rows"]  # column of y that each row of x is aligned with, or NO_MATCH
+    confidence: Float[Array, "batch rows"]  # the plan's value there, or 0
+    x_alone: Float[Array, "batch rows"]  # 1 minus the sum of the row, or 0
+    y_alone: Float[Array, "batch columns"]
+
 
 def posterior(
-    plans: Float[np.ndarray, "batch x_padded y_padded"],
-    x_lengths: Int[np.ndarray, " batch"],
-    y_lengths: Int[np.ndarray, " batch"],
-    gaps: Gaps = Gaps(),
-) -> Float64[np.ndarray, "batch x_padded y_padded"]:
-    """For every pair of residues the probability that it is aligned; 0 beyond the lengths.
+    plans: Float[Array, "batch rows width"],
+    first: Int[Array, "batch rows"] | None,
+    x_lengths: Int[Array, " batch"],
+    y_lengths: Int[Array, " batch"],
+    gaps: Float[Array, "3"],
+    columns: int,
+) -> Float[Array, "batch rows width"]:
+    """Compute the probability that each pair of residues is aligned, in the plans' windows.
 
-    Raises:
-      ValueError: a length does not fit the padded plan; a value within the lengths is negative, NaN or infinite.
+    Args:
+      plans: 0 beyond the lengths.
+      first: as `pair_hmm.rising` makes them, or None if each row holds all columns.
+      gaps: sharpness, match and opening.
+      columns: padded length of y.
     """
-    plans = _residues_only(plans, x_lengths, y_lengths)
-    return posterior_in_windows(plans, Windows.whole(plans.shape), x_lengths, y_lengths, gaps)
-
-
-def posterior_in_windows(
-    plans: Float[np.ndarray, "batch rows width"],
-    windows: "Windows",
-    x_lengths: Int[np.ndarray, " batch"],
-    y_lengths: Int[np.ndarray, " batch"],
-    gaps: Gaps = Gaps(),
-) -> Float64[np.ndarray, "batch rows width"]:
-    """`posterior` of plans held by windows, in the same windows; the plans are 0 beyond the lengths."""
-    weights = math.exp(gaps.match) * plans.astype(np.float64) ** gaps.sharpness
-    batch, rows, _ = weights.shape
-    origin, lengths, size = np.zeros((batch, 2), int), np.stack([x_lengths, y_lengths], 1), (rows, windows.columns)
-    before, log_before, log_total = _forward(weights, windows, origin, lengths, gaps)
-    after, log_after, _ = _forward(
-        weights[:, ::-1, ::-1], windows.turned(), size - lengths, np.full((batch, 2), size), gaps
-    )
-    after, log_after = after[:, ::-1, ::-1], log_after[:, ::-1]
-    with np.errstate(divide="ignore"):
-        logs = np.log(before) + np.log(weights) + np.log(after)
-    scale = log_before + log_after - log_total[:, None]
-    return np.exp(np.minimum(logs + scale[:, :, None], 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Which columns of plans are held: `width` from `first` on in each row. Only there can residues be matched.
-
-    first: at least 0, rises from row to row or stays; windows may reach beyond the `columns`, where plans are 0.
-    """
-
-    first: Int[np.ndarray, "batch rows"]
-    width: int
-    columns: int
-
-    @classmethod
-    def whole(cls, shape: tuple[int, int, int]) -> "Windows":
-        """All columns of plans of this shape."""
-        return cls(np.zeros(shape[:2], int), shape[2], shape[2])
-
-    def turned(self) -> "Windows":
-        """Of the plans with rows and columns in reverse order."""
-        return Windows(self.columns - self.width - self.first[:, ::-1], self.width, self.columns)
-
-    def spread(self, row: int, held: np.ndarray) -> Float[np.ndarray, "batch columns"]:
-        """A whole row from what its windows hold."""
-        if self.width == self.columns and not self.first[:, row].any():
-            return held
-        whole = np.zeros((len(held), self.columns + 2 * self.width), held.dtype)
-        np.put_along_axis(whole, self._place(row), held, axis=1)
-        return whole[:, self.width : self.width + self.columns]
-
-    def cut(self, row: int, whole: np.ndarray) -> np.ndarray:
-        """What the windows hold of a whole row; anything beyond its ends."""
-        if self.width == self.columns and not self.first[:, row].any():
-            return whole
-        place = np.clip(self._place(row) - self.width, 0, self.columns - 1)
-        return np.take_along_axis(whole, place, axis=1)
-
-    def _place(self, row: int) -> Int[np.ndarray, "batch width"]:
-        return self.first[:, row, None] + np.arange(self.width, 2 * self.width)
-
-
-def _forward(
-    weights: Float64[np.ndarray, "batch rows width"],
-    windows: Windows,
-    start: Int[np.ndarray, "batch 2"],
-    end: Int[np.ndarray, "batch 2"],
-    gaps: Gaps,
-) -> tuple[Float64[np.ndarray, "batch rows width"], Float64[np.ndarray, "batch rows"], Float64[np.ndarray, " batch"]]:
-    """Weight of all alignments of what comes before each pair, divided by a factor a row; its logarithm; and the
-    logarithm of the weight of all that lead from node `start` to node `end`.
-    """
-    batch, rows, _ = weights.shape
-    opened = math.exp(-gaps.opening)
-    before, log_scale, log_total = np.empty_like(weights), np.empty((batch, rows)), np.full(batch, -np.inf)
-    matched, x_alone = np.zeros((2, batch, windows.columns + 1))
-    y_alone, scale = np.zeros((batch, windows.columns + 1)), np.zeros(batch)
-    for i in range(rows + 1):
-        # A gap in x may follow one in y, not the other way round: their order means nothing and counts once.
-        x_alone = opened * (matched + y_alone) + x_alone
-        if i:
-            matched[:, 0], matched[:, 1:] = 0, windows.spread(i - 1, before[:, i - 1] * weights[:, i - 1])
-        here = np.flatnonzero(start[:, 0] == i)
-        matched[here, start[here, 1]] = 1
-        y_alone[:, 1:] = opened * np.cumsum(matched[:, :-1], axis=1)
-        total = matched + x_alone + y_alone
-        largest = total.max(axis=1)
-        factor = np.where(largest > 0, largest / _LARGEST, 1)
-        matched, x_alone, y_alone, total = (state / factor[:, None] for state in (matched, x_alone, y_alone, total))
-        scale = scale + np.log(factor)
-        there = np.flatnonzero(end[:, 0] == i)
-        with np.errstate(divide="ignore"):
-            log_total[there] = np.log(total[there, end[there, 1]]) + scale[there]
-        if i < rows:
-            before[:, i], log_scale[:, i] = windows.cut(i, total[:, :-1]), scale
-    return before, log_scale, log_total
+    sharpness, match, opening = gaps
+    possible = plans > 0
+    log_weight = sharpness * jnp.log(jnp.where(possible, plans, 1)) + match
+    log_weight = jnp.where(possible, log_weight, pair_hmm.NOTHING)
+    return pair_hmm.posterior(log_weight, first, x_lengths, y_lengths, opening, columns)
 
 
 def mea(
-    plan: Float[np.ndarray, "x_length y_length"],
-) -> tuple[Int32[np.ndarray, "aligned 2"], Float32[np.ndarray, " aligned"]]:
-    """Aligned pairs (i, j) in order and their plan values, from one plan over residues (no dustbin, no padding).
+    plans: Float[Array, "batch rows width"],
+    first: Int[Array, "batch rows"] | None,
+    y_lengths: Int[Array, " batch"],
+) -> Int[Array, "batch rows"]:
+    """Find the column matched with each row, or NO_MATCH. Cells where the plan is 0 are never matched.
 
-    Raises:
-      ValueError: a value is negative, NaN or infinite.
+    The table holds integers, each row from its window's first node on: float32 would round sums of long alignments and
+    thereby lose small values, and it would decide ties by chance.
     """
-    x_length, y_length = plan.shape
-    match, confidence = mea_batch(plan[None], np.array([x_length]), np.array([y_length]))
-    rows = np.flatnonzero(match[0] != NO_MATCH)
-    return np.stack([rows, match[0, rows]], axis=1).astype(np.int32), confidence[0, rows]
+    batch, rows, width = plans.shape
+    windows = jnp.zeros((batch, rows), jnp.int32) if first is None else first
+    # A power of two: equal sums stay equal. No sum, of as many matches as fit the window, reaches 2^30.
+    _, exponent = jnp.frexp(plans.max(axis=(1, 2), keepdims=True))
+    gains = jnp.round(jnp.ldexp(plans, 30 - min(rows, width).bit_length() - exponent)).astype(jnp.int32)
+
+    def next_row(best, row):
+        gain, possible, by = row
+        best = best if first is None else pair_hmm.shifted(best, by)
+        best = best - best[:, :1]
+        matched = possible & (best[:, :-1] + gain >= best[:, 1:])
+        entry = jnp.where(matched, best[:, :-1] + gain, best[:, 1:])
+        # Left of the window nothing is gained, hence nothing is higher than the window's first node, which is 0.
+        best = jax.lax.associative_scan(jnp.maximum, entry, axis=1)
+        bits = matched * _MATCHED + (entry == best) * _ENTERED
+        return jnp.pad(best, ((0, 0), (1, 0))), bits.astype(jnp.uint8)
+
+    by = jnp.diff(windows, axis=1, prepend=windows[:, :1])
+    per_row = gains.swapaxes(0, 1), (plans > 0).swapaxes(0, 1), by.T
+    _, bits = jax.lax.scan(next_row, jnp.zeros((batch, width + 1), jnp.int32), per_row)
+    return _trace(bits, windows, y_lengths)
 
 
-def mea_batch(
+def _trace(
+    bits: UInt8[Array, "rows batch width"], first: Int[Array, "batch rows"], y_lengths: Int[Array, " batch"]
+) -> Int[Array, "batch rows"]:
+    """Follow the best path from the ends of both sequences back."""
+    place = jnp.arange(bits.shape[2])
+
+    def row_above(column, row):
+        bits, first = row
+        # The path enters the row at the last such cell that is not right of where it leaves it; left of the window it
+        # comes from above.
+        entered = (bits & _ENTERED > 0) & (place < (column - first)[:, None])
+        cell = jnp.where(entered, 2 * place + (bits & _MATCHED), -1).max(axis=1)
+        matched = (cell >= 0) & (cell % 2 == _MATCHED)
+        column = jnp.where(cell >= 0, first + cell // 2 + 1 - matched, column)
+        return column, jnp.where(matched, column, NO_MATCH)
+
+    _, match = jax.lax.scan(row_above, y_lengths.astype(jnp.int32), (bits, first.T), reverse=True)
+    return match.T
+
+
+def decoded(
+    plans: Float[Array, "batch rows width"],
+    first: Int[Array, "batch rows"],
+    x_lengths: Int[Array, " batch"],
+    y_lengths: Int[Array, " batch"],
+    columns: int,
+) -> Decoded:
+    """Align by the MEA of plans or posteriors, and sum up what each residue has beside its match."""
+    match = mea(plans, first, y_lengths)
+    held = jnp.where(match == NO_MATCH, 0, match - first)
+    confidence = jnp.where(match == NO_MATCH, 0, jnp.take_along_axis(plans, held[:, :, None], axis=2)[:, :, 0])
+    place = first[:, :, None] + jnp.arange(plans.shape[2])
+    y_mass = jax.vmap(lambda values, place: jnp.zeros(columns).at[place].add(values, mode="drop"))(plans, place)
+    alone = (
+        jnp.where(jnp.arange(mass.shape[1]) < lengths[:, None], jnp.clip(1 - mass, 0, 1), 0)
+        for mass, lengths in ((plans.sum(axis=2), x_lengths), (y_mass, y_lengths))
+    )
+    return Decoded(match, confidence, *alone)
+
+
+def decode_dense(
     plans: Float[np.ndarray, "batch x_padded y_padded"],
     x_lengths: Int[np.ndarray, " batch"],
     y_lengths: Int[np.ndarray, " batch"],
-) -> tuple[Int32[np.ndarray, "batch x_padded"], Float32[np.ndarray, "batch x_padded"]]:
-    """The column matched with each row, or -1, and the plan's value there, or 0.
+    gaps: Float[np.ndarray, "3"] | None,
+) -> tuple[Float32[np.ndarray, "batch x_padded y_padded"], Int32[np.ndarray, "batch x_padded"]]:
+    """Compute posteriors of dense plans and the columns that they match with each row; without `gaps` of the plans.
 
-    Whatever lies beyond the lengths (padding, dustbin) is ignored. Cells where the plan is 0, as outside the band,
-    are never matched.
+    Whatever lies beyond the lengths (padding, dustbin) is ignored.
 
     Raises:
       ValueError: a length does not fit the padded plan; a value within the lengths is negative, NaN or infinite.
     """
     plans = _residues_only(plans, x_lengths, y_lengths)
-    return mea_in_windows(plans, Windows.whole(plans.shape))
+    return jax.device_get(_dense(plans, x_lengths, y_lengths, gaps))
 
 
-def mea_in_windows(
-    plans: Float[np.ndarray, "batch rows width"], windows: Windows
-) -> tuple[Int32[np.ndarray, "batch rows"], Float32[np.ndarray, "batch rows"]]:
-    """`mea_batch` of plans held by windows; the plans are 0 beyond the lengths."""
-    batch, rows, width = plans.shape
-    best = np.zeros((batch, windows.columns + 1))
-    # By the column of a window: the column at which the best path enters the row, and whether it does so by a match.
-    enters = np.empty((rows, batch, width), np.int32)
-    matches = np.zeros((rows, batch, width), bool)
-    for i in range(rows):
-        best, entered, matched = _next_row(best, windows.spread(i, plans[:, i]))
-        enters[i], matches[i] = windows.cut(i, entered[:, 1:]), windows.cut(i, matched)
-
-    match = np.full((batch, rows), NO_MATCH, np.int32)
-    confidence = np.zeros((batch, rows), np.float32)
-    examples, column = np.arange(batch), np.full(batch, windows.columns)
-    for i in reversed(range(rows)):
-        # Right of its window a row gains nothing more, nor do those above it; left of it the path comes from above.
-        held = np.minimum(column - windows.first[:, i], width) - 1
-        inside, held = held >= 0, np.maximum(held, 0)
-        column = np.where(inside, enters[i, examples, held], column)
-        held = column - windows.first[:, i] - 1
-        matched = inside & (held >= 0) & matches[i, examples, np.maximum(held, 0)]
-        column = column - matched
-        match[:, i] = np.where(matched, column, NO_MATCH)
-        confidence[:, i] = np.where(matched, plans[examples, i, np.maximum(held, 0)], 0)
-    return match, confidence
-
-
-def _next_row(best: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    paired = best[:, :-1] + gain
-    matched = (gain > 0) & (paired >= best[:, 1:])
-    entry = best.copy()
-    np.copyto(entry[:, 1:], paired, where=matched)
-    row = np.maximum.accumulate(entry, axis=1)
-    here = np.where(entry == row, np.arange(entry.shape[1], dtype=np.int32), np.int32(0))
-    return row, np.maximum.accumulate(here, axis=1), matched
+@jax.jit
+def _dense(plans, x_lengths, y_lengths, gaps):
+    if gaps is not None:
+        plans = posterior(plans, None, x_lengths, y_lengths, gaps, plans.shape[2])
+    return plans, mea(plans, None, y_lengths)
 
 
 def _residues_only(plans: np.ndarray, x_lengths: np.ndarray, y_lengths: np.ndarray) -> np.ndarray:
@@ -227,7 +184,7 @@ def _residues_only(plans: np.ndarray, x_lengths: np.ndarray, y_lengths: np.ndarr
             raise ValueError(f"{name}: {lengths.min()}..{lengths.max()} were given, the plan allows 0..{padded}")
     real_rows = np.arange(plans.shape[1]) < x_lengths[:, None]
     real_columns = np.arange(plans.shape[2]) < y_lengths[:, None]
-    plans = np.where(real_rows[:, :, None] & real_columns[:, None, :], plans, 0)
+    plans = np.where(real_rows[:, :, None] & real_columns[:, None, :], plans, 0).astype(np.float32)
     if not (np.isfinite(plans).all() and (plans >= 0).all()):
         raise ValueError("plans: a value is negative, NaN or infinite; a transport plan is finite and not negative")
     return plans

@@ -4,26 +4,32 @@ Pairs are padded to few lengths and aligned in batches, so that few programs are
 lengths' product is made: the plan is held by its band.
 """
 
+import collections
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Float32, Float64, Int, Int32, PyTree
+from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
-from models import compiled, decode, weights
+from models import compiled, decode, pair_hmm, weights
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 
 DECODERS = ("posterior", "plan")
 MAX_CELLS = 16_000_000  # of a band that is widened by itself; decoding takes about 50 bytes a cell
 MAX_LENGTH = 46_000  # what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
-_BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch
+_BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch on a CPU
+_BATCH_RESIDUES_OF_ACCELERATOR = 1024 * 192
+_CHUNK_BATCHES, _SMALLEST_CHUNK = 16, 2048  # batches, and pairs, of a chunk of `chunk_size`
+_BATCH_CELLS = 1 << 27  # of the plans of a batch on an accelerator; decoding takes some 30 bytes a cell
+_AHEAD, _AHEAD_OF_ACCELERATOR = 1, 16  # batches that are computed before the results of one are fetched
 _SMALLEST = 64  # padded length
 _USUAL_LENGTH = 256  # residues; few pairs of training are longer
 _LONG, _LONG_BAND = 1024, 256  # from where on a model that was trained without a band gets one, and which
@@ -40,11 +46,15 @@ class Alignment(NamedTuple):
     y_alone: Float32[np.ndarray, " y_length"]
 
 
-class Plans(NamedTuple):
-    """Plans, or posteriors, held by windows: `values[n, i, c]` is P_ij for j = windows.first[n, i] + c."""
+_NOTHING = Alignment(np.zeros((0, 2), np.int32), *[np.zeros(0, np.float32)] * 3)
 
-    values: Float[np.ndarray, "batch rows width"]
-    windows: decode.Windows
+
+class Plan(NamedTuple):
+    """A plan held by windows: `values[i, c]` is P_ij for j = first[i] + c."""
+
+    values: Float[np.ndarray, "rows width"]
+    first: Int[np.ndarray, " rows"]
+    columns: int
 
 
 class _Shape(NamedTuple):
@@ -103,6 +113,10 @@ class Pretrained:
             )
         return band
 
+    def chunk_size(self) -> int:
+        """Number of pairs of usual lengths that are best sorted by length and aligned together."""
+        return max(_SMALLEST_CHUNK, _CHUNK_BATCHES * _batch_size(_USUAL_LENGTH, _USUAL_LENGTH, self.band))
+
     def align(
         self,
         pairs: Sequence[tuple[Tokens, Tokens]],
@@ -111,7 +125,7 @@ class Pretrained:
         band: int | None = None,
         done: Callable[[int], object] = lambda count: None,
     ) -> list[Alignment]:
-        """The alignments of pairs of token sequences, in their order.
+        """Align pairs of token sequences; the alignments are in their order.
 
         decoder: "posterior" aligns by maximum expected accuracy of the pair HMM that the plan weighs, "plan" by that of
           the plan itself (models/decode.py). band: in place of `band_for`, -1 for all. done: told how many are.
@@ -119,57 +133,44 @@ class Pretrained:
         Raises:
           ValueError: an empty sequence, one longer than `MAX_LENGTH`, an unknown decoder.
         """
+        return next(self.align_chunks([pairs], decoder=decoder, band=band, done=done), [])
+
+    def align_chunks(
+        self,
+        chunks: Iterable[Sequence[tuple[Tokens, Tokens]]],
+        *,
+        decoder: str = "posterior",
+        band: int | None = None,
+        done: Callable[[int], object] = lambda count: None,
+    ) -> Iterator[list[Alignment]]:
+        """Yield the alignments of each chunk of pairs, as `align` does, while the device works on the next ones."""
         if decoder not in DECODERS:
             raise ValueError(f"decoder: {decoder!r} was given, allowed are {', '.join(DECODERS)}")
-        found: list[Alignment | None] = [None] * len(pairs)
-        for members, plan, gaps in self._plans(pairs, band):
-            x_lengths, y_lengths = _lengths([pairs[n] for n in members], len(plan.values))
-            if decoder == "posterior":
-                thick = plan.values * self._thinning(plan, x_lengths, y_lengths)[:, None, None]
-                values = decode.posterior_in_windows(thick, plan.windows, x_lengths, y_lengths, gaps)
-                plan = Plans(values, plan.windows)
-            for n, alignment in zip(members, _decoded(plan, x_lengths, y_lengths), strict=False):
-                found[n] = alignment
-            done(len(members))
-        return [alignment for alignment in found if alignment is not None]
+        ahead = _AHEAD if jax.default_backend() == "cpu" else _AHEAD_OF_ACCELERATOR
+        for batch in _ahead(self._dispatched(chunks, decoder, band), ahead):
+            for member, alignment in zip(batch.members, _alignments(batch), strict=True):
+                batch.found[member] = alignment
+            done(len(batch.members))
+            if batch.last:
+                yield batch.found
 
-    def plan(self, x: Tokens, y: Tokens, *, band: int | None = None) -> Plans:
-        """The plan of one pair; raises as `align` does."""
-        (_, plan, _), *_ = self._plans([(x, y)], band)
-        return plan
+    def _dispatched(
+        self, chunks: Iterable[Sequence[tuple[Tokens, Tokens]]], decoder: str, band: int | None
+    ) -> Iterator["_Batch"]:
+        for pairs in chunks:
+            found: list[Alignment] = [_NOTHING] * len(pairs)
+            left = len(pairs)
+            for shape, members in _batches([self._shape(x, y, band) for x, y in pairs]):
+                padded = _padded([pairs[n] for n in members], shape)
+                left -= len(members)
+                decoded = self._predict(shape.band, decoder)(self.params, *padded)
+                yield _Batch(found, members, padded[2], padded[3], decoded, last=not left)
 
-    def _thinning(
-        self, plan: Plans, x_lengths: Int[np.ndarray, " batch"], y_lengths: Int[np.ndarray, " batch"]
-    ) -> Float[np.ndarray, " batch"]:
-        """How much thinner plans are spread than those of training, which the gap model knows; 1 for usual pairs.
-
-        Let a row's `exp(S)` sum to K, and its plan to m over residues. Where all n rows and columns are alike, a full
-        dustbin of score s balances at `r = (1 - m) / m = e^s sqrt(n / K)`, and a cell of the plan is `exp(S) m / K`. It
-        shrinks with K, which grows with the band, and with n. Both are undone, r being known from the plan's sums.
-        """
-        if self.band is None:
-            return np.ones(len(x_lengths))
-        x_lengths, y_lengths = np.maximum(x_lengths, 1), np.maximum(y_lengths, 1)
-        columns = np.maximum(1, np.minimum(plan.windows.width, y_lengths) / (2 * self.band + 1))
-        rows = np.maximum(1, x_lengths / _USUAL_LENGTH)
-        mass = plan.values.sum(axis=(1, 2), dtype=np.float64)
-        x_share, y_share = (np.clip(mass / n, 1e-6, 1) for n in (x_lengths, y_lengths))
-        r = np.sqrt((1 - x_share) * (1 - y_share)) / x_share
-        return columns * (1 + r) / (1 + r * np.sqrt(columns / rows))
-
-    def _plans(
-        self, pairs: Sequence[tuple[Tokens, Tokens]], band: int | None
-    ) -> Iterator[tuple[list[int], Plans, decode.Gaps]]:
-        """Which pairs, their plans and gap model, batch by batch; the next batch is computed while one is used."""
-        waiting = None
-        for shape, members in _batches([self._shape(x, y, band) for x, y in pairs]):
-            padded = _padded([pairs[n] for n in members], shape)
-            following = members, padded, self._predict(shape.band)(self.params, *padded)
-            if waiting:
-                yield _held(*waiting)
-            waiting = following
-        if waiting:
-            yield _held(*waiting)
+    def plan(self, x: Tokens, y: Tokens, *, band: int | None = None) -> Plan:
+        """Return the plan of one pair; raises as `align` does."""
+        shape = self._shape(x, y, band)._replace(batch=1)
+        values, first = jax.device_get(self._predict(shape.band, None)(self.params, *_padded([(x, y)], shape)))
+        return Plan(values[0, : len(x), : len(y)], first[0, : len(x)], len(y))
 
     def _shape(self, x: Tokens, y: Tokens, band: int | None) -> _Shape:
         for name, tokens in (("x", x), ("y", y)):
@@ -179,18 +180,74 @@ class Pretrained:
         rows, columns = bucket(len(x)), bucket(len(y))
         if max(rows, columns) < 4 * min(rows, columns):  # padded alike unless that wastes much: fewer programs
             rows = columns = max(rows, columns)
-        return _Shape(max(1, _BATCH_RESIDUES // max(rows, columns)), rows, columns, half_width)
+        return _Shape(_batch_size(rows, columns, half_width), rows, columns, half_width)
 
     @functools.cache  # noqa: B019
-    def _predict(self, band: int | None) -> Callable:
+    def _predict(self, band: int | None, decoder: str | None) -> Callable:
+        """Make the program that computes a batch's alignments, or its plans if `decoder` is None."""
+
         @jax.jit
-        def predict(params, x, y, x_length, y_length):
+        def predict(params, x, y, x_lengths, y_lengths):
             model = nnx.merge(self.graph, params)
             model.spec = dataclasses.replace(model.spec, band=band)  # of the plan; self-attention keeps its own
-            gaps = model.gaps() if model.config.gap_model else None
-            return model.banded_plan(x, y, x_length, y_length), gaps
+            plans, first = model.banded_plan(x, y, x_lengths, y_lengths)
+            # Padding has no windows: those of the last residue go on, so that they never turn back.
+            first = pair_hmm.rising(first, y_lengths)
+            if decoder is None:
+                return plans, first
+            lengths, columns = (x_lengths, y_lengths), y.shape[1]
+            if decoder == "posterior":
+                gaps = model.gaps() if model.config.gap_model else jnp.asarray(decode.Gaps().numbers())
+                plans = plans * _thinning(plans, *lengths, self.band)[:, None, None]
+                plans = decode.posterior(plans, first, *lengths, gaps, columns)
+            return decode.decoded(plans, first, *lengths, columns)
 
         return predict
+
+
+class _Batch(NamedTuple):
+    """A batch that a device computes."""
+
+    found: list[Alignment]  # of its chunk; this batch's are entered at the places `members`
+    members: list[int]
+    x_lengths: Int[np.ndarray, " batch"]
+    y_lengths: Int[np.ndarray, " batch"]
+    decoded: decode.Decoded
+    last: bool  # of the chunk
+
+
+def _thinning(
+    plans: Float[Array, "batch rows width"],
+    x_lengths: Int[Array, " batch"],
+    y_lengths: Int[Array, " batch"],
+    band: int | None,
+) -> Float[Array, " batch"]:
+    """Compute the factor that brings plans to the density of those of training, which the gap model knows.
+
+    It is 1 for usual pairs. Let a row's `exp(S)` sum to K, and its plan to m over residues. Where all n rows and
+    columns are alike, a full dustbin of score s balances at `r = (1 - m) / m = e^s sqrt(n / K)`, and a cell of the plan
+    is `exp(S) m / K`. It shrinks with K, which grows with the band, and with n. Both are undone, r being known from
+    the plan's sums.
+
+    band: that of training.
+    """
+    if band is None:
+        return jnp.ones(len(plans))
+    x_lengths, y_lengths = jnp.maximum(x_lengths, 1), jnp.maximum(y_lengths, 1)
+    columns = jnp.maximum(1, jnp.minimum(plans.shape[2], y_lengths) / (2 * band + 1))
+    rows = jnp.maximum(1, x_lengths / _USUAL_LENGTH)
+    mass = plans.sum(axis=(1, 2))
+    x_share, y_share = (jnp.clip(mass / n, 1e-6, 1) for n in (x_lengths, y_lengths))
+    r = jnp.sqrt((1 - x_share) * (1 - y_share)) / x_share
+    return columns * (1 + r) / (1 + r * jnp.sqrt(columns / rows))
+
+
+def _batch_size(rows: int, columns: int, band: int | None) -> int:
+    """Number of pairs that are computed at once."""
+    if jax.default_backend() == "cpu":
+        return max(1, _BATCH_RESIDUES // max(rows, columns))
+    width = columns if band is None else min(2 * band + 1, columns)
+    return max(1, min(_BATCH_RESIDUES_OF_ACCELERATOR // max(rows, columns), _BATCH_CELLS // (rows * width)))
 
 
 def bucket(length: int) -> int:
@@ -240,42 +297,32 @@ def _padded(pairs: Sequence[tuple[Tokens, Tokens]], shape: _Shape) -> tuple[np.n
     return x, y, *_lengths(pairs, shape.batch)
 
 
-def _held(members: list[int], padded, predicted) -> tuple[list[int], Plans, decode.Gaps]:
-    """On the host, cut to the longest of the batch."""
-    ((values, first), gaps), (*_, x_lengths, y_lengths) = jax.device_get(predicted), padded
-    rows, columns = x_lengths.max(), y_lengths.max()
-    # Padding has no windows: those of the last residue go on, so that they never turn back.
-    first, values = np.maximum.accumulate(first[:, :rows], axis=1), values[:, :rows, :columns]
-    gaps = decode.Gaps() if gaps is None else decode.Gaps(*gaps.tolist())
-    return members, Plans(values, decode.Windows(first, values.shape[2], int(columns))), gaps
+def _ahead(items: Iterator[_Batch], count: int) -> Iterator[_Batch]:
+    """Yield items once `count` more have been made."""
+    waiting: collections.deque[_Batch] = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
-def _decoded(
-    plan: Plans, x_lengths: Int[np.ndarray, " batch"], y_lengths: Int[np.ndarray, " batch"]
-) -> Iterator[Alignment]:
-    match, confidence = decode.mea_in_windows(plan.values, plan.windows)
-    x_mass = plan.values.sum(axis=2)
-    for n, (x_length, y_length) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist(), strict=True)):
+def _alignments(batch: _Batch) -> Iterator[Alignment]:
+    match, confidence, x_alone, y_alone = jax.device_get(batch.decoded)
+    for n, (x_length, y_length) in enumerate(zip(batch.x_lengths.tolist(), batch.y_lengths.tolist(), strict=True)):
+        if n == len(batch.members):
+            return
         aligned = np.flatnonzero(match[n] != decode.NO_MATCH)
         pairs = np.stack([aligned, match[n, aligned]], axis=1).astype(np.int32)
-        y_mass = _column_sums(plan.values[n, :x_length], plan.windows.first[n, :x_length], y_length)
-        alone = (np.clip(1 - mass, 0, 1).astype(np.float32) for mass in (x_mass[n, :x_length], y_mass))
-        yield Alignment(pairs, confidence[n, aligned], *alone)
+        yield Alignment(pairs, confidence[n, aligned], x_alone[n, :x_length], y_alone[n, :y_length])
 
 
-def _column_sums(
-    values: Float[np.ndarray, "rows width"], first: Int[np.ndarray, " rows"], columns: int
-) -> Float64[np.ndarray, " columns"]:
-    place = first[:, None] + np.arange(values.shape[1])
-    return np.bincount(place.ravel(), weights=values.ravel(), minlength=columns)[:columns]
-
-
-def dense_maximum(plan: Plans, longest: int) -> tuple[Float32[np.ndarray, "rows columns"], int]:
+def dense_maximum(plan: Plan, longest: int) -> tuple[Float32[np.ndarray, "rows columns"], int]:
     """One plan as a picture with at most `longest` rows and columns, and how many residues a pixel is wide.
 
     A pixel shows the largest value of its residues: alignments are thin lines that means would wash out.
     """
-    values, first, columns = plan.values[0], plan.windows.first[0], plan.windows.columns
+    values, first, columns = plan
     scale = -(-max(len(values), columns) // longest)
     picture = np.zeros((-(-len(values) // scale), -(-columns // scale)), np.float32)
     row, place = np.nonzero(values)

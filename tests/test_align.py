@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import decode_oracle
 import jax
 import numpy as np
 import pytest
@@ -142,6 +143,17 @@ def test_all_formats_hold_the_same_alignment(run):
     assert f"Gaps:       {len(x) - len(record['pairs'])}/{len(x)} (" in text.getvalue()
 
 
+def test_json_lines_are_what_the_json_module_writes():
+    confidence = np.array([0, 1, 1e-5, 0.00005, 0.03125, 0.9999999, 1.00004, 1.25, 0.3, 1 / 3], np.float32)
+    record = Record("x", "", "A" * 20)
+    for count in (0, 1, len(confidence)):
+        pairs = np.arange(2 * count, dtype=np.int32).reshape(-1, 2)
+        aligned = formats.Aligned('a"\u00e9', record, record, pairs, confidence[:count], np.ones(20), np.ones(20))
+        rounded = [round(float(c), 4) for c in confidence[:count]]
+        expected = json.dumps({"id": aligned.id, "pairs": pairs.tolist(), "confidence": rounded}) + "\n"
+        assert formats.jsonl(aligned) == expected
+
+
 def test_score_is_that_of_needleman_wunsch(model):
     import parasail
 
@@ -177,8 +189,8 @@ def test_banded_decoding_is_dense_decoding(model):
         return aligner.plan(x, y, x_length, y_length), aligner.gaps()
 
     dense, gaps = jax.device_get(whole(x[None], y[None], *lengths))
-    posterior = decode.posterior(dense, *lengths, decode.Gaps(*gaps.tolist()))
-    expected, confidence = decode.mea_batch(posterior, *lengths)
+    posterior = decode_oracle.posterior(dense, *lengths, decode.Gaps(*gaps.tolist()))
+    expected, confidence = decode_oracle.mea_batch(posterior, *lengths)
     (found,) = model.align([(x, y)], band=64)
     np.testing.assert_array_equal(found.pairs[:, 1], expected[0][expected[0] >= 0])
     np.testing.assert_allclose(found.confidence, confidence[0][expected[0] >= 0], atol=1e-4)
@@ -221,13 +233,13 @@ def test_memory_grows_with_the_length_alone(model):
     """The program for two sequences of 1,500 residues never holds as much as their dense plan would take."""
     shape = pretrained._Shape(1, 1536, 1536, 64)
     padded = pretrained._padded([(np.ones(9, np.int32),) * 2], shape)
-    compiled = model._predict(64).lower(model.params, *padded).compile()
+    compiled = model._predict(64, "posterior").lower(model.params, *padded).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1536 * 1536
     rng = np.random.default_rng(2)
     x = rng.integers(1, 21, 1500).astype(np.int32)
     y = np.where(rng.random(1500) < 0.3, rng.integers(1, 21, 1500), x).astype(np.int32)
     plan = model.plan(x, y)
-    assert plan.values.shape == (1, 1500, 129)
+    assert plan.values.shape == (1500, 129)
     (found,) = model.align([(x, y)])
     assert (found.pairs[:, 0] == found.pairs[:, 1]).mean() > 0.98
     (part,) = model.align([(x[:140], y[:140])])

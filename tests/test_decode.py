@@ -1,10 +1,18 @@
+"""models/decode.py and models/pair_hmm.py against the float64 oracle, and that against all alignments written down."""
+
 import functools
 import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
 
+import decode_oracle as oracle
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import decode
+from models import decode, pair_hmm
 
 
 def best_accuracy(plan: np.ndarray) -> float:
@@ -27,7 +35,7 @@ def test_mea_is_optimal_monotone_and_stays_inside_the_band():
     rng = np.random.default_rng(0)
     for _ in range(200):
         plan = sparse_plan(rng, *rng.integers(1, 8, 2))
-        pairs, confidence = decode.mea(plan)
+        pairs, confidence = oracle.mea(plan)
         assert (np.diff(pairs, axis=0) > 0).all()
         assert (plan[pairs[:, 0], pairs[:, 1]] > 0).all()
         np.testing.assert_array_equal(confidence, plan[pairs[:, 0], pairs[:, 1]])
@@ -40,12 +48,12 @@ def test_brute_force_oracle_by_hand():
 
 
 def test_mea_crosses_for_no_sum_of_crossing_pairs():
-    pairs, _ = decode.mea(np.array([[0, 0.9], [0.8, 0]], np.float32))
+    pairs, _ = oracle.mea(np.array([[0, 0.9], [0.8, 0]], np.float32))
     np.testing.assert_array_equal(pairs, [[0, 1]])
 
 
 def test_a_plan_of_zeros_matches_nothing():
-    pairs, confidence = decode.mea(np.zeros((3, 4), np.float32))
+    pairs, confidence = oracle.mea(np.zeros((3, 4), np.float32))
     assert pairs.shape == (0, 2) and confidence.shape == (0,)
 
 
@@ -53,7 +61,7 @@ def test_many_small_values_beat_one_large_one():
     plan = np.zeros((4, 5), np.float32)
     plan[0, 4] = 0.9
     plan[range(4), range(4)] = 0.3
-    np.testing.assert_array_equal(decode.mea(plan)[0][:, 1], [0, 1, 2, 3])
+    np.testing.assert_array_equal(oracle.mea(plan)[0][:, 1], [0, 1, 2, 3])
 
 
 def test_batch_equals_one_by_one_and_ignores_padding():
@@ -63,9 +71,9 @@ def test_batch_equals_one_by_one_and_ignores_padding():
     small = [sparse_plan(rng, rows, columns) for rows, columns in lengths.T]
     for plan, one in zip(plans, small, strict=True):
         plan[: one.shape[0], : one.shape[1]] = one
-    match, confidence = decode.mea_batch(plans, *lengths)
+    match, confidence = oracle.mea_batch(plans, *lengths)
     for k, one in enumerate(small):
-        pairs, values = decode.mea(one)
+        pairs, values = oracle.mea(one)
         rows = np.flatnonzero(match[k] != decode.NO_MATCH)
         np.testing.assert_array_equal(np.stack([rows, match[k, rows]], 1), pairs)
         np.testing.assert_array_equal(confidence[k, rows], values)
@@ -77,7 +85,7 @@ def test_small_values_still_decide_at_the_end_of_a_long_alignment():
     plan = np.zeros((302, 302), np.float32)
     plan[range(300), range(300)] = 1
     plan[300:, 300:] = [[1e-6, 5e-6], [0, 1e-6]]
-    pairs, _ = decode.mea(plan)
+    pairs, _ = oracle.mea(plan)
     np.testing.assert_array_equal(pairs[300:], [[300, 301]])
 
 
@@ -110,7 +118,7 @@ def test_posterior_is_the_share_of_all_alignments():
         plan = sparse_plan(rng, *rng.integers(1, 6, 2))
         gaps = decode.Gaps(*rng.uniform((0.3, -1, 0), (1.5, 4, 5)).tolist())
         expected = enumerated_posterior(plan, gaps)
-        found = decode.posterior(plan[None], np.array([plan.shape[0]]), np.array([plan.shape[1]]), gaps)[0]
+        found = oracle.posterior(plan[None], np.array([plan.shape[0]]), np.array([plan.shape[1]]), gaps)[0]
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
@@ -121,12 +129,12 @@ def test_posterior_of_a_batch_is_that_of_each_and_ignores_padding():
     small = [sparse_plan(rng, rows, columns) for rows, columns in lengths.T]
     for plan, one in zip(plans, small, strict=True):
         plan[: one.shape[0], : one.shape[1]] = one
-    found = decode.posterior(plans, *lengths)
-    match, confidence = decode.mea_batch(found, *lengths)
+    found = oracle.posterior(plans, *lengths)
+    match, confidence = oracle.mea_batch(found, *lengths)
     for n, one in enumerate(small):
-        alone = decode.posterior(one[None], *(np.array([size]) for size in one.shape))[0]
+        alone = oracle.posterior(one[None], *(np.array([size]) for size in one.shape))[0]
         np.testing.assert_allclose(found[n, : one.shape[0], : one.shape[1]], alone, atol=1e-12)
-        pairs, values = decode.mea(alone)
+        pairs, values = oracle.mea(alone)
         rows = np.flatnonzero(match[n] != decode.NO_MATCH)
         np.testing.assert_array_equal(np.stack([rows, match[n, rows]], 1), pairs)
         np.testing.assert_allclose(confidence[n, rows], values, rtol=1e-5)
@@ -137,9 +145,9 @@ def test_posterior_neither_over_nor_underflows():
     """Of long sequences of which hardly anything matches, and of long ones that match all along."""
     lengths = np.array([700]), np.array([600])
     noise = np.random.default_rng(4).random((1, 700, 600)) ** 30
-    rows = decode.posterior(noise, *lengths).sum(axis=2)
+    rows = oracle.posterior(noise, *lengths).sum(axis=2)
     assert rows.max() <= 1 + 1e-9
-    alike = decode.posterior(np.eye(700)[None, :, :600], *lengths)
+    alike = oracle.posterior(np.eye(700)[None, :, :600], *lengths)
     np.testing.assert_allclose(alike[0, range(600), range(600)], 1, atol=1e-3)
 
 
@@ -148,12 +156,12 @@ def test_affine_gaps_join_what_accuracy_alone_would_scatter():
     plan = np.full((6, 8), 1e-3, np.float32)
     plan[range(3), range(3)] = plan[range(3, 6), range(5, 8)] = 0.9
     plan[2, 2], plan[2, 3], plan[2, 4] = 0.4, 0.01, 0.45
-    np.testing.assert_array_equal(decode.mea(plan)[0][:, 1], [0, 1, 4, 5, 6, 7])
+    np.testing.assert_array_equal(oracle.mea(plan)[0][:, 1], [0, 1, 4, 5, 6, 7])
     plan[2, 3] = 0.46  # alone between two gaps
-    np.testing.assert_array_equal(decode.mea(plan)[0][:, 1], [0, 1, 3, 5, 6, 7])
+    np.testing.assert_array_equal(oracle.mea(plan)[0][:, 1], [0, 1, 3, 5, 6, 7])
     lengths = (np.array([size]) for size in plan.shape)
-    ordered = decode.posterior(plan[None], *lengths, decode.Gaps(1.0, 3.3, 4.4))[0]
-    np.testing.assert_array_equal(decode.mea(ordered)[0][:, 1], [0, 1, 4, 5, 6, 7])
+    ordered = oracle.posterior(plan[None], *lengths, decode.Gaps(1.0, 3.3, 4.4))[0]
+    np.testing.assert_array_equal(oracle.mea(ordered)[0][:, 1], [0, 1, 4, 5, 6, 7])
 
 
 @pytest.mark.parametrize("bad", [{"sharpness": 0.0}, {"opening": -0.1}])
@@ -165,12 +173,12 @@ def test_gaps_that_make_no_sense_are_refused(bad):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
 def test_a_value_that_is_no_probability_is_refused(bad):
     with pytest.raises(ValueError, match="finite and not negative"):
-        decode.mea(np.array([[0.5, bad]], np.float32))
+        decode.decode_dense(np.array([[[0.5, bad]]], np.float32), np.array([1]), np.array([2]), None)
 
 
 def test_lengths_beyond_the_padding_are_refused():
     with pytest.raises(ValueError, match=r"y_lengths: 4\.\.4 were given, the plan allows 0\.\.3"):
-        decode.mea_batch(np.zeros((1, 2, 3), np.float32), np.array([2]), np.array([4]))
+        decode.decode_dense(np.zeros((1, 2, 3), np.float32), np.array([2]), np.array([4]), None)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -186,13 +194,163 @@ def test_windows_give_what_the_whole_plan_gives(seed):
     whole = np.zeros((batch, rows, columns + 2 * width))
     np.put_along_axis(whole, place + width, held, axis=2)
     whole = whole[:, :, width:-width]
-    windows = decode.Windows(first, width, columns)
-    expected = decode.posterior(whole, x_lengths, y_lengths)
-    found = decode.posterior_in_windows(held, windows, x_lengths, y_lengths)
+    windows = oracle.Windows(first, width, columns)
+    expected = oracle.posterior(whole, x_lengths, y_lengths)
+    found = oracle.posterior_in_windows(held, windows, x_lengths, y_lengths)
     spread = np.stack([windows.spread(i, found[:, i]) for i in range(rows)], 1)
     np.testing.assert_allclose(spread, expected, rtol=1e-9)
     for plan, dense in ((held, whole), (found, spread)):
         for one, other in zip(
-            decode.mea_in_windows(plan, windows), decode.mea_batch(dense, x_lengths, y_lengths), strict=True
+            oracle.mea_in_windows(plan, windows), oracle.mea_batch(dense, x_lengths, y_lengths), strict=True
         ):
             np.testing.assert_array_equal(one, other)
+
+
+USUAL = decode.Gaps()
+
+
+class Windowed(NamedTuple):
+    """Plans in windows, as a model makes them."""
+
+    plans: np.ndarray
+    first: np.ndarray
+    x_lengths: np.ndarray
+    y_lengths: np.ndarray
+    columns: int
+
+    def part(self, n: int) -> "Windowed":
+        """One pair; y is not padded, or the oracle's ties would depend on the padding."""
+        one = slice(n, n + 1)
+        return Windowed(self.plans[one], self.first[one], self.x_lengths[one], self.y_lengths[one], self.y_lengths[n])
+
+    def windows(self) -> oracle.Windows:
+        return oracle.Windows(self.first, self.plans.shape[2], int(self.columns))
+
+
+def random_windows(seed: int, width: int, draw: Callable) -> Windowed:
+    """Rows of unequal lengths, windows that jump, overlap or part, and run beyond the end of the plan."""
+    rng = np.random.default_rng(seed)
+    batch, rows, columns = 16, 24, 40
+    x_lengths, y_lengths = rng.integers(1, rows + 1, batch), rng.integers(1, columns + 1, batch)
+    first = np.sort(rng.integers(0, columns, (batch, rows)) // rng.integers(1, 4, (batch, 1)), axis=1)
+    first = np.minimum(first, y_lengths[:, None] - 1).astype(np.int32)
+    place = first[..., None] + np.arange(width)
+    inside = (place < y_lengths[:, None, None]) & (np.arange(rows) < x_lengths[:, None])[..., None]
+    return Windowed(
+        np.where(inside, draw(rng, place.shape), 0).astype(np.float32), first, x_lengths, y_lengths, columns
+    )
+
+
+def found_posterior(of: Windowed, gaps: decode.Gaps = USUAL) -> np.ndarray:
+    return np.asarray(jax.jit(decode.posterior, static_argnums=5)(*of[:4], gaps.numbers(), of.columns))
+
+
+def exact_posterior(of: Windowed, gaps: decode.Gaps = USUAL) -> np.ndarray:
+    return oracle.posterior_in_windows(of.plans, of.windows(), of.x_lengths, of.y_lengths, gaps)
+
+
+DRAWS = {
+    "uniform": lambda rng, shape: rng.random(shape),
+    "extreme": lambda rng, shape: rng.choice([0, 1e-30, 1e-12, 1], shape),
+    "over many orders": lambda rng, shape: 10.0 ** rng.uniform(-30, 0, shape),
+}
+
+
+@pytest.mark.parametrize("width", [1, 5, 19, 40])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_the_posterior_is_that_of_the_oracle(width, draw):
+    of = random_windows(width, width, draw)
+    np.testing.assert_allclose(found_posterior(of), exact_posterior(of), atol=3e-5)
+    gaps = decode.Gaps(0.7, 5.2, 0.0)
+    np.testing.assert_allclose(found_posterior(of, gaps), exact_posterior(of, gaps), atol=3e-5)
+
+
+@pytest.mark.parametrize("width", [1, 5, 19, 40])
+@pytest.mark.parametrize("levels", [2, 64])
+def test_alignments_are_those_of_the_oracle_ties_included(width, levels):
+    """Values are multiples of a half or of 1/64: sums are exact, and often equal."""
+    of = random_windows(width, width, lambda rng, shape: rng.integers(0, levels + 1, shape) / levels)
+    found = jax.device_get(jax.jit(decode.decoded, static_argnums=4)(*of))
+    for n, (x_length, y_length) in enumerate(zip(of.x_lengths, of.y_lengths, strict=True)):
+        part = of.part(n)
+        match, confidence = oracle.mea_in_windows(part.plans, part.windows())
+        np.testing.assert_array_equal(found.match[n], match[0])
+        np.testing.assert_array_equal(found.confidence[n], confidence[0])
+        dense = np.zeros((x_length, of.columns + width))
+        np.put_along_axis(dense, of.first[n, :x_length, None] + np.arange(width), of.plans[n, :x_length], axis=1)
+        x_alone, y_alone = (np.clip(1 - dense.sum(axis), 0, 1) for axis in (1, 0))
+        np.testing.assert_allclose(found.x_alone[n, :x_length], x_alone, atol=1e-6)
+        np.testing.assert_allclose(found.y_alone[n, :y_length], y_alone[:y_length], atol=1e-6)
+        assert not found.x_alone[n, x_length:].any() and not found.y_alone[n, y_length:].any()
+
+
+def test_dense_plans_are_decoded_as_by_the_oracle():
+    rng = np.random.default_rng(5)
+    plans = np.full((4, 30, 35), np.nan, np.float32)
+    lengths = np.array([[30, 1, 14, 0], [25, 35, 9, 3]])
+    for plan, rows, columns in zip(plans, *lengths, strict=True):
+        plan[:rows, :columns] = sparse_plan(rng, rows, columns)
+    posterior, match = decode.decode_dense(plans, *lengths, decode.Gaps().numbers())
+    expected = oracle.posterior(plans, *lengths)
+    np.testing.assert_allclose(posterior, expected, atol=1e-5)
+    np.testing.assert_array_equal(match, oracle.mea_batch(expected, *lengths)[0])
+    plans = np.nan_to_num(plans)
+    found, match = decode.decode_dense(plans, *lengths, None)
+    np.testing.assert_array_equal(found, plans)
+    np.testing.assert_array_equal(match, oracle.mea_batch(plans, *lengths)[0])
+
+
+@pytest.mark.parametrize(("copy", "match"), [(100, 5.2), (14, 8.0)], ids=["far apart", "in one block of columns"])
+def test_a_domain_that_occurs_twice_is_matched_with_either(copy, match):
+    """In the middle of x, what matched the first copy weighs exp(500) or exp(100) times what will match the second."""
+    rest = 20
+    plan = np.full((1, 2 * copy + rest, copy + rest), 1e-4, np.float32)
+    for start in (0, copy):
+        plan[0, range(start, start + copy), range(copy)] = 1
+    plan[0, range(2 * copy, 2 * copy + rest), range(copy, copy + rest)] = 1
+    lengths, gaps = np.array(plan.shape[1:])[:, None], decode.Gaps(1.0, match, 4.4)
+    posterior, _ = decode.decode_dense(plan, *lengths, gaps.numbers())
+    np.testing.assert_allclose(posterior, oracle.posterior(plan, *lengths, gaps), atol=5e-4)
+    middle = copy // 2
+    assert 0.2 < posterior[0, middle, middle] < 0.8 and 0.2 < posterior[0, copy + middle, middle] < 0.8
+
+
+def test_small_values_decide_at_the_end_of_a_long_alignment_on_a_device_too():
+    """A sum of 300 swallows 5e-6 in float32: the table has to hold integers."""
+    plan = np.zeros((1, 302, 302), np.float32)
+    plan[0, range(300), range(300)] = 1
+    plan[0, 300:, 300:] = [[1e-6, 5e-6], [0, 1e-6]]
+    _, match = decode.decode_dense(plan, np.array([302]), np.array([302]), None)
+    np.testing.assert_array_equal(match[0, 298:], [298, 299, 301, decode.NO_MATCH])
+
+
+def test_a_long_pair_keeps_its_digits():
+    """4,000 residues in a band of 33: the weight of all is exp(15,000), of which float32 holds no decimal."""
+    rng, length, width = np.random.default_rng(6), 4000, 33
+    first = np.clip(np.arange(length) - width // 2, 0, length - width)[None].astype(np.int32)
+    plans = (rng.random((1, length, width)) ** 8).astype(np.float32)
+    of = Windowed(plans, first, np.array([length]), np.array([length]), length)
+    expected = exact_posterior(of)
+    found = found_posterior(of)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    match, _ = oracle.mea_in_windows(expected, of.windows())
+    assert (np.asarray(jax.jit(decode.mea)(found, first, of.y_lengths)) == match).mean() > 0.995
+
+
+def test_windows_of_padding_and_beyond_y_are_moved_to_where_they_may_lie():
+    first = jnp.array([[0, 3, 7, 9, 0, 0], [0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(pair_hmm.rising(first, jnp.array([6, 0])), [[0, 3, 5, 5, 5, 5], [0] * 6])
+
+
+def test_decoding_lowers_for_a_gpu_and_holds_nothing_of_the_size_of_both_lengths():
+    length, width = 4096, 129
+
+    def whole(plans, first, lengths, gaps):
+        posterior = decode.posterior(plans, first, lengths, lengths, gaps, length)
+        return decode.decoded(posterior, first, lengths, lengths, length)
+
+    shapes = ((1, length, width), jnp.float32), ((1, length), jnp.int32), ((1,), jnp.int32), ((3,), jnp.float32)
+    given = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    text = jax.jit(whole).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    sizes = [math.prod(map(int, found.split("x"))) for found in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)]
+    assert max(sizes) <= 2 * (length + 1) * (width + 2)
