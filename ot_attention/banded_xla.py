@@ -31,6 +31,8 @@ _PRECISION = "highest"  # float32 products stay float32 on devices that would ro
 class Band:
     """Which cells exist and where they lie in tiles `[N, blocks, block rows, block columns]`."""
 
+    remakes = False  # its tiles: they are in memory
+
     def __init__(self, first, last, row_index, slot, column_index, in_block, rows, columns):
         self.first, self.last = first, last  # [N, Lq], windows of all rows
         self.row_index, self.in_block = row_index, in_block  # [N, blocks, block rows]
@@ -131,8 +133,9 @@ class Band:
     def scale_by(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
         return tiles * self.take_rows(row)[..., None] * self.take_columns(column)[:, :, None, :]
 
-    def shift(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
-        return tiles + self.take_rows(row)[..., None] + self.take_columns(column)[:, :, None, :]
+    def shift(self, tiles, row: Float[Array, "N all_rows"], column: Float[Array, "N all_columns"]):
+        """`S + f_i + g_j`; the dustbin's entries are left out."""
+        return tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
 
     def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
         """`K x`, for a vector or for several columns at once."""

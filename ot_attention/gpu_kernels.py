@@ -1,13 +1,33 @@
-"""The one kernel of `pallas_gpu`: products with, and maxima of, a matrix that is made tile by tile and never stored.
+"""Kernels of `pallas_gpu`: products with, and maxima of, a matrix that is made tile by tile and never stored.
 
-An entry is `exp(S_ij + f_i + g_j)` times a field of low rank. A program owns a block of rows of one head and goes over
-the columns that they meet; for products with the transpose it owns columns and goes over rows. Nothing is exchanged
-between programs, so the same call gives the same bits.
+An entry is `exp(S_ij + f_i + g_j)` times a field of low rank. A program owns a block of rows of one head and visits the
+columns that the block meets; for products with the transpose it owns columns and visits rows. Nothing is exchanged
+between programs, so the same call gives the same bits. A whole Sinkhorn step in one visit of each entry is in
+`gpu_sweep`.
+
+Tiles inside the support are neither masked nor checked: where rows meet many columns, a program visits the tiles at one
+edge of its support, those inside and those at the other edge in three loops of the same body.
+
+Microseconds of a call for 262,144 rows on an H200 (heads of 64 in bfloat16, 2,048 residues; float32: heads of 32,
+384 residues, W = 64), by `scripts/tune_gpu.py`. In brackets other numbers of stages; after the semicolon, where there
+is one, blocks of 128. "gradient" is a product with a matrix and fields.
+
+| | W = 64 | W = 128 | W = 256 | full | float32 |
+|---|---|---|---|---|---|
+| stages taken | 2 | 2 | 2 | 3 | 1; matrix 2 |
+| sum | 62 (63, 64) | 75 (80) | 100 (101; 127-172) | 270 (296; 315-438) | 89 (109, 110) |
+| vector | 67 (68, 64) | 81 (85) | 110 (110; 134-185) | 291 (315; 333-448) | 96 (112, 111) |
+| matrix | 90 (92, 97) | 135 (128, 142) | 180 (187; 198-205) | 547 (547; 487-545) | 158 (161, 161) |
+| gradient | 164 (187, 167) | 238 (233, 239) | 337 (341; 425-446) | 1005 (1044; 1168-1323) | 263 (275, 270) |
+
+In one loop instead of three, sum and vector take 80 and 89 at W = 128; in three loops at W = 64, 103 and 88 in an
+earlier version.
 """
 
 import functools
+import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,76 +37,123 @@ from jaxtyping import Array, Float, Int
 
 INTERPRET = False  # set by tests: kernels are interpreted, in any dtype, on any device
 
-_STAGES = 2
+_WIDE = 128  # from this width on heads are wide
 _LEAST_WIDTH = 16  # of a matrix product
-_MOST_VECTORS = 8  # fields of at most so many columns are added up column by column
+_LOG2_E = math.log2(math.e)
 
 
 class Side(NamedTuple):
-    """What belongs to the rows, or to the columns: vectors that scores are made of, and what is added to scores."""
+    """Vectors, potentials and support of the rows, or of the columns.
 
-    x: Float[Array, "N length width"]
-    shift: Float[Array, "N length"]
+    first, last: positions of the other side in the support, inclusive; last < first where there are none.
+    """
+
+    x: Float[Array, "N length width"]  # scores are products of these
+    shift: Float[Array, "N all"]  # added to scores; may be longer, nothing beyond the length is read
+    first: Int[Array, "N length"]
+    last: Int[Array, "N length"]
 
 
-class Windows(NamedTuple):
-    """Which cells exist: each row's first and last column, and what each block meets of the other side."""
+class Reach(NamedTuple):
+    """Part of the other side that each block of positions meets. Ends are exclusive.
 
-    first: Int[Array, "N rows"]
-    last: Int[Array, "N rows"]
+    All cells of a block from `inner_start` to `inner_stop` are in the support.
+    """
+
     start: Int[Array, "N blocks"]
     stop: Int[Array, "N blocks"]
+    inner_start: Int[Array, "N blocks"]
+    inner_stop: Int[Array, "N blocks"]
 
 
 # Entries are multiplied by the sum of fields `x_i . y_j`.
 Field = tuple[Float[Array, "N own _"], Float[Array, "N other _"]]
 
 
+class Tiling(NamedTuple):
+    """Settings of a kernel that change its speed, not its results.
+
+    tile: positions of the other side that a program visits at a time.
+    warps: of a program.
+    stages: tiles that are in flight; 1 loads none ahead.
+    split: whether tiles inside the support have a loop of their own, without masks.
+    """
+
+    tile: int
+    warps: int
+    stages: int
+    split: bool
+
+
 class _Operands(NamedTuple):
     own: Side
     other: Side
-    windows: Windows
-    fields: tuple[Field, ...]  # those of few columns lie the other way, [N, rank, length]
-    vector: Array | None  # [N, other], or a matrix [N, other, m]; None for the maximum
+    reach: Reach
+    fields: tuple[Field, ...]
+    vector: Array | None  # [N, other], or a matrix [N, other, m]; None for sums and maxima
+
+
+class Matrix(NamedTuple):
+    """Static properties of the matrix K.
+
+    by_rows: whether rows are the own side.
+    scale: of the scores, `S_ij = scale x_i . x_j`.
+    reach: columns that a row meets, at most.
+    block: positions that a program owns.
+    """
+
+    by_rows: bool
+    scale: float
+    reach: int
+    block: int
 
 
 class _Static(NamedTuple):
-    by_rows: bool
-    scale: float
-    few: tuple[bool, ...]  # which fields have few columns
-    block: int  # positions that a program owns
-    tile: int  # and takes from the other side at a time
+    kind: Literal["maximum", "sum", "vector", "matrix"]
+    matrix: Matrix
+    tiling: Tiling
 
 
 def product(
-    own: Side, other: Side, windows: Windows, fields: tuple[Field, ...], vector: Array, *, by_rows: bool, scale: float
+    own: Side, other: Side, reach: Reach, fields: tuple[Field, ...], vector: Array | None, matrix: Matrix
 ) -> Array:
-    """`K x` for a vector `[N, other]` or a matrix `[N, other, m]`; K has a row for every position of the own side.
+    """Multiply K by a vector `[N, other]` or a matrix `[N, other, m]`; K has a row for each position of the own side.
 
-    windows: those of rows, and what each block of `block_size` positions of the own side meets.
-    scale: of the scores, `S_ij = scale x_i . x_j`.
+    reach: of blocks of the own side.
+    vector: None for the sums of rows, `K 1`.
     """
-    width = vector.shape[2:]
-    vector = pad_width(vector) if width else vector
-    out = _call(_Operands(own, other, windows, fields, vector), by_rows, scale, INTERPRET)
-    return out[..., : width[0]] if width else out
+    if vector is None or vector.ndim == 2:
+        return _call("sum" if vector is None else "vector", _Operands(own, other, reach, fields, vector), matrix)
+    out = _call("matrix", _Operands(own, other, reach, fields, pad_width(vector)), matrix)
+    return out[..., : vector.shape[2]]
 
 
-def maximum(own: Side, other: Side, windows: Windows, *, by_rows: bool, scale: float) -> Float[Array, "N own"]:
-    """The largest `S + f + g` of every position of the own side, minus infinity where it meets nothing."""
-    return _call(_Operands(own, other, windows, (), None), by_rows, scale, INTERPRET)
+def maximum(own: Side, other: Side, reach: Reach, matrix: Matrix) -> Float[Array, "N own"]:
+    """Find the largest `S + f + g` of every position of the own side, minus infinity where it meets nothing."""
+    return _call("maximum", _Operands(own, other, reach, (), None), matrix)
 
 
-def block_size(dtype: jnp.dtype) -> int:
-    """Positions that a program owns, and those that it takes from the other side at a time.
+def block_for(dtype: jnp.dtype, width: int) -> int:
+    """Choose how many positions a program owns. Wide heads of float32 leave registers for few."""
+    return 32 if dtype == jnp.float32 and width >= _WIDE else 64
 
-    Products of float32 are made by multiply and add: larger tiles of them do not fit the registers.
+
+def tiling_for(kind: str, dtype: jnp.dtype, width: int, reach: int) -> Tiling:
+    """Choose the fastest tiling measured for rows of this reach (see the table above).
+
+    width: of the widest operand.
     """
-    return 64 if dtype == jnp.bfloat16 else 32
+    split = reach >= 256
+    if width >= _WIDE:
+        few = dtype == jnp.float32  # registers, and shared memory for the parts of products
+        return Tiling(32 if few else 64, warps=8 if few else 4, stages=1, split=split)
+    if dtype == jnp.float32:
+        return Tiling(64, warps=4, stages=2 if kind == "matrix" else 1, split=split)
+    return Tiling(64, warps=4, stages=3 if reach > 1024 else 2, split=split)
 
 
 def padded_width(width: int) -> int:
-    """The next that a tile can have: a power of 2."""
+    """The next width that a tile can have: a power of 2."""
     return max(_LEAST_WIDTH, 1 << (width - 1).bit_length())
 
 
@@ -95,153 +162,212 @@ def pad_width(x: Float[Array, "N length width"]) -> Float[Array, "N length padde
     return x if width == x.shape[2] else jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # traced and lowered once for all calls alike
-def _call(operands: _Operands, by_rows: bool, scale: float, interpret: bool) -> Array:
-    own, vector = operands.own, operands.vector
-    number, length, _ = own.x.shape
-    few = tuple(x.shape[2] <= _MOST_VECTORS for x, _ in operands.fields)
-    operands = operands._replace(fields=tuple(map(_laid_out, operands.fields, few)))
-    block, width = block_size(own.x.dtype), () if vector is None else vector.shape[2:]
+def _call(kind, operands: _Operands, matrix: Matrix) -> Array:
+    x, fields = operands.own.x, operands.fields
+    operands = operands._replace(fields=tuple((pad_width(x), pad_width(y)) for x, y in fields))
+    widths = [y.shape[2] for y in (x, operands.vector, *(y for y, _ in fields)) if y is not None and y.ndim == 3]
+    tiling = tiling_for(kind, x.dtype, padded_width(max(widths)), matrix.reach)
+    return _run(operands, _Static(kind, matrix, tiling), INTERPRET)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced and lowered once for all calls alike
+def _run(operands: _Operands, static: _Static, interpret: bool) -> Array:
+    own, block = operands.own, static.matrix.block
+    (number, length, _), vector = own.x.shape, operands.vector
+    width = vector.shape[2:] if static.kind == "matrix" and vector is not None else ()
     blocks = pl.cdiv(length, block)
     out = pl.pallas_call(
-        functools.partial(_kernel, static=_Static(by_rows, scale, few, block, block)),
+        functools.partial(_kernel, static=static),
         out_shape=jax.ShapeDtypeStruct(
             (number, blocks * block, *width),  # whole blocks: a store beyond the end would not be caught
             own.shift.dtype,
             manual_axis_type=jax.typeof(own.x).manual_axis_type,  # under shard_map, those that the heads vary over
         ),
         grid=(blocks, number),
-        in_specs=(jax.tree.map(_of_head, operands),),
+        in_specs=(jax.tree.map(whole_head, operands),),
         out_specs=pl.BlockSpec((None, block, *width), lambda b, n: (n, b, *(0,) * len(width))),
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(operands), num_stages=_STAGES),
+        compiler_params=plgpu.CompilerParams(num_warps=static.tiling.warps, num_stages=static.tiling.stages),
         interpret=interpret,
-        name="band_maximum" if vector is None else "band_product",
+        name=f"band_{static.kind}",
     )(operands)
     return out[:, :length]
 
 
-def _warps(operands: _Operands) -> int:
-    """Twice as many where four have too few registers: ptxas counts none spilled."""
-    wide = operands.own.x.dtype == jnp.float32 and operands.own.x.shape[2] >= 128
-    return 8 if operands.fields or wide else 4
-
-
-def _laid_out(field: Field, few: bool) -> Field:
-    x, y = field
-    return (x.swapaxes(1, 2), y.swapaxes(1, 2)) if few else (pad_width(x), pad_width(y))
-
-
-def _of_head(x) -> pl.BlockSpec:
+def whole_head(x) -> pl.BlockSpec:
+    """Give a program all of its head's part of an operand `[N, ...]`; the second axis of the grid counts heads."""
     return pl.BlockSpec((None, *x.shape[1:]), lambda _, n: (n, *(0,) * (len(x.shape) - 1)))
 
 
 def _kernel(operands: _Operands, out, *, static: _Static):
-    own_side, other_side, windows, fields, vector = operands
-    block = pl.program_id(0)
-    start, stop = windows.start[block], windows.stop[block]
-    own_at = _Place.at(block * static.block, static.block, own_side.shift.shape[0])
-    own = _Part.load(own_side, tuple(x for x, _ in fields), own_at, static)
-    is_maximum, shape = vector is None, (static.block, *(() if vector is None else vector.shape[1:]))
+    own_side, other_side, reach, fields, vector = operands
+    block, tile, dtype = pl.program_id(0), static.tiling.tile, own_side.shift.dtype
+    by_rows, scale, _, size = static.matrix
+    met = Reach(*(x[block] for x in reach))
+    own_at = Place.at(block * size, size, own_side.x.shape[0])
+    own = Part.load(own_side, tuple(x for x, _ in fields), own_at)
+    kind, axes = static.kind, Axes.of(static.kind == "matrix")
 
-    def visit(number, total):
-        at = _Place.at(start + number * static.tile, static.tile, stop)
-        other = _Part.load(other_side, tuple(y for _, y in fields), at, static)
-        scores = _scores(own, other, static)
-        inside = _inside(windows, own_at, at, static)
-        if is_maximum:
-            return jnp.maximum(total, jnp.where(inside, scores, -jnp.inf).max(1))
-        weights = jnp.where(inside, jnp.exp(scores), 0)
+    def visit(number, total, is_inner: bool):
+        at = Place.at(met.start + number * tile, tile, None if is_inner else met.stop)
+        other = Part.load(other_side, tuple(y for _, y in fields), at)
+        scores = axes.scores(own, other, scale, own_first=by_rows)
+        inside = None if is_inner else axes.inside((own_side, own_at), (other_side, at))
+        if kind == "maximum":
+            return jnp.maximum(total, scores if inside is None else jnp.where(inside, scores, -jnp.inf))
+        weights = exp2(scores)
+        if inside is not None:
+            weights = jnp.where(inside, weights, 0)
         if fields:
-            pairs = zip(own.fields, other.fields, static.few, strict=True)
-            weights = weights * _sum(_field(*pair, weights.dtype) for pair in pairs)
-        return total + _times(weights, at.load(vector))
+            weights = weights * _sum(axes.dot(x, y, dtype) for x, y in zip(own.fields, other.fields, strict=True))
+        if kind == "vector":
+            weights = weights * axes.of_other(at.load(vector))
+        return total + (_times(weights, at.load(vector)) if kind == "matrix" else weights)
 
-    tiles = jax.lax.div(jnp.maximum(stop - start, 0) + static.tile - 1, jnp.int32(static.tile))
-    total = jax.lax.fori_loop(0, tiles, visit, jnp.full(shape, -jnp.inf if is_maximum else 0, out.dtype))
-    out[...] = total
+    # But for products with a matrix, what crosses threads is summed at the end.
+    shape = (size, vector.shape[1]) if kind == "matrix" and vector is not None else (tile, size)
+    total = jnp.full(shape, -jnp.inf if kind == "maximum" else 0, dtype)
+    for first, last, is_inner in _tiles(met, static.tiling):
+        total = jax.lax.fori_loop(first, last, functools.partial(visit, is_inner=is_inner), total)
+    if kind == "maximum":
+        out[...] = total.max(0) / _LOG2_E
+    else:
+        out[...] = total if kind == "matrix" else total.sum(0)
 
 
-class _Place(NamedTuple):
-    """Consecutive positions of one side, some of which may not exist."""
+class Axes(NamedTuple):
+    """Axes of a tile along which the own and the other side's positions are counted.
 
-    where: Any  # a slice of references
-    position: Int[Array, "size"]
-    exists: Array
+    Tensor cores leave a thread with 2 places along the first axis and 16 along the second. For vectors the second is
+    the own side's: what belongs to it is loaded once, and 2 numbers for each vector of the other side. A product with a
+    matrix sums over the second axis, which must be the other side's.
+    """
+
+    own: int
+    other: int
 
     @classmethod
-    def at(cls, first, size: int, stop) -> "_Place":
+    def of(cls, is_matrix: bool) -> "Axes":
+        return cls(0, 1) if is_matrix else cls(1, 0)
+
+    def of_own(self, x: Array) -> Array:
+        return jnp.expand_dims(x, self.other)
+
+    def of_other(self, x: Array) -> Array:
+        return jnp.expand_dims(x, self.own)
+
+    def dot(self, own: Array, other: Array, dtype) -> Array:
+        """Compute `own_i . other_j`, in the tile's order."""
+        return _dot(*((own, other) if self.own == 0 else (other, own)), (1, 1), dtype)
+
+    def inside(self, own: "tuple[Side, Place]", other: "tuple[Side, Place]") -> Array:
+        """Mask the cells of a tile that are in the support, by the windows of the side along the first axis."""
+        (side, at), (_, across) = (own, other) if self.own == 0 else (other, own)
+        first, last = at.load(side.first, 1), at.load(side.last, 0)  # positions that do not exist meet nothing
+        return (first[:, None] <= across.position[None, :]) & (across.position[None, :] <= last[:, None])
+
+    def scores(self, own: "Part", other: "Part", scale: float, *, own_first: bool) -> Array:
+        """Compute `(S + f_i + g_j) / ln 2`. The row's shift is added first by rows and by columns: both see one K."""
+        shifts = self.of_own(own.shift * _LOG2_E), self.of_other(other.shift * _LOG2_E)
+        first, second = shifts if own_first else shifts[::-1]
+        return self.dot(own.x, other.x, own.shift.dtype) * (scale * _LOG2_E) + first + second
+
+
+def _tiles(met: Reach, tiling: Tiling) -> list[tuple[Any, Any, bool]]:
+    """List ranges of tiles, counted from `start`, and whether they lie inside the support: edge, inside, edge."""
+    div, rest = functools.partial(jax.lax.div, y=jnp.int32(tiling.tile)), tiling.tile - 1
+    number = div(jnp.maximum(met.stop - met.start, 0) + rest)
+    if not tiling.split:
+        return [(jnp.int32(0), number, False)]
+    first = jnp.minimum(div(jnp.maximum(met.inner_start - met.start, 0) + rest), number)
+    last = jnp.maximum(jnp.minimum(div(jnp.maximum(met.inner_stop - met.start, 0)), number), first)
+    return [(jnp.int32(0), first, False), (first, last, True), (last, number, False)]
+
+
+class Place(NamedTuple):
+    """Consecutive positions of one side; of those that need not exist, a mask."""
+
+    where: Any  # a slice of references, or the positions themselves, which may be negative where they do not exist
+    position: Int[Array, "size"]
+    exists: Array | None
+
+    @classmethod
+    def at(cls, first, size: int, stop) -> "Place":
+        """Place `size` positions from `first` on. They exist before `stop`, or all of them if it is None."""
         position = first + jnp.arange(size, dtype=jnp.int32)
-        return cls(pl.ds(first, size), position, position < stop)
+        return cls(pl.ds(first, size), position, None if stop is None else position < stop)
 
     def load(self, ref, fill=0):
-        """Of a vector, or of the rows of a matrix."""
-        mask = self.exists if len(ref.shape) == 1 else self.exists[:, None]
-        return plgpu.load(ref.at[self.where], mask=mask, other=jnp.array(fill, ref.dtype))
+        """Load a part of a vector, or of the rows of a matrix, with `fill` where nothing exists."""
+        where, exists = self.where, self.exists
+        if len(ref.shape) == 2:
+            exists = None if exists is None else exists[:, None]
+            if not isinstance(where, pl.Slice):
+                where = where[:, None], jnp.arange(ref.shape[1], dtype=jnp.int32)[None, :]
+        if exists is None:
+            return plgpu.load(ref.at[where])
+        return plgpu.load(ref.at[where], mask=exists, other=jnp.array(fill, ref.dtype))
 
-    def load_vectors(self, ref) -> list[Array]:
-        """Of the columns of a matrix."""
-        zero = jnp.array(0, ref.dtype)
-        return [plgpu.load(ref.at[jnp.int32(r), self.where], mask=self.exists, other=zero) for r in range(ref.shape[0])]
 
-
-class _Part(NamedTuple):
-    """A part of one side; of fields with few columns, a list of these."""
+class Part(NamedTuple):
+    """Vectors, potentials and field columns of one side at a place."""
 
     x: Array
     shift: Array
-    fields: tuple
+    fields: tuple[Array, ...] = ()
 
     @classmethod
-    def load(cls, side: Side, fields: tuple, at: _Place, static: _Static) -> "_Part":
-        loaded = (at.load_vectors(x) if few else at.load(x) for x, few in zip(fields, static.few, strict=True))
-        return cls(at.load(side.x), at.load(side.shift), tuple(loaded))
+    def load(cls, side: Side, fields: tuple, at: Place) -> "Part":
+        return cls(at.load(side.x), at.load(side.shift), tuple(map(at.load, fields)))
 
 
-def _scores(own: _Part, other: _Part, static: _Static) -> Array:
-    """`S + f_i + g_j`, the row's added first whichever side it is, so that products with K and K^T see one K."""
-    shifts = own.shift[:, None], other.shift[None, :]
-    first, second = shifts if static.by_rows else shifts[::-1]
-    return _dot(own.x, other.x, (1, 1), own.shift.dtype) * static.scale + first + second
+def exp2(x: Array) -> Array:
+    """Compute 2 to the power of x, by the one instruction that GPUs have for it (relative error 2^-22)."""
+    return jnp.exp2(x) if INTERPRET else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
 
 
-def _inside(windows: Windows, own: _Place, other: _Place, static: _Static) -> Array:
-    """Which cells of a tile are in the support."""
-    rows, columns = (own, other) if static.by_rows else (other, own)
-    first, last = rows.load(windows.first, 1), rows.load(windows.last, 0)  # positions that do not exist meet nothing
-    if static.by_rows:
-        first, last, column = first[:, None], last[:, None], columns.position[None, :]
-    else:
-        first, last, column = first[None, :], last[None, :], columns.position[:, None]
-    return (first <= column) & (column <= last)
+def reciprocal(x: Array) -> Array:
+    """Compute 1 / x, by one instruction (relative error 2^-23)."""
+    return 1 / x if INTERPRET else _instruction("rcp.approx.ftz.f32 $0, $1;", x)
 
 
-def _field(x, y, few: bool, dtype) -> Array:
-    """`x_i . y_j`."""
-    if few:
-        return _sum(a[:, None] * b[None, :] for a, b in zip(x, y, strict=True))
-    return _dot(x, y, (1, 1), dtype)
+def _instruction(text: str, x: Array) -> Array:
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    (result,) = plgpu.elementwise_inline_asm(text, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=like)
+    return result
 
 
 def _sum(terms: Iterable[Array]) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _times(weights, vector) -> Array:
-    """`weights @ vector`. For bfloat16, weights are split into two such parts, which hold 16 bits of them."""
-    if vector.ndim == 1:
-        return (weights * vector[None, :]).sum(1)
-    if vector.dtype != jnp.bfloat16:
-        return _dot(weights, vector, (1, 0), weights.dtype)
-    high = weights.astype(jnp.bfloat16)
-    low = (weights - high.astype(weights.dtype)).astype(jnp.bfloat16)
-    return _dot(high, vector, (1, 0), weights.dtype) + _dot(low, vector, (1, 0), weights.dtype)
+def _times(weights, matrix) -> Array:
+    """`weights @ matrix`. For bfloat16, weights are split into two such parts, which hold 16 bits of them.
+
+    The first part is cut off, not rounded: rounding a number that is needed again takes the unit that makes exp, too.
+    """
+    if matrix.dtype != jnp.bfloat16:
+        return _dot(weights, matrix, (1, 0), weights.dtype)
+    bits = jax.lax.bitcast_convert_type(weights, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    high = jax.lax.bitcast_convert_type(bits, weights.dtype)
+    parts = high, weights - high
+    return _sum(_dot(part.astype(jnp.bfloat16), matrix, (1, 0), weights.dtype) for part in parts)
 
 
 def _dot(x, y, contract: tuple[int, int], dtype) -> Array:
-    """A product of matrices, added up in `dtype`; float32 is not rounded, products of bfloat16 are exact."""
+    """A product of matrices, added up in `dtype`. Products of bfloat16 are exact.
+
+    float32 is split into three TF32 products, which keep 21 bits of each factor: tensor cores make them, where exact
+    products would be multiply-adds of single numbers.
+    """
     if x.dtype != y.dtype:
         x, y = x.astype(dtype), y.astype(dtype)
-    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    precision: Any
+    if x.dtype == jnp.bfloat16:
+        precision = None
+    elif INTERPRET:
+        precision = jax.lax.Precision.HIGHEST
+    else:
+        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return jax.lax.dot_general(
         x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=dtype
     )

@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
 
     def shift(self, f: Float[Array, "N all_rows"], g: Float[Array, "N all_columns"]) -> "Kernel":
         """`S + f_i + g_j`."""
-        tiles = self.band.shift(self.tiles, f[:, :-1], g[:, :-1])
+        tiles = self.band.shift(self.tiles, f, g)
         if self.bin is None:
             return Kernel(self.band, tiles, None)
         column, row, corner = self.bin
@@ -102,6 +102,20 @@ class Kernel(NamedTuple):
         column, row, corner = self.bin
         dustbin = (column * x[:, :-1]).sum(1, keepdims=True) + corner * x[:, -1:]
         return jnp.concatenate([residues + row * x[:, -1:], dustbin], 1)
+
+    def scale_once(
+        self, a: Float[Array, "N all_rows"], b: Float[Array, "N all_columns"]
+    ) -> tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]:
+        """Compute the scalings of one Sinkhorn step, `u = a / (K 1)` and `v = b / (K^T u)`; the band remakes entries."""
+        assert isinstance(self.band, pallas_gpu.Band)
+        if self.bin is None:
+            u, sums = self.band.scale_once(self.tiles, a[:, :-1], None)
+            return support.with_dustbin(u), support.divide(b, support.with_dustbin(sums))
+        column, row, corner = self.bin
+        u_bin = support.divide(a[:, -1:], row.sum(1, keepdims=True) + corner)
+        u, sums = self.band.scale_once(self.tiles, a[:, :-1], column)
+        bin_sum = (column * u).sum(1, keepdims=True) + corner * u_bin
+        return support.append(u, u_bin), support.divide(b, support.append(sums + row * u_bin, bin_sum))
 
     def row_max(self) -> Float[Array, "N all_rows"]:
         residues = self.band.row_max(self.tiles)

@@ -2,13 +2,15 @@
 
 `banded_xla.Band` holds the tiles of K and streams them from memory for every product. Here K exists only as q, k, the
 potentials and fields of low rank, and every product makes it anew, tile by tile, in `gpu_kernels`: one matrix product
-on tensor cores and one exp a cell, and q, k and vectors in memory. So Newton steps, implicit gradients and every
-dustbin come from `sinkhorn`, and this module has no loop of its own.
+on tensor cores and one exp a cell, and q, k and vectors in memory. Where the band is narrow, `gpu_sweep` makes K once
+for both half steps. Newton steps, implicit gradients and every dustbin come from `sinkhorn`; this module has no loop of
+its own.
 
-Compiler: Pallas Triton. Of those that there are it alone lowers through `pl.pallas_call` on jax 0.10 to 0.12, and is
-interpreted on a CPU by all of them (Mosaic GPU from 0.12 on). jax 0.11 deprecates it in favour of Mosaic GPU, whose
-asynchronous copies and specialised warps an H100 may reward: to be decided by measuring, for no GPU was at hand
-(docs/gpu.md). Nothing but `gpu_kernels` would change.
+Compiler: Pallas Triton. It alone lowers through `pl.pallas_call` on jax 0.10 to 0.12, and all of them interpret it on
+a CPU (Mosaic GPU from 0.12 on). jax 0.11 deprecates it in favour of Mosaic GPU. Figures of an H200 (docs/gpu.md) speak
+for keeping it at full support, where a pass over the cells is faster than cuDNN's attention. In narrow bands programs
+wait more than they compute; there the asynchronous copies and specialised warps of Mosaic GPU could help, which was not
+measured. Nothing but `gpu_kernels` and `gpu_sweep` would change.
 """
 
 import functools
@@ -18,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ot_attention import gpu_kernels, support
-from ot_attention.gpu_kernels import Field, Side, Windows
+from ot_attention import gpu_kernels, gpu_sweep, support
+from ot_attention.gpu_kernels import Field, Matrix, Reach, Side
+from ot_attention.gpu_sweep import Strips
 from ot_attention.spec import Heads
 
 _MOST_WIDTH = 256
@@ -32,6 +35,8 @@ def refusal(heads: Heads) -> str | None:
         return None
     if support.platform() != "gpu":
         return "there is no GPU here; use implementation='xla' or None"
+    if jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower():
+        return "its kernels hold instructions of NVIDIA GPUs; use implementation='xla' or None"
     if jnp.result_type(*heads[:3]) == jnp.float64:
         return "its kernels compute in float32; use float32 or bfloat16, or implementation='xla'"
     width = max(heads.q.shape[2], heads.v.shape[2])
@@ -43,12 +48,12 @@ def refusal(heads: Heads) -> str | None:
 
 
 class Scores(NamedTuple):
-    """`scale q_i . k_j + f_i + g_j`."""
+    """`scale q_i . k_j + f_i + g_j`. Potentials keep their entry for the dustbin: to cut it off would copy them."""
 
     q: Float[Array, "N rows width"]
     k: Float[Array, "N columns width"]
-    f: Float[Array, "N rows"]
-    g: Float[Array, "N columns"]
+    f: Float[Array, "N all_rows"]
+    g: Float[Array, "N all_columns"]
 
 
 class Term(NamedTuple):
@@ -63,16 +68,19 @@ Terms = tuple[Term, ...]  # their sum
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["first", "last", "of_rows", "of_columns"],
-    meta_fields=["scale"],
+    data_fields=["windows", "reach", "strips"],
+    meta_fields=["cut", "scale", "most", "block"],
 )
 class Band:
     """Which cells exist. What it calls tiles are `Scores`, and after `exp` a sum of `Terms`: nothing of their size."""
 
-    def __init__(self, first, last, of_rows, of_columns, scale):
-        self.first, self.last = first, last  # [N, rows], windows of all rows
-        self.of_rows, self.of_columns = of_rows, of_columns  # starts and stops of what a block meets, [N, blocks]
-        self.scale = scale
+    remakes = True  # its entries: potentials cost nothing to change, and products nothing to prepare
+
+    def __init__(self, windows, reach: tuple[Reach, Reach], strips: Strips | None, cut, scale, most: int, block: int):
+        self.windows = windows  # first and last of every row, and of every column
+        self.reach = reach  # of blocks of rows, and of columns
+        self.strips, self.cut = strips, cut  # None where a strip's columns do not fit into registers
+        self.scale, self.most, self.block = scale, most, block  # as in gpu_kernels.Matrix
 
     @classmethod
     def scores(
@@ -84,17 +92,33 @@ class Band:
         band: int | None,
         scale: float,
     ) -> tuple["Band", Scores]:
-        """`scale q_i . k_j` and the band that they lie in."""
+        """Make the scores `scale q_i . k_j` and the band that they lie in."""
         (number, rows, _), columns = q.shape, k.shape[1]
-        index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (number, rows))
-        first, last = support.row_windows(index, n_q, n_k, band)
         q, k = (x.astype(jnp.result_type(q, k)) for x in (q, k))
-        block = gpu_kernels.block_size(q.dtype)
-        ends = _met_by_rows(first, last, n_q, block), _met_by_columns(first, last, n_q, columns, block)
+        index = (jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (number, length)) for length in (rows, columns))
+        of_rows, of_columns = (
+            window(i, n_q, n_k, band)
+            for window, i in zip((support.row_windows, support.column_windows), index, strict=True)
+        )
+        block = gpu_kernels.block_for(q.dtype, gpu_kernels.padded_width(q.shape[2]))
+        reach = _reach(*of_rows, n_q, block), _reach(*of_columns, n_k, block)
+        most = columns if band is None else min(columns, 2 * band + 1)
+        cut = gpu_sweep.cut_for(columns, band) if block == gpu_sweep.ROWS else None
+        strips = cut and gpu_sweep.strips(n_q, n_k, rows, columns, cut)
         q, k = map(gpu_kernels.pad_width, (q, k))
         dtype = jnp.promote_types(q.dtype, jnp.float32)
-        zeros = support.varying_like(q, [jnp.zeros(x.shape[:2], dtype) for x in (q, k)])
-        return cls(first, last, *ends, scale), Scores(q, k, *zeros)
+        zeros = support.varying_like(q, [jnp.zeros((number, length + 1), dtype) for length in (rows, columns)])
+        return cls((of_rows, of_columns), reach, strips, cut, scale, most, block), Scores(q, k, *zeros)
+
+    @property
+    def first(self) -> Int[Array, "N rows"]:
+        """First column in the support of each row."""
+        return self.windows[0][0]
+
+    @property
+    def last(self) -> Int[Array, "N rows"]:
+        """Last column in the support of each row, inclusive."""
+        return self.windows[0][1]
 
     @staticmethod
     def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int) -> int:
@@ -102,7 +126,7 @@ class Band:
         del rows, columns, band, itemsize
         return number
 
-    def shift(self, scores: Scores, row: Float[Array, "N rows"], column: Float[Array, "N columns"]) -> Scores:
+    def shift(self, scores: Scores, row: Float[Array, "N all_rows"], column: Float[Array, "N all_columns"]) -> Scores:
         return scores._replace(f=scores.f + row, g=scores.g + column)
 
     def exp(self, scores: Scores) -> Terms:
@@ -128,45 +152,65 @@ class Band:
         """`K^T x`."""
         return functools.reduce(jnp.add, (self._product(term, x, by_rows=False) for term in terms))
 
+    def sums(self, terms: Terms, *, by_rows: bool) -> Array:
+        """Sum the rows of K, or its columns."""
+        return functools.reduce(jnp.add, (self._product(term, None, by_rows) for term in terms))
+
     def apply(self, terms: Terms, u: Float[Array, "N rows"], v: Float[Array, "N columns"], values) -> Array:
         """`u_i K v_j values`: the scalings become potentials, so that values may stay bfloat16."""
-        shifted = (Term(self.shift(scores, _log(u), _log(v)), fields) for scores, fields in terms)
+        f, g = (support.with_dustbin(_log(x)) for x in (u, v))
+        shifted = (Term(self.shift(scores, f, g), fields) for scores, fields in terms)
         return self.times(tuple(shifted), values)
 
+    def scale_once(
+        self, terms: Terms, a: Float[Array, "N rows"], bin_column: Float[Array, "N rows"] | None
+    ) -> tuple[Float[Array, "N rows"], Float[Array, "N columns"]]:
+        """Compute scalings `u = a / (K 1 + bin_column)` of rows, and `K^T u`; K is `exp` of scores, without fields.
+
+        a: targets of residues' rows, 1 where a row has support, else 0.
+        """
+        ((scores, _),) = terms
+        if self.cut is not None and self.strips is not None:
+            rows, columns = self._sides(scores)
+            u, sums = gpu_sweep.scale_once(rows, columns, self.strips, bin_column, scale=self.scale, cut=self.cut)
+            return jnp.where(a > 0, u, 0), sums
+        sums = self.sums(terms, by_rows=True)
+        u = support.divide(a, sums if bin_column is None else sums + bin_column)
+        scaled = scores._replace(f=scores.f + support.with_dustbin(_log(u)))  # spares a product of every entry with u
+        return u, self.sums((Term(scaled, ()),), by_rows=False)
+
     def row_max(self, scores: Scores) -> Float[Array, "N rows"]:
-        return gpu_kernels.maximum(*self._sides(scores, by_rows=True), by_rows=True, scale=self.scale)
+        return gpu_kernels.maximum(*self._seen_from(scores, by_rows=True))
 
     def column_max(self, scores: Scores) -> Float[Array, "N columns"]:
-        return gpu_kernels.maximum(*self._sides(scores, by_rows=False), by_rows=False, scale=self.scale)
+        return gpu_kernels.maximum(*self._seen_from(scores, by_rows=False))
 
-    def _product(self, term: Term, x: Array, by_rows: bool) -> Array:
+    def _product(self, term: Term, x: Array | None, by_rows: bool) -> Array:
         fields = term.fields if by_rows else tuple((y, x) for x, y in term.fields)
-        sides = self._sides(term.scores, by_rows)
-        return gpu_kernels.product(*sides, fields, x, by_rows=by_rows, scale=self.scale)
+        own, other, reach, matrix = self._seen_from(term.scores, by_rows)
+        return gpu_kernels.product(own, other, reach, fields, x, matrix)
 
-    def _sides(self, scores: Scores, by_rows: bool) -> tuple[Side, Side, Windows]:
-        rows, columns = Side(scores.q, scores.f), Side(scores.k, scores.g)
-        if by_rows:
-            return rows, columns, Windows(self.first, self.last, *self.of_rows)
-        return columns, rows, Windows(self.first, self.last, *self.of_columns)
+    def _seen_from(self, scores: Scores, by_rows: bool) -> tuple[Side, Side, Reach, Matrix]:
+        own, sides = 0 if by_rows else 1, self._sides(scores)
+        return sides[own], sides[1 - own], self.reach[own], Matrix(by_rows, self.scale, self.most, self.block)
+
+    def _sides(self, scores: Scores) -> tuple[Side, Side]:
+        """Rows and columns."""
+        return Side(scores.q, scores.f, *self.windows[0]), Side(scores.k, scores.g, *self.windows[1])
 
 
-def _met_by_rows(first, last, n_q, block: int) -> tuple[Array, Array]:
-    """The part of the columns that blocks of rows meet. Windows never move back from one real row to the next."""
+def _reach(first: Int[Array, "N length"], last: Int[Array, "N length"], n: Int[Array, "N"], block: int) -> Reach:
+    """Find the parts that blocks of positions meet, from the positions' windows.
+
+    Windows never move back from one real position to the next. A block that holds padding has no common part.
+    """
     at = jnp.arange(0, first.shape[1], block)
-    end = jnp.minimum(at + block, n_q[:, None])  # of the real rows of a block
-    start, until = first[:, ::block], jnp.take_along_axis(last, jnp.maximum(end - 1, 0), axis=1) + 1
-    return start, jnp.where(end > at, jnp.maximum(until, start), start)
-
-
-def _met_by_columns(first, last, n_q, columns: int, block: int) -> tuple[Array, Array]:
-    """The part of the rows that blocks of columns meet."""
-    real = jnp.arange(first.shape[1]) < n_q[:, None]
-    first, last = (jnp.where(real, x, jnp.iinfo(jnp.int32).max) for x in (first, last))
-    at = jnp.arange(0, columns, block, dtype=jnp.int32)
-    search = jax.vmap(functools.partial(jnp.searchsorted, method="scan_unrolled"), (0, None))
-    start, stop = search(last, at), search(first, at + block)  # rows that end before, rows that begin before the end
-    return start.astype(jnp.int32), jnp.maximum(start, stop).astype(jnp.int32)
+    end = jnp.minimum(at + block, n[:, None])  # of the real positions of a block
+    of_last = jnp.maximum(end - 1, 0)
+    start, until = first[:, ::block], jnp.take_along_axis(last, of_last, axis=1) + 1
+    stop = jnp.where(end > at, jnp.maximum(until, start), start)
+    common = jnp.take_along_axis(first, of_last, axis=1), last[:, ::block] + 1
+    return Reach(start, stop, *(jnp.where(end == at + block, x, start) for x in common))
 
 
 def _log(scaling: Array) -> Array:

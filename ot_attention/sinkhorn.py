@@ -24,6 +24,8 @@ _SCALING_RANGE = 1e10
 _LARGEST_PLAIN_SCORE = 16.0
 # Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_minus_exact_tail`).
 _LARGEST_TAIL_CHANGE = 30.0
+# Beyond e^60 in one step, entries that float32 flushes to 0 would hold more than 1e-12 of a row or column.
+_LARGEST_MOVE = 60.0
 _STEPS_BETWEEN_CHECKS = 12  # at most, on a GPU: 22 steps are two times eleven
 
 
@@ -155,14 +157,61 @@ class _Progress(NamedTuple):
 
 
 def forward(heads: Heads, spec: SinkhornSpec, band: type[AnyBand] = Band) -> Solved:
-    """All steps (contract, section 2), few of which need an exp over the band.
+    """Make all steps (contract, section 2) in the way that suits the band."""
+    problem = Problem.create(heads, spec, band)
+    if not band.remakes:
+        return _by_scaling(heads, problem)
+    solved, is_exact = _by_absorption(heads, problem)
+    return jax.lax.cond(is_exact, lambda: solved, lambda: _by_scaling(heads, problem))
+
+
+def _by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, ""]]:
+    """Make all steps, absorbing each scaling into the potentials at once, without a look at the data in between.
+
+    For bands that remake their entries anyway. After the first step entries are at most b, so nothing overflows; where
+    a step moves a potential so far that a sum lost digits to underflow, the second result is False.
+    """
+    a, b, spec, scores = problem.a, problem.b, problem.spec, problem.scores
+
+    def step(carry):
+        f, g, furthest = carry
+        u, v = scores.shift(f, g).exp().scale_once(a, b)
+        moves = tuple(jnp.log(jnp.where(target > 0, x, 1)) for x, target in ((u, a), (v, b)))
+        furthest = tuple(jnp.maximum(most, jnp.abs(move)) for most, move in zip(furthest, moves, strict=True))
+        return f + moves[0], g + moves[1], furthest
+
+    def newton_step(carry):
+        f, g, furthest = carry
+        system = problem.linear_system(scores.shift(f, g).exp(), jnp.ones_like(a), jnp.ones_like(b))
+        return step((f, g + implicit.newton_correction(system, a, spec.cg_steps), furthest))
+
+    nothing = jnp.zeros_like(a), jnp.zeros_like(b)
+    top = row_tops(problem, heads, nothing[1])
+    carry = support.varying_like(heads.q, (-top, nothing[1], nothing))
+    carry = jax.lax.fori_loop(0, spec.base_steps, lambda _, c: step(c), carry)
+    if spec.solver == "newton":
+        carry = jax.lax.fori_loop(0, spec.newton_steps, lambda _, c: newton_step(c), carry)
+    reached = [carry[:2] if spec.all_base_steps else nothing]
+    for _ in range(spec.tail_steps):
+        carry = step(carry)
+        reached.append(carry[:2])
+    f, g, furthest = carry
+    f_reached, g_reached = (jnp.stack(side, 1) for side in zip(*reached, strict=True))
+    plan = scores.shift(f, g).exp()
+    out = plan.band.times(plan.tiles, heads.v)
+    residual = jnp.abs(plan.times(jnp.ones_like(b)) - a).max(-1)
+    is_exact = jnp.maximum(furthest[0].max(), furthest[1].max()) < _LARGEST_MOVE
+    return Solved(out, f_reached, g_reached, residual), is_exact
+
+
+def _by_scaling(heads: Heads, problem: Problem) -> Solved:
+    """Make all steps, few of which need an exp over the band.
 
     The kernel `K = exp(S + g - row maximum)` is scaled, `u = a / (K v)`, `v = b / (K^T u)`, until all steps are done or
     a scaling leaves its range. Then K is made anew from the g reached, after a step in the log domain if there was no
     progress otherwise.
     """
-    problem = Problem.create(heads, spec, band)
-    a, b, scores = problem.a, problem.b, problem.scores
+    a, b, spec, scores = problem.a, problem.b, problem.spec, problem.scores
     steps = spec.all_base_steps + spec.tail_steps
 
     def renew(carry):
@@ -301,7 +350,7 @@ def _of_scores(d_scores: Kernel, heads: Heads, spec: SinkhornSpec) -> tuple[Arra
     """Gradients of q, k and the dustbin score from those of the scores."""
     scale, tiles = _score_scale(heads, spec), d_scores.tiles
     dq, dk = d_scores.band.times(tiles, heads.k), d_scores.band.transpose_times(tiles, heads.q)
-    d_bin = jnp.zeros_like(d_scores.band.first, dq.dtype)[:, 0]
+    d_bin = jnp.zeros_like(heads.dustbin_score, dq.dtype)
     if d_scores.bin is not None:
         d_bin = d_scores.bin.column.sum(-1) + d_scores.bin.row.sum(-1)
     return scale * dq, scale * dk, d_bin

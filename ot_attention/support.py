@@ -27,19 +27,49 @@ def row_windows(
     if band is None:
         first, last = jnp.zeros_like(rows), jnp.broadcast_to(last_column, rows.shape)
     else:
-        # c(i) = (odd n_k - n_q) / (2 n_q) with odd = 2 i + 1; x = odd n_k / (2 n_q) = c(i) + 1/2 is never negative.
-        odd = (2 * jnp.clip(rows, 0, jnp.maximum(n_q - 1, 0)) + 1).astype(jnp.uint32)
-        denominator = (2 * jnp.maximum(n_q, 1)).astype(jnp.uint32)
-        numerator = odd * n_k.astype(jnp.uint32)
-        whole = (numerator // denominator).astype(jnp.int32)
-        twice_rest = 2 * (numerator % denominator)
-        # ceil(x - 1/2) and floor(x - 1/2), from x = whole + rest / denominator.
-        ceil_centre = whole + (twice_rest > denominator)
-        floor_centre = whole - (twice_rest < denominator)
+        ceil_centre, floor_centre = diagonal(rows, n_q, n_k)
         first = jnp.maximum(ceil_centre - band, 0)
         last = jnp.minimum(floor_centre + band, last_column)
     exists = (rows >= 0) & (rows < n_q)
     return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
+
+
+def column_windows(
+    columns: Int[Array, "*batch columns"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
+) -> tuple[Int[Array, "*batch columns"], Int[Array, "*batch columns"]]:
+    """Find the first and last row (inclusive) in the support of each column; last < first where there is none.
+
+    `row_windows` seen from the columns: rows with `j - W <= c(i) <= j + W`, in integers.
+    """
+    n_q, n_k = n_q[..., None], n_k[..., None]
+
+    def rows(column, rest):
+        """Count rows with c(i) <= column if rest is n_k, with c(i) < column if it is n_k - 1."""
+        product = (2 * jnp.clip(column, 0, n_k) + 1).astype(jnp.uint32) * n_q.astype(jnp.uint32)
+        count = (product + rest.astype(jnp.uint32)) // (2 * jnp.maximum(n_k, 1)).astype(jnp.uint32)
+        return jnp.where(column < 0, 0, jnp.minimum(count.astype(jnp.int32), n_q))
+
+    if band is None:
+        first, stop = jnp.zeros_like(columns), jnp.broadcast_to(n_q, columns.shape)
+    else:
+        band = min(band, MAX_BANDED_PRODUCT // 4)  # wider ones hold everything, and sums stay integers
+        first, stop = rows(columns - band, jnp.maximum(n_k - 1, 0)), rows(columns + band, n_k)
+    exists = (columns >= 0) & (columns < n_k)
+    return jnp.where(exists, first, 0), jnp.where(exists, stop - 1, -1)
+
+
+def diagonal(
+    rows: Int[Array, "*batch rows"], n_q: Int[Array, "*batch 1"], n_k: Int[Array, "*batch 1"]
+) -> tuple[Int[Array, "*batch rows"], Int[Array, "*batch rows"]]:
+    """Compute ceiling and floor of the length-scaled diagonal `c(i)` at each row, exactly."""
+    # c(i) = (odd n_k - n_q) / (2 n_q) with odd = 2 i + 1; x = odd n_k / (2 n_q) = c(i) + 1/2 is never negative.
+    odd = (2 * jnp.clip(rows, 0, jnp.maximum(n_q - 1, 0)) + 1).astype(jnp.uint32)
+    denominator = (2 * jnp.maximum(n_q, 1)).astype(jnp.uint32)
+    numerator = odd * n_k.astype(jnp.uint32)
+    whole = (numerator // denominator).astype(jnp.int32)
+    twice_rest = 2 * (numerator % denominator)
+    # ceil(x - 1/2) and floor(x - 1/2), from x = whole + rest / denominator.
+    return whole + (twice_rest > denominator), whole - (twice_rest < denominator)
 
 
 def dense_support(
@@ -113,6 +143,14 @@ def _reached(
 def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:
     """Vectors over residues with one more entry, the dustbin's."""
     return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2), constant_values=last)
+
+
+def append(x: Float[Array, "N length"], last: Float[Array, "N 1"]) -> Float[Array, "N all"]:
+    """Append the dustbin's entry to vectors over residues.
+
+    XLA fuses a select with what makes its operands, and not a concatenation.
+    """
+    return jnp.where(jnp.arange(x.shape[1] + 1) == x.shape[1], last, with_dustbin(x))
 
 
 def divide(x: Array, y: Array) -> Array:

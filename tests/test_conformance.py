@@ -128,7 +128,9 @@ def attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent
         out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)
         return (out, info.f, info.g), info.residual
 
-    @functools.partial(jax.jit, compiler_options=QUICK if implementation in INTERPRETED else None)
+    interpreted = implementation in INTERPRETED and (implementation != "pallas_gpu" or gpu_kernels.INTERPRET)
+
+    @functools.partial(jax.jit, compiler_options=QUICK if interpreted else None)
     def run_and_pull_back(*arrays):
         (out, f, g), pull_back, residual = jax.vjp(run, *arrays, has_aux=True)
         of_f = jnp.cos(jnp.arange(f.size)).reshape(f.shape).astype(f.dtype)
@@ -144,6 +146,27 @@ def error(actual, expected, least_scale=1.0) -> float:
     """Largest deviation, relative to the largest value or to `least_scale`: residuals are near 0."""
     scale = max(least_scale, float(np.abs(expected).max(initial=0)))
     return float(np.abs(np.asarray(actual, np.float64) - np.asarray(expected)).max(initial=0)) / scale
+
+
+def against_reference(
+    implementation: str, case: Case, dustbin: str, dtype: str, **settings
+) -> dict[str, tuple[float, float]]:
+    """For every result the error against the reference in float64, computed on the CPU, and the error allowed.
+
+    Allowed is twice the larger of the errors of the dense reference and of "xla" in the same dtype. Needs no x64 mode:
+    it is switched on for the reference alone, and in this thread alone.
+    """
+    spec, (arrays, *rest) = case.spec(dustbin=dustbin, **settings), inputs(case, dustbin, dtype)
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        given = [np.asarray(x, np.float64) for x in arrays], *jax.device_get(rest)
+        exact = jax.device_get(attend_and_pull_back("reference", spec, *given))
+    others = [attend_and_pull_back(name, spec, arrays, *rest) for name in ("reference", "xla")]
+    actual = attend_and_pull_back(implementation, spec, arrays, *rest)
+    found = {}
+    for name in exact.keys() - {"residual"}:
+        allowed = 2 * max(error(other[name], exact[name]) for other in others) + 32 * EPS["float32"]
+        found[name] = error(actual[name], exact[name]), allowed
+    return found
 
 
 def cases(name: str) -> list:
