@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import jax
-import wandb
 from ml_collections import ConfigDict
 
 import eval as evaluation
@@ -118,10 +117,9 @@ class MetricsLog:
         self.residues_per_second = 0.0
         self.waited = 0.0  # seconds, for batches
         self._time, self._residues, self._examples = time.perf_counter(), 0, 0
-        self._wandb = None
+        self._leads = jax.process_index() == 0
         self.rewind(start)
-        if jax.process_index() == 0:
-            self._wandb = _start_wandb(workdir, config)
+        self._wandb = _start_wandb(workdir, config) if self._leads and config.log.wandb != "disabled" else None
 
     def rewind(self, start: int) -> None:
         """Drops the lines of later steps, beyond which a run resumes; all of them if nothing was trained yet."""
@@ -153,9 +151,10 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes a line; the clock of the rates starts anew."""
-        if self._wandb:
+        if self._leads:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
+        if self._wandb:
             self._wandb.log(values, step=step)
         self.waited, self._time, self._residues, self._examples = 0.0, time.perf_counter(), 0, 0
 
@@ -177,6 +176,8 @@ def without_folders(values: dict) -> dict:
 
 def _start_wandb(workdir: Path, config: ConfigDict):
     """A W&B run that stores metrics and settings, and nothing of the machine, its user, its paths or the command."""
+    import wandb  # not needed by runs with config.log.wandb=disabled
+
     logging.getLogger("wandb").addFilter(lambda record: record.levelno >= logging.WARNING)  # it logs every path
     return wandb.init(
         project="ot-attention",

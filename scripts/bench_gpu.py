@@ -1,213 +1,291 @@
-"""Rates on a GPU: picoseconds a cell and half-iteration of `pallas_gpu`, of `xla` and of the best attention there is.
+"""Measures a GPU in stages, each with a time limit: ceilings, numbers, rates, training, alignments, a run of training.
 
-  python scripts/bench_gpu.py                                       # 512 to 8192 residues, W = 64, 256 and all
-  python scripts/bench_gpu.py --lengths 1024 --bands 64 full --dtype float32
+  python scripts/bench_gpu.py --all --minutes=12 --output=runs/bench/gpu
+  python scripts/bench_gpu.py --all --data=runs/pfam --override total_steps=3000 batch_size=128
+  python scripts/bench_gpu.py --stages rates training --minutes=5
+  python scripts/bench_gpu.py --stages rates --lengths 1024 4096 --bands 64 full --dtypes float32 --methods pallas_gpu
+  python scripts/bench_gpu.py --all --tiny            # every stage on the CPU at tiny sizes, kernels interpreted
 
-A cell is one score of the support; T + R steps are 2 (T + R) half-iterations, softmax attention counts as one, over all
-cells. Numbers are checked first, on one example and two heads against float64: a row that fails
-them is reported and not timed. `softmax, cudnn` is jax.nn.dot_product_attention; `flash-sinkhorn` (PyTorch and Triton,
-arXiv 2602.03067) is measured where it is installed, head by head, as it takes one problem at a time.
+The stages run in this order, each in a process of its own that is killed at its limit; what it wrote until then counts:
+
+  ceilings      nvidia-smi, versions, a large copy, a large bfloat16 product
+  conformance   12 cases of tests/test_conformance.py on the card, against the reference in float64
+  rates         picoseconds a cell and half-iteration, beside xla and cuDNN attention (scripts/gpu_rates.py)
+  training      examples a second of the update of aligner and r2_dustbin, and the GPU's utilisation
+  alignments    pairs a second of scripts/align.py
+  training_run  train.py with --config and --data until the time is over; the last stage gets what others leave
+
+The output folder holds rows.jsonl (a JSON row for each result, written at once), table.md, stages.log (what the stages
+print) and, of training_run, metrics.jsonl and the averaged weights. Exit status: 0; 1 if a row or a stage failed.
 """
 
 import argparse
-import dataclasses
-import functools
-import importlib.util
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
+from scripts.gpu_stages import ROOT, STAGES, Settings, nvidia_smi
 
-from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, transport_plan
-from scripts.bench_attention import Case, Programs, clock, forward_backward
-
-_STEPS = SinkhornSpec().base_steps + SinkhornSpec().tail_steps
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-6}
-_FEW_HEADS = 2  # whose numbers are checked; and which flash-sinkhorn is timed on
+ROWS, TABLE, LOG = "rows.jsonl", "table.md", "stages.log"
+_MOST_LOG = 8 * 2**20  # bytes; more are cut at the beginning
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_METHODS = "pallas_gpu", "xla", "softmax, cudnn", "softmax, xla"  # of gpu_rates, whose import needs JAX
 
 
-class Method(NamedTuple):
-    attend: Callable[[Case], Callable]  # as in bench_attention: of q, k, v, lengths and dustbin score
-    passes: int  # over all cells, in the forward
-    banded: bool = True
-
-
-def sinkhorn(case: Case, implementation: str) -> Callable:
-    spec = SinkhornSpec(band=case.band, dustbin=case.dustbin)
-    return lambda q, k, v, lengths, score: sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)[0]
-
-
-def softmax(case: Case, implementation: str) -> Callable:
-    def attend(q, k, v, lengths, score):
-        # cuDNN has no float64, which only the check of numbers asks for.
-        chosen = "xla" if q.dtype == jnp.float64 else implementation
-        return jax.nn.dot_product_attention(q, k, v, implementation=chosen)
-
-    return attend
-
-
-METHODS = {
-    "pallas_gpu": Method(functools.partial(sinkhorn, implementation="pallas_gpu"), 2 * _STEPS),
-    "xla": Method(functools.partial(sinkhorn, implementation="xla"), 2 * _STEPS),
-    "softmax, cudnn": Method(functools.partial(softmax, implementation="cudnn"), 1, banded=False),
-    "softmax, xla": Method(functools.partial(softmax, implementation="xla"), 1, banded=False),
-}
-
-
-def cells(case: Case) -> int:
-    """In the support of all heads, sequences being as long as they are padded."""
-    band = case.length if case.band is None else case.band
-    i = np.arange(case.length)
-    each = np.minimum(i + band, case.length - 1) - np.maximum(i - band, 0) + 1
-    return case.batch * case.heads * int(each.sum())
-
-
-def error(case: Case, name: str, dtype: str) -> float:
-    """Of output and gradients against float64 from the same inputs, relative to the largest value."""
-    few, method = dataclasses.replace(case, batch=1, heads=_FEW_HEADS), METHODS[name]
-    given = few.arguments(dtype)
-    actual = jax.jit(forward_backward(method.attend(few)))(*given)
-    exact_of = METHODS["xla"] if method.banded else method
-    with jax.enable_x64(True):
-        exact_given = (x if x is None or x.dtype == jnp.int32 else x.astype("float64") for x in (*given[:3], None))
-        q, k, v, score = exact_given
-        run = jax.jit(forward_backward(exact_of.attend(few)))
-        expected = jax.device_get(run(q, k, v, given[3], score, given[5].astype("float64")))
-    pairs = zip(jax.device_get(actual), expected, strict=True)
-    return max(float(np.abs(x.astype("float64") - y).max() / np.abs(y).max()) for x, y in pairs)
-
-
-def measure(case: Case, name: str, dtype: str, rounds: int) -> dict[str, Any]:
-    """A row: error, then milliseconds and rates of the forward, and of forward and backward."""
-    method = METHODS[name]
-    row: dict[str, Any] = {"method": name, "error": error(case, name, dtype)}
-    if not row["error"] < _TOLERANCE[dtype]:
-        return row
-    given, attend = case.arguments(dtype), method.attend(case)
-    programs: Programs = {
-        (name, "forward"): functools.partial(jax.jit(attend).lower(*given[:-1]).compile(), *given[:-1]),
-        (name, "forward_backward"): functools.partial(
-            jax.jit(forward_backward(attend)).lower(*given).compile(), *given
-        ),
-    }
-    counted = cells(case if method.banded else dataclasses.replace(case, band=None))
-    times = clock(programs, rounds)
-    row |= {f"{what}_ms": 1e3 * seconds for (_, what), seconds in times.items()}
-    return row | rates(times[name, "forward"], counted * method.passes)
-
-
-def rates(seconds: float, visits: int) -> dict[str, float]:
-    """visits: of cells, in all half-iterations."""
-    return {"ps_a_cell_and_half_iteration": 1e12 * seconds / visits, "Tcell_a_second": visits / seconds / 1e12}
-
-
-def measure_flash_sinkhorn(case: Case, rounds: int) -> dict[str, Any]:
-    """As many alternating steps at full support, float32 with TF32 products, as it runs by default.
-
-    Its cost is the squared distance: with `eps = 2 sqrt(d)` the norms go into the potentials, and plans are ours.
-    """
-    import torch
-    from flash_sinkhorn.kernels import sinkhorn_flashstyle_alternating
-
-    few = dataclasses.replace(case, batch=1, heads=_FEW_HEADS)
-    q, k, *_ = few.arguments()
-    x, y = ([torch.tensor(np.asarray(z[0, :, h]), device="cuda") for h in range(_FEW_HEADS)] for z in (q, k))
-    weights, eps = torch.full((case.length,), 1 / case.length, device="cuda"), 2 * math.sqrt(case.width)
-
-    def run():
-        found = [
-            sinkhorn_flashstyle_alternating(*points, weights, weights, eps=eps, n_iters=_STEPS)
-            for points in zip(x, y, strict=True)
-        ]
-        torch.cuda.synchronize()
-        return found
-
-    f, g = (z.cpu().double().numpy() for z in run()[0][:2])
-    points = [z[0].cpu().double().numpy() for z in (x, y)]
-    norms = [(z**2).sum(1) for z in points]
-    cost = norms[0][:, None] + norms[1] - 2 * points[0] @ points[1].T
-    plan = np.exp((f[:, None] + g - cost) / eps) / case.length
-    ours = transport_plan(q[:, :, :1], k[:, :, :1], SinkhornSpec(band=None))[0, 0]
-    row: dict[str, Any] = {
-        "method": "flash-sinkhorn",
-        "error": float(np.abs(plan - np.asarray(ours)).max() / np.asarray(ours).max()),
-    }
-    if not row["error"] < 2e-2:  # of TF32 products, and of steps in the other order
-        return row
-    seconds = clock({("flash-sinkhorn", "forward"): run}, rounds)["flash-sinkhorn", "forward"]
-    return row | {"forward_ms": 1e3 * seconds} | rates(seconds, cells(few) * 2 * _STEPS)
-
-
-def rows(args: argparse.Namespace):
-    """One of every method in every case."""
-    for length, band in tqdm([(length, band) for length in args.lengths for band in args.bands]):
-        case = Case(max(1, args.residues // length), args.heads, length, band, (), width=args.width)
-        about = {"length": length, "band": band, "batch": case.batch, "heads": args.heads, "width": args.width}
-        about |= {"dtype": args.dtype, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        for name in args.methods:
-            if METHODS[name].banded or band is None:
-                yield measure(case, name, args.dtype, args.rounds) | about
-        if band is None and importlib.util.find_spec("flash_sinkhorn"):
-            yield measure_flash_sinkhorn(case, args.rounds) | about
-
-
-def table(rows: list[dict]) -> str:
-    lines = ["| L | W | method | error | forward ms | forward + backward ms | ps a cell and half-iteration | Tcell/s |"]
-    lines.append("|" + "---|" * 8)
-    for row in rows:
-        keys = "forward_ms", "forward_backward_ms", "ps_a_cell_and_half_iteration", "Tcell_a_second"
-        figures = [f"{row[key]:.3g}" if key in row else "" for key in keys]
-        band = "all" if row["band"] is None else str(row["band"])
-        lines.append(
-            "| " + " | ".join([str(row["length"]), band, row["method"], f"{row['error']:.0e}", *figures]) + " |"
+def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    args = _parse(given)
+    if args.stage:
+        return run_stage(args.stage, args)
+    if not args.tiny and not has_card():
+        print(
+            "bench_gpu.py: there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine "
+            "with an NVIDIA card, or give --tiny to try every stage on the CPU",
+            file=sys.stderr,
         )
-    return "\n".join(lines)
+        return 1
+    args.output.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for name in (ROWS, LOG):
+        (args.output / name).write_text("")
+    failed = schedule(args, given)
+    print((args.output / TABLE).read_text())
+    print(f"results: {args.output}")
+    if failed:
+        print(f"bench_gpu.py: failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = _parse(arguments)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    found = []
+def has_card() -> bool:
+    """Tells whether there is an NVIDIA card, without JAX, which would take its memory."""
+    return Path("/dev/nvidia0").exists() or bool(nvidia_smi("-L"))
+
+
+# ---- stages, one after the other ----
+
+
+def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
+    """Runs the chosen stages; returns the names of those that failed or have rows that did."""
+    start, shares = time.monotonic(), sum(STAGES[name].share for name in args.stages)
+    end, failed = start + 60 * args.minutes, []
+    for name in args.stages:
+        left = end - time.monotonic()
+        limit = left if name == args.stages[-1] else min(left, 60 * args.minutes * STAGES[name].share / shares)
+        began = time.monotonic()
+        tell(f"stage {name}: at most {limit:.0f} s")
+        with (args.output / LOG).open("a") as log:
+            print(f"===== {name} =====", file=log, flush=True)
+            state = run_limited(*command_of(name, limit, args, given), limit, log) if limit > 0 else "left out, no time"
+        rows = read_rows(args.output / ROWS)
+        tell(f"stage {name}: {time.monotonic() - began:.0f} s of {limit:.0f} s, {state}")
+        if state == "failed" or any("failed" in row for row in rows if row["stage"] == name):
+            failed.append(name)
+        (args.output / TABLE).write_text(tables(rows))
+        shorten(args.output / LOG)
+    return failed
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def command_of(name: str, limit: float, args: argparse.Namespace, given: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line of a stage's process, and its environment."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu" if args.tiny else "cuda,cpu", "PYTHONUNBUFFERED": "1"}
+    if args.tiny:
+        # Compiling takes longer than running. The second does the same for jax before 0.12, and more.
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}"
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if not STAGES[name].on_device:  # programs of theirs are kept: they start several times
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.work / "compiled"))
+    script = str(Path(__file__).resolve())
+    return [sys.executable, script, *given, f"--stage={name}", f"--seconds={limit}"], environment
+
+
+def run_limited(command: list[str], environment: dict[str, str], limit: float, log: IO[str]) -> str:
+    """Runs a command in a process group of its own, which does not outlive the limit or this process."""
+    with ended_by_sigterm():
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return "stopped at its limit"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # of a group that has ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "done" if status == 0 else "failed"
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into SystemExit, so that the stage is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with args.output.open("w") as file:
-            for row in rows(args):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                found.append(row)
-    except UnsupportedError as unsupported:
-        sys.exit(f"bench_gpu.py: {unsupported}")
-    print(table(found))
-    print(f"rows: {args.output}")
-    if wrong := [row["method"] for row in found if "forward_ms" not in row]:
-        sys.exit(f"bench_gpu.py: not timed, the numbers are wrong: {', '.join(wrong)}")
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shorten(log: Path) -> None:
+    """Keeps the end of a log."""
+    if log.stat().st_size > _MOST_LOG:
+        log.write_bytes(log.read_bytes()[-_MOST_LOG // 2 :])
+
+
+# ---- one stage, in a process of its own ----
+
+
+def run_stage(name: str, args: argparse.Namespace) -> int:
+    """Writes the rows of a stage as they come. A package that is missing, or another failure, is a row too."""
+    if args.tiny and STAGES[name].on_device:
+        from ot_attention import gpu_kernels
+
+        gpu_kernels.INTERPRET = True
+    with (args.output / ROWS).open("a") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            finite = {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+            file.write(json.dumps({"stage": name} | finite) + "\n")  # JSON has no NaN
+            file.flush()
+
+        try:
+            if not args.tiny:
+                check_backend(STAGES[name].on_device)
+            for row in STAGES[name].run(settings_of(args)):
+                write(row)
+        except ImportError as missing:
+            write({"failed": f"a package is missing: {missing}"})
+            return 1
+        except Exception as error:  # the cause is in the log, the fact among the rows
+            write({"failed": f"{type(error).__name__}: {error}"[:400]})
+            raise
+    return 0
+
+
+def check_backend(here: bool) -> None:
+    """Raises RuntimeError unless JAX computes on the card: without it JAX falls back to the CPU in silence.
+
+    here: Ask in this process, which then holds the card's memory; else in another one.
+    """
+    if here:
+        import jax
+
+        found = jax.default_backend()
+    else:
+        ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+        found = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    if found != "gpu":
+        raise RuntimeError(
+            f"JAX computes on {found or 'nothing'} here, not on a GPU: install jax[cuda13] of the version of jax, and "
+            "look at the driver with nvidia-smi"
+        )
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What the stages are told."""
+    settings = Settings(args.seconds, args.output, args.work, args.tiny, args.config, args.data, tuple(args.override))
+    if not (args.stage == "rates" and any((args.lengths, args.bands, args.dtypes, args.methods))):
+        return settings
+    from scripts import gpu_rates
+
+    plan = gpu_rates.product(
+        args.lengths or [1024, 4096],
+        args.bands or [64, None, 256],
+        args.methods or ["pallas_gpu", "softmax, cudnn"],
+        args.dtypes or ["bfloat16"],
+    )
+    return settings._replace(rates=(plan, gpu_rates.Size()))
+
+
+# ---- results ----
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of results; the last line of a stage that was killed may be half a row."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table for each stage that has rows, and a list of what failed."""
+    parts = []
+    for name, stage in STAGES.items():
+        if of_stage := [row for row in rows if row["stage"] == name]:
+            columns = [column for column in stage.columns if any(column in row for row in of_stage)]
+            lines = [
+                "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+                "|" + "---|" * len(columns),
+            ]
+            lines += ["| " + " | ".join(shown(column, row) for column in columns) + " |" for row in of_stage]
+            lines = lines if columns else []
+            lines += [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
+            parts.append("\n".join([f"## {name}", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(column: str, row: dict[str, Any]) -> str:
+    """A figure of a row in three digits."""
+    value = row.get(column)
+    if column == "band" and "band" in row and value is None:
+        return "all"
+    if isinstance(value, float):
+        return f"{value:.0e}" if column == "error" else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
 def _band(text: str) -> int | None:
     return None if text == "full" else int(text)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 4096, 8192], help="default: %(default)s")
-    parser.add_argument("--bands", nargs="+", type=_band, default=[64, 256, None], help="half-widths; full for all")
-    parser.add_argument("--residues", type=int, default=16384, help="of a batch; default: %(default)s")
-    parser.add_argument("--heads", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--width", type=int, default=64, help="of a head; default: %(default)s")
-    parser.add_argument("--dtype", choices=list(_TOLERANCE), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each program; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/gpu.jsonl"), help="default: %(default)s")
-    return parser.parse_args(arguments)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_const", dest="stages", const=list(STAGES), help="all stages")
+    which.add_argument("--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--minutes", type=float, default=12, help="of all stages together; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/gpu"), help="folder; default: %(default)s")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/bench/gpu_work"),
+        help="folder of what is no result; default: %(default)s",
+    )
+    parser.add_argument("--tiny", action="store_true", help="on the CPU, at tiny sizes, kernels interpreted")
+    run = parser.add_argument_group("training_run")
+    run.add_argument("--config", type=Path, default=ROOT / "configs/aligner.py", help="default: configs/aligner.py")
+    run.add_argument("--data", default="data/default", help="shards; default: %(default)s")
+    run.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
+    rates = parser.add_argument_group("rates", "all combinations of these, in place of the usual rows")
+    rates.add_argument("--lengths", nargs="+", type=int)
+    rates.add_argument("--bands", nargs="+", type=_band, help="half-widths; full for all")
+    rates.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"])
+    rates.add_argument("--methods", nargs="+", choices=_METHODS)
+    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)  # of the process that runs it
+    parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.minutes <= 0:
+        parser.error(f"--minutes={args.minutes:g} must be above 0")
+    if wrong := [override for override in args.override if "=" not in override]:
+        parser.error(f"--override {wrong[0]}: write KEY=VALUE, for example total_steps=3000")
+    args.output, args.work = args.output.resolve(), args.work.resolve()
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

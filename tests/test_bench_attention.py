@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import tiny
 
-from ot_attention import gpu_kernels
-from scripts import bench_attention, bench_gpu
+from scripts import bench_attention
 from scripts.bench_attention import Case
 
 PEERS = "softmax", "tail", "ott unrolled", "ott implicit"
@@ -73,33 +71,3 @@ def test_what_an_implementation_cannot_do_is_told(tmp_path):
     ):
         patch.setattr(bench_attention, "CASES", {"short": Case(1, 1, 8, 2, ("tail",))})
         bench_attention.main(arguments)
-
-
-def test_rates_on_a_gpu_are_measured_after_the_numbers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
-    output, methods = tmp_path / "rows.jsonl", ["pallas_gpu", "softmax, xla"]
-    flags = "--lengths=40", "--residues=40", "--heads=2", "--width=16", "--rounds=1", f"--output={output}"
-    with tiny.quick_compilation():
-        bench_gpu.main([*flags, "--bands", "full", "--methods", *methods])
-        rows = [json.loads(line) for line in output.read_text().splitlines()]
-        assert [row["method"] for row in rows] == methods
-        for row, halves in zip(rows, (44, 1), strict=True):
-            seconds = row["ps_a_cell_and_half_iteration"] * 1e-12 * 2 * 40 * 40 * halves
-            assert seconds == pytest.approx(row["forward_ms"] / 1e3)
-            assert row["Tcell_a_second"] * row["ps_a_cell_and_half_iteration"] == pytest.approx(1)
-            assert 0 < row["error"] < 2.0**-6 and row["forward_backward_ms"] > 0
-        assert "| 40 | all | pallas_gpu |" in capsys.readouterr().out
-        monkeypatch.setattr(bench_gpu, "_TOLERANCE", {"bfloat16": 1e-9})
-        with pytest.raises(SystemExit, match="not timed, the numbers are wrong: softmax, xla"):
-            bench_gpu.main([*flags, "--bands", "full", "--methods", "softmax, xla"])
-
-
-def test_cells_of_a_band_are_those_of_the_support():
-    i = np.arange(40)
-    assert bench_gpu.cells(Case(3, 2, 40, 4, ())) == 6 * (np.abs(i[:, None] - i) <= 4).sum()
-    assert bench_gpu.cells(Case(3, 2, 40, None, ())) == 6 * 40 * 40
-
-
-def test_without_a_gpu_rates_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="there is no GPU here"):
-        bench_gpu.main(["--lengths=8", "--bands=2", "--methods=pallas_gpu", f"--output={tmp_path / 'rows.jsonl'}"])

@@ -1,0 +1,116 @@
+"""Downloads the wheels that a machine with an NVIDIA card and JAX, but without a network, lacks for this repository.
+
+  python scripts/gpu_wheels.py                          # into .wheels, for Python 3.12 on x86-64 Linux
+  python scripts/gpu_wheels.py --output=/mnt/stick --limit=30
+
+On that machine, in the repository:
+
+  python -m pip install --no-index --no-deps --target=.wheels/site .wheels/*.whl
+  PYTHONPATH=.wheels/site python scripts/bench_gpu.py --all
+
+The machine is taken to have jax 0.11 with its CUDA plugin and the other packages of THERE, with what these require.
+Downloads go through pip as it is configured here.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+PYTHON = "3.12"
+PLATFORMS = "manylinux_2_28_x86_64", "manylinux2014_x86_64"
+THERE = [
+    "jax", "optax", "orbax-checkpoint", "jaxtyping", "numpy", "scipy", "matplotlib", "jinja2", "safetensors", "tqdm",
+    "absl-py", "psutil", "protobuf", "pyarrow", "etils", "pyyaml", "requests", "cloudpickle", "pytest",
+    "torch", "triton",
+]  # fmt: skip
+# What requirements.txt names and the machine lacks, and what these require in turn. Without wandb, which
+# train.py --config.log.wandb=disabled does not need.
+WHEELS = [
+    "flax>=0.12.12,<0.13",  # 0.12.8 and .9 do not import with jax 0.11.2
+    "grain>=0.2.15",
+    "ml-collections>=1.1.0",
+    "tensorflow-datasets>=4.9.9",
+    "array-record>=0.8",
+    "parasail>=1.3.4",
+    "biopython>=1.85",
+    "platformdirs>=4.0",
+    "beartype>=0.20",  # of the tests
+    "flash-sinkhorn>=0.4",  # a peer of scripts/gpu_rates.py; PyTorch and Triton are there
+    "portpicker>=1.6",  # grain
+    "dm-tree>=0.1.9",  # tensorflow-datasets, as are all that follow
+    "attrs>=18.2",
+    "wrapt>=1.11.2",
+    "immutabledict",
+    "simple-parsing",
+    "docstring-parser~=0.15",
+    "tensorflow-metadata",
+    "googleapis-common-protos>=1.56.4,<2",
+    "importlib-resources",
+    "toml",
+    "termcolor",
+    "six",
+]
+SOURCES = ["promise>=2.3"]  # has no wheel: a pure Python package, built here
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        download(args.output)
+        wheels = sorted(args.output.glob("*.whl"))
+        check(wheels, args.limit)
+    except (ValueError, OSError) as error:
+        print(f"gpu_wheels.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.output}: {len(wheels)} wheels, {megabytes(wheels):.1f} MiB")
+    return 0
+
+
+def download(folder: Path) -> None:
+    """Replaces the wheels in a folder. Raises ValueError if pip fails."""
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
+    target += [f"--platform={platform}" for platform in PLATFORMS]
+    run_pip("download", *target, f"--dest={folder}", *WHEELS)
+    run_pip("wheel", f"--wheel-dir={folder}", *SOURCES)
+
+
+def run_pip(command: str, *arguments: str) -> None:
+    """Runs pip without resolving dependencies: WHEELS names them all."""
+    done = subprocess.run([sys.executable, "-m", "pip", command, "--no-deps", "--quiet", *arguments], check=False)
+    if done.returncode:
+        raise ValueError(
+            f"pip {command} ended with status {done.returncode}, see above; this Python ({sys.executable}) needs pip "
+            "and a package index that pip is configured for"
+        )
+
+
+def check(wheels: list[Path], limit: float) -> None:
+    """Raises ValueError for wheels built for this machine alone, and for more than `limit` MiB."""
+    if bound := [path.name for path in wheels if "-linux_" in path.name]:
+        raise ValueError(f"built for this machine only, and of no use elsewhere: {', '.join(bound)}")
+    if (size := megabytes(wheels)) > limit:
+        largest = sorted(wheels, key=lambda path: -path.stat().st_size)[:3]
+        raise ValueError(
+            f"the wheels have {size:.1f} MiB, more than --limit={limit:g}; the largest are "
+            f"{', '.join(path.name for path in largest)}: take one off WHEELS, or raise the limit"
+        )
+
+
+def megabytes(paths: list[Path]) -> float:
+    """Total size of files in MiB."""
+    return sum(path.stat().st_size for path in paths) / 2**20
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(".wheels"), help="folder; default: %(default)s")
+    parser.add_argument("--limit", type=float, default=45, metavar="MIB", help="of all wheels; default: %(default)s")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
