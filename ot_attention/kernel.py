@@ -106,7 +106,7 @@ class Kernel(NamedTuple):
     def scale_once(
         self, a: Float[Array, "N all_rows"], b: Float[Array, "N all_columns"]
     ) -> tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]:
-        """Compute the scalings of one Sinkhorn step, `u = a / (K 1)` and `v = b / (K^T u)`; the band remakes entries."""
+        """Compute the scalings of one step, `u = a / (K 1)` and `v = b / (K^T u)`. The band remakes its entries."""
         assert isinstance(self.band, pallas_gpu.Band)
         if self.bin is None:
             u, sums = self.band.scale_once(self.tiles, a[:, :-1], None)
