@@ -16,8 +16,8 @@ Microseconds of a full step of 262,144 rows on an H200, heads of 64 in bfloat16 
 |---|---|---|---|
 | W = 64 | 3 | 77 (8 warps: 94) | 126 |
 | W = 64, float32 | 3 | 128 | 186 |
-| W = 128 | 5 | 114 to 117 (8 warps: 116 to 117) | 156 |
-| W = 256 | 9 | 267 (8 warps: 226) | 210 |
+| W = 128 | 5 | 114 (8 warps: 116) | 156 |
+| W = 256 | 9 | 267 (8 warps: 226; not taken) | 210 |
 
 Several strips in a row, with the next one's operands loaded ahead, took 89 to 99 at W = 64: fewer programs fit.
 """
