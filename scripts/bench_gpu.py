@@ -195,7 +195,7 @@ def check_backend(here: bool) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """What the stages are told."""
+    """Collect the settings of the stages."""
     settings = Settings(args.seconds, args.output, args.work, args.tiny, args.config, args.data, tuple(args.override))
     if not (args.stage == "rates" and any((args.lengths, args.bands, args.dtypes, args.methods))):
         return settings

@@ -56,7 +56,7 @@ class Method(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is measured for one row of the results."""
+    """A row of the results to be measured."""
 
     length: int
     band: int | None
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What all rows share: residues of a batch, heads, width of a head, and seconds for timing one program."""
+    """Sizes that all rows share: residues of a batch, heads, width of a head, and seconds for timing one program."""
 
     residues: int = 65536
     heads: int = 16
@@ -160,7 +160,7 @@ def _about(row: Row, size: Size) -> dict[str, Any]:
 
 
 def or_failure(function: Callable[[], dict]) -> dict[str, Any]:
-    """What a function returns, or how it failed."""
+    """Return what a function returns, or how it failed."""
     try:
         return function()
     except FAILURES as error:

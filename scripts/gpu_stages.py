@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 class Settings(NamedTuple):
-    """What stages are told. seconds: until the stage is killed. work: a folder for what is not a result."""
+    """Settings of stages. seconds: until the stage is killed. work: a folder for what is not a result."""
 
     seconds: float
     output: Path
