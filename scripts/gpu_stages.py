@@ -112,9 +112,9 @@ def nvidia_smi(*options: str) -> str | None:
 
 # ---- numbers ----
 
-# Case of tests/test_conformance.py, dustbin, settings, dtype. Between them: both block sizes and kinds of product,
+# Case of tests/test_conformance.py, dustbin, settings, dtype. Between them: steps in one sweep, every kind of product,
 # every dustbin, band and full support, empty rows and problems, ragged lengths, scores that leave the range of exp,
-# Newton steps and implicit gradients (whose kernels have fields).
+# Newton steps and implicit gradients. Their heads are narrow: wide ones are interpreted in tests/test_gpu.py.
 CONFORMANCE = [
     ("square", "full", "plain", "bfloat16"),
     ("square", "none", "plain", "float32"),

@@ -54,7 +54,7 @@ def posterior_in_windows(
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Which columns of plans are held: `width` from `first` on in each row. Only there can residues be matched.
+    """Windows of plans: `width` from `first` on in each row. Only there can residues be matched.
 
     first: at least 0, rises from row to row or stays; windows may reach beyond the `columns`, where plans are 0.
     """
@@ -69,7 +69,7 @@ class Windows:
         return cls(np.zeros(shape[:2], int), shape[2], shape[2])
 
     def turned(self) -> "Windows":
-        """Of the plans with rows and columns in reverse order."""
+        """Return the windows of the plans with rows and columns in reverse order."""
         return Windows(self.columns - self.width - self.first[:, ::-1], self.width, self.columns)
 
     def spread(self, row: int, held: np.ndarray) -> Float[np.ndarray, "batch columns"]:
@@ -81,7 +81,7 @@ class Windows:
         return whole[:, self.width : self.width + self.columns]
 
     def cut(self, row: int, whole: np.ndarray) -> np.ndarray:
-        """What the windows hold of a whole row; anything beyond its ends."""
+        """Cut out what the windows hold of a whole row; anything beyond its ends."""
         if self.width == self.columns and not self.first[:, row].any():
             return whole
         place = np.clip(self._place(row) - self.width, 0, self.columns - 1)

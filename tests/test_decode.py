@@ -302,7 +302,7 @@ def test_dense_plans_are_decoded_as_by_the_oracle():
 
 @pytest.mark.parametrize(("copy", "match"), [(100, 5.2), (14, 8.0)], ids=["far apart", "in one block of columns"])
 def test_a_domain_that_occurs_twice_is_matched_with_either(copy, match):
-    """In the middle of x, what matched the first copy weighs exp(500) or exp(100) times what will match the second."""
+    """Prefixes that match the first copy weigh exp(500) or exp(100) times those that will match the second."""
     rest = 20
     plan = np.full((1, 2 * copy + rest, copy + rest), 1e-4, np.float32)
     for start in (0, copy):

@@ -234,6 +234,27 @@ def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch):
         np.testing.assert_allclose(sums, np.einsum("nij,ni->nj", entries, expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("band", [12, 130])
+def test_wide_heads_of_float32_have_blocks_of_their_own(band, monkeypatch):
+    """Smaller blocks, no strips; with the wider band tiles inside the support are visited in a loop of their own."""
+    monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
+    rng, length = np.random.default_rng(0), 300
+    q, k, v = (jnp.asarray(rng.normal(size=(1, length, 1, 130)), jnp.float32) for _ in range(3))
+    spec = SinkhornSpec(band=band, base_steps=2, dustbin="full")
+
+    def run(implementation):
+        def loss(q, k, v):
+            out, info = sinkhorn_attention(
+                q, k, v, spec, jnp.array([length]), jnp.array([length - 40]), jnp.zeros(1), implementation
+            )
+            return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum() + info.g.sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)(q, k, v)
+
+    for found, expected in zip(run("pallas_gpu"), run("xla"), strict=True):
+        assert conformance.error(found, expected) < 1e-5
+
+
 def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
     """A column that underflows in the first step is noticed; then, or always if told to, steps are made by scaling."""
     monkeypatch.setattr(gpu_kernels, "INTERPRET", True)

@@ -13,18 +13,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from scripts.gpu_stages import TINY
+
 ROOT = Path(__file__).parents[1]
 STEPS = 6
 # 320 holds every evaluation pair but a few, so that nearly all is one compiled shape.
-OVERRIDES = {
-    "model.width": 16,
-    "model.depth": 1,
-    "model.heads": 2,
-    "model.attention_every": 0,
-    "model.plan_width": 8,
-    "model.value_width": 8,
-    "attention.base_steps": 3,
-    "attention.band": 16,
+OVERRIDES = TINY | {
     "data.buckets": (320,),
     "batch_size": 4,
     "total_steps": STEPS,
