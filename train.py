@@ -36,16 +36,18 @@ import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-import eval as evaluation
 from configs import base
-from data import pfam, pipeline, sorting
-from models import sharding
-from models.checkpoints import Checkpoints, set_damaged_aside
-from models.state import Trainer, TrainState
-from workdir import MetricsLog, check_shared, check_workdir, differences, held, replace, write_settings
+from data import pipeline
+from evaluation.runs import make_trainer
+from evaluation.tasks import task_of
+from training import sharding
+from training.checkpoints import Checkpoints, set_damaged_aside
+from training.run_folder import MetricsLog, check_shared, check_workdir, differences, replace, run_lock, write_settings
+from training.state import Trainer, TrainState
 
 T = TypeVar("T")
 
@@ -151,7 +153,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     leads = jax.process_index() == 0  # writes everything but the checkpoints, to which all contribute
     settings = json.dumps(json.loads(config.to_json()), indent=1) + "\n"
     with contextlib.ExitStack() as resources:
-        in_all_processes(lambda: resources.enter_context(held(workdir)) if leads else None)
+        in_all_processes(lambda: resources.enter_context(run_lock(workdir)) if leads else None)
         told_to_stop = resources.enter_context(on_sigterm())
         in_all_processes(lambda: check_workdir(workdir, config))  # anew: now nobody else changes it
         in_all_processes(lambda: write_settings(workdir, settings))
@@ -172,9 +174,9 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         if leads:
             introduce(workdir, config, start, iterator.stream)
         progress = resources.enter_context(progress_bar(workdir, config, start))
-        judge = Judge(policy, log, progress, workdir, position.get("nonfinite", 0))
+        guard = NonFiniteGuard(policy, log, progress, workdir, position.get("nonfinite", 0))
         if start == 0:
-            checkpoints.save(state, judge.position(iterator), config.to_dict())
+            checkpoints.save(state, guard.position(iterator), config.to_dict())
         if validate and is_evaluated(start, config) and gather(str(log.was_validated(start)))[0] == "False":
             log.write(start, validate(state))
 
@@ -201,10 +203,10 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             evaluate = validate and is_evaluated(step, config) and not stop
             try:
                 if previous:
-                    judge(*previous)
+                    guard(*previous)
                 previous = step, iterator.step, metrics, ids
                 if save or evaluate:
-                    judge(*previous)  # nothing is kept of a step that was not checked
+                    guard(*previous)  # nothing is kept of a step that was not checked
                     previous = None
             except RollBack as bad:
                 checkpoints.wait()
@@ -215,7 +217,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
                 progress.reset_to(step)
                 continue
             if save:
-                checkpoints.save(state, judge.position(iterator), config.to_dict())
+                checkpoints.save(state, guard.position(iterator), config.to_dict())
             if evaluate:
                 log.write(step, validate(state))
 
@@ -239,78 +241,28 @@ def finish_saving(checkpoints: Checkpoints, kind: type[BaseException] | None, *_
 def prepare(config: ConfigDict, workdir: Path) -> tuple[Trainer, Mesh, pipeline.BatchIterator, Callable | None]:
     """Trainer, mesh, this process's part of the batches, and validation if it is wanted; the folder is not touched."""
     check_workdir(workdir, config)
-    trainer = evaluation.make_trainer(config)
+    task, trainer = task_of(config), make_trainer(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size)
     if config.batch_size % (mesh.shape["data"] * config.optimizer.accumulate):
         raise ValueError(
             f"batch_size={config.batch_size} must be divisible by optimizer.accumulate={config.optimizer.accumulate} "
             f"times mesh.data={mesh.shape['data']}"
         )
-    make_batches = sorting_batches if evaluation.sorts(config) else pair_batches
-    iterator, score = make_batches(trainer, mesh, config)
-    return trainer, mesh, iterator, validation(score) if score else None
+    iterator = task.batches(mesh)
+    return trainer, mesh, iterator, validation(task.validation(trainer, mesh)) if config.log.eval_every else None
 
 
-def validation(score: Callable[[TrainState], dict]) -> Callable[[TrainState], dict[str, float]]:
+def validation(score: Callable[[PyTree], dict]) -> Callable[[TrainState], dict[str, float]]:
     """A function from the state to the model's metrics on a fixed sample of the validation split.
 
     Every process computes all of them from the same predictions, so that all go on together.
     """
 
     def validate(state: TrainState) -> dict[str, float]:
-        overall = score(state)["model"]["overall"]
+        overall = score(state.ema)["model"]["overall"]
         return {f"validation/{name}": metric["value"] for name, metric in overall.items()}
 
     return validate
-
-
-def pair_batches(
-    trainer: Trainer, mesh: Mesh, config: ConfigDict
-) -> tuple[pipeline.BatchIterator, Callable[[TrainState], dict] | None]:
-    """This process's part of the batches of pairs, and, if wanted, how a state is scored on the validation split."""
-    data_dir = evaluation.resolve_data_dir(config.data.dir)
-    options = {key: value for key, value in config.data.items() if key != "dir"}
-    pipeline_config = pipeline.PipelineConfig(batch_size=config.batch_size, seed=config.seed, **options)
-    shard_index, shard_count = sharding.host_shard(mesh)
-    iterator = pipeline.train_iterator(
-        pfam.open_split(data_dir, "train"), pipeline_config, shard_index=shard_index, shard_count=shard_count
-    )
-    if not config.log.eval_every:
-        return iterator, None
-    families = pfam.open_split(data_dir, "validation")
-    predict = trainer.compiled_evaluation(evaluation.predictor(trainer), mesh)
-
-    def score(state: TrainState) -> dict:
-        batches = pipeline.evaluation_batches(
-            families,
-            config.batch_size,
-            config.data.buckets,
-            limit=config.log.eval_pairs,
-            divisible_by=mesh.shape["data"],
-            max_bad=config.data.max_bad_records,
-        )
-        return evaluation.score_split(functools.partial(predict, state.ema), families, batches)
-
-    return iterator, score
-
-
-def sorting_batches(
-    trainer: Trainer, mesh: Mesh, config: ConfigDict
-) -> tuple[pipeline.BatchIterator, Callable[[TrainState], dict] | None]:
-    """The same of the sorting task."""
-    sorting_config = evaluation.sorting_config(config)
-    shard_index, shard_count = sharding.host_shard(mesh)
-    stream = sorting.SortingStream(sorting_config, shard_index=shard_index, shard_count=shard_count)
-    iterator = pipeline.BatchIterator(stream)
-    if not config.log.eval_every:
-        return iterator, None
-    write = trainer.compiled_evaluation(evaluation.writer(trainer), mesh)
-
-    def score(state: TrainState) -> dict:
-        batches = sorting.evaluation_batches(sorting_config, "validation", config.log.eval_pairs)
-        return evaluation.score_sorting(functools.partial(write, state.ema), batches)
-
-    return iterator, score
 
 
 class RollBack(Exception):
@@ -321,7 +273,7 @@ class RollBack(Exception):
         self.batch = batch
 
 
-class Judge:
+class NonFiniteGuard:
     """Logs a step, or does with a non-finite one what `config.train` says.
 
     nonfinite: how many there have been; part of what a checkpoint holds.

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from typing import TypedDict
 
 import numpy as np
-from Bio.Align import PairwiseAligner
-from jaxtyping import Bool, Float64, Int32
-
-from data import metrics
+from jaxtyping import Int32
 
 SPLITS = {"validation": (1, 0), "test_iid": (2, 0), "test_ood": (3, 1)}  # seed; how many times `longest` is exceeded
-_BIN = 5  # lengths
 
 
 class SortingBatch(TypedDict):
@@ -133,42 +129,3 @@ def _assemble(symbols, lengths, ids, symbol_count: int) -> SortingBatch:
     inside = place < length[:, None]
     x, y, target = (np.where(inside, tokens, 0).astype(np.int32) for tokens in (x, y, in_order))
     return SortingBatch(x=x, y=y, target=target, length=length, id=ids)
-
-
-def exact(written: Int32[np.ndarray, "batch places"], batch: SortingBatch) -> Bool[np.ndarray, " batch"]:
-    """Which sequences came out wholly right, END included; `written` has 0 after the first END."""
-    return (written == batch["target"]).all(axis=1)
-
-
-def edit_distances(written: Int32[np.ndarray, "batch places"], batch: SortingBatch) -> Float64[np.ndarray, " batch"]:
-    """Levenshtein's distance from the sorted sequence, as a share of its length (END left out)."""
-    aligner = PairwiseAligner(match_score=0, mismatch_score=-1, gap_score=-1)
-    end = batch["target"].max()
-
-    def symbols(tokens):
-        return "".join(map(chr, tokens[(tokens > 0) & (tokens < end)]))
-
-    distances = []
-    for out, target in zip(written, batch["target"], strict=True):
-        out, target = symbols(out), symbols(target)
-        distance = -aligner.score(out, target) if out and target else max(len(out), len(target))
-        distances.append(distance / max(len(target), 1))
-    return np.array(distances)
-
-
-def summarise(
-    exact_match: Bool[np.ndarray, " n"], edit_distance: Float64[np.ndarray, " n"], length: Int32[np.ndarray, " n"]
-) -> dict:
-    """Means with bootstrap 95 % intervals over sequences, overall and by length, as `metrics.summarise` gives them."""
-    low = (length - 1) // _BIN * _BIN + 1
-
-    def group(members):
-        ones = np.ones(members.sum())
-        ratios = {
-            "exact_match": np.stack([exact_match[members].astype(float), ones]),
-            "edit_distance": np.stack([edit_distance[members], ones]),
-        }
-        return metrics.intervals(ratios, np.arange(members.sum()))
-
-    bins = {f"{start}-{start + _BIN - 1}": group(low == start) for start in np.unique(low)}
-    return {"overall": group(np.ones(len(length), bool)), "bins": bins, "pairs": len(length)}

@@ -15,6 +15,8 @@ SIZE = 23
 
 AMBIGUOUS = "BJOUXZ"  # codes for ambiguous, rare (U selenocysteine, O pyrrolysine) or unknown residues: all become X
 GAPS = b"-."
+# Penalties beside BLOSUM62: of the first residue of a gap, and of each further one.
+FIRST_GAP, FURTHER_GAP = 11, 1
 
 _INVALID = 255
 _LETTERS = "?" + RESIDUES + "X?"  # by token; padding and mask have no letter of their own

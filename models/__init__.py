@@ -1,1 +1,1 @@
-"""The aligner: encoder, optimal-transport cross attention, losses, training state, decoding and figures."""
+"""Flax modules: attention, the aligner, its pair HMM, the sorter, and what training minimises."""

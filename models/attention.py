@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from models import sharding
+from models import mesh as mesh_axes
 from ot_attention import SinkhornInfo, SinkhornSpec, asap, sinkhorn_attention, sparse, support, transport_plan
 from ot_attention.asap import Asap
 from ot_attention.certificates import contraction, posterior_bias
@@ -181,12 +181,12 @@ def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation:
             return asap.apply(compiled, q, k, v, spec, *lengths, score)
         return sinkhorn_attention(q, k, v, spec, *lengths, score, name)
 
-    if mesh := sharding.current():
-        heads = None if q.shape[2] % mesh.shape[sharding.MODEL] else sharding.MODEL
-        by_length, by_head = P(sharding.DATA, None, heads), P(sharding.DATA, heads)
+    if mesh := mesh_axes.current():
+        heads = None if q.shape[2] % mesh.shape[mesh_axes.MODEL] else mesh_axes.MODEL
+        by_length, by_head = P(mesh_axes.DATA, None, heads), P(mesh_axes.DATA, heads)
         attend = jax.shard_map(
             attend,
-            in_specs=(by_length, by_length, by_length, P(sharding.DATA), P(heads), P(heads)),
+            in_specs=(by_length, by_length, by_length, P(mesh_axes.DATA), P(heads), P(heads)),
             out_specs=(by_length, by_head),
         )
     return attend(q, k, v, lengths, dustbin_score, compiled)

@@ -104,8 +104,8 @@ class Sorter(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sorting:
-    """What is trained: a sorter (a `models.state.Task`)."""
+class SortingObjective:
+    """What is trained: a sorter (a `models.objectives.Objective`)."""
 
     model: SorterConfig
     attention: BlockSpec
@@ -114,7 +114,7 @@ class Sorting:
     def make(self, rngs: nnx.Rngs) -> Sorter:
         return Sorter(self.model, self.attention, self.symbols, rngs=rngs)
 
-    def seen(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+    def augment(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
         return batch | {"noise": jax.random.split(key, len(batch["x"]))}
 
     def totals(self, model: Sorter, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
@@ -128,7 +128,7 @@ class Sorting:
     def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
         return {"cross_entropy/count": (batch["target"] > 0).sum().astype(jnp.float32)}
 
-    def objective(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+    def value(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
         return totals["cross_entropy"] / jnp.maximum(totals["cross_entropy/count"], 1)
 
     def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:

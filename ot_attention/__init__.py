@@ -3,4 +3,6 @@
 from ot_attention.api import sinkhorn_attention, transport_plan
 from ot_attention.spec import SinkhornInfo, SinkhornSpec, UnsupportedError
 
+__version__ = "0.2.0"
+
 __all__ = ["SinkhornInfo", "SinkhornSpec", "UnsupportedError", "sinkhorn_attention", "transport_plan"]

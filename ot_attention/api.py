@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ot_attention import pallas_gpu, pallas_tpu, reference, sinkhorn, support
+from ot_attention import reference, sinkhorn, support
+from ot_attention.backends import gpu, tpu
 from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec, UnsupportedError
 
 
@@ -27,8 +28,8 @@ def _without_padding(attend: Callable, *, one_dtype: bool = True) -> Callable:
 _ATTEND: dict[str, Callable] = {
     "reference": _without_padding(reference.attend),
     "xla": _without_padding(sinkhorn.attend),
-    "pallas_tpu": pallas_tpu.attend,
-    "pallas_gpu": _without_padding(functools.partial(sinkhorn.attend, band=pallas_gpu.Band), one_dtype=False),
+    "pallas_tpu": tpu.attend,
+    "pallas_gpu": _without_padding(functools.partial(sinkhorn.attend, band=gpu.Band), one_dtype=False),
 }
 _DTYPES = ("bfloat16", "float32", "float64")
 
@@ -190,13 +191,13 @@ def _choose(implementation: str | None, spec: SinkhornSpec, heads: Heads) -> str
     if implementation is None and spec.gradient == "unrolled":
         name = "reference"
     elif implementation is None and jax.default_backend() == "tpu":
-        name = "xla" if pallas_tpu.refusal(heads, spec) else "pallas_tpu"
+        name = "xla" if tpu.unsupported_reason(heads, spec) else "pallas_tpu"
     elif implementation is None and support.platform() == "gpu":
-        name = "xla" if pallas_gpu.refusal(heads) else "pallas_gpu"
+        name = "xla" if gpu.unsupported_reason(heads) else "pallas_gpu"
     reasons = []
-    if name == "pallas_gpu" and (reason := pallas_gpu.refusal(heads)):
+    if name == "pallas_gpu" and (reason := gpu.unsupported_reason(heads)):
         reasons.append(reason)
-    if name == "pallas_tpu" and (reason := pallas_tpu.refusal(heads, spec)):
+    if name == "pallas_tpu" and (reason := tpu.unsupported_reason(heads, spec)):
         reasons.append(reason)
     if spec.gradient == "unrolled" and spec.solver == "newton":
         reasons.append(

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ot_attention import banded_xla, pallas_gpu, support
+from ot_attention import support
+from ot_attention.backends import gpu, xla
 
-AnyBand = banded_xla.Band | pallas_gpu.Band
+AnyBand = xla.Band | gpu.Band
 
 
 class Dustbin(NamedTuple):
@@ -107,7 +108,7 @@ class Kernel(NamedTuple):
         self, a: Float[Array, "N all_rows"], b: Float[Array, "N all_columns"]
     ) -> tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]:
         """Compute the scalings of one step, `u = a / (K 1)` and `v = b / (K^T u)`. The band remakes its entries."""
-        assert isinstance(self.band, pallas_gpu.Band)
+        assert isinstance(self.band, gpu.Band)
         if self.bin is None:
             u, sums = self.band.scale_once(self.tiles, a[:, :-1], None)
             return support.with_dustbin(u), support.divide(b, support.with_dustbin(sums))

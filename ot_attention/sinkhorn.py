@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_attention import implicit, support
-from ot_attention.banded_xla import Band
+from ot_attention.backends.xla import Band
 from ot_attention.kernel import AnyBand, Dustbin, Kernel
 from ot_attention.spec import Heads, SinkhornSpec
 

@@ -29,14 +29,13 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 # What is slow to import (jax, the model, matplotlib) comes where it is needed: errors of the input appear at once.
-from data import formats, sequences, vocab
-from data.sequences import PairRecord, Record
+from alignment import formats, sequences
+from alignment.sequences import PairRecord, Record
+from data import vocab
 
 if TYPE_CHECKING:
-    from models.pretrained import Pretrained
+    from alignment.inference import Pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "weights" / "aligner.safetensors"
@@ -98,13 +97,13 @@ def _load(args: argparse.Namespace) -> "Pretrained":
     if not (args.workdir or path.exists()):
         raise FileNotFoundError(f"no weights at {path}; name others with --weights=FILE.safetensors or --workdir=RUN")
     _keep_compiled()
-    from models.pretrained import Pretrained
+    from alignment.inference import Pretrained
 
     if args.workdir:
-        import eval as evaluation
+        from evaluation import runs
 
-        run = evaluation.load_run(args.workdir)
-        evaluation.check_aligns(run)
+        run = runs.load_run(args.workdir)
+        runs.check_aligns(run)
         model = Pretrained.from_config(run.config.to_dict(), lambda _: run.params)
     else:
         model = Pretrained.load(path)
@@ -142,10 +141,11 @@ def _tokens(pair: PairRecord) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _plot(model: "Pretrained", pair: PairRecord, matches: np.ndarray, args: argparse.Namespace) -> None:
-    from models import decode, figures, pretrained
+    from alignment import decoding, inference
+    from evaluation import figures
 
-    plan, scale = pretrained.dense_maximum(model.plan(*_tokens(pair), band=args.band), _LONGEST_PICTURE)
-    match = np.full(len(pair.x.residues), decode.NO_MATCH)
+    plan, scale = inference.dense_maximum(model.plan(*_tokens(pair), band=args.band), _LONGEST_PICTURE)
+    match = np.full(len(pair.x.residues), decoding.NO_MATCH)
     match[matches[:, 0]] = matches[:, 1]
     figures.plan_heatmap(plan, args.plot, match=match, scale=scale, title=f"x: {pair.x.id}, y: {pair.y.id}")
 

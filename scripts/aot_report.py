@@ -32,8 +32,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import numpy as np
 from absl import flags
@@ -42,13 +40,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-import eval as evaluation
+from benchmarks import counting, roofline
+from benchmarks.roofline import CHIPS, Chip
 from data import pfam
 from data.sampling import LengthIndex
-from models import counting, roofline, sharding
-from models.roofline import CHIPS, Chip
-from models.state import Trainer, abstract_batch
+from evaluation import runs, tasks
 from ot_attention import UnsupportedError
+from training import sharding
+from training.state import Trainer, abstract_batch
 
 _PAPER = 8.5  # examples/s that arXiv 2605.08123 reports
 _TARGET = 850
@@ -79,7 +78,7 @@ def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict
     mesh = make_mesh(config, topology)
     chip = CHIPS[topology.partition(":")[0]]
     implementation = _implementation(config, mesh)
-    trainer = evaluation.make_trainer(_with(config, implementation))
+    trainer = runs.make_trainer(_with(config, implementation))
     rows = [
         report_bucket(trainer, config.batch_size, bucket, mesh, chip)
         for bucket in tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
@@ -177,7 +176,7 @@ def kernels(program: str) -> dict[str, int]:
 
 def bucket_shares(config: ConfigDict) -> list[float]:
     """How often training draws each bucket of the configuration."""
-    families = pfam.open_split(evaluation.resolve_data_dir(config.data.dir), "train")
+    families = pfam.open_split(tasks.resolve_data_dir(config.data.dir), "train")
     mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
     return (mass / mass.sum()).tolist()
 
@@ -248,7 +247,7 @@ def _implementation(config: ConfigDict, mesh: Mesh) -> str:
     """What "auto" is on a TPU, where the choice here would be that for a CPU."""
     if config.model.implementation != "auto":
         return config.model.implementation
-    trainer = evaluation.make_trainer(_with(config, "pallas_tpu"))
+    trainer = runs.make_trainer(_with(config, "pallas_tpu"))
     arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
     try:
         jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)

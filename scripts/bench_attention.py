@@ -25,8 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +32,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, sparse
-from ot_attention.banded_xla import Band
+from ot_attention.backends.xla import Band
 
 _MOST_ORACLE_CELLS = 4 * 2048 * 2048  # dense in float64; beyond, the banded implementation in float64 judges
 _STEPS = SinkhornSpec().base_steps + SinkhornSpec().tail_steps  # what ott-jax is given too

@@ -32,9 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.gpu_stages import ROOT, STAGES, Settings, nvidia_smi
+from benchmarks.gpu_stages import ROOT, STAGES, Settings, nvidia_smi
 
 ROWS, TABLE, LOG = "rows.jsonl", "table.md", "stages.log"
 _MOST_LOG = 8 * 2**20  # bytes; more are cut at the beginning
@@ -151,7 +149,7 @@ def shorten(log: Path) -> None:
 def run_stage(name: str, args: argparse.Namespace) -> int:
     """Writes the rows of a stage as they come. A package that is missing, or another failure, is a row too."""
     if args.tiny and STAGES[name].on_device:
-        from ot_attention import gpu_kernels
+        from ot_attention.backends import gpu_kernels
 
         gpu_kernels.INTERPRET = True
     with (args.output / ROWS).open("a") as file:
@@ -199,7 +197,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings = Settings(args.seconds, args.output, args.work, args.tiny, args.config, args.data, tuple(args.override))
     if not (args.stage == "rates" and any((args.lengths, args.bands, args.dtypes, args.methods))):
         return settings
-    from scripts import gpu_rates
+    from benchmarks import gpu_rates
 
     plan = gpu_rates.product(
         args.lengths or [1024, 4096],

@@ -10,9 +10,6 @@ Examples:
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.families import PAIRS_PER_FAMILY
 from data.pfam import Pfam, build

@@ -31,11 +31,9 @@ from absl import logging
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import eval as evaluation
+from alignment import asap_maps
 from data import pfam, pipeline
-from models import compiled
+from evaluation import runs, scoring, tasks
 from models.attention import Asap, SinkhornSpec
 from ot_attention import SinkhornInfo, asap, sinkhorn_attention
 from ot_attention.asap import Deviation, Direction, Feature, Sample
@@ -114,9 +112,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def compile_model(args: argparse.Namespace) -> dict[str, Any]:
     """Fits, writes the maps, and measures them."""
-    run = evaluation.load_weights(args.weights) if args.weights else evaluation.load_run(args.workdir, args.step)
-    evaluation.check_aligns(run)
-    shards = evaluation.resolve_data_dir(args.data or run.config.data.dir)
+    run = runs.load_weights(args.weights) if args.weights else runs.load_run(args.workdir, args.step)
+    runs.check_aligns(run)
+    shards = tasks.resolve_data_dir(args.data or run.config.data.dir)
     buckets = tuple(args.buckets or run.config.data.buckets)
     settings = Settings(
         tuple(args.features), args.directions, args.projections, args.ridge, args.newton_steps, not args.one_sided
@@ -134,7 +132,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, Any]:
         "buckets": buckets,
         "settings": dataclasses.asdict(settings),
     }
-    compiled.save(args.output, maps, run.params, run.step, told)
+    asap_maps.save(args.output, maps, run.params, run.step, told)
 
     families = pfam.open_split(shards, "validation")
     batches = list(_evaluation(run, families, args.pairs))
@@ -166,7 +164,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, Any]:
 # ---- what layers are given ----
 
 
-def _calibration(run: evaluation.Run, shards: Path, split: str, buckets, pairs: int) -> Iterator[pipeline.Batch]:
+def _calibration(run: runs.Run, shards: Path, split: str, buckets, pairs: int) -> Iterator[pipeline.Batch]:
     families, batch_size = pfam.open_split(shards, split), run.config.batch_size
     if split != "train":
         yield from pipeline.evaluation_batches(families, batch_size, buckets, limit=pairs)
@@ -179,14 +177,14 @@ def _calibration(run: evaluation.Run, shards: Path, split: str, buckets, pairs: 
     batches.close()
 
 
-def _evaluation(run: evaluation.Run, families: pipeline.Families, pairs: int) -> Iterator[pipeline.Batch]:
+def _evaluation(run: runs.Run, families: pipeline.Families, pairs: int) -> Iterator[pipeline.Batch]:
     divisible_by = run.mesh.shape["data"]
     return pipeline.evaluation_batches(
         families, run.config.batch_size, run.config.data.buckets, limit=pairs, divisible_by=divisible_by
     )
 
 
-def attended(run: evaluation.Run, batches: Iterable[pipeline.Batch], progress: str) -> dict[str, Layer]:
+def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) -> dict[str, Layer]:
     """Inputs and the teacher's potentials of every layer on the batches' pairs; x and y of a batch are two samples."""
     layers = {name: Layer(of.spec, [], [], []) for name, of in run.trainer.model(run.params).layers().items()}
 
@@ -292,18 +290,18 @@ def _deviations(sample: Sample, spec: SinkhornSpec, teacher, student) -> Deviati
 
 
 def metrics(
-    run: evaluation.Run, path: Path, families: pipeline.Families, batches: list[pipeline.Batch], steps: Iterable[int]
+    run: runs.Run, path: Path, families: pipeline.Families, batches: list[pipeline.Batch], steps: Iterable[int]
 ) -> dict:
     """Of the model as trained, compiled, and with truncated steps, on the same pairs."""
-    runs = {"teacher": run, "asap": evaluation.with_asap(run, path)}
+    compared = {"teacher": run, "asap": runs.with_asap(run, path)}
     for k in steps:
         config = run.config.copy_and_resolve_references()
         config.attention.update(base_steps=k - 1, tail_steps=1, solver="sinkhorn")
-        runs[f"sinkhorn {k}"] = run._replace(config=config, trainer=evaluation.make_trainer(config))
+        compared[f"sinkhorn {k}"] = run._replace(config=config, trainer=runs.make_trainer(config))
     found = {}
-    for name, of in tqdm(runs.items(), desc="scoring", unit=" models"):
-        predict = of.trainer.compiled_evaluation(evaluation.predictor(of.trainer), of.mesh)
-        scores = evaluation.score_split(functools.partial(predict, of.params), families, batches)
+    for name, of in tqdm(compared.items(), desc="scoring", unit=" models"):
+        predict = of.trainer.compiled_evaluation(scoring.predictor(of.trainer), of.mesh)
+        scores = scoring.score_split(functools.partial(predict, of.params), families, batches)
         found[name] = {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
     return found
 

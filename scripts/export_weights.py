@@ -11,11 +11,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import eval as evaluation
-from models import weights
-from models.decode import Gaps
+from alignment import weights
+from alignment.decoding import Gaps
+from evaluation import runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        run = evaluation.load_run(args.workdir, args.step)
-        evaluation.check_aligns(run)
+        run = runs.load_run(args.workdir, args.step)
+        runs.check_aligns(run)
         if args.band is not None:
             run.config.attention.band = args.band
         if args.gaps:
@@ -47,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def set_gaps(run: evaluation.Run, gaps: Gaps) -> None:
+def set_gaps(run: runs.Run, gaps: Gaps) -> None:
     """Raises ValueError if the model has no gap model."""
     if "gaps" not in run.params:
         raise ValueError("--gaps: the run was trained without model.gap_model")

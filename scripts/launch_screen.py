@@ -18,17 +18,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from evaluation import figures, tasks
+from evaluation.baselines import BASELINES
+from scripts import launch_tpu
+from training import run_folder
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import eval as evaluation  # noqa: E402
-from data.baselines import BASELINES  # noqa: E402
-from models import figures  # noqa: E402
-from scripts import launch_tpu  # noqa: E402
-
 STOPPED = 75  # exit code of a train.py that was told to stop; also this script's then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
-SPLITS = ("validation", *evaluation.SPLITS["test"])
+SPLITS = ("validation", *tasks.SPLITS["test"])
 METRICS = (
     "reconstruction",
     "reconstruction_masked",
@@ -126,7 +124,7 @@ def collect(names: list[str], out: Path) -> None:
     (out / "screen.json").write_text(json.dumps(report, indent=1) + "\n")
     text = "\n\n".join(f"### {split}\n\n{markdown(of_runs)}" for split, of_runs in report.items())
     (out / "screen.md").write_text(text + "\n")
-    curves = {name: evaluation.read_metrics(out / name) for name in names}
+    curves = {name: run_folder.read_metrics(out / name) for name in names}
     figures.screen_figure(curves, out / "curves.png")
     for split, of_runs in report.items():
         ends = {name: end["model"]["overall"] for name, (_, end) in of_runs.items()}

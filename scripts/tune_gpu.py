@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_attention import gpu_kernels, gpu_sweep, pallas_gpu
-from ot_attention.gpu_kernels import Tiling
+from ot_attention.backends import gpu, gpu_kernels, gpu_sweep
+from ot_attention.backends.gpu_kernels import Tiling
 
 KINDS = ("step", "sum", "vector", "matrix", "gradient")
 _CALLS = 50  # of a kernel in a program
@@ -81,7 +79,7 @@ def program(variant: Variant, residues: int) -> tuple[Any, tuple]:
     n = jnp.full(number, problem.length, jnp.int32)
 
     def run(q, k, x, n):
-        band, scores = pallas_gpu.Band.scores(q, k, n, n, problem.band, problem.width**-0.5)
+        band, scores = gpu.Band.scores(q, k, n, n, problem.band, problem.width**-0.5)
         scores = band.shift(scores, -4.0 * jnp.ones_like(scores.f), jnp.zeros_like(scores.g))
 
         def call(_, f):

@@ -7,5 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from jaxtyping import install_import_hook
 
 # Not ot_attention.spec: its dataclass checks its own fields, with messages that tests look for.
-_CHECKED = [f"ot_attention.{name}" for name in ("api", "reference", "sinkhorn", "banded_xla", "support", "asap")]
-install_import_hook([*_CHECKED, "data", "models"], "beartype.beartype").__enter__()
+_CHECKED = [f"ot_attention.{name}" for name in ("api", "reference", "sinkhorn", "backends.xla", "support", "asap")]
+install_import_hook(
+    [*_CHECKED, "data", "models", "training", "alignment", "evaluation"], "beartype.beartype"
+).__enter__()

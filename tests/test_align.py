@@ -10,20 +10,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import decode_oracle
 import jax
 import numpy as np
 import pytest
-import tiny
 from Bio import AlignIO, SeqIO
 from flax import nnx
 
-from data import formats, vocab
-from data.sequences import Record
-from models import decode, pretrained, weights
+from alignment import decoding, formats, inference, weights
+from alignment.inference import Pretrained
+from alignment.sequences import Record
+from data import vocab
 from models.attention import specs_of
-from models.pretrained import Pretrained
 from scripts import align
+from tests.support import decode_oracle, tiny
 
 HBA = (
     "MVLSPADKTNVKAAWGKVGAHAGEYGAEALERMFLSFPTTKTYFPHFDLSHGSAQVKGHGKKVADALTNAVAHVDDMPNALSALSDLHAHKLRVDPVNFKLLSHCLL"
@@ -44,9 +43,9 @@ def config(**model: object) -> dict:
 
 
 def initial(of: dict) -> Pretrained:
-    aligner = pretrained.AlignerConfig(**of["model"])
+    aligner = inference.AlignerConfig(**of["model"])
     spec, _ = specs_of(of)
-    params = nnx.to_pure_dict(nnx.state(pretrained.Aligner(aligner, spec, rngs=nnx.Rngs(0))))
+    params = nnx.to_pure_dict(nnx.state(inference.Aligner(aligner, spec, rngs=nnx.Rngs(0))))
     return Pretrained.from_config(of, lambda _: params)
 
 
@@ -189,15 +188,15 @@ def test_banded_decoding_is_dense_decoding(model):
         return aligner.plan(x, y, x_length, y_length), aligner.gaps()
 
     dense, gaps = jax.device_get(whole(x[None], y[None], *lengths))
-    posterior = decode_oracle.posterior(dense, *lengths, decode.Gaps(*gaps.tolist()))
+    posterior = decode_oracle.posterior(dense, *lengths, decoding.Gaps(*gaps.tolist()))
     expected, confidence = decode_oracle.mea_batch(posterior, *lengths)
     (found,) = model.align([(x, y)], band=64)
     np.testing.assert_array_equal(found.pairs[:, 1], expected[0][expected[0] >= 0])
     np.testing.assert_allclose(found.confidence, confidence[0][expected[0] >= 0], atol=1e-4)
-    picture, scale = pretrained.dense_maximum(model.plan(x, y, band=64), 1000)
+    picture, scale = inference.dense_maximum(model.plan(x, y, band=64), 1000)
     assert scale == 1
     np.testing.assert_allclose(picture, dense[0], atol=1e-4)
-    picture, scale = pretrained.dense_maximum(model.plan(x, y, band=64), 50)
+    picture, scale = inference.dense_maximum(model.plan(x, y, band=64), 50)
     assert scale == 3 and picture.shape == (48, 49)
     assert picture.max() == pytest.approx(dense.max(), abs=1e-4)
 
@@ -231,8 +230,8 @@ def test_a_domain_is_found_anywhere_in_a_long_sequence(model):
 
 def test_memory_grows_with_the_length_alone(model):
     """The program for two sequences of 1,500 residues never holds as much as their dense plan would take."""
-    shape = pretrained._Shape(1, 1536, 1536, 64)
-    padded = pretrained._padded([(np.ones(9, np.int32),) * 2], shape)
+    shape = inference._Shape(1, 1536, 1536, 64)
+    padded = inference._padded([(np.ones(9, np.int32),) * 2], shape)
     compiled = model._predict(64, "posterior").lower(model.params, *padded).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1536 * 1536
     rng = np.random.default_rng(2)
@@ -396,10 +395,10 @@ def test_the_band_reaches_wherever_the_shorter_sequence_fits(model):
     unbanded = dataclasses.replace(model, band=None)
     assert unbanded.band_for(1000, 300) is None and unbanded.band_for(5000, 5000) == 256
     with pytest.warns(UserWarning, match=r"lengths 20000 and 40000 differ by more than the band of \d+ residues"):
-        assert model.band_for(20_000, 40_000) * 40_000 <= pretrained.MAX_CELLS
+        assert model.band_for(20_000, 40_000) * 40_000 <= inference.MAX_CELLS
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 96, 97, 129, 5000, 46_000])
 def test_buckets_hold_their_lengths_and_are_few(length):
-    assert length <= pretrained.bucket(length) < max(65, 1.51 * length)
-    assert len({pretrained.bucket(n) for n in range(1, 5001)}) == 14
+    assert length <= inference.bucket(length) < max(65, 1.51 * length)
+    assert len({inference.bucket(n) for n in range(1, 5001)}) == 14

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import eval as evaluation
+from benchmarks import counting, roofline
+from benchmarks.counting import Matmul, Operations
+from benchmarks.roofline import CHIPS
 from configs import r2_dustbin
-from models import counting, roofline
-from models.counting import Matmul, Operations
-from models.roofline import CHIPS
+from evaluation import runs
 from ot_attention import SinkhornSpec, sinkhorn_attention
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ BUCKET = 64
 PROGRAM = """
 import dataclasses, functools, json, sys
 from scripts import aot_report
-from models import roofline
+from benchmarks import roofline
 roofline.CHIPS["v6e"] = dataclasses.replace(roofline.CHIPS["v6e"], memory=1)
 arguments = sys.argv[1:]
 try:
@@ -84,7 +84,7 @@ def trainer():
     config.batch_size = SMALL["batch_size"]
     config.model.update({key: value for key, value in SMALL.items() if key != "batch_size"})
     config.model.implementation = "pallas_tpu"
-    return evaluation.make_trainer(config)
+    return runs.make_trainer(config)
 
 
 def test_report_of_a_step_compiled_for_a_tpu(compiled, trainer):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from scipy.optimize import linprog
 from scipy.special import logsumexp
 
 from ot_attention import SinkhornSpec, asap, sinkhorn_attention, support, transport_plan
 from ot_attention.asap import Asap, Sample
+from tests.support import tiny
 
 BATCH, HEADS, WIDTH = 3, 2, 8
 LENGTHS = np.array([40, 33, 7], np.int32), np.array([31, 36, 20], np.int32)

@@ -8,8 +8,9 @@ import pytest
 from Bio import Align
 from Bio.Align import substitution_matrices
 
-from data import baselines, metrics, stockholm, transforms, vocab
+from data import stockholm, transforms, vocab
 from data.transforms import Pair
+from evaluation import baselines, metrics
 
 SHARED = Path(__file__).parents[1] / "../shared"
 
@@ -36,7 +37,7 @@ def score(pair: Pair, match: np.ndarray) -> float:
     ends = [(-1, -1), *[(i, match[i]) for i in rows], (len(x), len(y))]
     for before, after in itertools.pairwise(ends):
         for gap in (after[0] - before[0] - 1, after[1] - before[1] - 1):
-            total -= (baselines.FIRST_GAP + (gap - 1) * baselines.FURTHER_GAP) if gap else 0
+            total -= (vocab.FIRST_GAP + (gap - 1) * vocab.FURTHER_GAP) if gap else 0
     return float(total)
 
 
@@ -45,8 +46,8 @@ def test_needleman_wunsch_reaches_the_optimum_of_an_independent_aligner(related)
     aligner = Align.PairwiseAligner(
         mode="global",
         substitution_matrix=substitution_matrices.load("BLOSUM62"),
-        open_gap_score=-baselines.FIRST_GAP,
-        extend_gap_score=-baselines.FURTHER_GAP,
+        open_gap_score=-vocab.FIRST_GAP,
+        extend_gap_score=-vocab.FURTHER_GAP,
     )
     rng = np.random.default_rng(0)
     for _ in range(60):

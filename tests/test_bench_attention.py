@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny
 
 from scripts import bench_attention
 from scripts.bench_attention import Case
+from tests.support import tiny
 
 PEERS = "softmax", "tail", "ott unrolled", "ott implicit"
 TINY = {

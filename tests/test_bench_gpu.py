@@ -11,13 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 
-from models import weights
-from ot_attention import gpu_kernels
-from scripts import bench_gpu, gpu_rates, gpu_stages, gpu_wheels, tune_gpu
+from alignment import weights
+from benchmarks import gpu_rates, gpu_stages
+from benchmarks.gpu_stages import STAGES, Settings
+from ot_attention.backends import gpu_kernels
+from scripts import bench_gpu, gpu_wheels, tune_gpu
 from scripts.bench_attention import Case
-from scripts.gpu_stages import STAGES, Settings
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 HALVES = ["ceilings", "conformance", "rates", "training"], ["alignments", "training_run"]
@@ -322,7 +323,7 @@ def test_a_program_that_fails_is_quoted():
 
 
 def test_numbers_above_what_is_allowed_fail_a_stage(tmp_path, monkeypatch):
-    import test_conformance as suite
+    from tests import test_conformance as suite
 
     found = {"out": (1e-4, 1e-3), "dq": (2e-3, 1e-3), "dk": (float("nan"), 1e-3)}
     monkeypatch.setattr(suite, "against_reference", lambda *_, **__: found)
@@ -335,7 +336,7 @@ def test_numbers_above_what_is_allowed_fail_a_stage(tmp_path, monkeypatch):
 
 
 def test_conformance_covers_what_kernels_distinguish():
-    import test_conformance as suite
+    from tests import test_conformance as suite
 
     cases = {case.name: case for case in suite.CASES}
     assert len(gpu_stages.CONFORMANCE) == len(set(gpu_stages.CONFORMANCE)) == 12

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_implicit import multipliers
 
 from ot_attention import SinkhornSpec, transport_plan
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.support import dense_support, targets
+from tests.test_implicit import multipliers
 
 PROBLEMS, ROWS, COLUMNS, WIDTH = 100, 18, 15, 4
 EPS = {"float32": 1e-5, "float64": 1e-10}

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
-import eval as evaluation
+import eval as eval_program
+from alignment import asap_maps, weights
+from alignment.inference import Pretrained
 from data import pfam, pipeline
-from models import compiled, weights
-from models.pretrained import Pretrained
+from evaluation import runs
 from ot_attention.asap import Deviation
 from scripts import align, compile_asap
+from tests.support import tiny
 
 DATA = f"--data={tiny.ROOT / 'data/default'}"
 LAYERS = ["self-attention 1", "plan"]
@@ -33,7 +34,7 @@ def quick():
 def model(tmp_path_factory):
     """Weights of a tiny model with self-attention, untrained."""
     config = tiny.config_of(tiny.trained(), model__attention_every=1, attention__band=-1, data__buckets=(128,))
-    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
+    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     weights.save(path, trainer.initial_state(mesh).params, config.to_dict(), 0)
     return path
@@ -70,7 +71,7 @@ def test_the_report_says_what_each_way_costs_and_gives(maps):
 def test_eval_scores_the_compiled_model(model, maps, tmp_path, capsys):
     output, report = tmp_path / "table.json", json.loads(maps.with_suffix(".json").read_text())
     options = [f"--weights={model}", DATA, "--split=validation", f"--limit={PAIRS}", f"--output={output}"]
-    evaluation.main([*options, f"--asap={maps}"])
+    eval_program.main([*options, f"--asap={maps}"])
     assert f"compiled by {maps}" in capsys.readouterr().out
     scored = json.loads(output.read_text())["splits"]["validation"]["model"]["overall"]
     for name, metric in report["metrics"]["asap"]["model"].items():
@@ -81,11 +82,11 @@ def test_eval_scores_the_compiled_model(model, maps, tmp_path, capsys):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_each_layer_is_replaced_in_all_that_reads_it(model, maps, layer):
     """By a map whose f is far off: what depends on the layer must change, what does not must stay."""
-    run = evaluation.load_weights(model)
-    of = compiled.load(maps, run.params)[layer]
+    run = runs.load_weights(model)
+    of = asap_maps.load(maps, run.params)[layer]
     far = {layer: dataclasses.replace(of, weights=of.weights + 5, two_sided=False)}
     changed = run._replace(
-        trainer=dataclasses.replace(run.trainer, graph=compiled.into(run.trainer.graph, run.params, far))
+        trainer=dataclasses.replace(run.trainer, graph=asap_maps.into(run.trainer.graph, run.params, far))
     )
     families = pfam.open_split(tiny.ROOT / "data/default", "validation")
     batch = next(iter(pipeline.evaluation_batches(families, 2, (128,), limit=2)))
@@ -123,13 +124,13 @@ def test_maps_of_other_models_and_other_files_are_refused(model, maps, tmp_path,
     other = Pretrained.load(model)
     changed = jax.tree.map(lambda x: x + 1, other.params)
     with pytest.raises(ValueError, match=r"fitted to other parameters.*compile these"):
-        compiled.load(maps, changed)
+        asap_maps.load(maps, changed)
     with pytest.raises(ValueError, match="holds no compiled layers but a model"):
         other.compiled(model)
     with pytest.raises(FileNotFoundError, match=r"compile_asap\.py"):
         other.compiled(tmp_path / "none")
     with pytest.raises(ValueError, match=r"the model has no head; it has self-attention 1, plan"):
-        compiled.into(other.graph, other.params, {"head": compiled.load(maps, other.params)["plan"]})
+        asap_maps.into(other.graph, other.params, {"head": asap_maps.load(maps, other.params)["plan"]})
     assert compile_asap.main([f"--workdir={tmp_path}", DATA]) == 1
     assert "holds no run" in capsys.readouterr().err
 
@@ -137,9 +138,9 @@ def test_maps_of_other_models_and_other_files_are_refused(model, maps, tmp_path,
 def test_values_and_keys_survive_the_file(model, maps, tmp_path):
     params = Pretrained.load(model).params
     again = tmp_path / "again.safetensors"
-    of = compiled.load(maps, params)
-    compiled.save(again, of, params, 0, {"run": "again"})
-    for layer, found in compiled.load(again, params).items():
+    of = asap_maps.load(maps, params)
+    asap_maps.save(again, of, params, 0, {"run": "again"})
+    for layer, found in asap_maps.load(again, params).items():
         assert (found.features, found.two_sided) == (of[layer].features, of[layer].two_sided)
         np.testing.assert_array_equal(found.weights, of[layer].weights)
         np.testing.assert_array_equal(found.directions, of[layer].directions)

@@ -12,18 +12,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from ot_attention import (
-    SinkhornSpec,
-    UnsupportedError,
-    gpu_kernels,
-    pallas_tpu,
-    sinkhorn_attention,
-    support,
-    transport_plan,
-)
+from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, support, transport_plan
 from ot_attention.api import by_head
+from ot_attention.backends import gpu_kernels, tpu
+from ot_attention.backends.tpu_tiles import Problem, Sizes
 from ot_attention.spec import Heads
-from ot_attention.tpu_tiles import Problem, Sizes
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_gpu"]
 INTERPRETED = ["pallas_tpu", "pallas_gpu"]
@@ -212,9 +205,9 @@ def test_a_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(number,
     spec = case.spec(dustbin=dustbin)
     heads = heads_of(arguments)
     sizes = Sizes.create(heads, spec)
-    without_tiles = pallas_tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20
+    without_tiles = tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20
     small_memory(monkeypatch, without_tiles + 0.01)
-    assert pallas_tpu._memory(pallas_tpu._Blocks.backward(heads, spec, sizes), sizes, (jnp.float64,)).holding is None
+    assert tpu._memory(tpu._Blocks.backward(heads, spec, sizes), sizes, (jnp.float64,)).holding is None
     assert_same_as_reference("pallas_tpu", spec, *arguments)
 
 
@@ -231,10 +224,10 @@ def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(monkeypatch):
     rounded = [x.astype("bfloat16") for x in arrays]
     heads = heads_of((rounded, lengths, score, cotangent))
     sizes = Sizes.create(heads, spec)
-    blocks = pallas_tpu._Blocks.forward(heads, spec, sizes)
+    blocks = tpu._Blocks.forward(heads, spec, sizes)
     small_memory(monkeypatch, (blocks.bytes(1) + 3 * sizes.tiles * 128 * 128) / 2**20)  # 2 bytes a score, not 4
-    assert pallas_tpu._memory(blocks, sizes, pallas_tpu._tile_dtypes(heads)).holding == jnp.bfloat16
-    assert pallas_tpu._tile_dtypes(heads_of((arrays, lengths, score, cotangent), "float32")) == (jnp.float32,)
+    assert tpu._memory(blocks, sizes, tpu._tile_dtypes(heads)).holding == jnp.bfloat16
+    assert tpu._tile_dtypes(heads_of((arrays, lengths, score, cotangent), "float32")) == (jnp.float32,)
 
     def potentials(name, arrays):
         run = jax.jit(lambda *x: sinkhorn_attention(*x, spec, *lengths, score, name)[1], compiler_options=QUICK)

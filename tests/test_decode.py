@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import decode_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import decode, pair_hmm
+from alignment import decoding
+from models import pair_hmm
+from tests.support import decode_oracle as oracle
 
 
 def best_accuracy(plan: np.ndarray) -> float:
@@ -74,7 +75,7 @@ def test_batch_equals_one_by_one_and_ignores_padding():
     match, confidence = oracle.mea_batch(plans, *lengths)
     for k, one in enumerate(small):
         pairs, values = oracle.mea(one)
-        rows = np.flatnonzero(match[k] != decode.NO_MATCH)
+        rows = np.flatnonzero(match[k] != decoding.NO_MATCH)
         np.testing.assert_array_equal(np.stack([rows, match[k, rows]], 1), pairs)
         np.testing.assert_array_equal(confidence[k, rows], values)
         assert np.count_nonzero(confidence[k]) == len(values)
@@ -89,7 +90,7 @@ def test_small_values_still_decide_at_the_end_of_a_long_alignment():
     np.testing.assert_array_equal(pairs[300:], [[300, 301]])
 
 
-def enumerated_posterior(plan: np.ndarray, gaps: decode.Gaps) -> np.ndarray:
+def enumerated_posterior(plan: np.ndarray, gaps: decoding.Gaps) -> np.ndarray:
     """Shares of all alignments, each written down once: of neighbouring gaps that in y, x's residues alone, first."""
     rows, columns = plan.shape
     total, containing = 0.0, np.zeros(plan.shape)
@@ -116,7 +117,7 @@ def test_posterior_is_the_share_of_all_alignments():
     rng = np.random.default_rng(2)
     for _ in range(20):
         plan = sparse_plan(rng, *rng.integers(1, 6, 2))
-        gaps = decode.Gaps(*rng.uniform((0.3, -1, 0), (1.5, 4, 5)).tolist())
+        gaps = decoding.Gaps(*rng.uniform((0.3, -1, 0), (1.5, 4, 5)).tolist())
         expected = enumerated_posterior(plan, gaps)
         found = oracle.posterior(plan[None], np.array([plan.shape[0]]), np.array([plan.shape[1]]), gaps)[0]
         np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -135,7 +136,7 @@ def test_posterior_of_a_batch_is_that_of_each_and_ignores_padding():
         alone = oracle.posterior(one[None], *(np.array([size]) for size in one.shape))[0]
         np.testing.assert_allclose(found[n, : one.shape[0], : one.shape[1]], alone, atol=1e-12)
         pairs, values = oracle.mea(alone)
-        rows = np.flatnonzero(match[n] != decode.NO_MATCH)
+        rows = np.flatnonzero(match[n] != decoding.NO_MATCH)
         np.testing.assert_array_equal(np.stack([rows, match[n, rows]], 1), pairs)
         np.testing.assert_allclose(confidence[n, rows], values, rtol=1e-5)
     assert not found[:, 7:].any() and not found[1, 1:].any()
@@ -160,25 +161,25 @@ def test_affine_gaps_join_what_accuracy_alone_would_scatter():
     plan[2, 3] = 0.46  # alone between two gaps
     np.testing.assert_array_equal(oracle.mea(plan)[0][:, 1], [0, 1, 3, 5, 6, 7])
     lengths = (np.array([size]) for size in plan.shape)
-    ordered = oracle.posterior(plan[None], *lengths, decode.Gaps(1.0, 3.3, 4.4))[0]
+    ordered = oracle.posterior(plan[None], *lengths, decoding.Gaps(1.0, 3.3, 4.4))[0]
     np.testing.assert_array_equal(oracle.mea(ordered)[0][:, 1], [0, 1, 4, 5, 6, 7])
 
 
 @pytest.mark.parametrize("bad", [{"sharpness": 0.0}, {"opening": -0.1}])
 def test_gaps_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match="sharpness must be above 0, opening at least 0"):
-        decode.Gaps(**bad)
+        decoding.Gaps(**bad)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
 def test_a_value_that_is_no_probability_is_refused(bad):
     with pytest.raises(ValueError, match="finite and not negative"):
-        decode.decode_dense(np.array([[[0.5, bad]]], np.float32), np.array([1]), np.array([2]), None)
+        decoding.decode_dense(np.array([[[0.5, bad]]], np.float32), np.array([1]), np.array([2]), None)
 
 
 def test_lengths_beyond_the_padding_are_refused():
     with pytest.raises(ValueError, match=r"y_lengths: 4\.\.4 were given, the plan allows 0\.\.3"):
-        decode.decode_dense(np.zeros((1, 2, 3), np.float32), np.array([2]), np.array([4]), None)
+        decoding.decode_dense(np.zeros((1, 2, 3), np.float32), np.array([2]), np.array([4]), None)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -206,7 +207,7 @@ def test_windows_give_what_the_whole_plan_gives(seed):
             np.testing.assert_array_equal(one, other)
 
 
-USUAL = decode.Gaps()
+USUAL = decoding.Gaps()
 
 
 class Windowed(NamedTuple):
@@ -241,11 +242,11 @@ def random_windows(seed: int, width: int, draw: Callable) -> Windowed:
     )
 
 
-def found_posterior(of: Windowed, gaps: decode.Gaps = USUAL) -> np.ndarray:
-    return np.asarray(jax.jit(decode.posterior, static_argnums=5)(*of[:4], gaps.numbers(), of.columns))
+def found_posterior(of: Windowed, gaps: decoding.Gaps = USUAL) -> np.ndarray:
+    return np.asarray(jax.jit(decoding.posterior, static_argnums=5)(*of[:4], gaps.numbers(), of.columns))
 
 
-def exact_posterior(of: Windowed, gaps: decode.Gaps = USUAL) -> np.ndarray:
+def exact_posterior(of: Windowed, gaps: decoding.Gaps = USUAL) -> np.ndarray:
     return oracle.posterior_in_windows(of.plans, of.windows(), of.x_lengths, of.y_lengths, gaps)
 
 
@@ -261,7 +262,7 @@ DRAWS = {
 def test_the_posterior_is_that_of_the_oracle(width, draw):
     of = random_windows(width, width, draw)
     np.testing.assert_allclose(found_posterior(of), exact_posterior(of), atol=3e-5)
-    gaps = decode.Gaps(0.7, 5.2, 0.0)
+    gaps = decoding.Gaps(0.7, 5.2, 0.0)
     np.testing.assert_allclose(found_posterior(of, gaps), exact_posterior(of, gaps), atol=3e-5)
 
 
@@ -270,7 +271,7 @@ def test_the_posterior_is_that_of_the_oracle(width, draw):
 def test_alignments_are_those_of_the_oracle_ties_included(width, levels):
     """Values are multiples of a half or of 1/64: sums are exact, and often equal."""
     of = random_windows(width, width, lambda rng, shape: rng.integers(0, levels + 1, shape) / levels)
-    found = jax.device_get(jax.jit(decode.decoded, static_argnums=4)(*of))
+    found = jax.device_get(jax.jit(decoding.decoded, static_argnums=4)(*of))
     for n, (x_length, y_length) in enumerate(zip(of.x_lengths, of.y_lengths, strict=True)):
         part = of.part(n)
         match, confidence = oracle.mea_in_windows(part.plans, part.windows())
@@ -290,12 +291,12 @@ def test_dense_plans_are_decoded_as_by_the_oracle():
     lengths = np.array([[30, 1, 14, 0], [25, 35, 9, 3]])
     for plan, rows, columns in zip(plans, *lengths, strict=True):
         plan[:rows, :columns] = sparse_plan(rng, rows, columns)
-    posterior, match = decode.decode_dense(plans, *lengths, decode.Gaps().numbers())
+    posterior, match = decoding.decode_dense(plans, *lengths, decoding.Gaps().numbers())
     expected = oracle.posterior(plans, *lengths)
     np.testing.assert_allclose(posterior, expected, atol=1e-5)
     np.testing.assert_array_equal(match, oracle.mea_batch(expected, *lengths)[0])
     plans = np.nan_to_num(plans)
-    found, match = decode.decode_dense(plans, *lengths, None)
+    found, match = decoding.decode_dense(plans, *lengths, None)
     np.testing.assert_array_equal(found, plans)
     np.testing.assert_array_equal(match, oracle.mea_batch(plans, *lengths)[0])
 
@@ -308,8 +309,8 @@ def test_a_domain_that_occurs_twice_is_matched_with_either(copy, match):
     for start in (0, copy):
         plan[0, range(start, start + copy), range(copy)] = 1
     plan[0, range(2 * copy, 2 * copy + rest), range(copy, copy + rest)] = 1
-    lengths, gaps = np.array(plan.shape[1:])[:, None], decode.Gaps(1.0, match, 4.4)
-    posterior, _ = decode.decode_dense(plan, *lengths, gaps.numbers())
+    lengths, gaps = np.array(plan.shape[1:])[:, None], decoding.Gaps(1.0, match, 4.4)
+    posterior, _ = decoding.decode_dense(plan, *lengths, gaps.numbers())
     np.testing.assert_allclose(posterior, oracle.posterior(plan, *lengths, gaps), atol=5e-4)
     middle = copy // 2
     assert 0.2 < posterior[0, middle, middle] < 0.8 and 0.2 < posterior[0, copy + middle, middle] < 0.8
@@ -320,8 +321,8 @@ def test_small_values_decide_at_the_end_of_a_long_alignment_on_a_device_too():
     plan = np.zeros((1, 302, 302), np.float32)
     plan[0, range(300), range(300)] = 1
     plan[0, 300:, 300:] = [[1e-6, 5e-6], [0, 1e-6]]
-    _, match = decode.decode_dense(plan, np.array([302]), np.array([302]), None)
-    np.testing.assert_array_equal(match[0, 298:], [298, 299, 301, decode.NO_MATCH])
+    _, match = decoding.decode_dense(plan, np.array([302]), np.array([302]), None)
+    np.testing.assert_array_equal(match[0, 298:], [298, 299, 301, decoding.NO_MATCH])
 
 
 def test_a_long_pair_keeps_its_digits():
@@ -334,7 +335,7 @@ def test_a_long_pair_keeps_its_digits():
     found = found_posterior(of)
     np.testing.assert_allclose(found, expected, atol=2e-4)
     match, _ = oracle.mea_in_windows(expected, of.windows())
-    assert (np.asarray(jax.jit(decode.mea)(found, first, of.y_lengths)) == match).mean() > 0.995
+    assert (np.asarray(jax.jit(decoding.mea)(found, first, of.y_lengths)) == match).mean() > 0.995
 
 
 def test_windows_of_padding_and_beyond_y_are_moved_to_where_they_may_lie():
@@ -346,8 +347,8 @@ def test_decoding_lowers_for_a_gpu_and_holds_nothing_of_the_size_of_both_lengths
     length, width = 4096, 129
 
     def whole(plans, first, lengths, gaps):
-        posterior = decode.posterior(plans, first, lengths, lengths, gaps, length)
-        return decode.decoded(posterior, first, lengths, lengths, length)
+        posterior = decoding.posterior(plans, first, lengths, lengths, gaps, length)
+        return decoding.decoded(posterior, first, lengths, lengths, length)
 
     shapes = ((1, length, width), jnp.float32), ((1, length), jnp.int32), ((1,), jnp.int32), ((3,), jnp.float32)
     given = (jax.ShapeDtypeStruct(*shape) for shape in shapes)

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 
-import eval as evaluation
-from data import metrics
-from data.baselines import BASELINES
+import eval as eval_program
+from evaluation import metrics, runs
+from evaluation.baselines import BASELINES
+from tests.support import tiny
+from training import run_folder
 
 WHO = ("model", *BASELINES)
 OF_A_MODEL = {"reconstruction", "reconstruction_masked", "sparse_ce"}
@@ -71,16 +72,16 @@ def test_the_table_holds_every_number_of_the_report(scored):
 
 def test_a_gap_model_is_scored_by_its_posterior_too(finished, tmp_path):
     config = tiny.config_of(finished, model__gap_model=True, loss__alignment=1.0)
-    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
-    run = evaluation.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
-    report = evaluation.evaluate(run, "test_ood", tmp_path, limit=4)
+    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
+    run = runs.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
+    report = run.task.evaluate(run, "test_ood", pictures=tmp_path, limit=4)
     result = report["splits"]["test_ood"]
     assert list(result) == ["model", "transport", *BASELINES]
     model, transport = result["model"]["overall"], result["transport"]["overall"]
     assert transport["f1"] == model["f1"]
     assert transport["barycenter_mae"] != model["barycenter_mae"]
     assert transport.keys() == model.keys() - {"reconstruction", "reconstruction_masked"}
-    assert " transport " in evaluation.table(report)
+    assert " transport " in eval_program.table(report)
 
 
 def test_certificates_of_the_layers_are_reported(scored):
@@ -106,8 +107,8 @@ def test_figures_are_drawn(finished, scored):
 
 def test_a_restored_checkpoint_scores_as_it_did_while_training(finished):
     limit = tiny.OVERRIDES["log.eval_pairs"]
-    logged = {row["step"]: row for row in evaluation.read_metrics(finished) if "validation/f1" in row}
-    report = evaluation.evaluate_run(finished, "validation", step=tiny.STEPS, limit=limit)
+    logged = {row["step"]: row for row in run_folder.read_metrics(finished) if "validation/f1" in row}
+    report = tiny.evaluated(finished, "validation", step=tiny.STEPS, limit=limit)
     overall = report["splits"]["validation"]["model"]["overall"]
     assert report["splits"]["validation"]["model"]["pairs"] == limit
     assert {f"validation/{name}": metric["value"] for name, metric in overall.items()} | {
@@ -126,6 +127,6 @@ def test_a_restored_checkpoint_scores_as_it_did_while_training(finished):
 )
 def test_mistakes_are_told(finished, arguments, told):
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main([f"--workdir={finished}", *arguments])
+        eval_program.main([f"--workdir={finished}", *arguments])
     assert told in str(stopped.value) and str(stopped.value).startswith("eval.py: ")
     assert "\n" not in str(stopped.value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from models import figures
+from evaluation import figures
 
 ROWS = [
     {

@@ -17,23 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_conformance as conformance
 
-import eval as evaluation
 from configs import r2_dustbin
-from models import sharding, state
-from ot_attention import (
-    SinkhornSpec,
-    UnsupportedError,
-    api,
-    gpu_kernels,
-    pallas_gpu,
-    sinkhorn,
-    sinkhorn_attention,
-    support,
-)
-from ot_attention.banded_xla import Band
+from evaluation import runs
+from ot_attention import SinkhornSpec, UnsupportedError, api, sinkhorn, sinkhorn_attention, support
+from ot_attention.backends import gpu, gpu_kernels
+from ot_attention.backends.xla import Band
 from ot_attention.spec import Heads
+from tests import test_conformance as conformance
+from training import sharding, state
 
 ROOT = Path(__file__).parents[1]
 KERNEL = "__gpu$xla.gpu.triton"
@@ -109,7 +101,7 @@ def test_forward_and_backward_lower_for_a_gpu_and_hold_nothing_of_the_bands_size
 def test_a_training_step_lowers_for_a_gpu(h100):
     config = r2_dustbin.get_config()
     config.model.implementation = "pallas_gpu"
-    trainer = evaluation.make_trainer(config)
+    trainer = runs.make_trainer(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1), config.batch_size, jax.devices()[:1])
     given = trainer.abstract_state(mesh), state.abstract_batch(config.batch_size, 128, mesh)
     text = lowered(trainer.update, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given))
@@ -142,7 +134,7 @@ def test_other_gpus_than_nvidias_are_refused(h100, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(client=client)])
     x = jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
-    assert "instructions of NVIDIA GPUs" in pallas_gpu.refusal(Heads(x, x, x, None, None, None))
+    assert "instructions of NVIDIA GPUs" in gpu.unsupported_reason(Heads(x, x, x, None, None, None))
 
 
 def test_without_a_gpu_it_is_refused():
@@ -158,7 +150,7 @@ def test_products_with_bfloat16_lose_no_more_than_float32_would(by_rows, monkeyp
     rng = np.random.default_rng(0)
     q, k, x = (jnp.asarray(rng.normal(size=(1, 90, 32)), jnp.bfloat16) for _ in range(3))
     n = jnp.array([90])
-    band, scores = pallas_gpu.Band.scores(q, k, n, n, 12, 0.2)
+    band, scores = gpu.Band.scores(q, k, n, n, 12, 0.2)
     product = (band.times if by_rows else band.transpose_times)(band.exp(scores), x)
     q, k, x = (np.asarray(y, np.float64)[0] for y in (q, k, x))
     weights = np.where(np.abs(np.subtract.outer(range(90), range(90))) <= 12, np.exp(0.2 * q @ k.T), 0)
@@ -183,7 +175,7 @@ def test_blocks_visit_all_that_they_meet_and_little_else(band):
         cells, (first_row[:, None] <= np.arange(rows)[:, None]) & (np.arange(rows)[:, None] <= last_row[:, None])
     )
     for seen, window, n in ((cells, (first, last), n_q), (cells.swapaxes(1, 2), (first_row, last_row), n_k)):
-        reach = jax.jit(pallas_gpu._reach, static_argnums=3)(*window, n, block)
+        reach = jax.jit(gpu._reach, static_argnums=3)(*window, n, block)
         check_visits(seen, *map(np.asarray, reach), block, exactly=band != 0)
 
 
@@ -218,7 +210,7 @@ def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch):
     bins, mass = np.abs(bins), np.broadcast_to(np.arange(rows) < n_q[:, None], (number, rows))
 
     def step(q, k, f, g, n_q, n_k, bins):
-        band_, scores = pallas_gpu.Band.scores(q, k, n_q, n_k, band, 0.5)
+        band_, scores = gpu.Band.scores(q, k, n_q, n_k, band, 0.5)
         assert band_.cut is not None
         terms = band_.exp(band_.shift(scores, f, g))
         return band_.scale_once(terms, jnp.asarray(mass), bins), band_.scale_once(terms, jnp.asarray(mass), None)
@@ -269,7 +261,7 @@ def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def absorbed(*arrays):
         heads = api.cleaned(api.by_head(*arrays, jnp.zeros(2), *lengths))
-        return sinkhorn._by_absorption(heads, sinkhorn.Problem.create(heads, spec, pallas_gpu.Band))[1]
+        return sinkhorn._by_absorption(heads, sinkhorn.Problem.create(heads, spec, gpu.Band))[1]
 
     assert absorbed(*arrays) and absorbed(*with_column_at(-50.0))
     assert not absorbed(*with_column_at(-70.0)) and not absorbed(*with_column_at(-200.0))
@@ -319,7 +311,7 @@ def test_a_gpu_checks_seldom_and_takes_many_heads_at_once(h100):
 COMPILE = """
 import jax
 from jax.experimental import topologies
-import test_gpu
+from tests import test_gpu
 from ot_attention import SinkhornSpec
 
 devices = topologies.get_topology_desc(
@@ -344,17 +336,17 @@ for shape in {shapes}:
 TRAIN_STEP = """
 import jax
 from jax.experimental import topologies
-import test_gpu
-import eval as evaluation
+from tests import test_gpu
+from evaluation import runs
 from configs import r2_dustbin
-from models import sharding, state
+from training import sharding, state
 
 devices = topologies.get_topology_desc(
     platform="cuda", topology_name="h100", target_config=test_gpu.H100, topology="{devices}x1x1"
 ).devices
 config = r2_dustbin.get_config()
 config.model.implementation = "pallas_gpu"
-trainer = evaluation.make_trainer(config)
+trainer = runs.make_trainer(config)
 mesh = sharding.make_mesh(sharding.MeshConfig(), config.batch_size, devices)
 batch = state.abstract_batch(config.batch_size, 128, mesh)
 compiled = trainer.compiled_update(mesh).lower(trainer.abstract_state(mesh), batch).compile()

@@ -22,18 +22,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_sharding as several
-import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-import eval as evaluation
+from alignment import sequences, weights
 from configs import base
-from data import families, pfam, sequences, stockholm
+from data import families, pfam, stockholm
 from data.transforms import Pair
-from models import checkpoints, weights
-from workdir import without_folders
+from evaluation import report, runs, scoring
+from tests import test_sharding as several
+from tests.support import tiny
+from training import checkpoints, run_folder
+from training.run_folder import without_folders
 
 CLEAR = (ValueError, OSError)  # what programs turn into one line
 SEEDS = {
@@ -166,7 +167,7 @@ def test_stored_configurations(cases):
         *outer, last = keys
         functools.reduce(dict.__getitem__, outer, config)[last] = value
         with contextlib.suppress(ValueError):
-            evaluation.described(ConfigDict(config), Path("config.json"))
+            runs.described(ConfigDict(config), Path("config.json"))
 
     tried(cases, st.tuples(st.sampled_from(keys), VALUES), check)
 
@@ -176,7 +177,7 @@ def test_bytes_of_a_stored_configuration(cases, tmp_path):
     def check(data):
         (tmp_path / "config.json").write_bytes(data)
         with contextlib.suppress(ValueError):
-            evaluation.read_config(tmp_path)
+            run_folder.read_config(tmp_path)
 
     tried(cases, mutated(SEEDS["config"]), check)
 
@@ -348,8 +349,8 @@ def test_the_name_of_a_family_cannot_lead_out_of_a_folder(tmp_path):
     pair = Pair(np.array([1, 2], np.int32), np.array([1, 2], np.int32), np.array([0, 1], np.int32))
     plan, match = np.eye(2, dtype=np.float32), np.array([0, 1])
     (tmp_path / "figures").mkdir()
-    evaluation.draw_plan(
-        tmp_path / "figures", "test_ood", evaluation.Example(family, (0, 1), pair, plan, plan, match, *[None] * 2)
+    scoring.draw_plan(
+        tmp_path / "figures", "test_ood", report.Example(family, (0, 1), pair, plan, plan, match, *[None] * 2)
     )
     (drawn,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert drawn.parent == tmp_path / "figures" and re.fullmatch(r"[\w-]+\.png", drawn.name)

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
-from data.baselines import BASELINES
-from data.metrics import METRICS
+from evaluation.baselines import BASELINES
+from evaluation.metrics import METRICS
 from scripts import launch_screen, launch_tpu
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("validation", "test_iid", "test_ood")
@@ -149,13 +149,15 @@ def test_what_is_missing_for_a_tpu_is_said(launch, options, message, tmp_path):
 
 
 class Cloud:
-    """gcloud is tests/fake_gcloud.py, whose machines start `python` for Python."""
+    """gcloud is tests/support/fake_gcloud.py, whose machines start `python` for Python."""
 
     def __init__(self, folder: Path, monkeypatch, python: str):
         self.folder, binaries = folder, folder / "bin"
         binaries.mkdir(parents=True)
         (folder / "python").write_text(python)
-        (binaries / "gcloud").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/fake_gcloud.py"} "$@"\n')
+        (binaries / "gcloud").write_text(
+            f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/support/fake_gcloud.py"} "$@"\n'
+        )
         (binaries / "gcloud").chmod(0o755)
         monkeypatch.setenv("FAKE_CLOUD", str(folder))
         monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")

@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from data import metrics
-from data.metrics import PairScores
 from data.transforms import Pair
+from evaluation import metrics
+from evaluation.metrics import PairScores
 
 
 def pair(target: list[int], y_length: int, x: list[int] | None = None, y: list[int] | None = None) -> Pair:

@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
-from data import metrics, vocab
+from data import vocab
 from data.transforms import Pair
-from models import attention, loss
+from evaluation import metrics
+from models import attention, objectives
 from models.aligner import Aligner, AlignerConfig
 from models.attention import BlockSpec, SparseSpec
-from models.loss import Alignment, LossConfig
-from models.state import OptimizerConfig, Trainer
+from models.objectives import AlignmentObjective, LossConfig
 from ot_attention import SinkhornSpec
+from tests.support import tiny
+from training.state import OptimizerConfig, Trainer
 
 SMALL = AlignerConfig(width=16, depth=1, heads=2, attention_every=1, plan_width=8, value_width=8)
 SPECS = {
@@ -59,7 +60,7 @@ def make_batch(padded: int = 20, seed: int = 0) -> dict[str, np.ndarray]:
     x, y = tokens(rng, X_LENGTHS, padded), tokens(rng, Y_LENGTHS, padded)
     target[0, :2], target[0, 2:4] = -1, (13, 15)
     batch = {"x": x, "y": y, "target": target, "x_length": X_LENGTHS, "y_length": Y_LENGTHS}
-    return batch | {"x_seen": x, "asked": x != vocab.PAD}
+    return batch | {"x_seen": x, "query_mask": x != vocab.PAD}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,7 +92,7 @@ def test_certificates_are_those_of_the_plans_that_are_applied():
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(graph, params, batch):
-    return loss.sums(nnx.merge(graph, params), batch)
+    return objectives.sums(nnx.merge(graph, params), batch)
 
 
 def sums_of(model: Aligner, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -159,8 +160,8 @@ def test_x_reaches_its_reconstruction_through_the_plan_alone():
 def test_a_masked_residue_does_not_tell_what_it_was(model):
     x = jnp.asarray(make_batch()["x"])
     key = jax.random.key(3)
-    seen, asked = loss.queries(x, key, 0.3)
-    renamed, asked_again = loss.queries(jnp.where(asked, x % 20 + 1, x), key, 0.3)
+    seen, asked = objectives.queries(x, key, 0.3)
+    renamed, asked_again = objectives.queries(jnp.where(asked, x % 20 + 1, x), key, 0.3)
     assert asked.any() and (asked == asked_again).all()
     np.testing.assert_array_equal(seen, renamed)
     np.testing.assert_array_equal(seen, np.where(asked, vocab.MASK, x))
@@ -169,13 +170,13 @@ def test_a_masked_residue_does_not_tell_what_it_was(model):
 
 def test_every_residue_is_asked_for_where_nothing_is_masked():
     x = jnp.asarray(make_batch()["x"])
-    seen, asked = loss.queries(x, jax.random.key(0), 0.0)
+    seen, asked = objectives.queries(x, jax.random.key(0), 0.0)
     np.testing.assert_array_equal(seen, x)
     np.testing.assert_array_equal(asked, x != vocab.PAD)
 
 
 def test_the_share_of_masked_residues():
-    _, asked = loss.queries(jnp.ones((100, 200), jnp.int32), jax.random.key(0), 0.15)
+    _, asked = objectives.queries(jnp.ones((100, 200), jnp.int32), jax.random.key(0), 0.15)
     assert float(asked.mean()) == pytest.approx(0.15, abs=0.01)  # 4 standard errors
 
 
@@ -211,7 +212,7 @@ def test_reconstruction_counts_asked_residues_of_the_twenty(model, whole):
     x = batch["x"].copy()
     x[:, 4] = vocab.X
     asked = (np.arange(20) % 3 == 1) & (x != vocab.PAD)
-    sums = sums_of(model, batch | {"x": x, "asked": asked})
+    sums = sums_of(model, batch | {"x": x, "query_mask": asked})
     known = asked & (x != vocab.X)
     log_probability = np.asarray(jax.nn.log_softmax(whole["logits"]))
     nats = -np.take_along_axis(log_probability, np.clip(x - 1, 0, 19)[..., None], -1)[..., 0]
@@ -243,7 +244,9 @@ def make_trainer(model=SMALL, loss_config=None, **settings):
     # Warm-up begins at a rate of 0; without it the first update already changes something.
     optimizer = OptimizerConfig(**({"warmup_steps": 0} | settings))
     loss_config = loss_config or LossConfig(sparse_ce=0.5)
-    trainer = Trainer.create(Alignment(model, SPECS["dustbin"], loss_config), optimizer, total_steps=10, seed=1)
+    trainer = Trainer.create(
+        AlignmentObjective(model, SPECS["dustbin"], loss_config), optimizer, total_steps=10, seed=1
+    )
     return trainer, trainer.initial()
 
 
@@ -278,14 +281,14 @@ def test_self_attention_of_another_kind_is_trained(kind):
     model = AlignerConfig(**(vars(SMALL) | {"attention_every": 1, "depth": 1}))
     spec, blocks = SPECS["dustbin"], BlockSpec(kind, SparseSpec(block=6))
     trainer = Trainer.create(
-        Alignment(model, spec, LossConfig(sparse_ce=0.5), blocks),
+        AlignmentObjective(model, spec, LossConfig(sparse_ce=0.5), blocks),
         OptimizerConfig(warmup_steps=0),
         total_steps=9,
         seed=1,
     )
     state, batch = trainer.initial(), training_batch()
-    totals = jax.jit(lambda batch: trainer.task.totals(trainer.model(state.params), batch))
-    seen = trainer.task.seen(batch, jax.random.key(3))
+    totals = jax.jit(lambda batch: trainer.objective.totals(trainer.model(state.params), batch))
+    seen = trainer.objective.augment(batch, jax.random.key(3))
     other = seen | {"noise": seen["noise"][::-1]}
     assert (float(totals(seen)["sparse_ce"]) != float(totals(other)["sparse_ce"])) == (kind == "sparse_sinkhorn")
     longer = {name: jnp.pad(x, ((0, 0), (0, 7))) if x.ndim == 2 else x for name, x in seen.items()}
@@ -365,10 +368,10 @@ def test_loss_is_the_weighted_sum(updated):
     _, _, measured = updated  # reconstruction 1, sparse CE 0.5, two of whose targets lie outside the band
     totals = {"reconstruction": 6.0, "reconstruction/count": 3.0, "sparse_ce_unfloored": 12.0, "sparse_ce/count": 4.0}
     totals = {name: jnp.asarray(value) for name, value in totals.items()}
-    assert float(loss.objective(totals, LossConfig(reconstruction=0.5, sparse_ce=2.0))) == pytest.approx(
+    assert float(objectives.weighted_loss(totals, LossConfig(reconstruction=0.5, sparse_ce=2.0))) == pytest.approx(
         0.5 * 2 + 2 * 3
     )
-    assert float(loss.objective(totals, LossConfig())) == pytest.approx(2)
+    assert float(objectives.weighted_loss(totals, LossConfig())) == pytest.approx(2)
     assert float(measured["reconstruction"]) < float(measured["loss"])
     assert float(measured["loss"]) < float(measured["reconstruction"] + 0.5 * measured["sparse_ce"])
 

@@ -3,7 +3,8 @@
 import nbclient
 import nbformat
 import pytest
-import tiny
+
+from tests.support import tiny
 
 PATH = tiny.ROOT / "notebooks" / "quickstart.ipynb"
 

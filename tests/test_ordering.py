@@ -3,13 +3,14 @@
 import itertools
 import math
 
-import decode_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import decode, ordering
+from alignment import decoding
+from models import ordering
+from tests.support import decode_oracle
 
 GAPS = np.array([0.7, 1.2, 1.5], np.float32)
 X_LENGTHS, Y_LENGTHS = np.array([4, 3, 5]), np.array([5, 4, 2])
@@ -77,7 +78,7 @@ def test_its_derivative_is_the_posterior_of_the_decoder():
     target = np.full((2, 200), -1, np.int32)
     arguments = *map(jnp.asarray, (target, *lengths)), jnp.asarray(GAPS)
     gradient = jax.grad(lambda log_plan: ordering.negative_log_likelihood(log_plan, *arguments).sum())(jnp.log(plans))
-    expected = decode_oracle.posterior(plans, *lengths, decode.Gaps(*GAPS.tolist()))
+    expected = decode_oracle.posterior(plans, *lengths, decoding.Gaps(*GAPS.tolist()))
     np.testing.assert_allclose(np.asarray(gradient) / GAPS[0], expected, atol=2e-4)
     assert expected[1].max() > 0.9
 
@@ -90,7 +91,7 @@ def test_derivatives_of_uneven_pairs_are_finite():
         lambda *at: ordering.negative_log_likelihood(at[0], target, *lengths, at[1]).sum(), (0, 1)
     )(log_plan, jnp.asarray(GAPS))
     assert np.isfinite(of_plan).all() and np.isfinite(of_gaps).all()
-    expected = decode_oracle.posterior(np.exp(log_plan), np.array([290]), np.array([60]), decode.Gaps(*GAPS.tolist()))
+    expected = decode_oracle.posterior(np.exp(log_plan), np.array([290]), np.array([60]), decoding.Gaps(*GAPS.tolist()))
     np.testing.assert_allclose(of_plan / GAPS[0], expected, atol=1e-4)
 
 
@@ -121,4 +122,4 @@ def test_a_reference_pair_outside_the_band_does_not_count():
 
 def test_gap_model_starts_as_numbers_that_the_decoder_takes():
     sharpness, match, opening = ordering.GapModel()().tolist()
-    assert decode.Gaps(sharpness, match, opening).opening == pytest.approx(4.5)
+    assert decoding.Gaps(sharpness, match, opening).opening == pytest.approx(4.5)

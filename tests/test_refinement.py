@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from models import refinement
 from models.aligner import Aligner, AlignerConfig
 from ot_attention import SinkhornSpec
+from tests.support import tiny
 
 SPEC = SinkhornSpec(base_steps=4, band=None, dustbin="full")
 SMALL = AlignerConfig(width=16, depth=1, attention_every=0, plan_width=8, value_width=8)

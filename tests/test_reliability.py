@@ -23,20 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-import test_sharding as several
-import tiny
 
-import eval as evaluation
 import train
-import workdir as folder_of_a_run
+from alignment.inference import Pretrained
 from configs import aligner
 from data import pfam, pipeline, vocab
 from data.families import BadRecordError
-from models import checkpoints as kept
-from models import loss
-from models.checkpoints import Checkpoints, DamagedCheckpointError
-from models.pretrained import Pretrained
+from evaluation import runs
+from models import objectives
 from ot_attention import SinkhornSpec, sinkhorn_attention
+from tests import test_sharding as several
+from tests.support import tiny
+from training import checkpoints as kept
+from training import run_folder
+from training import run_folder as folder_of_a_run
+from training.checkpoints import Checkpoints, DamagedCheckpointError
 
 CONFIG = f"--config={tiny.ROOT / 'configs/r2_dustbin.py'}"
 RATES = {"residues_per_second", "examples_per_second", "data_share"}
@@ -78,12 +79,12 @@ def copy(folder: Path, to: Path) -> Path:
 
 def rows(folder: Path) -> list[dict]:
     """The logged metrics without the rates."""
-    return [{k: v for k, v in row.items() if k not in RATES} for row in evaluation.read_metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in RATES} for row in run_folder.read_metrics(folder)]
 
 
 def restored(folder: Path, step: int | None = None):
     settings = tiny.config_of(folder)
-    trainer, mesh = evaluation.make_trainer(settings), evaluation.local_mesh(settings.batch_size)
+    trainer, mesh = runs.make_trainer(settings), runs.local_mesh(settings.batch_size)
     checkpoints = Checkpoints(folder, read_only=True)
     with contextlib.closing(checkpoints):
         return checkpoints.restore(trainer.abstract_state(mesh), step)
@@ -176,7 +177,7 @@ def test_the_program_ends_with_75_at_sigterm_and_refuses_a_second_one(tmp_path, 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from workdir import held
+from training.run_folder import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -198,10 +199,10 @@ def test_a_killed_process_holds_no_folder(tmp_path):
 
 def test_a_line_cut_off_is_dropped_and_a_damaged_one_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert [row["step"] for row in evaluation.read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
-        evaluation.read_metrics(tmp_path)
+        run_folder.read_metrics(tmp_path)
 
 
 @pytest.mark.slow
@@ -414,7 +415,7 @@ MARK = 1  # length of all sequences of the batch that is poisoned
 @pytest.fixture
 def poisoned(monkeypatch):
     """The losses of a batch of such lengths are NaN; batch 5 (and those named) of every stream is one."""
-    batches, drawn, totals = [5], pipeline.PairStream.__getitem__, loss.totals
+    batches, drawn, totals = [5], pipeline.PairStream.__getitem__, objectives.totals
 
     def with_one(self, step):
         batch = drawn(self, step)
@@ -433,7 +434,7 @@ def poisoned(monkeypatch):
 
 def test_nothing_of_a_non_finite_step_is_kept_but_its_number(poisoned):
     settings = config()
-    trainer, mesh = evaluation.make_trainer(settings), evaluation.local_mesh(4)
+    trainer, mesh = runs.make_trainer(settings), runs.local_mesh(4)
     families = pfam.open_split(tiny.ROOT / "data/default", "train")
     stream = pipeline.PairStream(families, pipeline.PipelineConfig(batch_size=4, buckets=(64,)))
     with tiny.quick_compilation():
@@ -586,7 +587,7 @@ def test_extreme_pairs_are_trained_on():
     settings = several.config(
         aligner.get_config(), loss__sparse_ce=1.0, attention__base_steps=2, optimizer__warmup_steps=0
     )
-    trainer, mesh = evaluation.make_trainer(settings), evaluation.local_mesh(1)
+    trainer, mesh = runs.make_trainer(settings), runs.local_mesh(1)
     tokens = [[vocab.encode(s.encode()) for s in pair] for pair in (*PAIRS.values(), ("", ""))]
     batch = {name: np.zeros((6, 64), np.int32) for name in ("x", "y")} | {"target": np.full((6, 64), -1, np.int32)}
     for n, (x, y) in enumerate(tokens):
@@ -613,7 +614,7 @@ def sample(process: subprocess.Popen, folder: Path) -> Iterator[tuple[int, float
     of = psutil.Process(process.pid)
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), of.oneshot():
-            logged = evaluation.read_metrics(folder)
+            logged = run_folder.read_metrics(folder)
             cpu = of.cpu_times()
             yield logged[-1]["step"] if logged else 0, of.memory_info().rss / 1e6, of.num_fds(), cpu.user + cpu.system
         time.sleep(1)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
-import eval as evaluation
-import report
-from data import formats, metrics
+import eval as eval_program
+from alignment import formats
 from data.families import Family
 from data.transforms import Pair
+from evaluation import metrics, report
+from tests.support import tiny
 
 _VOID = {"meta", "img", "br"}
 
@@ -54,7 +54,7 @@ def written(tmp_path_factory) -> tuple[dict, Page, str]:
     """The JSON and the page of a run, as the command line writes them."""
     folder = tmp_path_factory.mktemp("report")
     output, workdir = folder / "scores.json", tiny.trained()
-    evaluation.main([f"--workdir={workdir}", "--limit=6", f"--output={output}", f"--report={folder / 'deep'}"])
+    eval_program.main([f"--workdir={workdir}", "--limit=6", f"--output={output}", f"--report={folder / 'deep'}"])
     text = (folder / "deep" / "report.html").read_text()
     return json.loads(output.read_text()), Page(text), text
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 
-import eval as evaluation
 import train
 from data import pfam, pipeline
-from models import sharding
-from models.checkpoints import Checkpoints
+from evaluation import runs
+from tests.support import tiny
+from training import run_folder, sharding
+from training.checkpoints import Checkpoints
 
 CONFIG = tiny.ROOT / "configs/r2_dustbin.py"
 # Heads, widths and the batch can be shared by 2, 4 and 8 devices.
@@ -34,10 +34,11 @@ ON_EIGHT_DEVICES = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-import test_sharding as shared
-import eval as evaluation
-from models import sharding
-from models.checkpoints import Checkpoints
+from tests import test_sharding as shared
+from evaluation import runs
+from training import run_folder
+from training import sharding
+from training.checkpoints import Checkpoints
 
 folder = Path(sys.argv[1])
 losses, initial = {}, {}
@@ -66,7 +67,7 @@ print(json.dumps(losses))
 
 THE_ALIGNER = """
 import json
-import test_sharding as shared
+from tests import test_sharding as shared
 from configs import aligner
 
 def measured(mesh_of):
@@ -80,10 +81,10 @@ print(json.dumps([measured(mesh_of) for mesh_of in ((1, 1), (2, 2))]))
 TWO_PROCESSES = """
 import json, sys
 import jax, numpy as np
-import test_sharding as shared
+from tests import test_sharding as shared
 import train
 from jax.experimental import multihost_utils
-from models import sharding
+from training import sharding
 
 train.join(sys.argv[1], 2, int(sys.argv[2]))
 process = jax.process_index()
@@ -126,7 +127,7 @@ def stream(shard_index: int = 0, shard_count: int = 1) -> pipeline.PairStream:
 
 def steps(mesh_of: tuple[int, int], base=None):
     """Initial values, and losses and gradient norms of three steps; trainer, mesh and last state."""
-    trainer = evaluation.make_trainer(config(base, **EIGHT))
+    trainer = runs.make_trainer(config(base, **EIGHT))
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh_of), 8)
     state, update, batches = trainer.initial_state(mesh), trainer.compiled_update(mesh), stream()
     initial, measured = jax.device_get(jax.tree.leaves(state)), []
@@ -197,7 +198,7 @@ def test_the_aligner_trains_on_four_devices_as_on_one():
 
 def test_a_checkpoint_of_eight_devices_is_read_on_one(on_eight):
     folder, _ = on_eight
-    trainer, mesh = evaluation.make_trainer(config(**EIGHT)), sharding.make_mesh(sharding.MeshConfig(1), 8)
+    trainer, mesh = runs.make_trainer(config(**EIGHT)), sharding.make_mesh(sharding.MeshConfig(1), 8)
     checkpoints = Checkpoints(folder, read_only=True)
     state, position = checkpoints.restore(trainer.abstract_state(mesh))
     checkpoints.close()
@@ -208,7 +209,7 @@ def test_a_checkpoint_of_eight_devices_is_read_on_one(on_eight):
 
 
 def test_what_is_said_to_be_cut_exists():
-    trainer, mesh = evaluation.make_trainer(config(**EIGHT)), sharding.make_mesh(sharding.MeshConfig(1), 8)
+    trainer, mesh = runs.make_trainer(config(**EIGHT)), sharding.make_mesh(sharding.MeshConfig(1), 8)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trainer.abstract_state(mesh).params)]
     assert sharding._CUT.keys() <= {tuple(key.key for key in path[-2:]) for path in paths}
 
@@ -251,7 +252,7 @@ def train_together(workdir: Path, processes: int, cache: Path) -> list[subproces
 
 def logged(workdir: Path) -> dict[int, dict]:
     found: dict[int, dict] = {}
-    for row in evaluation.read_metrics(workdir):
+    for row in run_folder.read_metrics(workdir):
         found.setdefault(row["step"], {}).update(row)
     return found
 

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from data import sorting
 from data.sorting import SortingConfig, SortingStream
+from evaluation import sorting as sorting_scores
 from models.attention import BlockSpec, SparseSpec
-from models.sorter import Sorter, SorterConfig, Sorting
+from models.sorter import Sorter, SorterConfig, SortingObjective
+from tests.support import tiny
 
 CONFIG = SortingConfig(batch_size=8, sequences=50, test_sequences=20, symbols=5, longest=6)
 KINDS = ["sparse_sinkhorn", "local", "softmax"]
@@ -68,8 +69,8 @@ def test_scores():
     batch = next(sorting.evaluation_batches(SortingConfig(batch_size=4, sequences=4, longest=3), "test_iid"))
     batch = batch | {"target": np.array([[1, 2, 3, 21], [4, 21, 0, 0], [5, 5, 21, 0], [7, 8, 9, 21]], np.int32)}
     written = np.array([[1, 2, 3, 21], [21, 0, 0, 0], [5, 6, 5, 0], [8, 9, 21, 0]], np.int32)
-    assert sorting.exact(written, batch).tolist() == [True, False, False, False]
-    np.testing.assert_allclose(sorting.edit_distances(written, batch), [0, 1, 1 / 2, 1 / 3])
+    assert sorting_scores.exact(written, batch).tolist() == [True, False, False, False]
+    np.testing.assert_allclose(sorting_scores.edit_distances(written, batch), [0, 1, 1 / 2, 1 / 3])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,12 +94,14 @@ def test_what_is_written_is_what_the_decoder_would_say(kind):
 
 
 def test_noise_only_while_training():
-    task = Sorting(SorterConfig(width=16, heads=2, depth=1), BlockSpec("sparse_sinkhorn", SparseSpec(block=3)), 5)
+    task = SortingObjective(
+        SorterConfig(width=16, heads=2, depth=1), BlockSpec("sparse_sinkhorn", SparseSpec(block=3)), 5
+    )
     model, batch = task.make(nnx.Rngs(0)), {k: jnp.asarray(v) for k, v in SortingStream(CONFIG)[0].items()}
-    seen = [task.seen(batch, jax.random.key(n)) for n in (0, 1)]
-    losses = [float(task.objective(task.totals(model, of))) for of in seen]
+    seen = [task.augment(batch, jax.random.key(n)) for n in (0, 1)]
+    losses = [float(task.value(task.totals(model, of))) for of in seen]
     assert losses[0] != losses[1]
-    assert losses[0] == float(task.objective(task.totals(model, seen[0])))
+    assert losses[0] == float(task.value(task.totals(model, seen[0])))
 
 
 @pytest.mark.parametrize(

@@ -49,14 +49,14 @@ for shape in {shapes}:
 TRAIN_STEP = """
 import re
 from jax.experimental import topologies
-import eval as evaluation
+from evaluation import runs
 from configs import {config}
-from models import sharding, state
+from training import sharding, state
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="{topology}").devices
 config = {config}.get_config()
 config.model.implementation = "pallas_tpu"
-trainer = evaluation.make_trainer(config)
+trainer = runs.make_trainer(config)
 mesh = sharding.make_mesh(sharding.MeshConfig(*{mesh}), config.batch_size, devices)
 batch = state.abstract_batch(config.batch_size, {bucket}, mesh)
 compiled = trainer.compiled_update(mesh).lower(trainer.abstract_state(mesh), batch).compile()

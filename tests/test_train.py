@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 
-import eval as evaluation
 import train
-from models.checkpoints import Checkpoints
+from evaluation import runs
+from tests.support import tiny
+from training.checkpoints import Checkpoints
 
 RATES = {"residues_per_second", "examples_per_second", "data_share"}
 
@@ -38,7 +38,7 @@ def kept(workdir: Path) -> list[int]:
 
 def restored(workdir: Path, step: int):
     config = tiny.config_of(workdir)
-    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
+    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
     result = checkpoints.restore(trainer.abstract_state(mesh), step)
     checkpoints.close()

@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import save_file
 
-import eval as evaluation
-from models import decode, weights
+import eval as eval_program
+from alignment import decoding, weights
+from evaluation import runs
 from scripts import align, export_weights
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +21,17 @@ def exported(tmp_path_factory):
 
 
 def test_weights_alone_give_the_table_of_the_run(exported, tmp_path):
-    of_run = evaluation.evaluate_run(tiny.trained(), "test_ood", limit=8)
+    of_run = tiny.evaluated(tiny.trained(), "test_ood", limit=8)
     output = tmp_path / "table.json"
     data = f"--data={tiny.ROOT}/data/default"
-    evaluation.main([f"--weights={exported}", "--split=test_ood", "--limit=8", data, f"--output={output}"])
+    eval_program.main([f"--weights={exported}", "--split=test_ood", "--limit=8", data, f"--output={output}"])
     assert json.loads(output.read_text()) == json.loads(json.dumps(of_run))
 
 
 def test_a_checkpoint_can_be_chosen(exported, tmp_path):
     first = tmp_path / "first.safetensors"
     assert export_weights.main([f"--workdir={tiny.trained()}", f"--output={first}", "--step=0"]) == 0
-    early, late = evaluation.load_weights(first), evaluation.load_weights(exported)
+    early, late = runs.load_weights(first), runs.load_weights(exported)
     assert (early.step, late.step) == (0, tiny.STEPS)
     kernels = (run.params["plan_projection"]["kernel"] for run in (early, late))
     assert not np.array_equal(*kernels)
@@ -40,34 +41,34 @@ def test_band_and_gaps_can_be_replaced(tmp_path, capsys):
     wider = tmp_path / "wider.safetensors"
     export = [f"--workdir={tiny.trained()}", f"--output={wider}"]
     assert export_weights.main([*export, "--band=-1"]) == 0
-    assert evaluation.load_weights(wider).trainer.model(evaluation.load_weights(wider).params).spec.band is None
+    assert runs.load_weights(wider).trainer.model(runs.load_weights(wider).params).spec.band is None
     assert export_weights.main([*export, "--gaps", "1", "3", "4"]) == 1
     assert "trained without model.gap_model" in capsys.readouterr().err
     config = tiny.config_of(tiny.trained(), model__gap_model=True)
-    trainer, mesh = evaluation.make_trainer(config), evaluation.local_mesh(config.batch_size)
-    run = evaluation.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
-    export_weights.set_gaps(run, decode.Gaps(0.8, 2.5, 4.0))
+    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
+    run = runs.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
+    export_weights.set_gaps(run, decoding.Gaps(0.8, 2.5, 4.0))
     np.testing.assert_allclose(trainer.model(run.params).gaps(), [0.8, 2.5, 4.0], rtol=1e-6)
 
 
 def test_weights_that_do_not_fit_are_refused(exported, tmp_path):
     config, step = weights.read_config(exported)
     config["model"]["width"] = 32
-    params = evaluation.load_weights(exported).params
+    params = runs.load_weights(exported).params
     weights.save(tmp_path / "wider.safetensors", params, config, step)
     with pytest.raises(ValueError, match=r"does not fit the model.*encoder\.embed\.embedding.* differ"):
-        evaluation.load_weights(tmp_path / "wider.safetensors")
+        runs.load_weights(tmp_path / "wider.safetensors")
     save_file({"a": np.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no configuration in its header"):
-        evaluation.load_weights(tmp_path / "other.safetensors")
+        runs.load_weights(tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="is no safetensors file"):
-        evaluation.load_weights(tmp_path / "text.safetensors")
+        runs.load_weights(tmp_path / "text.safetensors")
 
 
 def test_a_step_is_of_a_run_only(exported, capsys):
     with pytest.raises(SystemExit):
-        evaluation.main([f"--weights={exported}", "--step=3"])
+        eval_program.main([f"--weights={exported}", "--step=3"])
     assert "--weights holds a single step" in capsys.readouterr().err
 
 

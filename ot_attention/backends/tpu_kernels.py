@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ot_attention.tpu_tiles import TILE, Head, dot, finite, flat, iota, lanes, log, ratio, shifted, upright
+from ot_attention.backends.tpu_tiles import TILE, Head, dot, finite, flat, iota, lanes, log, ratio, shifted, upright
 
 # The tiles are made anew from the potentials before the scalings leave this range.
 _SCALING_RANGE = 1e10

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-DATA, MODEL = "data", "model"
+from models.mesh import DATA, MODEL
+
 # Parameter (layer, name) -> the dimension that is cut over "model". As in Megatron-LM (arXiv 1909.08053) the first
 # matrix of a block is cut by outputs, the second by inputs: a block needs one sum over devices, not two exchanges.
 # Everything else is on all devices: what it would save is less than what it would send.
@@ -128,7 +129,7 @@ def from_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
 
 
 def on(mesh: Mesh, function: Callable) -> Callable:
-    """The function, in which `current()` is the mesh wherever it is traced."""
+    """The function, in which `models.mesh.current()` is the mesh wherever it is traced."""
 
     @functools.wraps(function)
     def in_context(*arguments):
@@ -136,9 +137,3 @@ def on(mesh: Mesh, function: Callable) -> Callable:
             return function(*arguments)
 
     return in_context
-
-
-def current() -> AbstractMesh | None:
-    """The mesh of the function being traced; None where there is none or where it is a single device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh

@@ -16,7 +16,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from models.decode import NO_MATCH
+from alignment.decoding import NO_MATCH
 
 # Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/); its yellow is too pale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

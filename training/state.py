@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from models import loss, sharding
+from models import objectives
+from models.mesh import DATA
+from models.mesh import current as current_mesh
+from models.objectives import Objective
+from training import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,32 +57,6 @@ class OptimizerConfig:
         )
 
 
-@runtime_checkable
-class Task(Protocol):
-    """What is trained: `models.loss.Alignment`, `models.sorter.Sorting`. Batches are trees with the batch leading.
-
-    Sums over a batch go by metric, `<name>` and how many under `<name>/count`.
-    """
-
-    def make(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The model before training."""
-
-    def seen(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
-        """The batch with whatever is random in it."""
-
-    def totals(self, model: Any, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-        """Sums over (a part of) a batch."""
-
-    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-        """Those of the counts that `objective` divides by, known without the model."""
-
-    def objective(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
-        """The loss."""
-
-    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
-        """How much work a batch is."""
-
-
 class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: PyTree
@@ -95,11 +73,11 @@ class Trainer:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     settings: OptimizerConfig
-    task: Task
+    objective: Objective
     seed: int
 
     @classmethod
-    def create(cls, task: Task, settings: OptimizerConfig, *, total_steps: int, seed: int) -> "Trainer":
+    def create(cls, objective: Objective, settings: OptimizerConfig, *, total_steps: int, seed: int) -> "Trainer":
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(
             optax.clip_by_global_norm(settings.clip_norm),
@@ -107,14 +85,14 @@ class Trainer:
         )
 
         def make_model() -> nnx.Module:
-            return task.make(nnx.Rngs(seed))
+            return objective.make(nnx.Rngs(seed))
 
         def initial() -> TrainState:
             params = nnx.to_pure_dict(nnx.state(make_model()))
             return TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
         graph = nnx.graphdef(nnx.eval_shape(make_model))
-        return cls(initial, graph, optimizer, schedule, settings, task, seed)
+        return cls(initial, graph, optimizer, schedule, settings, objective, seed)
 
     def abstract_state(self, mesh: Mesh) -> TrainState:
         """Shapes, dtypes and shardings of the state on a mesh, whose devices need not be there."""
@@ -163,17 +141,17 @@ class Trainer:
         Where loss, gradient or new parameters are not finite, the metric `finite` is 0 and only counts of steps change.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        grads, totals = self._gradients(state.params, self.task.seen(batch, key))
+        grads, totals = self._gradients(state.params, self.objective.augment(batch, key))
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         # A young average forgets faster, or the initial parameters would stay in it for 1 / (1 - ema) steps.
         decay = jnp.minimum(self.settings.ema, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
-        metrics = loss.means(totals) | {
-            "loss": self.task.objective(totals),
+        metrics = objectives.means(totals) | {
+            "loss": self.objective.value(totals),
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": self.schedule(state.step),
-            "residues": self.task.residues(batch),
+            "residues": self.objective.residues(batch),
         }
         # Squares of a gradient whose norm is finite are finite, and so are the moments of the optimiser.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]) & _is_finite(params)
@@ -184,15 +162,15 @@ class Trainer:
 
     def _gradients(self, params: PyTree, batch: dict[str, Array]) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
         """Gradient of the loss and sums of the metrics over the batch, part by part."""
-        counts = self.task.counts(batch)
+        counts = self.objective.counts(batch)
 
         def part_loss(params, part):
-            totals = self.task.totals(self.model(params), part)
-            return self.task.objective(totals | counts), totals
+            totals = self.objective.totals(self.model(params), part)
+            return self.objective.value(totals | counts), totals
 
         gradient = jax.grad(part_loss, has_aux=True)
-        parts, mesh = self.settings.accumulate, sharding.current()
-        groups = mesh.shape[sharding.DATA] if mesh else 1
+        parts, mesh = self.settings.accumulate, current_mesh()
+        groups = mesh.shape[DATA] if mesh else 1
         if len(batch["x"]) % (parts * groups):
             times = f" times mesh.data={groups}" if mesh else ""
             of = f"the batch of {len(batch['x'])} examples"

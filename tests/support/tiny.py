@@ -13,9 +13,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from scripts.gpu_stages import TINY
+from benchmarks.gpu_stages import TINY
+from evaluation import runs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 # 320 holds every evaluation pair but a few, so that nearly all is one compiled shape.
 OVERRIDES = TINY | {
@@ -54,6 +55,12 @@ def trained() -> Path:
     done = program("train.py", f"--config={ROOT / 'configs/r2_dustbin.py'}", f"--workdir={workdir}", *flags())
     assert done.returncode == 0, done.stderr
     return workdir
+
+
+def evaluated(workdir: Path, split: str, *, step: int | None = None, **options: object) -> dict:
+    """The report of a run, figures drawn into its folder."""
+    run = runs.load_run(workdir, step)
+    return run.task.evaluate(run, split, pictures=workdir / "figures", **options)
 
 
 def config_of(workdir: Path, **overrides: object) -> ConfigDict:

@@ -12,8 +12,6 @@ from pathlib import Path, PurePath
 import jax
 from ml_collections import ConfigDict
 
-import eval as evaluation
-
 # What may change when a run goes on; anything else makes it another run.
 _FREE_KEYS = (
     "total_steps",
@@ -29,7 +27,7 @@ _FREE_KEYS = (
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def run_lock(workdir: Path) -> Iterator[None]:
     """No other process can hold the folder, which is made if need be; a process that dies, however, lets go.
 
     By flock(2): also on NFS of Linux, but not on every network disk, and not through object stores mounted as one.
@@ -109,6 +107,30 @@ def replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def read_config(workdir: Path) -> ConfigDict:
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run (no config.json): train one with --workdir={workdir}")
+    try:
+        return ConfigDict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): take it from config/metadata of the newest checkpoint"
+        ) from error
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """Lines of metrics.jsonl; none where there is no such file. One without its end is cut off, and left out."""
+    path, rows = workdir / "metrics.jsonl", []
+    *lines, _ = path.read_text(errors="replace").split("\n") if path.exists() else [""]
+    for n, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n} is damaged ({error}): remove the line") from error
+    return rows
+
+
 class MetricsLog:
     """Lines of metrics.jsonl, and the same to W&B. Counts in every process, writes in the first."""
 
@@ -124,12 +146,12 @@ class MetricsLog:
     def rewind(self, start: int) -> None:
         """Drops the lines of later steps, beyond which a run resumes; all of them if nothing was trained yet."""
         if jax.process_index() == 0 and self.path.exists():
-            kept = [row for row in evaluation.read_metrics(self.workdir) if row["step"] <= start and start > 0]
+            kept = [row for row in read_metrics(self.workdir) if row["step"] <= start and start > 0]
             replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def was_validated(self, step: int) -> bool:
         """Whether the step has its validation: a run may be killed between a checkpoint and that."""
-        rows = evaluation.read_metrics(self.workdir)
+        rows = read_metrics(self.workdir)
         return any(row["step"] == step and any(name.startswith("validation/") for name in row) for row in rows)
 
     def step(self, step: int, values: dict[str, float], examples: int, residues: int) -> None:

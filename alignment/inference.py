@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
-from models import compiled, decode, pair_hmm, weights
+from alignment import asap_maps, decoding, weights
+from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 
@@ -89,8 +90,8 @@ class Pretrained:
 
     def compiled(self, path: Path) -> "Pretrained":
         """With the layers of a file of `models.compiled.save` compiled; raises as `models.compiled.load` does."""
-        maps = compiled.load(path, self.params)
-        return dataclasses.replace(self, graph=compiled.into(self.graph, self.params, maps))
+        maps = asap_maps.load(path, self.params)
+        return dataclasses.replace(self, graph=asap_maps.into(self.graph, self.params, maps))
 
     def band_for(self, x_length: int, y_length: int) -> int | None:
         """Half-width of the band: wide enough that the shorter sequence fits anywhere into the longer one.
@@ -197,10 +198,10 @@ class Pretrained:
                 return plans, first
             lengths, columns = (x_lengths, y_lengths), y.shape[1]
             if decoder == "posterior":
-                gaps = model.gaps() if model.config.gap_model else jnp.asarray(decode.Gaps().numbers())
+                gaps = model.gaps() if model.config.gap_model else jnp.asarray(decoding.Gaps().numbers())
                 plans = plans * _thinning(plans, *lengths, self.band)[:, None, None]
-                plans = decode.posterior(plans, first, *lengths, gaps, columns)
-            return decode.decoded(plans, first, *lengths, columns)
+                plans = decoding.posterior(plans, first, *lengths, gaps, columns)
+            return decoding.decoded(plans, first, *lengths, columns)
 
         return predict
 
@@ -212,7 +213,7 @@ class _Batch(NamedTuple):
     members: list[int]
     x_lengths: Int[np.ndarray, " batch"]
     y_lengths: Int[np.ndarray, " batch"]
-    decoded: decode.Decoded
+    decoded: decoding.Decoded
     last: bool  # of the chunk
 
 
@@ -312,7 +313,7 @@ def _alignments(batch: _Batch) -> Iterator[Alignment]:
     for n, (x_length, y_length) in enumerate(zip(batch.x_lengths.tolist(), batch.y_lengths.tolist(), strict=True)):
         if n == len(batch.members):
             return
-        aligned = np.flatnonzero(match[n] != decode.NO_MATCH)
+        aligned = np.flatnonzero(match[n] != decoding.NO_MATCH)
         pairs = np.stack([aligned, match[n, aligned]], axis=1).astype(np.int32)
         yield Alignment(pairs, confidence[n, aligned], x_alone[n, :x_length], y_alone[n, :y_length])
 

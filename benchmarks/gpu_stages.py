@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +61,7 @@ def ceilings(settings: Settings) -> Iterator[Row]:
     import jax
     import jax.numpy as jnp
 
-    from scripts import gpu_rates
+    from benchmarks import gpu_rates
 
     yield {
         "what": "machine",
@@ -133,8 +131,7 @@ CONFORMANCE = [
 
 def conformance(settings: Settings) -> Iterator[Row]:
     """Yields for each case the error of the kernels in relation to what the tests allow, compiled in threads."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import test_conformance
+    from tests import test_conformance
 
     cases = {case.name: case for case in test_conformance.CASES}
     kinds: dict[str, dict[str, Any]] = {"plain": {}, "converging": test_conformance.CONVERGING}
@@ -161,7 +158,7 @@ def conformance(settings: Settings) -> Iterator[Row]:
 
 def _in_threads(functions: dict[Any, Callable[[], Row]]) -> Iterator[tuple[Any, Row]]:
     """Yields the result of each function, or how it failed, in the order in which they end."""
-    from scripts import gpu_rates
+    from benchmarks import gpu_rates
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         keys = {pool.submit(function): key for key, function in functions.items()}
@@ -174,7 +171,7 @@ def _in_threads(functions: dict[Any, Callable[[], Row]]) -> Iterator[tuple[Any, 
 
 def rates(settings: Settings) -> Iterator[Row]:
     """Yields the rows of gpu_rates."""
-    from scripts import gpu_rates
+    from benchmarks import gpu_rates
 
     plan, size = settings.rates or (gpu_rates.PLAN, gpu_rates.Size())
     if settings.tiny:
@@ -227,14 +224,14 @@ def _built(step: Step, length: int, tiny: bool) -> Row:
 
     import jax
 
-    import eval as evaluation
-    from models import sharding, state
+    from evaluation import runs
+    from training import sharding, state
 
     config = importlib.import_module(f"configs.{step.config}").get_config()
     changes: Row = {"model.dtype": step.dtype, "model.implementation": step.implementation}
     changes |= {"batch_size": step.batch} if step.batch else {}
     config.update_from_flattened_dict(changes | (TINY if tiny else {}))
-    trainer = evaluation.make_trainer(config)
+    trainer = runs.make_trainer(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(), config.batch_size, jax.devices()[:1])
     start = time.perf_counter()
     shapes = trainer.abstract_state(mesh), state.abstract_batch(config.batch_size, length, mesh)

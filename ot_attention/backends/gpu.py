@@ -20,16 +20,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ot_attention import gpu_kernels, gpu_sweep, support
-from ot_attention.gpu_kernels import Field, Matrix, Reach, Side
-from ot_attention.gpu_sweep import Strips
+from ot_attention import support
+from ot_attention.backends import gpu_kernels, gpu_sweep
+from ot_attention.backends.gpu_kernels import Field, Matrix, Reach, Side
+from ot_attention.backends.gpu_sweep import Strips
 from ot_attention.spec import Heads
 
 _MOST_WIDTH = 256
 _MOST_HEADS = 65535  # blocks along the second axis of a grid
 
 
-def refusal(heads: Heads) -> str | None:
+def unsupported_reason(heads: Heads) -> str | None:
     """Why the kernels cannot do this and what to change, or None."""
     if gpu_kernels.INTERPRET:
         return None

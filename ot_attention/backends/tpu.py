@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from ot_attention.backends.tpu_kernels import backward_kernel, forward_kernel
+from ot_attention.backends.tpu_tiles import TILE, Problem, Sizes, compute_dtype, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
-from ot_attention.tpu_kernels import backward_kernel, forward_kernel
-from ot_attention.tpu_tiles import TILE, Problem, Sizes, compute_dtype, with_dustbin
 
 _MIB = 2**20
 # Of one core. Elsewhere, and where it is not known what is compiled for, the smallest of those supported is assumed.
@@ -120,7 +120,7 @@ def _tile_dtypes(heads: Heads) -> tuple:
     return (dtype, jnp.bfloat16) if heads.q.dtype == heads.k.dtype == jnp.bfloat16 else (dtype,)
 
 
-def refusal(heads: Heads, spec: SinkhornSpec) -> str | None:
+def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
     """Why the kernels cannot do this and what to change, or None."""
     if spec.solver == "newton":
         return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
@@ -145,7 +145,7 @@ def refusal(heads: Heads, spec: SinkhornSpec) -> str | None:
 def _call(kernel, heads: Heads, spec: SinkhornSpec, sizes: Sizes, blocks: _Blocks, dtypes, problem, inputs, shapes):
     """Runs a kernel for every head; `shapes` are those of the outputs, whose last tile may be cut short."""
     memory, dtype = _memory(blocks, sizes, dtypes), compute_dtype(heads)
-    assert memory is not None, "`refusal` comes first"
+    assert memory is not None, "`unsupported_reason` comes first"
     axes = jax.typeof(heads.q).manual_axis_type  # under shard_map, those that the heads vary over
 
     def of_head(block):

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
-from models.decode import NO_MATCH, Gaps
+from alignment.decoding import NO_MATCH, Gaps
 
 _USUAL = Gaps()
 _LARGEST = 1e250  # of a row's weights: leaves room for 1,280 nats less, and for a row's sum

@@ -14,13 +14,14 @@ import jinja2
 import numpy as np
 from jaxtyping import Float, Int
 
-from data import formats, metrics, vocab
-from data.baselines import BASELINES
+from alignment import formats
+from alignment.sequences import Record
+from data import vocab
 from data.families import Family
-from data.metrics import PairScores
-from data.sequences import Record
 from data.transforms import Pair
-from models import figures
+from evaluation import figures, metrics
+from evaluation.baselines import BASELINES
+from evaluation.metrics import PairScores
 
 TEMPLATE = "report.html.jinja"
 _SHOWN = 3  # alignments of each kind and split

@@ -10,9 +10,6 @@ from jaxtyping import Float64, Int32
 from data import vocab
 from data.transforms import NO_TARGET, Pair
 
-FIRST_GAP = 11  # the first residue of a gap costs this, each further one FURTHER_GAP
-FURTHER_GAP = 1
-
 _INSERT, _DELETE = 1, 2  # operation codes of a packed CIGAR (SAM specification, 4.2): residues of x alone, of y alone
 
 
@@ -51,7 +48,7 @@ def nw_blosum62(pair: Pair) -> Prediction:
     if not (len(pair.x) and len(pair.y)):
         raise ValueError(f"pair: lengths {len(pair.x)} and {len(pair.y)} were given, both must be at least 1")
     result = parasail.nw_trace_striped_sat(
-        vocab.decode(pair.x), vocab.decode(pair.y), FIRST_GAP, FURTHER_GAP, parasail.blosum62
+        vocab.decode(pair.x), vocab.decode(pair.y), vocab.FIRST_GAP, vocab.FURTHER_GAP, parasail.blosum62
     )
     match = _matches(np.asarray(result.cigar.seq, np.uint32), len(pair.x))
     rows = np.flatnonzero(match != NO_TARGET)

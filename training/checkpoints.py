@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from models.state import TrainState
+from training.state import TrainState
 
 SUMS = "SHA256SUMS"
 DAMAGED = ".damaged"  # suffix of checkpoints that were set aside

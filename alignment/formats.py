@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from data import baselines, vocab
-from data.sequences import Record
+from alignment.sequences import Record
+from data import vocab
 
 GAP = "-"
 _BLOCK = 60  # columns
@@ -134,7 +134,7 @@ def _summary(aligned: Aligned, columns: Columns, middle: str) -> list[str]:
         f"Identity:   {share(middle.count('|'))}",
         f"Positives:  {share(middle.count('|') + middle.count(':'))} by BLOSUM62",
         f"Gaps:       {share(gaps)}",
-        f"Score:      {_score(columns)} by BLOSUM62, gaps {baselines.FIRST_GAP} and {baselines.FURTHER_GAP}",
+        f"Score:      {_score(columns)} by BLOSUM62, gaps {vocab.FIRST_GAP} and {vocab.FURTHER_GAP}",
         f"Confidence: {mean} {len(aligned.pairs)} aligned pairs",
     ]
 
@@ -146,7 +146,7 @@ def _score(columns: Columns) -> int:
     for positions in (columns.i, columns.j):
         gap = np.concatenate([[False], positions == NO_POSITION])
         openings = int((gap[1:] & ~gap[:-1]).sum())
-        score -= baselines.FURTHER_GAP * int(gap.sum()) + (baselines.FIRST_GAP - baselines.FURTHER_GAP) * openings
+        score -= vocab.FURTHER_GAP * int(gap.sum()) + (vocab.FIRST_GAP - vocab.FURTHER_GAP) * openings
     return score
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,32 @@ from models.aligner import Aligner, AlignerConfig
 from models.attention import BlockSpec, SinkhornSpec
 
 LEAST_PROBABILITY = 1e-6  # the floor of the sparse CE metric: 13.8 nats
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is trained: `AlignmentObjective`, `models.sorter.SortingObjective`; every array of a batch has it leading.
+
+    Sums over a batch go by metric, `<name>` and how many under `<name>/count`.
+    """
+
+    def make(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model before training."""
+
+    def augment(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+        """The batch with whatever is random in it."""
+
+    def totals(self, model: Any, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        """Sums over (a part of) a batch."""
+
+    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        """Those of the counts that `value` divides by, known without the model."""
+
+    def value(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+        """The loss."""
+
+    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
+        """How much work a batch is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +68,8 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Alignment:
-    """What is trained: an aligner (a `models.state.Task`). encoder: of its self-attention, if another than `spec`."""
+class AlignmentObjective:
+    """What is trained: an aligner (an `Objective`). encoder: of its self-attention, if another than `spec`."""
 
     model: AlignerConfig
     spec: SinkhornSpec
@@ -56,12 +83,12 @@ class Alignment:
     def make(self, rngs: nnx.Rngs) -> Aligner:
         return Aligner(self.model, self.spec, encoder=self.encoder, rngs=rngs)
 
-    def seen(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+    def augment(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
         """With what is masked, and random keys if the encoder takes noise."""
-        x_seen, asked = queries(batch["x"], key, self.loss.mask_rate)
+        x_seen, query_mask = queries(batch["x"], key, self.loss.mask_rate)
         noise_key = jax.random.fold_in(key, 1)  # what is masked must not say what the noise is
         noise = {"noise": jax.random.split(noise_key, len(x_seen))} if self.encoder else {}
-        return batch | {"x_seen": x_seen, "asked": asked} | noise
+        return batch | {"x_seen": x_seen, "query_mask": query_mask} | noise
 
     def totals(self, model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
         return totals(model, batch)
@@ -69,8 +96,8 @@ class Alignment:
     def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
         return counts(batch)
 
-    def objective(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
-        return objective(totals, self.loss)
+    def value(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+        return weighted_loss(totals, self.loss)
 
     def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
         return (batch["x_length"] + batch["y_length"]).sum()
@@ -79,17 +106,17 @@ class Alignment:
 def queries(
     x: Int[Array, "batch length"], key: PRNGKeyArray, mask_rate: float
 ) -> tuple[Int[Array, "batch length"], Bool[Array, "batch length"]]:
-    """x as the plan may see it, and the residues that reconstruction is asked for."""
+    """x as the plan may see it, and the residues that reconstruction asks for."""
     if not mask_rate:
         return x, x != vocab.PAD
-    asked = (jax.random.uniform(key, x.shape) < mask_rate) & (x != vocab.PAD)
-    return jnp.where(asked, vocab.MASK, x), asked
+    query_mask = (jax.random.uniform(key, x.shape) < mask_rate) & (x != vocab.PAD)
+    return jnp.where(query_mask, vocab.MASK, x), query_mask
 
 
 def sums(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, "batch"]]:
     """Sums over the residues of every pair, and under `<name>/count` how many; their quotients are the metrics.
 
-    `batch` holds, beside what the pipeline gives, `x_seen` (what queries are computed from) and `asked`, and while
+    `batch` holds, beside what the pipeline gives, `x_seen` (what queries are computed from) and `query_mask`, and while
     training perhaps `noise`.
     """
     x_seen, y, target, *lengths = (batch[name] for name in ("x_seen", "y", "target", "x_length", "y_length"))
@@ -126,7 +153,7 @@ def totals(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, ""
 
 
 def counts(batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-    """The counts that `objective` divides by, known without the model."""
+    """The counts that `weighted_loss` divides by, known without the model."""
     return {
         "reconstruction/count": _known(batch).sum().astype(jnp.float32),
         "sparse_ce/count": (batch["target"] >= 0).sum().astype(jnp.float32),
@@ -139,7 +166,7 @@ def means(totals: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
     return {name: _quotient(totals, name) for name in names}
 
 
-def objective(totals: dict[str, Float[Array, ""]], config: LossConfig) -> Float[Array, ""]:
+def weighted_loss(totals: dict[str, Float[Array, ""]], config: LossConfig) -> Float[Array, ""]:
     """The weighted loss."""
     cross_entropy = totals["sparse_ce_unfloored"] / jnp.maximum(totals["sparse_ce/count"], 1)
     loss = config.reconstruction * _quotient(totals, "reconstruction") + config.sparse_ce * cross_entropy
@@ -154,4 +181,4 @@ def _quotient(totals: dict[str, Float[Array, ""]], name: str) -> Float[Array, ""
 
 def _known(batch: dict[str, Array]) -> Bool[Array, "batch length"]:
     """Residues whose reconstruction counts: asked for, and one of the twenty."""
-    return batch["asked"] & (batch["x"] > 0) & (batch["x"] <= len(vocab.RESIDUES))
+    return batch["query_mask"] & (batch["x"] > 0) & (batch["x"] <= len(vocab.RESIDUES))

@@ -32,8 +32,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from ot_attention import banded_xla, gpu_kernels, support
-from ot_attention.gpu_kernels import Axes, Part, Place, Side
+from ot_attention import support
+from ot_attention.backends import gpu_kernels, xla
+from ot_attention.backends.gpu_kernels import Axes, Part, Place, Side
 
 ROWS = 64  # of a strip
 _TILE = 64  # columns of a tile
@@ -97,7 +98,7 @@ def strips(n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, 
     """Cut rows into strips of at most 64 rows whose windows lie within the tiles of a strip."""
     n_q, n_k = n_q[:, None], n_k[:, None]
     ends = jnp.arange(math.ceil(max(rows, columns) / ROWS) + 1, dtype=jnp.int32) * ROWS
-    ends = jnp.minimum(banded_xla.first_row_at(ends, n_q, n_k), n_q)
+    ends = jnp.minimum(xla.first_row_at(ends, n_q, n_k), n_q)
     row, row_stop = ends[:, :-1], ends[:, 1:]
     column = jnp.zeros_like(row)
     if cut.slides and cut.band is not None:

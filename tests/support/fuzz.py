@@ -1,6 +1,6 @@
 """Fuzzing led by coverage, beside tests/test_hostile.py. Needs atheris, which has no wheel for every Python.
 
-python tests/fuzz.py stockholm|fasta|pairs|clans FOLDER -max_total_time=60      # FOLDER keeps what reached new code
+python tests/support/fuzz.py stockholm|fasta|pairs|clans FOLDER -max_total_time=60  # FOLDER keeps inputs that reached new code
 """
 
 import contextlib
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 with atheris.instrument_imports(include=["data.stockholm", "data.sequences", "data.families"]):
-    from data import families, sequences, stockholm
+    from alignment import sequences
+    from data import families, stockholm
 
 READERS = {
     "fasta": sequences.read_fasta,

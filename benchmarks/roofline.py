@@ -9,7 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
-from models.counting import Operations, Parts
+from benchmarks.counting import Operations, Parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Align proteins with a trained model: inference, decoding, sequence files, formats, weights."""

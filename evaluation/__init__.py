@@ -1,0 +1,1 @@
+"""Evaluate trained models: tasks, runs, scores, metrics, baselines, figures, report."""

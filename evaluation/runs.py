@@ -1,0 +1,85 @@
+"""Load trained models, from a run's folder or from a file of weights, with what their configuration describes."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from alignment import asap_maps, weights
+from evaluation.tasks import AlignmentTask, Task, task_of
+from training import sharding
+from training.checkpoints import Checkpoints
+from training.run_folder import read_config
+from training.state import OptimizerConfig, Trainer
+
+
+class Run(NamedTuple):
+    """A trained model."""
+
+    config: ConfigDict
+    trainer: Trainer
+    mesh: Mesh
+    params: PyTree  # averaged
+    step: int
+    asap: Path | None = None  # maps that stand in place of Sinkhorn steps
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.config)
+
+
+def load_run(workdir: Path, step: int | None = None) -> Run:
+    """What a checkpoint of a run holds, by default the newest."""
+    config = read_config(workdir)
+    trainer, mesh = described(config, workdir / "config.json")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
+    checkpoints.close()
+    return Run(config, trainer, mesh, state.ema, int(state.step))
+
+
+def load_weights(path: Path) -> Run:
+    """What a file of `scripts/export_weights.py` holds."""
+    values, step = weights.read_config(path)
+    config = ConfigDict(values)
+    trainer, mesh = described(config, path)
+    return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
+
+
+def with_asap(run: Run, path: Path) -> Run:
+    """The run with the layers compiled that a file of scripts/compile_asap.py holds; raises ValueError if it is not of
+    this run.
+    """
+    check_aligns(run)
+    graph = asap_maps.into(run.trainer.graph, run.params, asap_maps.load(path, run.params))
+    return run._replace(trainer=dataclasses.replace(run.trainer, graph=graph), asap=path)
+
+
+def make_trainer(config: ConfigDict) -> Trainer:
+    """Make the trainer that a configuration describes; a misspelt key fails here."""
+    settings = OptimizerConfig(**config.optimizer)
+    return Trainer.create(task_of(config).objective(), settings, total_steps=config.total_steps, seed=config.seed)
+
+
+def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
+    """Make trainer and local mesh of a stored configuration. Raises ValueError naming the file."""
+    try:
+        return make_trainer(config), local_mesh(config.batch_size)
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"{path} does not describe a model of this version: {error}") from error
+
+
+def check_aligns(run: Run) -> None:
+    """Raise ValueError unless the run aligns."""
+    if not isinstance(run.task, AlignmentTask):
+        raise ValueError("the run is one of the sorting task, and has no plan: give one that was trained on alignments")
+
+
+def local_mesh(batch_size: int) -> Mesh:
+    """As many of this machine's devices as can share a batch evenly."""
+    data = max(n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0)
+    return sharding.make_mesh(sharding.MeshConfig(data), batch_size)

@@ -1,0 +1,1 @@
+"""The implementations behind `sinkhorn_attention`: XLA, Triton kernels for GPUs, Mosaic kernels for TPUs."""
