@@ -1,6 +1,6 @@
 """Fuzzing led by coverage, beside tests/test_hostile.py. Needs atheris, which has no wheel for every Python.
 
-python tests/support/fuzz.py stockholm|fasta|pairs|clans FOLDER -max_total_time=60  # FOLDER keeps inputs that reached new code
+python tests/support/fuzz.py stockholm|fasta|pairs|clans FOLDER -max_total_time=60  # keeps inputs
 """
 
 import contextlib
