@@ -1,11 +1,10 @@
-"""The same build as an Apache Beam pipeline, for what one machine cannot hold: all of Pfam-A.full on a runner of yours.
+"""The build of data/pfam.py as an Apache Beam pipeline, for input that one machine cannot hold, such as Pfam-A.full.
 
     parse every file -> one record an accession -> split -> write
 
-A gzip file cannot be divided among workers, so a file is the unit of parsing, and a reshuffle behind it spreads the
-rest. Divide Pfam-A.full.gz into about as many parts as there are workers beforehand (scripts/split_stockholm.py).
-Inputs and output are paths that all workers see. A family must fit into a worker's memory; max_rows cuts it down
-ahead of the reshuffle.
+A gzip file cannot be divided among workers, so each file is parsed by one worker; a reshuffle then spreads the
+families. First divide Pfam-A.full.gz into about as many parts as there are workers (scripts/split_stockholm.py). Inputs
+and output are paths that all workers see. A family must fit into a worker's memory; `max_rows` cuts it down first.
 """
 
 import json
@@ -20,7 +19,7 @@ from data.recipe import Candidate, Recipe, candidate, choose, read_families
 
 try:
     import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.options.pipeline_options import PipelineOptions as PipelineOptions
 except ImportError as error:
     raise ImportError(f"Apache Beam is missing ({error}): pip install -r requirements-beam.txt") from error
 
@@ -28,7 +27,7 @@ Placed = tuple[Candidate, Family]
 
 
 class PfamBeam(Pfam, skip_registration=True):
-    """Writes what `Pfam` writes, record for record; every split must get at least one family."""
+    """Builder that writes the same records as `Pfam`; every split must get at least one family."""
 
     name = Pfam.name
 
@@ -61,7 +60,7 @@ class PfamBeam(Pfam, skip_registration=True):
 
 
 def parse(numbered: tuple[int, str], clans: dict[str, str], recipe: Recipe) -> Iterator:
-    """(accession, (candidate, family)) of every family of one file; malformed ones go to the output 'skipped'."""
+    """Yield (accession, (candidate, family)) for every family of a file; malformed ones go to the output 'skipped'."""
     number, path = numbered
     skipped: list[str] = []
     for index, family in enumerate(read_families(path, clans, recipe, skipped.append)):
@@ -70,7 +69,7 @@ def parse(numbered: tuple[int, str], clans: dict[str, str], recipe: Recipe) -> I
 
 
 def records_of(same: tuple[str, Iterable[Placed]], recipe: Recipe) -> Iterator["beam.pvalue.TaggedOutput"]:
-    """The records of the family that is kept of one accession, each to the output of its split."""
+    """Yield the records of the family that is kept of one accession, each to the output of its split."""
     accession, placed = same
     families = dict(placed)
     best, left_out = choose(list(families))
@@ -82,8 +81,3 @@ def records_of(same: tuple[str, Iterable[Placed]], recipe: Recipe) -> Iterator["
 
 def note(texts: list[str], path: str) -> None:
     Path(path).write_text(json.dumps(texts))
-
-
-def pipeline_options(arguments: list[str]) -> "PipelineOptions":
-    """Options as Beam's own command lines take them, for example ["--runner=FlinkRunner"]."""
-    return PipelineOptions(arguments)

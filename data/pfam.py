@@ -1,9 +1,9 @@
-"""Pfam as a TFDS data set in ArrayRecord shards, one record a family; TensorFlow is not needed to write or to read it.
+"""Pfam as a TFDS data set in ArrayRecord shards, one record a family. Neither writing nor reading needs TensorFlow.
 
     build(Recipe(inputs=("Pfam-A.seed.gz",), clans="Pfam-A.clans.tsv.gz"), "runs/pfam")
     families = open_split("runs/pfam", "train")     # families[i] is a Family
 
-A build appears at its place whole or not at all: it grows in `<out>.incomplete`, gets its checksums and is renamed.
+A build appears at its place whole or not at all: it is written to `<out>.incomplete`, checksums last, and then renamed.
 """
 
 import bisect
@@ -26,16 +26,16 @@ from data.families import SALT, SPLITS, BadRecordError, Family, read_clans
 from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, read_inputs
 
 CHECKSUMS = "SHA256SUMS"
-RECORDS = "records.json"  # split -> accessions in the order of its records: a damaged record cannot tell its own
+RECORDS = "records.json"  # split -> accessions in the order of its records, to name a record that is damaged
 REPORT = "report.json"
 
 
 class Pfam(tfds.core.GeneratorBasedBuilder):
-    """Splits by clan; see data/families.py for what goes where."""
+    """TFDS builder of the splits that data/families.py describes."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "Splits by clan, held-out sequences, fixed evaluation pairs."}
-    code_path = None  # TFDS would look for a checksum file beside this one, through a package it does not declare
+    code_path = None  # with a path, TFDS looks for a checksum file through a package that it does not declare
 
     def __init__(self, *, recipe: Recipe, **kwargs):
         super().__init__(file_format="array_record", **kwargs)
@@ -67,16 +67,15 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         clans = read_clans(clans_path) if clans_path else {}
         kept = self.survey(inputs, clans)
         counts = Counter(split for splits in kept.values() for split in splits)
+        num_shards = self.recipe.num_shards or 1
         for split, count in counts.items():
-            if (self.recipe.num_shards or 1) > count:
-                raise ValueError(
-                    f"num_shards={self.recipe.num_shards}: split {split} has {count} records; ask for fewer"
-                )
+            if num_shards > count:
+                raise ValueError(f"num_shards={num_shards}: split {split} has {count} records; ask for fewer")
         # TFDS cannot write a split without records.
         return {split: self._generate_examples(inputs, clans, kept, split) for split in SPLITS if counts[split]}
 
     def local_files(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], str]:
-        """The Stockholm files and the clan table, downloaded first where the recipe names a release."""
+        """Return the Stockholm files and the clan table; downloads them if the recipe names a release."""
         recipe = self.recipe
         if not recipe.release:
             return recipe.inputs, recipe.clans
@@ -89,7 +88,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         return (str(files["Pfam-A.seed.gz"]),), str(files["Pfam-A.clans.tsv.gz"])
 
     def survey(self, inputs: tuple[str, ...], clans: dict[str, str]) -> dict[Place, tuple[str, ...]]:
-        """One pass ahead of the writing: the places of the records that are kept, and the splits of each."""
+        """Read all input once, before anything is written; return the places of the families to keep, with splits."""
         candidates: dict[str, list[Candidate]] = {}
         placed = read_inputs(inputs, clans, self.recipe, self.report.skipped.append)
         for place, family in tqdm(placed, desc="Reading families", unit=" families", mininterval=1.0):
@@ -103,11 +102,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         return kept
 
     def _generate_examples(
-        self,
-        inputs: tuple[str, ...],
-        clans: dict[str, str],
-        kept: dict[Place, tuple[str, ...]],
-        split: str,
+        self, inputs: tuple[str, ...], clans: dict[str, str], kept: dict[Place, tuple[str, ...]], split: str
     ) -> Iterator[tuple[str, dict]]:
         for place, family in read_inputs(inputs, clans, self.recipe, lambda _: None):
             if split in kept.get(place, ()):
@@ -116,6 +111,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
 
 
 def to_example(family: Family) -> dict:
+    """Return a record as `Pfam` writes it."""
     example = {f.name: getattr(family, f.name) for f in fields(family)}
     return {**example, "rows": np.array(family.rows, dtype=object)}
 
@@ -135,10 +131,10 @@ def build(
     builder: type[Pfam] = Pfam,
     **config,
 ) -> Report:
-    """Builds the shards in `out`/pfam; `config` goes to tfds.download.DownloadConfig (beam_options, say).
+    """Build the shards in `out`/pfam; `config` goes to tfds.download.DownloadConfig (beam_options, for example).
 
     Raises:
-      FileExistsError: `out` has a data set and `overwrite` is off. Other errors leave `out` as it was.
+      FileExistsError: `out` has a data set and `overwrite` is off. No error changes `out`.
     """
     out = Path(out).resolve()
     final = out / builder.name
@@ -148,18 +144,14 @@ def build(
         if not Path(path).is_file():
             raise FileNotFoundError(f"input {path} is not a file")
     growing = out.with_name(out.name + ".incomplete")
-    shutil.rmtree(growing, ignore_errors=True)  # what a killed build left
+    shutil.rmtree(growing, ignore_errors=True)  # of a build that was killed
     kept_downloads = out.with_name(out.name + ".downloads") if recipe.release else growing / "downloads"
     prepared = builder(recipe=recipe, data_dir=str(growing))
     prepared.download_and_prepare(
         download_dir=str(download_dir or kept_downloads),
         download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=recipe.num_shards, **config),
     )
-    prepared.report.records = {split: prepared.info.splits[split].num_examples for split in prepared.info.splits}
-    folder = Path(prepared.data_dir)
-    (folder / REPORT).write_text(json.dumps(asdict(prepared.report), indent=1) + "\n")
-    (folder / RECORDS).write_text(json.dumps(accessions(prepared), indent=1) + "\n")
-    (folder / CHECKSUMS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in _listed(folder)))
+    _finish(prepared)
     out.mkdir(parents=True, exist_ok=True)
     if final.exists():
         final.replace(growing / "replaced")
@@ -168,17 +160,27 @@ def build(
     return prepared.report
 
 
-def accessions(builder: tfds.core.DatasetBuilder) -> dict[str, list[str]]:
-    """Of all records of every split, in order."""
+def _finish(prepared: Pfam) -> None:
+    """Write the report, the accessions of all records and, last, the checksums."""
     packed = {"alignment": tfds.decode.SkipDecoding()}
-    return {
-        split: [example["accession"].decode() for example in builder.as_data_source(split=split, decoders=packed)]
-        for split in builder.info.splits
+    accessions = {
+        split: [example["accession"].decode() for example in prepared.as_data_source(split=split, decoders=packed)]
+        for split in prepared.info.splits
     }
+    prepared.report.records = {split: len(names) for split, names in accessions.items()}
+    folder = Path(prepared.data_dir)
+    (folder / REPORT).write_text(json.dumps(asdict(prepared.report), indent=1) + "\n")
+    (folder / RECORDS).write_text(json.dumps(accessions, indent=1) + "\n")
+    (folder / CHECKSUMS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in _listed(folder)))
 
 
-def verify(data_dir: str | Path) -> None:
-    """Checks every file of a data set against its SHA256SUMS; ValueError lists what is missing, changed or extra."""
+def verify(data_dir: str | Path) -> str:
+    """Check every file of a data set against its SHA256SUMS; return a line that says what was checked.
+
+    Raises:
+      ValueError: files are missing, changed or unknown.
+      FileNotFoundError: `data_dir` holds no data set.
+    """
     folder = find_dataset(data_dir)
     lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
     expected = {name: checksum for checksum, name in lines}
@@ -188,16 +190,21 @@ def verify(data_dir: str | Path) -> None:
         raise ValueError(
             f"{folder}: missing, changed or unknown files: {', '.join(wrong)}; build or copy the data again"
         )
+    splits = tfds.builder_from_directory(str(folder)).info.splits.values()
+    shards, families = (sum(getattr(split, name) for split in splits) for name in ("num_shards", "num_examples"))
+    size = sum((folder / name).stat().st_size for name in found)
+    counts = f"{len(splits)} splits, {shards} shards, {families:,} families, {size:,} bytes"
+    return f"{folder}: {counts}: all {len(found)} files have their checksums"
 
 
 def find_dataset(data_dir: str | Path) -> Path:
-    """The one folder below `data_dir` that holds a finished data set."""
+    """Return the one folder below `data_dir` that holds a finished data set."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(
             f"data.dir={data_dir} is not a folder; build one with scripts/build_pfam.py --out {data_dir}"
         )
-    # The checksums are written last: without them a build was killed.
+    # The checksums are written last: a folder without them is of a build that was killed.
     folders = sorted(p.parent for p in data_dir.rglob(CHECKSUMS) if p.with_name("dataset_info.json").is_file())
     if not folders:
         raise FileNotFoundError(f"data.dir={data_dir} holds no data set; build one with scripts/build_pfam.py")
@@ -207,7 +214,7 @@ def find_dataset(data_dir: str | Path) -> Path:
 
 
 class FamilySource:
-    """Random access to the families of one split, as Grain wants it: len(), [i], picklable. Made by `open_split`."""
+    """Random access to the families of one split: len(), [i], picklable, as Grain needs it. Made by `open_split`."""
 
     def __init__(self, folder: Path, split: str):
         self.folder, self.split = folder, split
@@ -221,7 +228,7 @@ class FamilySource:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"shard {path} is missing; build or copy the data again")
         self.records = dataset.as_data_source(split=split)
-        listed = folder / RECORDS  # builds before it have none
+        listed = folder / RECORDS  # data sets of early versions have none
         self.accessions: list[str] = json.loads(listed.read_text())[split] if listed.exists() else []
 
     def __len__(self) -> int:
@@ -233,15 +240,16 @@ class FamilySource:
             raise IndexError(f"index {index}: split {self.split!r} has {len(self)} families")
         try:
             family = from_example(self.records[index])
-        except Exception as error:  # of Riegeli, zlib or protobuf, as the damage will have it
-            raise BadRecordError(f"{self.place(index)} is damaged ({_brief(error)})") from error
+        except Exception as error:  # of Riegeli, zlib or protobuf, depending on the damage
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise BadRecordError(f"{self.place(index)} is damaged ({reason})") from error
         expected = self.accessions[index] if self.accessions else family.accession
         if family.accession != expected:
             raise BadRecordError(f"{self.place(index)} holds {family.accession}: the shard is of another build")
         return family
 
     def place(self, index: int) -> str:
-        """Shard, number of the record in it and family, for messages."""
+        """Return shard, number of the record in it and family, for messages."""
         ends = list(itertools.accumulate(self.split_info.shard_lengths))
         shard = bisect.bisect_right(ends, index)
         path, number = self.split_info.filepaths[shard], index - (ends[shard - 1] if shard else 0)
@@ -253,7 +261,7 @@ class FamilySource:
 
 
 def open_split(data_dir: str | Path, split: str) -> FamilySource:
-    """The families of a split of the data set below `data_dir`.
+    """Open the families of one split of the data set below `data_dir`.
 
     Raises:
       FileNotFoundError: no such folder, or no data set or shard in it.
@@ -266,10 +274,6 @@ def open_split(data_dir: str | Path, split: str) -> FamilySource:
 
 def _listed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _sha256(path: Path) -> str:

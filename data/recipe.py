@@ -1,4 +1,4 @@
-"""What a build reads, and which of the records it reads it keeps; shared by the plain and by the Beam build."""
+"""Input of a build and choice of the records to keep; shared by the plain and by the Beam build."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +13,18 @@ Place = tuple[int, int]  # the number of the input, and of the record in it
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a build is made of: local `inputs` and `clans`, or a Pfam `release` such as "37.0", fetched from `mirror`.
+    """Input and options of a build.
 
-    `skip_bad` leaves malformed families out and lists them; `max_rows` keeps that many rows a family; `num_shards` is
-    that of every split, by default it follows from the size. `pairs` evaluation pairs are drawn of a family at most.
-    `evaluation_only` is for alignments to be measured on and never trained on: all go to `test_ood`, without clans.
+    Attributes:
+      inputs: Stockholm files, plain or gzip.
+      clans: Pfam-A.clans.tsv, plain or gzip; needed with `inputs` unless `evaluation_only`.
+      release: Pfam release such as "37.0", downloaded from `mirror` in place of `inputs` and `clans`.
+      skip_bad: List malformed families in the report instead of stopping at the first.
+      max_rows: Most rows a family; None for all.
+      max_family_bytes: A larger family is malformed.
+      num_shards: Shards a split; by default it follows from the size.
+      evaluation_only: Put all families into test_ood, for alignments that are never trained on.
+      pairs: Most evaluation pairs a family.
     """
 
     inputs: tuple[str, ...] = ()
@@ -36,22 +43,22 @@ class Recipe:
             raise ValueError(f"give either a release or inputs, not {'both' if self.release else 'neither'}")
         if self.inputs and not (self.clans or self.evaluation_only):
             raise ValueError(
-                "inputs need clans (Pfam-A.clans.tsv[.gz]): without them homologous families would be split apart; "
-                "only data for evaluation alone (evaluation_only, --evaluation-only) do without"
+                "inputs need clans (--clans Pfam-A.clans.tsv[.gz]): without them homologous families would be split "
+                "apart; only data that are never trained on need none (evaluation_only, --evaluation-only)"
             )
         if self.pairs < 1:
-            raise ValueError(f"pairs={self.pairs}: at least 1 evaluation pair a family")
+            raise ValueError(f"pairs={self.pairs}: at least 1 evaluation pair a family is needed")
         if self.max_rows is not None and self.max_rows < 2:
-            raise ValueError(f"max_rows={self.max_rows}: at least 2, a family of one row has no pairs")
+            raise ValueError(f"max_rows={self.max_rows}: at least 2 are needed, one row makes no pair")
 
     def records(self, family: Family) -> Iterator[tuple[str, Family]]:
-        """The (split, record) that one family gives."""
+        """Yield the (split, record) that one family gives."""
         return split_records(family, evaluation_only=self.evaluation_only, pairs=self.pairs)
 
 
 @dataclass
 class Report:
-    """What a build did: records a split, malformed families skipped, well-formed ones dropped, each with the reason."""
+    """Result of a build: records a split; malformed families skipped and others dropped, each with the reason."""
 
     records: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -60,7 +67,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A record that stands for its accession, with the splits it would give records to."""
+    """A family of the input, without its sequences, and the splits to which it would give records."""
 
     place: Place
     path: str
@@ -75,20 +82,20 @@ def candidate(place: Place, path: str, family: Family, recipe: Recipe) -> Candid
 
 
 def choose(candidates: list[Candidate]) -> tuple[Candidate | None, list[str]]:
-    """Of several records of one accession the one with most rows, the first among equals; why others are left out."""
+    """Choose among families of one accession the first with most rows; return it and why the others are left out."""
     left_out = [f"{c.accession} of {c.path}: no two rows with an aligned residue" for c in candidates if not c.splits]
     usable = sorted((c for c in candidates if c.splits), key=lambda c: (-c.rows, c.place))
     if not usable:
         return None, left_out
     best = usable[0]
-    left_out += [f"{c.accession} of {c.path}: {c.rows} rows, that of {best.path} has {best.rows}" for c in usable[1:]]
+    left_out += [f"{c.accession} of {c.path}: {c.rows} rows, but {best.path} has {best.rows}" for c in usable[1:]]
     return best, left_out
 
 
 def read_inputs(
     inputs: tuple[str, ...], clans: dict[str, str], recipe: Recipe, skipped: Callable[[str], object]
 ) -> Iterator[tuple[Place, Family]]:
-    """Every well-formed family with its place."""
+    """Yield every well-formed family with its place."""
     for i, path in enumerate(inputs):
         for j, family in enumerate(read_families(path, clans, recipe, skipped)):
             yield (i, j), family
@@ -97,12 +104,11 @@ def read_inputs(
 def read_families(
     path: str, clans: dict[str, str], recipe: Recipe, skipped: Callable[[str], object]
 ) -> Iterator[Family]:
-    """The families of one file as the recipe wants them; a malformed one raises StockholmError or goes to `skipped`."""
+    """Yield the families of one file, with at most `max_rows` rows.
 
-    def on_bad(error: StockholmError) -> None:
-        skipped(str(error))
-
-    bad = on_bad if recipe.skip_bad else None
+    A malformed family, or one without name, raises StockholmError; with `skip_bad`, `skipped` gets the message.
+    """
+    bad = (lambda error: skipped(str(error))) if recipe.skip_bad else None
     for alignment in stockholm.read(path, max_family_bytes=recipe.max_family_bytes, on_bad=bad):
         try:
             family = from_alignment(alignment, clans)

@@ -1,4 +1,4 @@
-"""Which pairs there are, and how often each is drawn: counts by family and length bucket, without listing them."""
+"""Random draws of pairs from a split, by counts of pairs a family and length bucket; the pairs are never listed."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from data.families import BadRecordError, Family
 
 @runtime_checkable
 class Families(Protocol):
-    """The families of one split by index; a list will do. Must be picklable if there are worker processes."""
+    """The families of one split by index, for example a list. Must be picklable if there are worker processes."""
 
     def __len__(self) -> int: ...
 
@@ -23,18 +23,18 @@ class Families(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LengthIndex:
-    """All pairs of a split, counted by family and length bucket, each reachable by its rank.
+    """All pairs of a split, counted by family and length bucket; a pair of a family is found by its rank.
 
-    The rows of a family that hold any residue stand in order of length. Two of them at places a > b have the rank
-    a (a - 1) / 2 + b. The longer row decides the bucket, so the pairs of one bucket are one run of ranks.
+    The rows of a family that hold any residue are sorted by length. Two of them at places a > b have the rank
+    a (a - 1) / 2 + b. The longer row decides the bucket, so the pairs of one bucket are one range of ranks.
 
     Attributes:
       rows: Row numbers by length, family after family.
-      first: Where each family begins in `rows`.
-      ranks: Pairs of bucket k are those with ranks[:, k] <= rank < ranks[:, k + 1].
-      mass: How many of the (capped) pairs of a family fall into each bucket.
-      left_out: Share of the capped pairs that is longer than the largest bucket, 0 to 1.
-      bad: What is wrong with each damaged record; its family counts as one without rows.
+      first: Place in `rows` where each family begins.
+      ranks: A pair of bucket k has ranks[:, k] <= rank < ranks[:, k + 1].
+      mass: Weight of each bucket of a family: its pairs, scaled so that a family has at most `pairs_per_family`.
+      left_out: Share of the weight on pairs that are longer than the largest bucket, 0 to 1.
+      bad: A message for each damaged record; its family counts as one without rows.
     """
 
     rows: Int32[np.ndarray, " rows"]
@@ -48,14 +48,14 @@ class LengthIndex:
     def build(
         cls, families: Families, buckets: Sequence[int], pairs_per_family: int, max_bad: int = 0
     ) -> "LengthIndex":
-        """Reads every family once.
+        """Count the pairs; reads every family once.
 
         Raises:
           BadRecordError: more than max_bad records are damaged.
           ValueError: there is no family, or no pair that fits into the largest bucket.
         """
         if not len(families):
-            raise ValueError("families: the split is empty; a split that training reads needs at least one family")
+            raise ValueError("families: the split is empty; training needs at least one family")
         bad: list[str] = []
         rows, edges = zip(
             *(_rows_by_length(family, buckets) for family in readable(families, max_bad, bad)), strict=True
@@ -76,7 +76,7 @@ class LengthIndex:
     def draw(
         self, family: Int64[np.ndarray, "*shape"], bucket: int, rng: np.random.Generator
     ) -> Int32[np.ndarray, "*shape 3"]:
-        """Ids of pairs, uniform over those of each family in the bucket, in either order."""
+        """Draw one pair of each `family`, uniform over its pairs in the bucket, in either order; returns their ids."""
         longer, shorter = _unrank(rng.integers(self.ranks[family, bucket], self.ranks[family, bucket + 1]))
         swap = rng.random(family.shape) < 0.5
         x, y = (self.rows[self.first[family] + np.where(swap, a, b)] for a, b in ((shorter, longer), (longer, shorter)))
@@ -84,10 +84,10 @@ class LengthIndex:
 
 
 def readable(families: Families, max_bad: int, bad: list[str]) -> Iterator[Family | None]:
-    """All families in order, None for a damaged record, of which `bad` is told.
+    """Yield all families in order, None for a damaged record, whose message is appended to `bad`.
 
     Raises:
-      BadRecordError: the one after max_bad of them.
+      BadRecordError: more than max_bad records are damaged.
     """
     for n in range(len(families)):
         try:
@@ -95,22 +95,20 @@ def readable(families: Families, max_bad: int, bad: list[str]) -> Iterator[Famil
         except BadRecordError as error:
             bad.append(str(error))
             if len(bad) > max_bad:
-                raise BadRecordError(
-                    f"{error}; build or copy the data again, or leave such records out with a data.max_bad_records "
-                    f"above {max_bad}"
-                ) from error
+                advice = "build or copy the data again, or leave such records out with a data.max_bad_records above"
+                raise BadRecordError(f"{error}; {advice} {max_bad}") from error
             yield None
 
 
 def row_lengths(family: Family) -> Int64[np.ndarray, " rows"]:
-    """Residues of every row."""
+    """Return the number of residues of every row."""
     return vocab.is_residue(family.alignment).sum(axis=1)
 
 
 def _rows_by_length(
     family: Family | None, buckets: Sequence[int]
 ) -> tuple[Int32[np.ndarray, " rows"], Int64[np.ndarray, " edges"]]:
-    """Rows with residues, shortest first, and how many of them fit into no bucket, the first bucket, the second, ..."""
+    """Return the rows with residues, shortest first, and how many are within length 0, buckets[0], buckets[1], ..."""
     lengths = np.zeros(0, np.int64) if family is None else row_lengths(family)
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -118,17 +116,18 @@ def _rows_by_length(
 
 
 def _rank(longer: Int64[np.ndarray, "*shape"], shorter: Int64[np.ndarray, "*shape"] | int) -> np.ndarray:
-    """Rank of the pair of rows at places longer > shorter; with shorter = 0: how many pairs come before `longer`."""
+    """Return the rank of the pair at places longer > shorter; with shorter = 0, the number of pairs before `longer`."""
     return longer * (longer - 1) // 2 + shorter
 
 
 def _unrank(rank: Int64[np.ndarray, "*shape"]) -> tuple[Int64[np.ndarray, "*shape"], Int64[np.ndarray, "*shape"]]:
-    """Inverse of `_rank`, exact to 2^31 rows; from 2^27 on the root may be rounded up to the next row."""
+    """Return (longer, shorter) of a rank, exact for up to 2^31 rows."""
     longer = ((1 + np.sqrt(1 + 8.0 * rank)) / 2).astype(np.int64)
-    longer -= _rank(longer, 0) > rank
+    longer -= _rank(longer, 0) > rank  # from 2^27 rows on, the root may be rounded up to the next row
     return longer, rank - _rank(longer, 0)
 
 
 def check_buckets(buckets: Sequence[int]) -> None:
+    """Raise ValueError unless the lengths are positive and ascending."""
     if not buckets or buckets[0] < 1 or any(a >= b for a, b in itertools.pairwise(buckets)):
         raise ValueError(f"buckets: {tuple(buckets)} was given, allowed are positive lengths in ascending order")

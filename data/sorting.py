@@ -1,7 +1,7 @@
-"""The sorting task of arXiv 2002.11296 (tensor2tensor's): random symbols in, the same symbols in order out.
+"""Data of the sorting task of arXiv 2002.11296 (after tensor2tensor): random symbols, and the same symbols in order.
 
-Tokens: 0 pads, 1 to `symbols` are the symbols, `symbols` + 1 is END. The model reads `x` (the symbols, END) and, one
-place at a time, `y` (END, the sorted symbols), from which it has to make `target` (the sorted symbols, END).
+Tokens: 0 is padding, 1 to `symbols` are the symbols, `symbols` + 1 is END. The model reads `x` (the symbols, END) and,
+one place at a time, `y` (END, the sorted symbols). It has to predict `target` (the sorted symbols, END).
 """
 
 import dataclasses
@@ -13,26 +13,30 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Int32
 
-SPLITS = {"validation": (1, 0), "test_iid": (2, 0), "test_ood": (3, 1)}  # seed; how many times `longest` is exceeded
+from data.iterator import Stream, shard_rows
+
+# By split: number of its random stream, and its lengths: n * longest + 1 to (n + 1) * longest. Stream 0 is training.
+EVALUATION_SPLITS = {"validation": (1, 0), "test_iid": (2, 0), "test_ood": (3, 1)}
 
 
 class SortingBatch(TypedDict):
-    """Padding is 0; all three are `length` tokens long."""
+    """Sequences and their sorted copies; all have `length` tokens, then zeros."""
 
     x: Int32[np.ndarray, "batch places"]
     y: Int32[np.ndarray, "batch places"]
     target: Int32[np.ndarray, "batch places"]
     length: Int32[np.ndarray, " batch"]
-    id: Int32[np.ndarray, " batch"]  # number of the sequence; -1 for one that only fills a batch up
+    id: Int32[np.ndarray, " batch"]  # number of the sequence; -1 for an empty one that fills the batch up
 
 
 @dataclasses.dataclass(frozen=True)
 class SortingConfig:
-    """`config.data` of the task, and what the batches depend on besides.
+    """Settings of the batches: `config.data` of a run, its batch size and its seed.
 
-    sequences: to train on, drawn once with replacement from `symbols` symbols, of lengths 1 to `longest`.
-    test_sequences: of each test split: `test_iid` has lengths 1 to `longest`, `test_ood` those up to twice as long.
-    workers, prefetch: as of `pipeline.PipelineConfig`.
+    Attributes:
+      sequences: Training sequences, drawn once, with lengths 1 to `longest`.
+      test_sequences: Sequences of each evaluation split; `test_ood` has lengths `longest` + 1 to 2 `longest`.
+      workers, prefetch: See `pipeline.PipelineConfig`.
     """
 
     batch_size: int = 128
@@ -51,20 +55,18 @@ class SortingConfig:
             if value < at_least:
                 raise ValueError(f"{field.name}: {value} was given, allowed is {at_least} or more")
         if self.sequences < self.batch_size:
-            raise ValueError(
-                f"sequences: {self.sequences} was given, allowed is batch_size = {self.batch_size} or more"
-            )
+            allowed = f"batch_size = {self.batch_size} or more"
+            raise ValueError(f"sequences: {self.sequences} was given, allowed is {allowed}")
 
 
-class SortingStream:
-    """Training batches by step number: `stream[step]` is this host's part. Every sequence comes once in an epoch."""
+class SortingStream(Stream):
+    """Training batches by step number: `stream[step]` is this host's part. An epoch has every sequence at most once."""
 
     bad: tuple[str, ...] = ()
 
     def __init__(self, config: SortingConfig, *, shard_index: int = 0, shard_count: int = 1):
-        if config.batch_size % shard_count:
-            raise ValueError(f"batch_size: {config.batch_size} was given, allowed are multiples of {shard_count}")
         self.config = config
+        self._rows = shard_rows(config.batch_size, shard_index, shard_count)
         self._shard = shard_index, shard_count
         self._symbols, self._lengths = _draw(config, config.sequences, 0, 1, config.longest)
         self._order = functools.lru_cache(2)(self._shuffled)
@@ -72,16 +74,14 @@ class SortingStream:
     def __getitem__(self, step: int) -> SortingBatch:
         steps = self.config.sequences // self.config.batch_size
         epoch, step = divmod(step, steps)
-        of_all_hosts = self._order(epoch)[step * self.config.batch_size : (step + 1) * self.config.batch_size]
-        shard, shards = self._shard
-        ids = np.split(of_all_hosts, shards)[shard]
+        ids = self._order(epoch)[step * self.config.batch_size : (step + 1) * self.config.batch_size][self._rows]
         return _assemble(self._symbols[ids], self._lengths[ids], ids, self.config.symbols)
 
     def fingerprint(self) -> str:
-        """Names the stream, whatever the hosts and workers."""
+        """Return a hash of all that decides the batches; hosts and workers do not change it."""
         c = self.config
-        of = repr(("sorting", c.batch_size, c.seed, c.sequences, c.symbols, c.longest))
-        return hashlib.sha256(of.encode()).hexdigest()[:16]
+        settings = repr(("sorting", c.batch_size, c.seed, c.sequences, c.symbols, c.longest))
+        return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     def description(self) -> str:
         return f"{self.config.sequences:,} sequences"
@@ -96,15 +96,15 @@ class SortingStream:
 
 
 def evaluation_batches(config: SortingConfig, split: str, limit: int | None = None) -> Iterator[SortingBatch]:
-    """Sequences that training does not see (short ones may still come in both by chance), always the same.
+    """Yield batches of the fixed sequences of a split, drawn apart from training (short ones may occur in both).
 
     The last batch is filled up with sequences of length 0, id -1. Raises ValueError: an unknown split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: {split!r} was given, allowed are {', '.join(SPLITS)}")
-    number, times = SPLITS[split]
+    if split not in EVALUATION_SPLITS:
+        raise ValueError(f"split: {split!r} was given, allowed are {', '.join(EVALUATION_SPLITS)}")
+    stream, times = EVALUATION_SPLITS[split]
     count = min(limit or config.test_sequences, config.test_sequences)
-    symbols, lengths = _draw(config, count, number, times * config.longest + 1, (times + 1) * config.longest)
+    symbols, lengths = _draw(config, count, stream, times * config.longest + 1, (times + 1) * config.longest)
     for start in range(0, count, config.batch_size):
         part = slice(start, start + config.batch_size)
         filled = ((0, config.batch_size - len(lengths[part])),)

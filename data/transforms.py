@@ -19,11 +19,11 @@ class Pair(NamedTuple):
 
 
 def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
-    """Rows i and j of an alignment (ASCII, as in the file) as an unaligned pair with its reference alignment.
+    """Cut rows i and j out of an alignment (ASCII, as in the file), with the reference alignment between them.
 
-    Two residues are aligned where they stand in the same column, upper or lower case alike: a seed is aligned by
-    curators in all its columns, and some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made
-    by a profile HMM (Pfam full) lower case marks insert states, whose columns only stack residues; mask those first.
+    Two residues are aligned where they share a column, in either case: curators align a seed in all its columns, and
+    some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made by a profile HMM (Pfam full),
+    lower case marks insert states, whose columns only stack residues; mask them first.
 
     Raises:
       ValueError: i or j is no row of the alignment, or one of the rows holds a symbol that is no residue and no gap.
@@ -40,12 +40,10 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
 
 
 def crop(whole: Pair, draws: Float64[np.ndarray, "3"]) -> Pair:
-    """The pair with up to half of one sequence cut off at one end, or whole where no aligned residue would be left.
+    """Cut off up to half of one sequence at one end; return the whole pair if no aligned residue would be left.
 
-    Families' sequences begin and end alike, so that alignments run along the diagonal; those that users bring need not.
-
-    Args:
-      draws: Uniform in [0, 1): which sequence, which end, how much.
+    The sequences of a family begin and end alike, so their alignments run along the diagonal. Users' pairs need not.
+    `draws`, uniform in [0, 1), choose the sequence, the end and the length.
     """
     of_x, at_start = draws[:2] < 0.5
     length = len(whole.x if of_x else whole.y)
@@ -61,15 +59,15 @@ def crop(whole: Pair, draws: Float64[np.ndarray, "3"]) -> Pair:
 
 
 def aligned_pairs(target: Int32[np.ndarray, " x_length"]) -> Int32[np.ndarray, "aligned 2"]:
-    """The reference alignment as rows (position in x, position in y), in order."""
+    """Return the reference alignment as rows (position in x, position in y), in order."""
     aligned = np.flatnonzero(target != NO_TARGET)
     return np.stack([aligned, target[aligned]], axis=1).astype(np.int32)
 
 
 def pair_identity(pair: Pair) -> float:
-    """Share of the aligned residue pairs that hold the same amino acid; NaN where nothing is aligned.
+    """Return the share of aligned residue pairs that are of one amino acid; NaN if nothing is aligned.
 
-    X (any ambiguous residue) equals nothing, itself included.
+    X, any ambiguous residue, equals nothing, itself included.
     """
     aligned = aligned_pairs(pair.target)
     if not len(aligned):

@@ -1,6 +1,6 @@
-"""Residue tokens: 0 pads, 1..20 are the amino acids, 21 is any residue that is not one of them, 22 is the mask.
+"""Residue tokens: 0 is padding, 1..20 the amino acids, 21 any other residue, 22 the mask.
 
-The order of the twenty is that of the BLOSUM matrices, so that a substitution matrix's rows line up with tokens 1..20.
+The amino acids stand in the order of the BLOSUM matrices, so row n of a substitution matrix belongs to token n + 1.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ SIZE = 23
 
 AMBIGUOUS = "BJOUXZ"  # codes for ambiguous, rare (U selenocysteine, O pyrrolysine) or unknown residues: all become X
 GAPS = b"-."
-# Penalties beside BLOSUM62: of the first residue of a gap, and of each further one.
+# Gap penalties used with BLOSUM62, in half bits: of the first residue of a gap, and of each further one.
 FIRST_GAP, FURTHER_GAP = 11, 1
 
 _INVALID = 255
@@ -34,15 +34,15 @@ _TOKENS = _token_table()
 
 
 def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:
-    """Which ASCII symbols are residues (either case, ambiguity codes included); gaps and everything else are not."""
+    """Mask the ASCII symbols that are residues, in either case, ambiguity codes included."""
     return _TOKENS[symbols] != _INVALID
 
 
 def encode(sequence: UInt8[np.ndarray, " length"] | bytes) -> Int32[np.ndarray, " length"]:
-    """Tokens of an ungapped ASCII sequence, upper or lower case alike.
+    """Return the tokens of an ungapped ASCII sequence in either case.
 
     Raises:
-      ValueError: a symbol that is no residue (gaps, '*', digits); remove gaps before encoding.
+      ValueError: a symbol that is no residue (gaps, '*', digits).
     """
     symbols = np.frombuffer(sequence, np.uint8) if isinstance(sequence, bytes) else sequence
     tokens = _TOKENS[symbols]
@@ -56,7 +56,7 @@ def encode(sequence: UInt8[np.ndarray, " length"] | bytes) -> Int32[np.ndarray, 
 
 
 def decode(tokens: Int[np.ndarray, " length"]) -> str:
-    """The upper-case letters of tokens 1..21; padding and mask read '?'.
+    """Return the upper-case letters of tokens 1..21, and '?' for padding and mask.
 
     Raises:
       ValueError: a token outside 0..22.
@@ -67,7 +67,7 @@ def decode(tokens: Int[np.ndarray, " length"]) -> str:
 
 
 def blosum62() -> Int32[np.ndarray, "23 23"]:
-    """Scores of token pairs in half bits; 0 where one is padding, mask or X, of which nothing is known."""
+    """Return the scores of token pairs in half bits; 0 where one is padding, mask or X."""
     scores = np.zeros((SIZE, SIZE), np.int32)
     scores[1:21, 1:21] = parasail.blosum62.matrix[:20, :20]  # the same twenty in the same order
     return scores

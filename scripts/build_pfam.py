@@ -1,8 +1,9 @@
-"""Builds the shards that `data.dir` points to, from Stockholm files or from a release of Pfam.
+"""Build the shards that `data.dir` points to from Stockholm files or a release of Pfam, or check shards for damage.
 
 Examples:
   python scripts/build_pfam.py --input Pfam-A.seed.gz --clans Pfam-A.clans.tsv.gz --out runs/pfam
   python scripts/build_pfam.py --release 37.0 --out runs/pfam37
+  python scripts/build_pfam.py --verify runs/pfam37
   python scripts/build_pfam.py --input homstrad.sto.gz --evaluation-only --pairs-per-family 5 --out runs/homstrad
   python scripts/build_pfam.py --input part-*.sto.gz --clans Pfam-A.clans.tsv.gz --max-rows 2000 --out runs/full \\
       --beam --beam-options --runner=DirectRunner --direct_num_workers=8
@@ -12,7 +13,7 @@ import argparse
 import sys
 
 from data.families import PAIRS_PER_FAMILY
-from data.pfam import Pfam, build
+from data.pfam import Pfam, build, verify
 from data.recipe import RELEASES, Recipe, Report
 from data.stockholm import MAX_FAMILY_BYTES
 
@@ -20,11 +21,14 @@ from data.stockholm import MAX_FAMILY_BYTES
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        report = build(recipe(args), args.out, overwrite=args.overwrite, download_dir=args.download_dir, **engine(args))
+        if args.verify:
+            print(verify(args.verify))
+        else:
+            options = {"overwrite": args.overwrite, "download_dir": args.download_dir, **engine(args)}
+            show(build(recipe(args), args.out, **options), args.out)
     except (ValueError, OSError, ImportError) as error:
         print(f"build_pfam: {error}", file=sys.stderr)
         return 1
-    show(report, args.out)
     return 0
 
 
@@ -33,59 +37,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", default=[], metavar="FILE", help="Stockholm files, plain or gzip")
     source.add_argument("--release", default="", metavar="37.0", help="download Pfam-A.seed and the clans of a release")
-    parser.add_argument("--clans", default="", metavar="FILE", help="Pfam-A.clans.tsv[.gz]; needed with --input")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make, for data.dir")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="list malformed families instead of stopping at the first"
-    )
-    parser.add_argument("--max-rows", type=int, metavar="N", help="keep N rows a family, the choice is fixed")
-    parser.add_argument(
-        "--max-family-bytes", type=int, default=MAX_FAMILY_BYTES, metavar="N", help="larger families are an error"
-    )
-    parser.add_argument(
-        "--evaluation-only", action="store_true", help="all families go to test_ood, never to be trained on; no --clans"
-    )
-    parser.add_argument(
-        "--pairs-per-family", type=int, default=PAIRS_PER_FAMILY, metavar="N", help="evaluation pairs, at most"
-    )
-    parser.add_argument("--num-shards", type=int, metavar="N", help="shards a split; default: by size")
-    parser.add_argument("--mirror", default=RELEASES, metavar="URL", help="parent of the Pfam37.0 folders")
-    parser.add_argument(
-        "--download-dir", metavar="DIR", help="keeps downloads for later builds; default: OUT.downloads"
-    )
-    parser.add_argument("--beam", action="store_true", help="run as an Apache Beam pipeline (requirements-beam.txt)")
-    parser.add_argument(
-        "--beam-options",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="all that follows goes to Beam, --runner=... included",
-    )
-    return parser.parse_args(argv)
+    source.add_argument("--verify", metavar="DIR", help="check the checksums of the data set in DIR; build nothing")
+    add = parser.add_argument
+    add("--clans", default="", metavar="FILE", help="Pfam-A.clans.tsv[.gz]; needed with --input")
+    add("--out", metavar="DIR", help="folder to make, for data.dir")
+    add("--overwrite", action="store_true", help="replace the data set in DIR")
+    add("--skip-bad", action="store_true", help="list malformed families instead of stopping at the first")
+    add("--max-rows", type=int, metavar="N", help="keep N rows a family, always the same ones")
+    add("--max-family-bytes", type=int, default=MAX_FAMILY_BYTES, metavar="N", help="larger families are malformed")
+    add("--evaluation-only", action="store_true", help="put all families into test_ood; needs no --clans")
+    add("--pairs-per-family", type=int, default=PAIRS_PER_FAMILY, metavar="N", help="evaluation pairs, at most")
+    add("--num-shards", type=int, metavar="N", help="shards a split; default: by size")
+    add("--mirror", default=RELEASES, metavar="URL", help="parent of the Pfam37.0 folders")
+    add("--download-dir", metavar="DIR", help="folder that keeps downloads for later builds; default: OUT.downloads")
+    add("--beam", action="store_true", help="run as an Apache Beam pipeline (requirements-beam.txt)")
+    add("--beam-options", nargs=argparse.REMAINDER, default=[], help="all that follows goes to Beam")
+    args = parser.parse_args(argv)
+    if not (args.out or args.verify):
+        parser.error("--out is missing: give the folder to make, for example --out runs/pfam")
+    return args
 
 
 def recipe(args: argparse.Namespace) -> Recipe:
-    return Recipe(
-        inputs=tuple(args.input),
-        clans=args.clans,
-        release=args.release,
-        mirror=args.mirror,
-        skip_bad=args.skip_bad,
-        max_rows=args.max_rows,
-        max_family_bytes=args.max_family_bytes,
-        num_shards=args.num_shards,
-        evaluation_only=args.evaluation_only,
-        pairs=args.pairs_per_family,
-    )
+    same = ("clans", "release", "mirror", "skip_bad", "max_rows", "max_family_bytes", "num_shards", "evaluation_only")
+    options = {name: getattr(args, name) for name in same}
+    return Recipe(inputs=tuple(args.input), pairs=args.pairs_per_family, **options)
 
 
 def engine(args: argparse.Namespace) -> dict:
-    """The builder class and what TFDS's DownloadConfig takes beside it."""
+    """Return the builder class, and options of Beam, as `build` takes them."""
     if not (args.beam or args.beam_options):
         return {"builder": Pfam}
-    from data.beam import PfamBeam, pipeline_options
+    from data.beam import PfamBeam, PipelineOptions
 
-    return {"builder": PfamBeam, "beam_options": pipeline_options(args.beam_options)}
+    return {"builder": PfamBeam, "beam_options": PipelineOptions(args.beam_options)}
 
 
 def show(report: Report, out: str) -> None:

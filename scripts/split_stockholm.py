@@ -1,4 +1,4 @@
-"""Divides a Stockholm file into parts of about equal size, whole families each, so that several workers can read it.
+"""Divide a Stockholm file into parts of whole families and about equal size, so that several workers can read it.
 
 Example, for parts/part-00000-of-00064.sto.gz and so on:
   python scripts/split_stockholm.py Pfam-A.full.gz --parts 64 --out parts
@@ -7,10 +7,13 @@ Example, for parts/part-00000-of-00064.sto.gz and so on:
 import argparse
 import gzip
 import sys
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
+
+from data.stockholm import open_unpacked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,17 +26,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--parts {args.parts}: at least 1")
     try:
         split(args.input, args.parts, args.out)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         print(f"split_stockholm: {args.input} -> {args.out}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def split(source: Path, parts: int, out: Path) -> None:
-    """Copies lines unread, the build checks them later. The next family goes to the part that is smallest so far."""
+    """Copy each family to the part that is smallest so far. The build checks the lines later."""
     with ExitStack() as stack:
-        raw = stack.enter_context(source.open("rb"))
-        lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        lines = stack.enter_context(open_unpacked(source))
         out.mkdir(parents=True)
         names = [out / f"part-{i:05d}-of-{parts:05d}.sto.gz" for i in range(parts)]
         handles = [stack.enter_context(gzip.open(name, "wb", compresslevel=1)) for name in names]

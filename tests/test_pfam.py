@@ -207,7 +207,7 @@ def test_of_two_records_the_longer_stays_and_max_rows_limits(made, capsys):
     assert run(made, *local(made, "bad.sto", "in.sto", "single.sto"), "--skip-bad", "--max-rows", "20") == 0
     err = capsys.readouterr().err
     assert f"left out: PF00999 of {made / 'single.sto'}: no two rows with an aligned residue" in err
-    assert f"left out: {ACCESSIONS[0]} of {made / 'bad.sto'}: 3 rows, that of {made / 'in.sto'} has 20" in err
+    assert f"left out: {ACCESSIONS[0]} of {made / 'bad.sto'}: 3 rows, but {made / 'in.sto'} has 20" in err
     kept = {key: value for key, value in contents(made / "out").items() if key[1] == ACCESSIONS[0]}
     assert sum(len(rows) for _, _, rows, _, _ in kept.values()) == 20
 

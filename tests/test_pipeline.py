@@ -280,13 +280,11 @@ def test_worker_processes_give_the_same_batches_and_state(tmp_path):
     assert_same(next(one_process), PairStream(FAMILIES, CONFIG)[7])
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_evaluation_yields_every_pair_exactly_once(hosts):
-    shards = [list(evaluation_batches(FAMILIES, 4, (16, 32), shard_index=h, shard_count=hosts)) for h in range(hosts)]
-    assert len({len(batches) for batches in shards}) == 1, "as many batches on every host"
-    ids = [i for batch in itertools.chain(*shards) for i, _ in unbatch(batch)]
+def test_evaluation_yields_every_pair_exactly_once():
+    batches = list(evaluation_batches(FAMILIES, 4, (16, 32)))
+    ids = [i for batch in batches for i, _ in unbatch(batch)]
     assert sorted(ids) == [(f, *map(int, p)) for f, family in enumerate(FAMILIES) for p in family.pairs]
-    for batch in itertools.chain(*shards):
+    for batch in batches:
         check_examples(batch, FAMILIES)
 
 
@@ -296,7 +294,6 @@ def test_evaluation_shapes_are_few_and_hold_the_longest_in_the_same_memory():
 
     assert shapes() == [(16, 4), (32, 4), (64, 2), (128, 1)]
     assert shapes(divisible_by=2) == [(16, 4), (32, 4), (64, 2), (128, 2)]
-    assert shapes(shard_count=2) == [(16, 2), (32, 2), (64, 1), (128, 1)]
 
 
 def test_evaluation_pads_to_the_smallest_bucket():
@@ -369,8 +366,6 @@ def test_bad_training_arguments_are_named(families, kwargs, message):
         (FAMILIES, {"limit": 0}, "limit: 0"),
         (FAMILIES, {"limit": 5, "buckets": (4,)}, "limit: none of the 38 evaluation pairs fits the"),
         (FAMILIES, {"divisible_by": 3}, "divisible_by: 3 was given, allowed are divisors of batch_size = 4"),
-        (FAMILIES, {"shard_index": 1}, "shard_index: 1"),
-        (FAMILIES, {"shard_count": 3}, "batch_size: 4"),
         (FAMILIES, {"buckets": (32, 16)}, "buckets: "),
     ],
 )

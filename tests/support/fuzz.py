@@ -1,6 +1,6 @@
 """Fuzzing led by coverage, beside tests/test_hostile.py. Needs atheris, which has no wheel for every Python.
 
-python tests/support/fuzz.py stockholm|fasta|pairs|clans FOLDER -max_total_time=60  # keeps inputs
+python -m tests.support.fuzz stockholm|fasta|pairs|clans FOLDER -max_total_time=60  # keeps inputs
 """
 
 import contextlib
@@ -12,9 +12,11 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["data.stockholm", "data.sequences", "data.families"]):
+with atheris.instrument_imports(include=["data.stockholm", "alignment.sequences", "data.families"]):
     from alignment import sequences
     from data import families, stockholm
+
+from tests.support.stockholm_text import written
 
 READERS = {
     "fasta": sequences.read_fasta,
@@ -26,9 +28,7 @@ READERS = {
 def reads_stockholm(data: bytes) -> None:
     """What is read is written and read again the same."""
     for found in stockholm.read(io.BytesIO(data), max_row_bytes=4000, max_family_bytes=20000, on_bad=lambda _: None):
-        written = io.BytesIO()
-        stockholm.write(found, written)
-        (same,) = stockholm.read(io.BytesIO(written.getvalue()))
+        (same,) = stockholm.read(io.BytesIO(written(found)))
         assert same.ids == found.ids and (same.rows == found.rows).all()
 
 

@@ -1,0 +1,109 @@
+"""Training batches made ahead, on a thread or in worker processes, and resumed by step number."""
+
+import warnings
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+
+_LAST_STEP = 2**40  # Grain wants a length; no run gets there
+_RESTARTS = 3  # of dead worker processes, before one batch
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Training batches as a pure function of the step. Picklable."""
+
+    config: Any  # with `workers` and `prefetch`
+    bad: tuple[str, ...]  # messages about the records that were left out
+
+    def __getitem__(self, step: int) -> Any: ...
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that decides the batches, so that a run is not resumed with other ones."""
+
+    def description(self) -> str:
+        """Return a phrase for the first line of a run."""
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Endless iterator over a `Stream`; Grain makes the batches ahead on a thread or in worker processes.
+
+    Its state is the number of the next step. Grain's own state is tied to the number of workers; this one can be
+    restored with other `workers` and on another number of hosts. Grain's Orbax handlers accept the iterator but write
+    one file a process; to restart on another number of processes, save `get_state()` as JSON (ocp.args.JsonSave).
+
+    Worker processes need parsed absl flags (`absl.app.run`) and `if __name__ == "__main__"` in the main script.
+    """
+
+    def __init__(self, stream: Stream, start_step: int = 0):
+        super().__init__()
+        self.stream = stream
+        self._fingerprint = stream.fingerprint()
+        self._seek(start_step)
+
+    def __next__(self) -> Any:
+        batch = self._next()
+        self.step += 1
+        if self.stream.config.workers:  # Grain unlinks the shared memory that these arrays are in
+            batch = {name: np.array(array) for name, array in batch.items()}
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self.step, "stream": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue at the saved step.
+
+        Raises:
+          ValueError: the state is of a stream with another seed, batch size, buckets, cap or data.
+        """
+        if state["stream"] != self._fingerprint:
+            raise ValueError(
+                f"state: saved by stream {state['stream']}, this is {self._fingerprint}: they differ in data, seed, "
+                "batch_size, buckets, pairs_per_family or crop; restore with the values of the saved run, or start a "
+                "new one"
+            )
+        self._batches.close()
+        self._seek(state["step"])
+
+    def close(self) -> None:
+        self._batches.close()
+        super().close()
+
+    def _next(self) -> Any:
+        """Return the next batch. Dead worker processes (out of memory, for example) are replaced a few times."""
+        for _ in range(_RESTARTS):
+            try:
+                return next(self._batches)
+            except RuntimeError as error:  # Grain's type for errors of the stream and for a dead worker alike
+                if not self.stream.config.workers or "terminated unexpectedly" not in str(error):
+                    raise
+                warnings.warn(f"a worker process died before batch {self.step}; all are started again", stacklevel=3)
+                self._batches.close()
+                self._seek(self.step)
+        raise OSError(
+            f"data.workers={self.stream.config.workers}: worker processes died {_RESTARTS} times before batch "
+            f"{self.step}, perhaps for want of memory; start again with fewer, or 0"
+        )
+
+    def _seek(self, step: int) -> None:
+        self.step = step
+        config = self.stream.config
+        steps = grain.MapDataset.range(step, _LAST_STEP).map(self.stream.__getitem__)
+        # One thread: making a batch is Python code, and more threads would only compete for the interpreter.
+        ahead = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch))
+        if config.workers:
+            options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
+            ahead = ahead.mp_prefetch(options)
+        self._batches = iter(ahead)
+
+
+def shard_rows(batch_size: int, shard_index: int, shard_count: int) -> slice:
+    """Return the rows of the global batch that belong to one host."""
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index: {shard_index} was given, allowed is 0 to shard_count - 1 = {shard_count - 1}")
+    if batch_size % shard_count:
+        raise ValueError(f"batch_size: {batch_size} was given, allowed are multiples of shard_count = {shard_count}")
+    part = batch_size // shard_count
+    return slice(shard_index * part, (shard_index + 1) * part)
