@@ -280,17 +280,36 @@ def test_open_split_says_what_is_wrong(made):
         open_split(made / "both" / "a", "train")
 
 
-def test_verify_names_changed_missing_and_unknown_files(made):
+def test_verify_says_what_was_checked_and_names_damaged_files(made, capsys):
     run(made, *local(made, "in.sto"))
+    capsys.readouterr()
+    command = ["--verify", str(made / "out")]
     folder = pfam.find_dataset(made / "out")
+    assert build_pfam.main(command) == 0
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != pfam.CHECKSUMS)
+    counts = f"4 splits, 4 shards, 5 families, {size:,} bytes: all 9 files have their checksums"
+    assert capsys.readouterr().out == f"{folder}: {counts}\n"
+
     changed = next(folder.glob("pfam-train.*"))
     data = bytearray(changed.read_bytes())
     data[100] ^= 1
     changed.write_bytes(data)
+    assert build_pfam.main(command) == 1
+    told = f"missing, changed or unknown files: {changed.name}; build or copy the data again"
+    assert capsys.readouterr() == ("", f"build_pfam: {folder}: {told}\n")
+
     (folder / "features.json").unlink()
     (folder / "new").touch()
     with pytest.raises(ValueError, match=f"features.json, new, {changed.name};"):
         verify(made / "out")
+    assert build_pfam.main(["--verify", str(made / "nowhere")]) == 1
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+def test_a_build_needs_a_folder_to_write_to(capsys):
+    with pytest.raises(SystemExit):
+        build_pfam.main(["--release", "37.0"])
+    assert "--out is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
