@@ -1,10 +1,10 @@
-"""The reference aligner: BLOSUM62 corrected by the encoder, and the pair HMM that orders its plans, learned together.
+"""Train the reference aligner: BLOSUM62 corrected by the encoder, together with the pair HMM that decodes its plans.
 
     python train.py --config=configs/aligner.py --config.data.dir=runs/pfam
 
-took 16 minutes with compilation on 2 busy CPU cores (shards of 4,761 training families). test_ood, with the gaps that
-docs/aligner.md chooses: F1 0.917 (Needleman-Wunsch 0.906), above it in every identity bin below .60; barycenter MAE of
-the ordered plan 0.48 residues (0.50). The transport plan itself stays blunt: MAE 11.4.
+takes 16 minutes with compilation on 2 busy CPU cores (shards of 4,761 training families). On test_ood, with the gap
+penalties that docs/aligner.md chooses: F1 0.917 (Needleman-Wunsch 0.906), above it in every identity bin below .60;
+barycenter MAE of the ordered plan 0.48 residues (0.50). The transport plan itself stays blunt: MAE 11.4.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.total_steps = 500
     config.data.buckets = (96, 192, 384)
-    config.data.pairs_per_family = 30  # half of the pairs are of deep families, half of those known by one pair
-    config.data.crop = 0.25  # alignments of users need not begin and end together
+    config.data.pairs_per_family = 30  # so half of the pairs come from deep families, half from two-row ones
+    config.data.crop = 0.25  # as sequences of users need not begin and end together
     config.model.width = 96
     config.model.attention_every = 0
     config.model.positions = False  # a pull to the diagonal harms pairs that leave it
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.attention.dustbin = "full"
     config.loss.reconstruction = 0.0
     config.loss.mask_rate = 0.0
-    config.loss.sparse_ce = 0.0  # it sharpens plans until matches saturate, and the order suffers
+    config.loss.sparse_ce = 0.0  # it sharpens plans until matches saturate, which harms the decoded order
     config.loss.alignment = 1.0
     config.optimizer.learning_rate = 1e-3
     config.checkpoint.every = 100

@@ -1,4 +1,4 @@
-"""What all configurations share. Start one of the others: `python train.py --config=configs/r2_balanced.py`."""
+"""Settings that all configurations share; train with another one: `python train.py --config=configs/r2_balanced.py`."""
 
 from ml_collections import ConfigDict
 
@@ -7,82 +7,92 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "total_steps": 600,
-            "batch_size": 32,
+            "batch_size": 32,  # pairs a step, over all devices
             "seed": 0,
             "data": {
-                "dir": "data/default",  # relative to the repository; shards made by scripts/build_pfam.py
-                "buckets": (64, 128, 192, 256, 384),  # padded lengths; longer pairs are left out of training
-                "pairs_per_family": 100,  # a family counts as many times as it has pairs, at most this often
-                "crop": 0.0,  # share of pairs of which one sequence loses up to half at one end
-                "workers": 0,  # processes that prepare batches; 0 for a thread
-                "prefetch": 4,
+                "dir": "data/default",  # shards made by scripts/build_pfam.py
+                "buckets": (
+                    64,
+                    128,
+                    192,
+                    256,
+                    384,
+                ),  # padded lengths in residues; training leaves longer pairs out
+                "pairs_per_family": 100,  # largest weight of a family; a family weighs as much as it has pairs
+                "crop": 0.0,  # share of pairs in which one sequence loses up to half at one end
+                "workers": 0,  # processes that make batches; 0 for a thread
+                "prefetch": 4,  # batches made ahead, by each worker
                 "max_bad_records": 0,  # damaged records that may be left out of a split
             },
             "model": {
-                "width": 128,
-                "depth": 6,
-                "kernel": 5,
-                "dilations": 4,
-                "heads": 4,
-                "attention_every": 3,
-                "plan_width": 64,
-                "plan_gain": 1.0,  # of the projection to queries and keys before training
-                "value_width": 64,
-                "substitution_prior": False,
-                "positions": True,  # the plan's scores know length-scaled positions
-                "refinement": 0,  # convolution blocks that weigh a first plan's votes for a second one; 0 for none
-                "gap_model": False,  # learn the pair HMM that plans are aligned by; see loss.alignment
-                "implementation": "auto",  # of the attention: or "reference", "xla", "pallas_tpu"
-                "dtype": "float32",
+                "width": 128,  # of the encoder's features
+                "depth": 6,  # convolution blocks
+                "kernel": 5,  # residues
+                "dilations": 4,  # of the convolutions, in turn: 1, 2, 4, 8
+                "heads": 4,  # of the self-attention
+                "attention_every": 3,  # blocks between layers of self-attention; 0 for none
+                "plan_width": 64,  # of queries and keys of the plan
+                "plan_gain": 1.0,  # scale of the untrained projection to queries and keys
+                "value_width": 64,  # of what the plan carries from y to x
+                "substitution_prior": False,  # begin from BLOSUM62
+                "positions": True,  # rotate half of queries and keys by length-scaled positions
+                "refinement": 0,  # convolution blocks that refine a first plan into a second one; 0 for none
+                "gap_model": False,  # learn the pair HMM that decodes plans; see loss.alignment
+                "implementation": "auto",  # of the attention; or "reference", "xla", "pallas_tpu", "pallas_gpu"
+                "dtype": "float32",  # of the encoder; or "bfloat16"
             },
-            "attention": {  # the fields of ot_attention.SinkhornSpec, of the plan and the encoder's self-attention
-                "kind": "sinkhorn",  # of the self-attention: or "sparse_sinkhorn", "local", "softmax"
-                "epsilon": 1.0,
-                "base_steps": 20,
-                "tail_steps": 2,
-                "band": 64,  # residues to either side of the diagonal; -1 for all
-                "dustbin": "none",
-                "gradient": "tail",
-                "solver": "sinkhorn",
+            "attention": {  # fields of ot_attention.SinkhornSpec, for the plan and Sinkhorn self-attention
+                "kind": "sinkhorn",  # of the self-attention; or "sparse_sinkhorn", "local", "softmax"
+                "epsilon": 1.0,  # entropic temperature
+                "base_steps": 20,  # without gradient
+                "tail_steps": 2,  # differentiated
+                "band": 64,  # residues to either side of the scaled diagonal; -1 for all
+                "dustbin": "none",  # or "unit", "full"
+                "gradient": "tail",  # or "implicit", "unrolled"
+                "solver": "sinkhorn",  # or "newton"
                 "newton_steps": 2,
-                "cg_steps": 8,
+                "cg_steps": 8,  # of a Newton step and of the implicit gradient
             },
-            "sparse": {  # of the self-attention, if it is sparse_sinkhorn or local: ot_attention/sparse.py
+            "sparse": {  # fields of ot_attention.sparse.SparseSpec, for self-attention of kind sparse_sinkhorn or local
                 "block": 32,  # residues
                 "steps": 7,  # of balancing
-                "temperature": 0.75,
-                "sortcut": 0,  # attend to the first so many sorted blocks only; 0 for the sorted and the own one
-                "mixture": False,  # with dense softmax attention
+                "temperature": 0.75,  # of the sorting scores
+                "sortcut": 0,  # sorted blocks to attend to; 0 for the sorted and the own block
+                "mixture": False,  # add dense softmax attention
             },
-            "loss": {
+            "loss": {  # weights of the terms, and mask_rate
                 "reconstruction": 1.0,
-                "sparse_ce": 0.0,
-                "alignment": 0.0,  # likelihood of the whole reference alignment; needs model.gap_model
-                "mask_rate": 0.15,
+                "sparse_ce": 0.0,  # of the plan at the reference alignment
+                "alignment": 0.0,  # negative log-likelihood of the reference alignment; needs model.gap_model
+                "mask_rate": 0.15,  # share of the residues of x that are masked in training
             },
-            "optimizer": {
-                "learning_rate": 2e-3,
+            "optimizer": {  # AdamW with linear warm-up and cosine decay
+                "learning_rate": 2e-3,  # largest
                 "warmup_steps": 50,
-                "final_fraction": 0.02,
+                "final_fraction": 0.02,  # of the learning rate, at the last step
                 "weight_decay": 1e-3,
-                "clip_norm": 1.0,
-                "ema": 0.99,
-                "accumulate": 1,
+                "clip_norm": 1.0,  # of the gradient
+                "ema": 0.99,  # decay of the moving average of the parameters, which is evaluated
+                "accumulate": 1,  # parts of a batch, computed one after the other
             },
-            "mesh": {  # over all processes
-                "data": -1,  # groups that share a batch; -1 for all there are
-                "model": 1,  # devices of a group, which share its matrices and heads
+            "mesh": {  # devices of all processes
+                "data": -1,  # groups of devices that share a batch; -1 for as many as there are
+                "model": 1,  # devices of a group, which share matrices and heads
             },
             "train": {
-                "on_nonfinite": "stop",  # at a loss or gradient that is not finite: or "skip", "rollback"
-                "max_nonfinite": 10,  # so often in a run, then it stops
+                "on_nonfinite": "stop",  # at a loss or gradient that is not finite; or "skip", "rollback"
+                "max_nonfinite": 10,  # most steps of a run to skip or roll back
             },
-            "checkpoint": {"every": 100, "keep": 2, "keep_every": 0},
+            "checkpoint": {
+                "every": 100,  # steps
+                "keep": 2,  # latest checkpoints
+                "keep_every": 0,  # steps whose multiples are kept for good; 0 for none
+            },
             "log": {
                 "every": 10,  # steps between lines of metrics.jsonl
                 "eval_every": 200,  # steps between evaluations on the validation split; 0 for none
-                "eval_pairs": 256,
-                "trace": 0,  # step from which on three are traced into <workdir>/trace; 0 for none
+                "eval_pairs": 256,  # of the validation split
+                "trace": 0,  # first of three steps to trace into <workdir>/trace; 0 for none
                 "wandb": "offline",  # "offline", "online" (needs an account) or "disabled"
             },
         }

@@ -1,9 +1,10 @@
-"""sort_sinkhorn with attention to the own block alone.
+"""Train sort_sinkhorn with attention to the own block alone.
 
-python train.py --config=configs/sort_local.py
-python eval.py --workdir=runs/sort_local
+    python train.py --config=configs/sort_local.py
+    python eval.py --workdir=runs/sort_local
 
-took 10 minutes on 2 busy cores. Exact match .86 on lengths as in training, .20 on 11 to 20; edit distance there .19.
+takes 10 minutes on 2 busy CPU cores. Exact match .86 at lengths as in training, .20 at lengths 11 to 20, edit distance
+there .19.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-"""The sorting task of arXiv 2002.11296, self-attention by Sparse Sinkhorn Attention.
+"""Train on the sorting task of arXiv 2002.11296, with Sparse Sinkhorn Attention as self-attention.
 
-python train.py --config=configs/sort_sinkhorn.py
-python eval.py --workdir=runs/sort_sinkhorn
+    python train.py --config=configs/sort_sinkhorn.py
+    python eval.py --workdir=runs/sort_sinkhorn
 
-took 11 minutes on 2 busy cores. Exact match 1.00 on lengths as in training, .23 on 11 to 20; edit distance there .17
-(docs/sparse.md has both seeds).
+takes 11 minutes on 2 busy CPU cores. Exact match 1.00 at lengths as in training, .23 at lengths 11 to 20, edit distance
+there .17 (docs/sparse.md has both seeds).
 """
 
 from ml_collections import ConfigDict

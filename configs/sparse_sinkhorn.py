@@ -1,8 +1,8 @@
-"""r2_dustbin with Sparse Sinkhorn Attention (arXiv 2002.11296) as the encoder's self-attention.
+"""Train r2_dustbin with Sparse Sinkhorn Attention (arXiv 2002.11296) as the encoder's self-attention.
 
-python train.py --config=configs/sparse_sinkhorn.py --config.data.dir=runs/pfam --config.total_steps=400
+    python train.py --config=configs/sparse_sinkhorn.py --config.data.dir=runs/pfam --config.total_steps=400
 
-test_ood, step 400: reconstruction 1.92 nats, masked 2.23, sparse CE 1.27 nats, barycenter MAE 2.44 residues, F1 .75:
+On test_ood, step 400: reconstruction 1.92 nats, masked 2.23, sparse CE 1.27 nats, barycenter MAE 2.44 residues, F1 .75:
 a little worse than r2_dustbin on each (docs/sparse.md).
 """
 
