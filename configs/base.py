@@ -11,13 +11,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "data": {
                 "dir": "data/default",  # shards made by scripts/build_pfam.py
-                "buckets": (
-                    64,
-                    128,
-                    192,
-                    256,
-                    384,
-                ),  # padded lengths in residues; training leaves longer pairs out
+                "buckets": (64, 128, 192, 256, 384),  # padded lengths in residues; longer pairs are left out
                 "pairs_per_family": 100,  # largest weight of a family; a family weighs as much as it has pairs
                 "crop": 0.0,  # share of pairs in which one sequence loses up to half at one end
                 "workers": 0,  # processes that make batches; 0 for a thread
