@@ -36,22 +36,14 @@ class BadRecordError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One family of one split.
+    """One family of one split."""
 
-    Attributes:
-      accession: Without version.
-      clan: "" for none.
-      rows: Row names.
-      alignment: ASCII symbols as in the file.
-      pairs: Row indices of the fixed evaluation pairs; empty in the training split.
-    """
-
-    accession: str
+    accession: str  # without version
     name: str
-    clan: str
-    rows: tuple[str, ...] = field(repr=False)
-    alignment: UInt8[np.ndarray, "rows columns"] = field(repr=False)
-    pairs: Int32[np.ndarray, "pairs 2"] = field(repr=False)
+    clan: str  # "" for none
+    rows: tuple[str, ...] = field(repr=False)  # row names
+    alignment: UInt8[np.ndarray, "rows columns"] = field(repr=False)  # ASCII symbols as in the file
+    pairs: Int32[np.ndarray, "pairs 2"] = field(repr=False)  # rows of the fixed evaluation pairs; none in training
 
     @property
     def unit(self) -> str:

@@ -37,27 +37,16 @@ class Batch(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """Settings of the training batches.
+    """Settings of the training batches. `workers` and `prefetch` do not change the batches."""
 
-    Attributes:
-      buckets: Ascending padded lengths; a pair is padded to the first that holds its longer sequence.
-      batch_size: Pairs a step, over all hosts.
-      seed: Seed of the draws of pairs and crops.
-      pairs_per_family: Largest weight of a family; below it a family weighs as much as it has pairs.
-      crop: Share of pairs of which one sequence loses up to half at one end, 0 to 1.
-      workers: Processes that make batches, 0 for a thread. Does not change the batches.
-      prefetch: Batches made ahead, by each worker. Does not change the batches.
-      max_bad_records: Damaged records that may be left out; one more is an error.
-    """
-
-    buckets: Sequence[int] = (64, 128, 256, 512)
-    batch_size: int = 64
-    seed: int = 0
-    pairs_per_family: int = 1000
-    crop: float = 0.0
-    workers: int = 0
-    prefetch: int = 4
-    max_bad_records: int = 0
+    buckets: Sequence[int] = (64, 128, 256, 512)  # ascending; a pair is padded to the first that holds both sequences
+    batch_size: int = 64  # pairs a step, over all hosts
+    seed: int = 0  # of the pairs and crops that are drawn
+    pairs_per_family: int = 1000  # largest weight of a family; below, a family weighs as much as it has pairs
+    crop: float = 0.0  # share of pairs in which one sequence loses up to half at one end
+    workers: int = 0  # processes that make batches; 0 for a thread
+    prefetch: int = 4  # batches made ahead, by each worker
+    max_bad_records: int = 0  # damaged records that may be left out; one more is an error
 
     def __post_init__(self):
         check_buckets(self.buckets)

@@ -13,30 +13,18 @@ Place = tuple[int, int]  # the number of the input, and of the record in it
 
 @dataclass(frozen=True)
 class Recipe:
-    """Input and options of a build.
+    """Input and options of a build."""
 
-    Attributes:
-      inputs: Stockholm files, plain or gzip.
-      clans: Pfam-A.clans.tsv, plain or gzip; needed with `inputs` unless `evaluation_only`.
-      release: Pfam release such as "37.0", downloaded from `mirror` in place of `inputs` and `clans`.
-      skip_bad: List malformed families in the report instead of stopping at the first.
-      max_rows: Most rows a family; None for all.
-      max_family_bytes: A larger family is malformed.
-      num_shards: Shards a split; by default it follows from the size.
-      evaluation_only: Put all families into test_ood, for alignments that are never trained on.
-      pairs: Most evaluation pairs a family.
-    """
-
-    inputs: tuple[str, ...] = ()
-    clans: str = ""
-    release: str = ""
+    inputs: tuple[str, ...] = ()  # Stockholm files, plain or gzip
+    clans: str = ""  # Pfam-A.clans.tsv, plain or gzip; needed with inputs unless evaluation_only
+    release: str = ""  # Pfam release such as "37.0", downloaded from `mirror` in place of inputs and clans
     mirror: str = RELEASES
-    skip_bad: bool = False
-    max_rows: int | None = None
-    max_family_bytes: int = stockholm.MAX_FAMILY_BYTES
-    num_shards: int | None = None
-    evaluation_only: bool = False
-    pairs: int = PAIRS_PER_FAMILY
+    skip_bad: bool = False  # list malformed families in the report instead of stopping at the first
+    max_rows: int | None = None  # most rows a family
+    max_family_bytes: int = stockholm.MAX_FAMILY_BYTES  # a larger family is malformed
+    num_shards: int | None = None  # of every split; by default it follows from the size
+    evaluation_only: bool = False  # put all families into test_ood, for alignments that are never trained on
+    pairs: int = PAIRS_PER_FAMILY  # most evaluation pairs a family
 
     def __post_init__(self):
         if bool(self.release) == bool(self.inputs):

@@ -27,22 +27,14 @@ class LengthIndex:
 
     The rows of a family that hold any residue are sorted by length. Two of them at places a > b have the rank
     a (a - 1) / 2 + b. The longer row decides the bucket, so the pairs of one bucket are one range of ranks.
-
-    Attributes:
-      rows: Row numbers by length, family after family.
-      first: Place in `rows` where each family begins.
-      ranks: A pair of bucket k has ranks[:, k] <= rank < ranks[:, k + 1].
-      mass: Weight of each bucket of a family: its pairs, scaled so that a family has at most `pairs_per_family`.
-      left_out: Share of the weight on pairs that are longer than the largest bucket, 0 to 1.
-      bad: A message for each damaged record; its family counts as one without rows.
     """
 
-    rows: Int32[np.ndarray, " rows"]
-    first: Int64[np.ndarray, " families"]
-    ranks: Int64[np.ndarray, "families edges"]
-    mass: Float64[np.ndarray, "families buckets"]
-    left_out: float
-    bad: tuple[str, ...] = ()
+    rows: Int32[np.ndarray, " rows"]  # row numbers by length, family after family
+    first: Int64[np.ndarray, " families"]  # place in `rows` where each family begins
+    ranks: Int64[np.ndarray, "families edges"]  # bucket k has the ranks from ranks[:, k] to ranks[:, k + 1] - 1
+    mass: Float64[np.ndarray, "families buckets"]  # pairs, scaled so that a family has at most `pairs_per_family`
+    left_out: float  # share of these pairs that are longer than the largest bucket, 0 to 1
+    bad: tuple[str, ...] = ()  # a message for each damaged record; its family counts as one without rows
 
     @classmethod
     def build(

@@ -31,21 +31,15 @@ class SortingBatch(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class SortingConfig:
-    """Settings of the batches: `config.data` of a run, its batch size and its seed.
-
-    Attributes:
-      sequences: Training sequences, drawn once, with lengths 1 to `longest`.
-      test_sequences: Sequences of each evaluation split; `test_ood` has lengths `longest` + 1 to 2 `longest`.
-      workers, prefetch: See `pipeline.PipelineConfig`.
-    """
+    """Settings of the batches: `config.data` of a run, its batch size and its seed."""
 
     batch_size: int = 128
     seed: int = 0
-    sequences: int = 100_000
-    test_sequences: int = 5_000
+    sequences: int = 100_000  # to train on, drawn once, with lengths 1 to `longest`
+    test_sequences: int = 5_000  # of each evaluation split; test_ood has lengths from `longest` + 1 to 2 `longest`
     symbols: int = 20
     longest: int = 10
-    workers: int = 0
+    workers: int = 0  # as in pipeline.PipelineConfig
     prefetch: int = 4
 
     def __post_init__(self):

@@ -38,27 +38,16 @@ class StockholmError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """One family of a file. Text is decoded as Latin-1, which maps every byte to one character and back.
+    """One family of a file. Text is decoded as Latin-1, which maps every byte to one character and back."""
 
-    Attributes:
-      ids: Row names.
-      rows: ASCII symbols as in the file.
-      gf: (feature, text) in file order; features may repeat.
-      gs: (row name, feature, text) in file order.
-      gc: Feature to one character a column.
-      gr: (row name, feature) to one character a column.
-      comments: Other lines that begin with '#'.
-      line: Line number of the header, for messages.
-    """
-
-    ids: tuple[str, ...]
-    rows: UInt8[np.ndarray, "rows columns"]
-    gf: tuple[tuple[str, str], ...]
-    gs: tuple[tuple[str, str, str], ...]
-    gc: dict[str, str]
-    gr: dict[tuple[str, str], str]
-    comments: tuple[str, ...]
-    line: int
+    ids: tuple[str, ...]  # row names
+    rows: UInt8[np.ndarray, "rows columns"]  # ASCII symbols as in the file
+    gf: tuple[tuple[str, str], ...]  # (feature, text) in file order; features may repeat
+    gs: tuple[tuple[str, str, str], ...]  # (row name, feature, text) in file order
+    gc: dict[str, str]  # feature -> one character a column
+    gr: dict[tuple[str, str], str]  # (row name, feature) -> one character a column
+    comments: tuple[str, ...]  # other lines that begin with '#'
+    line: int  # of the header, for messages
 
     def feature(self, name: str) -> str | None:
         """Return the first #=GF text of a feature, or None."""
