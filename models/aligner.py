@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from data import vocab
-from models import attention, ordering, refinement
+from models import attention, pair_hmm, refinement
 from models.attention import BlockSpec, Implementation, SinkhornSpec
 
 # BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
@@ -191,7 +191,7 @@ class Aligner(nnx.Module):
             blocks = [ConvolutionBlock(config, 2**i, rngs=rngs) for i in range(config.refinement)]
             self.votes = refinement.Votes(config.width, config.value_width, config.plan_width // 2, blocks, rngs=rngs)
         if config.gap_model:
-            self.gaps = ordering.GapModel()
+            self.gaps = pair_hmm.GapModel()
         if config.substitution_prior:
             self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
 

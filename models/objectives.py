@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import vocab
-from models import ordering
+from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import BlockSpec, SinkhornSpec
 
@@ -134,7 +134,7 @@ def sums(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, "bat
         "barycenter_within_1": (error <= 1, aligned),
     }
     if transported.log_plan is not None:
-        nll = ordering.negative_log_likelihood(
+        nll = pair_hmm.negative_log_likelihood(
             transported.log_plan, batch["target"], batch["x_length"], batch["y_length"], model.gaps()
         )
         # A pair's likelihood is of all its residues together; each aligned one bears the same part of it.
