@@ -144,7 +144,7 @@ def sums(model: Aligner, batch: Batch) -> dict[str, Float[Array, "batch"]]:
         "barycenter_within_1": (error <= 1, aligned),
     }
     if transported.log_plan is not None:
-        nll = pair_hmm.negative_log_likelihood(transported.log_plan, target, *lengths, model.gaps())
+        nll = pair_hmm.negative_log_likelihood(transported.log_plan, target, *lengths, gaps=model.gaps())
         # The likelihood belongs to all residues of a pair together; each aligned one bears the same share.
         share = nll / jnp.maximum(aligned.sum(-1), 1)
         per_residue["alignment"] = (jnp.broadcast_to(share[:, None], aligned.shape), aligned)

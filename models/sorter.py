@@ -89,7 +89,7 @@ class Sorter(nnx.Module):
         return self.out(self.norm(h))
 
     def write(self, x: Int[Array, "batch places"], length: Int[Array, "batch"]) -> Int[Array, "batch places"]:
-        """Write the likeliest token at every place after another (greedy); 0 after the first end and from `length` on."""
+        """Write the likeliest tokens one after another (greedy); 0 after the first end and from `length` on."""
         encoded = self.encode(x, length)
         places = x.shape[1]
 
