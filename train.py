@@ -33,10 +33,9 @@ from evaluation.runs import make_trainer
 from evaluation.tasks import task_of
 from training import run_folder, sharding
 from training.checkpoints import set_damaged_aside
-from training.nonfinite_guard import NonFiniteError, NonFinitePolicy, TrainedStep
+from training.nonfinite_guard import NonFiniteError, NonFinitePolicy, TrainedStep, Verdict
 from training.processes import in_all_processes, is_first_process, join, on_sigterm, warn
-from training.progress import Profile
-from training.session import Parts, Session
+from training.session import Parts, Profile, Session
 from training.state import TrainState
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
@@ -120,11 +119,11 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             stop = stop_wanted(step)
             save = step % config.checkpoint.every == 0 or step == config.total_steps or stop
             evaluate = session.is_evaluated(step) and not stop
-            # What is saved or evaluated was checked before.
-            bad = session.check(unchecked, leave=0 if save or evaluate else 1)
+            due = len(unchecked) - (0 if save or evaluate else 1)  # nothing is saved or evaluated unchecked
+            checked, unchecked = unchecked[:due], unchecked[due:]
+            bad = next((one for one in checked if session.record(one) is Verdict.ROLL_BACK), None)
             if bad:
-                step = session.roll_back(bad)
-                unchecked.clear()
+                step, unchecked = session.roll_back(bad), []
                 continue
             if save:
                 session.save()

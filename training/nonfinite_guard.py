@@ -62,17 +62,11 @@ class NonFiniteGuard:
         self.policy, self.workdir, self.nonfinite = policy, workdir, nonfinite
 
     def judge(self, step: TrainedStep, values: dict[str, float]) -> Verdict:
-        """Return what to do with a step; tell about it and write its batch to a file unless it is finite.
-
-        Args:
-          step: The step.
-          values: Its metrics, on the host.
+        """Return what to do with a non-finite step of these metrics, warn about it, and write its batch to a file.
 
         Raises:
           NonFiniteError: The policy ends the run.
         """
-        if values["finite"] == 1:
-            return Verdict.KEEP
         self.nonfinite += 1
         path = self._write_batch(step, values)
         told = (
@@ -97,7 +91,6 @@ class NonFiniteGuard:
         path = self.workdir / f"nonfinite_{step.batch}.json"
         ids = multihost_utils.process_allgather(step.ids, tiled=True).tolist()
         if is_first_process():
-            metrics = {name: value for name, value in values.items() if name not in ("finite", "residues")}
-            told = {"step": step.number, "batch": step.batch, "metrics": metrics, "ids": ids}
+            told = {"step": step.number, "batch": step.batch, "metrics": values, "ids": ids}
             path.write_text(json.dumps(told) + "\n")
         return path
