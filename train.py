@@ -87,11 +87,10 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     # ---- model, data and folder ----
     parts = in_all_processes(prepare, config, workdir)
     with contextlib.ExitStack() as resources:
-        damages = in_all_processes(open_folder, config, workdir, resources)
-        stop_wanted = resources.enter_context(on_sigterm())
-        in_all_processes(run_folder.check_shared, workdir, config)
-        for damage in damages:
+        for damage in in_all_processes(open_folder, config, workdir, resources):
             warn(damage)
+        in_all_processes(run_folder.check_shared, workdir, config)
+        stop_wanted = resources.enter_context(on_sigterm())
 
         # ---- start or resume ----
         session = Session(config, workdir, parts, resources)
@@ -153,10 +152,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
 
 
 def open_folder(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> list[str]:
-    """Lock the folder in the first process, write the configuration, and set damaged checkpoints aside.
+    """Lock the folder, write the configuration and set damaged checkpoints aside, all in the first process.
 
-    Returns:
-      One line for each damaged checkpoint.
+    It returns a message for each damaged checkpoint.
     """
     if not is_first_process():
         return []

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import cast, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +13,23 @@ from data import vocab
 from models import attention, pair_hmm, refinement
 from models.attention import BlockSpec, Implementation, SinkhornSpec
 
-# BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
-_PRIOR_WEIGHT = 0.3466
-
+_PRIOR_WEIGHT = 0.3466  # ln 2 / 2: BLOSUM62 is in half bits, the weight turns its scores into log-odds in nats
 
 Lengths = Int[Array, "batch"]
 X, Y = Int[Array, "batch x_length"], Int[Array, "batch y_length"]  # tokens
 Features = Float[Array, "batch length width"]
 Noise = Key[Array, "batch"] | None  # random keys of the examples in training (attention.BlockSpec)
 
-# Far beyond use: a damaged or hostile configuration is rejected before it takes all memory or time.
-_MOST = {
-    "width": 1 << 16,
-    "depth": 1000,
-    "kernel": 1001,
-    "dilations": 30,
-    "heads": 1 << 12,
-    "plan_width": 1 << 14,
-    "value_width": 1 << 14,
+# Least and most, which is far beyond use: a damaged or hostile configuration must not take all memory or time.
+_RANGES = {
+    "width": (1, 1 << 16),
+    "depth": (1, 1000),
+    "kernel": (1, 1001),
+    "dilations": (1, 30),
+    "heads": (1, 1 << 12),
+    "plan_width": (1, 1 << 14),
+    "value_width": (1, 1 << 14),
+    "refinement": (0, 1000),
 }
 
 
@@ -67,22 +66,19 @@ class AlignerConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for field, most in _MOST.items():
+        for field, (least, most) in _RANGES.items():
             value = getattr(self, field)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"model.{field}={value!r} must be an integer from 1 to {most}")
-        if type(self.refinement) is not int or not 0 <= self.refinement <= _MOST["depth"]:
-            raise ValueError(
-                f"model.refinement={self.refinement!r} must not be negative, nor above {_MOST['depth']}; 0 is no "
-                "second plan"
-            )
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"model.{field}={value!r} must be an integer from {least} to {most}")
         if self.plan_gain <= 0:
             raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
         if self.plan_width % 4:
             raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
-        if self.implementation not in ("auto", *get_args(Implementation)):
-            allowed = ", ".join(("auto", *get_args(Implementation)))
-            raise ValueError(f"model.implementation={self.implementation!r} must be one of {allowed}")
+        implementations = "auto", *get_args(Implementation)
+        if self.implementation not in implementations:
+            raise ValueError(
+                f"model.implementation={self.implementation!r} must be one of {', '.join(implementations)}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 
@@ -111,17 +107,13 @@ class AttentionBlock(nnx.Module):
         )
 
     def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
-        extra = {} if self.transports else {"noise": noise}
+        extra = {} if _transports(self) else {"noise": noise}
         return h + self.attention(self.norm(h), lengths, **extra)
 
-    @property
-    def transports(self) -> bool:
-        """Tell whether this is Sinkhorn self-attention."""
-        return isinstance(self.attention, attention.SelfAttention)
 
-    def inputs(self, h: Features, lengths: Lengths) -> attention.Inputs:
-        """Return the arguments of Sinkhorn self-attention."""
-        return cast(attention.SelfAttention, self.attention).inputs(self.norm(h), lengths)
+def _transports(block: nnx.Module) -> bool:
+    """Tell whether the block is Sinkhorn self-attention."""
+    return isinstance(block, AttentionBlock) and isinstance(block.attention, attention.SelfAttention)
 
 
 class Encoder(nnx.Module):
@@ -129,7 +121,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(vocab.SIZE, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
-        blocks: list[nnx.Module] = []
+        blocks: list[Any] = []
         for i in range(config.depth):
             blocks.append(ConvolutionBlock(config, 2 ** (i % config.dilations), rngs=rngs))
             if config.attention_every and (i + 1) % config.attention_every == 0:
@@ -144,9 +136,7 @@ class Encoder(nnx.Module):
     def attention_inputs(self, tokens: Int[Array, "batch length"], lengths: Lengths) -> list[attention.Inputs]:
         """Return the arguments of every Sinkhorn self-attention."""
         features = zip(self.blocks, self._features(tokens, lengths), strict=False)
-        return [
-            block.inputs(h, lengths) for block, h in features if isinstance(block, AttentionBlock) and block.transports
-        ]
+        return [block.attention.inputs(block.norm(h), lengths) for block, h in features if _transports(block)]
 
     def _features(self, tokens, lengths, noise=None) -> Iterator[Features]:
         """Yield the input of each block, and the output of the last."""
@@ -226,19 +216,15 @@ class Aligner(nnx.Module):
 
     def attention_inputs(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> dict[str, list[attention.Inputs]]:
         """Return the arguments of every self-attention, for x and for y, and of the plan, by the names of `layers`."""
-        blocks = zip(
-            self.encoder.attention_inputs(x, x_length), self.encoder.attention_inputs(y, y_length), strict=True
-        )
+        of_x, of_y = self.encoder.attention_inputs(x, x_length), self.encoder.attention_inputs(y, y_length)
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         q, k, lengths = q[:, :, None], k[:, :, None], (x_length, y_length)
         plan = [attention.Inputs(q, k, k, self.spec, lengths, self.dustbin.score)]
-        return dict(zip(self.layers(), [*map(list, blocks), plan], strict=True))
+        return dict(zip(self.layers(), [*map(list, zip(of_x, of_y, strict=True)), plan], strict=True))
 
     def layers(self) -> "dict[str, nnx.Module]":
         """Return the module that holds the `implementation` of each attention, except of `refinement`'s first plan."""
-        blocks = [
-            block.attention for block in self.encoder.blocks if isinstance(block, AttentionBlock) and block.transports
-        ]
+        blocks = [block.attention for block in self.encoder.blocks if _transports(block)]
         return {f"self-attention {i + 1}": block for i, block in enumerate(blocks)} | {"plan": self}
 
     def _queries_and_keys(self, x, y, x_length, y_length, noise=None):

@@ -80,14 +80,9 @@ class Votes(nnx.Module):
         h_y: Float[Array, "batch y_length width"],
         real: Float[Array, "batch x_length 1"],
     ) -> tuple[Float[Array, "batch x_length channels"], Float[Array, "batch y_length channels"]]:
-        """Compute extra channels of q and k.
+        """Compute the channels of queries and keys.
 
-        Args:
-          brought: Values of y, then waves of y, both transported to x by the first plan.
-          mass: Row sums of the first plan.
-          h_x: Features of x.
-          h_y: Features of y.
-          real: 1 at residues of x, 0 at padding.
+        `brought` holds values and then waves of y, as the first plan sends them to x; `mass` its row sums.
         """
         rows, columns = (waves(jnp.arange(h.shape[1])[None]) for h in (h_x, h_y))
         brought, found = jnp.split(brought, [brought.shape[-1] - 2 * _FREQUENCIES], -1)

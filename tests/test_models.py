@@ -85,7 +85,7 @@ def test_certificates_are_those_of_the_plans_that_are_applied():
     np.testing.assert_allclose(certificates["plan"].residual[:, 0], transported.residual, rtol=1e-5)
     attend = model.encoder.blocks[1]
     h_y = model.encoder.blocks[0](model.encoder.embed(pair[1]), (pair[1] != vocab.PAD)[..., None].astype(float))
-    alone = attention.certify(attend.inputs(h_y, pair[3]))
+    alone = attention.certify(attend.attention.inputs(attend.norm(h_y), pair[3]))
     np.testing.assert_allclose(certificates["self-attention 1"].residual[4:], alone.residual, rtol=1e-4, atol=1e-6)
     assert alone.residual.shape == (4, SMALL.heads)
 

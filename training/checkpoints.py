@@ -19,7 +19,6 @@ from training.processes import is_first_process
 from training.state import TrainState
 
 SUMS = "SHA256SUMS"
-DAMAGED = ".damaged"  # suffix of checkpoints that were set aside
 # Orbax writes these after the sums, and restores nothing from them.
 _UNCHECKED = frozenset({SUMS, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
@@ -34,8 +33,7 @@ class Checkpoints:
     All processes of a run share the folder and call the same methods. A checkpoint can be restored on another mesh and
     by another number of processes.
 
-    keep: Number of newest checkpoints that stay.
-    keep_every: Checkpoints of multiples of this step stay, too; 0 for none.
+    keep: Number of newest checkpoints that stay. keep_every: Multiples of this step stay, too; 0 for none.
     """
 
     def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
@@ -127,10 +125,7 @@ class Checkpoints:
 def set_damaged_aside(workdir: Path) -> list[str]:
     """Rename damaged checkpoints that are newer than the last good one to `<step>.damaged`. Nothing is deleted.
 
-    One process may call it, before any `Checkpoints` of the folder is made.
-
-    Returns:
-      A message for each renamed checkpoint.
+    One process may call it, before any `Checkpoints` of the folder is made. It returns a message for each of them.
 
     Raises:
       DamagedCheckpointError: There are checkpoints and none is good; nothing is renamed.
@@ -146,11 +141,11 @@ def set_damaged_aside(workdir: Path) -> list[str]:
             f"{workdir / 'checkpoints'} holds no good checkpoint: {'; '.join(damaged.values())}. Bring one back from a "
             "copy, or start anew in another --workdir"
         )
-    return [f"{told}; it is now {_rename(folder)}" for folder, told in damaged.items()]
+    return [f"{message}; it is now {_rename(folder)}" for folder, message in damaged.items()]
 
 
 def _rename(folder: Path) -> str:
-    names = (f"{folder.name}{DAMAGED}" + (f".{n}" if n else "") for n in itertools.count())
+    names = (f"{folder.name}.damaged" + (f".{n}" if n else "") for n in itertools.count())
     return folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists())).name
 
 
