@@ -125,14 +125,8 @@ def log_partition(
 ) -> Float[Array, " batch"]:
     """Compute the logarithm of the summed weights of all alignments of each pair.
 
-    The derivative by the weight of a match is the posterior of the match. Forward and backward pass compute the
-    posterior; automatic differentiation would keep every step of every row.
-
-    Args:
-      log_weight: Weights of matches in nats; `LOG_ZERO` for none and beyond the lengths.
-      x_lengths: Residues of x.
-      y_lengths: Residues of y.
-      opening: Cost of a gap in nats.
+    Arguments are as in `posterior`. The derivative by the weight of a match is its posterior, which the forward and the
+    backward pass compute; automatic differentiation would keep every step of every row.
     """
     prefixes = _forward_pass(_Paths.of_pairs(log_weight, None, x_lengths, y_lengths), opening)
     return prefixes.total + prefixes.total_scale

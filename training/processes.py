@@ -14,16 +14,11 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-_LOST = 30  # seconds of silence after which a process counts as dead, and of patience at the end
+_PATIENCE = 30  # seconds of silence after which a process counts as dead, also at the end
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Connect this process to the others. Nothing of JAX may have run before.
-
-    Args:
-      coordinator: HOST:PORT of process 0, "auto" for a cluster that JAX knows, None for a process alone.
-      processes: Number of processes, with HOST:PORT only.
-      process: Number of this process from 0, with HOST:PORT only.
+    """Connect this process to the others, as the options of train.py say. Nothing of JAX may have run before.
 
     Raises:
       ValueError: The options do not fit together, or there is no connection.
@@ -37,13 +32,10 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             f"{processes} and {process}"
         )
     if coordinator:
+        address, patience = None if auto else coordinator, _PATIENCE
         try:
             jax.distributed.initialize(
-                None if auto else coordinator,
-                processes,
-                process,
-                heartbeat_timeout_seconds=_LOST,
-                shutdown_timeout_seconds=_LOST,
+                address, processes, process, heartbeat_timeout_seconds=patience, shutdown_timeout_seconds=patience
             )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--coordinator={coordinator}: no connection to the other processes: {error}") from error
@@ -64,7 +56,7 @@ def in_all_processes(function: Callable[..., T], *arguments) -> T:
     """Call a function in every process, and wait for all of them.
 
     Raises:
-      ValueError, TypeError, OSError: The function failed somewhere. All processes raise the first one's message.
+      ValueError, TypeError, OSError: The function failed in some process. All raise the message of the first.
     """
     failed = None
     try:
@@ -95,18 +87,17 @@ def on_sigterm() -> Iterator[Callable[[int], bool]]:
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point  # JAX handles the signal, and agrees on the step
-        return
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+    elif threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield lambda step: False
-        return
+    else:
+        came = threading.Event()
 
-    def note(number, frame) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, before)
+        def note(number, frame) -> None:
+            came.set()
+            signal.signal(signal.SIGTERM, before)
 
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda step: asked.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield lambda step: came.is_set()
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -14,29 +14,17 @@ from ml_collections import ConfigDict
 
 from training.processes import is_first_process
 
-# Settings that may change when a run is resumed. Any other change makes it another run.
-_FREE_KEYS = (
-    "total_steps",
-    "train.",
-    "checkpoint.",
-    "log.",
-    "mesh.",
-    "data.workers",
-    "data.prefetch",
-    "data.max_bad_records",
-    "model.implementation",
-)
+# Beginnings of the settings that may change when a run is resumed. Any other change makes it another run.
+_FREE_DATA = "data.workers", "data.prefetch", "data.max_bad_records"
+_FREE_KEYS = "total_steps", "train.", "checkpoint.", "log.", "mesh.", *_FREE_DATA, "model.implementation"
 
 
 @contextlib.contextmanager
 def run_lock(workdir: Path) -> Iterator[None]:
-    """Hold the folder's exclusive lock; make the folder if it is missing.
+    """Lock the folder, which is made if it is missing. Raises ValueError if another process holds the lock.
 
     The lock is released when the process exits, even by SIGKILL. It is flock(2), which works on NFS of Linux, but not
     on every network disk and not on object stores mounted as a disk.
-
-    Raises:
-      ValueError: Another process holds the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("a+") as file:
@@ -62,9 +50,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     if not (workdir / "config.json").exists():
         return
     old, new = (json.loads(settings.to_json()) for settings in (read_config(workdir), config))
-    changed = [
-        f"{key} was {was!r}, is {now!r}" for key, was, now in differences(old, new) if not key.startswith(_FREE_KEYS)
-    ]
+    found = [one for one in differences(old, new) if not one[0].startswith(_FREE_KEYS)]
+    changed = [f"{key} was {was!r}, is {now!r}" for key, was, now in found]
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir to "
@@ -172,7 +159,7 @@ class MetricsLog:
             self.write(step, values | rates)
 
     def count(self, examples: int, residues: int) -> None:
-        """Add the work of a step to the rates."""
+        """Add a step's work to the rates."""
         self._residues += residues
         self._examples += examples
 

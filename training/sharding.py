@@ -112,12 +112,12 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def by_example(mesh: Mesh) -> NamedSharding:
-    """Place arrays whose leading axis is the batch."""
+    """Cut arrays along their first axis, the examples."""
     return NamedSharding(mesh, P(DATA))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """Place arrays that every device holds whole."""
+    """Keep arrays whole on every device."""
     return NamedSharding(mesh, P())
 
 

@@ -40,23 +40,22 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"optimizer.ema={self.ema} must be at least 0 and below 1")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError(
-                f"optimizer.learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be above 0"
-            )
+        if min(self.learning_rate, self.clip_norm) <= 0:
+            given = f"optimizer.learning_rate={self.learning_rate} and optimizer.clip_norm={self.clip_norm}"
+            raise ValueError(f"{given} must be above 0")
 
     def schedule(self, total_steps: int) -> optax.Schedule:
         warmup = min(self.warmup_steps, total_steps - 1)
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if warmup else self.learning_rate,
-            self.learning_rate,
-            warmup,
-            total_steps,
-            self.learning_rate * self.final_fraction,
-        )
+        peak, start = self.learning_rate, 0.0 if warmup else self.learning_rate
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, total_steps, peak * self.final_fraction)
+
+
+Evaluation = Callable[[PyTree, Mapping[str, np.ndarray]], PyTree]  # parameters, batch -> result
 
 
 class TrainState(NamedTuple):
+    """Everything that an update changes, and a checkpoint holds."""
+
     step: Int[Array, ""]
     params: PyTree
     ema: PyTree
@@ -67,7 +66,6 @@ class TrainState(NamedTuple):
 class Trainer:
     """Structure of the model and rule of the update, fixed while `TrainState` changes."""
 
-    initial: Callable[[], TrainState]  # pure function; `initial_state` computes it
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -82,25 +80,19 @@ class Trainer:
             optax.clip_by_global_norm(settings.clip_norm),
             optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=_is_matrix),
         )
+        graph = nnx.graphdef(nnx.eval_shape(lambda: objective.make(nnx.Rngs(seed))))
+        return cls(graph, optimizer, schedule, settings, objective, seed)
 
-        def make_model() -> nnx.Module:
-            return objective.make(nnx.Rngs(seed))
-
-        def initial() -> TrainState:
-            params = nnx.to_pure_dict(nnx.state(make_model()))
-            return TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-
-        graph = nnx.graphdef(nnx.eval_shape(make_model))
-        return cls(initial, graph, optimizer, schedule, settings, objective, seed)
+    def initial(self) -> TrainState:
+        """Compute the state before training on one device."""
+        params = nnx.to_pure_dict(nnx.state(self.objective.make(nnx.Rngs(self.seed))))
+        return TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), self.optimizer.init(params))
 
     def abstract_state(self, mesh: Mesh) -> TrainState:
         """Return shapes, dtypes and shardings of the state on a mesh, whose devices need not exist."""
         state = jax.eval_shape(self.initial)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            state,
-            sharding.shardings(state, mesh),
-        )
+        placed = sharding.shardings(state, mesh)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed)
 
     def initial_state(self, mesh: Mesh) -> TrainState:
         """Compute the initial state on the devices that hold it; its random numbers do not depend on the mesh."""
@@ -119,9 +111,7 @@ class Trainer:
             donate_argnums=0,
         )
 
-    def compiled_evaluation(
-        self, evaluate: Callable, mesh: Mesh
-    ) -> Callable[[PyTree, Mapping[str, np.ndarray]], PyTree]:
+    def compiled_evaluation(self, evaluate: Callable, mesh: Mesh) -> Evaluation:
         """Compile `evaluate(params, batch)` for a mesh. Each process passes whole batches and gets whole results."""
         params = _shardings(self.abstract_state(mesh).params)
         compiled = jax.jit(
@@ -171,9 +161,8 @@ class Trainer:
         parts, mesh = self.settings.accumulate, current_mesh()
         groups = mesh.shape[DATA] if mesh else 1
         if len(batch["x"]) % (parts * groups):
-            times = f" times mesh.data={groups}" if mesh else ""
-            of = f"the batch of {len(batch['x'])} examples"
-            raise ValueError(f"optimizer.accumulate={parts}{times} must divide {of}")
+            asked = f"optimizer.accumulate={parts}" + (f" times mesh.data={groups}" if mesh else "")
+            raise ValueError(f"{asked} must divide the batch of {len(batch['x'])} examples")
         # A part holds every `parts`-th example, so that devices which share a batch share each part.
         batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
         # No loop of JAX: inside one, XLA on CPUs takes 80 times as long for the weight gradient of a convolution.
