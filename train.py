@@ -87,10 +87,10 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     # ---- model, data and folder ----
     parts = in_all_processes(prepare, config, workdir)
     with contextlib.ExitStack() as resources:
+        stop_wanted = resources.enter_context(on_sigterm())
         for damage in in_all_processes(open_folder, config, workdir, resources):
             warn(damage)
         in_all_processes(run_folder.check_shared, workdir, config)
-        stop_wanted = resources.enter_context(on_sigterm())
 
         # ---- start or resume ----
         session = Session(config, workdir, parts, resources)
