@@ -45,7 +45,7 @@ class TrainedStep(NamedTuple):
 
 
 class Verdict(enum.Enum):
-    """What to do with a checked step."""
+    """Treatment of a checked step."""
 
     KEEP = enum.auto()
     SKIP = enum.auto()  # its update was left out already, see `Trainer.update`

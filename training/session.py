@@ -24,7 +24,7 @@ _TRACED = 3  # steps
 
 
 class Parts(NamedTuple):
-    """What a configuration describes.
+    """Parts of a run that its configuration describes.
 
     batches: This process's part of the training batches.
     score: From parameters to the summary of a fixed sample of the validation split; None for no validation.
