@@ -77,7 +77,7 @@ def posterior(
     sharpness, match, opening = gaps
     possible = plans > 0
     log_weight = sharpness * jnp.log(jnp.where(possible, plans, 1)) + match
-    log_weight = jnp.where(possible, log_weight, pair_hmm.NOTHING)
+    log_weight = jnp.where(possible, log_weight, pair_hmm.LOG_ZERO)
     return pair_hmm.posterior(log_weight, first, x_lengths, y_lengths, opening, columns)
 
 

@@ -1,1 +1,1 @@
-"""Flax modules: attention, the aligner, its pair HMM, the sorter, and what training minimises."""
+"""Flax modules: attention, the aligner, its pair HMM, the sorter, and the training objectives."""

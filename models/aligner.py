@@ -1,8 +1,8 @@
-"""The siamese aligner: one encoder for both sequences, a transport plan from x to y, a head that reads only that."""
+"""The siamese aligner: one encoder for both sequences, a plan from x to y, and a head that sees y through the plan."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import cast, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,26 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from data import vocab
-from models import attention, ordering, refinement
+from models import attention, pair_hmm, refinement
 from models.attention import BlockSpec, Implementation, SinkhornSpec
 
-# BLOSUM62 is in half bits: ln 2 / 2 nats each turn its scores into log-odds.
-_PRIOR_WEIGHT = 0.3466
+_PRIOR_WEIGHT = 0.3466  # ln 2 / 2: BLOSUM62 is in half bits, the weight turns its scores into log-odds in nats
 
+Lengths = Int[Array, "batch"]
+X, Y = Int[Array, "batch x_length"], Int[Array, "batch y_length"]  # tokens
+Features = Float[Array, "batch length width"]
+Noise = Key[Array, "batch"] | None  # random keys of the examples in training (attention.BlockSpec)
 
-# Far beyond use: a damaged or hostile configuration is refused before it takes all memory, or for ever.
-_MOST = {
-    "width": 1 << 16,
-    "depth": 1000,
-    "kernel": 1001,
-    "dilations": 30,
-    "heads": 1 << 12,
-    "plan_width": 1 << 14,
-    "value_width": 1 << 14,
+# Least and most, which is far beyond use: a damaged or hostile configuration must not take all memory or time.
+_RANGES = {
+    "width": (1, 1 << 16),
+    "depth": (1, 1000),
+    "kernel": (1, 1001),
+    "dilations": (1, 30),
+    "heads": (1, 1 << 12),
+    "plan_width": (1, 1 << 14),
+    "value_width": (1, 1 << 14),
+    "refinement": (0, 1000),
 }
 
 
@@ -33,16 +37,16 @@ _MOST = {
 class AlignerConfig:
     """`config.model`. Widths are in channels.
 
-    depth: residual convolution blocks, their dilation doubling from 1 and starting again after `dilations`.
-    attention_every: a self-attention block follows every so many convolution blocks; 0 for none.
-    plan_width: of the queries and keys of the plan.
-    plan_gain: of their projection before training; below 1 what is learned starts small beside a prior.
-    positions: half of them is rotated by length-scaled positions, a pull to the diagonal.
-    substitution_prior: adds BLOSUM62 with a learned weight to the plan's scores.
-    refinement: residual convolution blocks that weigh the votes of a first plan for a second one; 0 for no second plan.
-    gap_model: learns the pair HMM that plans are aligned by (loss.alignment); else decode.Gaps() is taken.
-    implementation: of the attention: "auto", "reference", "xla" or "pallas_tpu".
-    dtype: of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
+    depth: Residual convolution blocks. Their dilation doubles from 1, and starts again after `dilations` blocks.
+    attention_every: Convolution blocks before each self-attention block; 0 for no self-attention.
+    plan_width: Width of the plan's queries and keys.
+    plan_gain: Initial gain of their projection. Below 1, learned scores start small beside a prior.
+    positions: Rotate half of queries and keys by length-scaled positions, a pull to the diagonal.
+    substitution_prior: Add BLOSUM62 with a learned weight to the plan's scores.
+    refinement: Residual convolution blocks that weigh the votes of a first plan for a second one; 0 for one plan.
+    gap_model: Learn the pair HMM that plans are aligned by (loss.alignment); else it is `decoding.Gaps()`.
+    implementation: Of attention; "auto" or one of `ot_attention`'s.
+    dtype: Of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
     """
 
     width: int = 128
@@ -62,28 +66,25 @@ class AlignerConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for field, most in _MOST.items():
+        for field, (least, most) in _RANGES.items():
             value = getattr(self, field)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"model.{field}={value!r} must be an integer from 1 to {most}")
-        if type(self.refinement) is not int or not 0 <= self.refinement <= _MOST["depth"]:
-            raise ValueError(
-                f"model.refinement={self.refinement!r} must not be negative, nor above {_MOST['depth']}; 0 is no "
-                "second plan"
-            )
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"model.{field}={value!r} must be an integer from {least} to {most}")
         if self.plan_gain <= 0:
             raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
         if self.plan_width % 4:
             raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
-        if self.implementation not in ("auto", *get_args(Implementation)):
-            allowed = ", ".join(("auto", *get_args(Implementation)))
-            raise ValueError(f"model.implementation={self.implementation!r} must be one of {allowed}")
+        implementations = "auto", *get_args(Implementation)
+        if self.implementation not in implementations:
+            raise ValueError(
+                f"model.implementation={self.implementation!r} must be one of {', '.join(implementations)}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 
 
 class ConvolutionBlock(nnx.Module):
-    """Residual: a dilated convolution, then one layer at every position."""
+    """Residual dilated convolution, followed by a linear layer at every position."""
 
     def __init__(self, config: AlignerConfig, dilation: int, *, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
@@ -91,12 +92,12 @@ class ConvolutionBlock(nnx.Module):
         self.mix = nnx.Conv(width, width, (config.kernel,), kernel_dilation=(dilation,), dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, h: Float[Array, "batch length width"], real: Float[Array, "batch length 1"]):
+    def __call__(self, h: Features, real: Float[Array, "batch length 1"]) -> Features:
         return h + self.out(nnx.gelu(self.mix(self.norm(h) * real)))
 
 
 class AttentionBlock(nnx.Module):
-    """Residual: self-attention."""
+    """Residual self-attention."""
 
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -105,31 +106,22 @@ class AttentionBlock(nnx.Module):
             config.width, config.heads, spec, config.implementation, dtype=dtype, rngs=rngs
         )
 
-    def __call__(
-        self,
-        h: Float[Array, "batch length width"],
-        lengths: Int[Array, "batch"],
-        noise: Key[Array, "batch"] | None = None,
-    ):
-        extra = {} if self.transports else {"noise": noise}
+    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
+        extra = {} if _transports(self) else {"noise": noise}
         return h + self.attention(self.norm(h), lengths, **extra)
 
-    @property
-    def transports(self) -> bool:
-        """Whether it is Sinkhorn self-attention."""
-        return isinstance(self.attention, attention.SelfAttention)
 
-    def inputs(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> attention.Inputs:
-        """Of Sinkhorn self-attention."""
-        return cast(attention.SelfAttention, self.attention).inputs(self.norm(h), lengths)
+def _transports(block: nnx.Module) -> bool:
+    """Tell whether the block is Sinkhorn self-attention."""
+    return isinstance(block, AttentionBlock) and isinstance(block.attention, attention.SelfAttention)
 
 
 class Encoder(nnx.Module):
-    """Tokens of one sequence to features; padding does not change them."""
+    """Encoder from the tokens of a sequence to features, which do not depend on padding."""
 
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(vocab.SIZE, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
-        blocks: list[nnx.Module] = []
+        blocks: list[Any] = []
         for i in range(config.depth):
             blocks.append(ConvolutionBlock(config, 2 ** (i % config.dilations), rngs=rngs))
             if config.attention_every and (i + 1) % config.attention_every == 0:
@@ -137,26 +129,17 @@ class Encoder(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "batch length"],
-        lengths: Int[Array, "batch"],
-        noise: Key[Array, "batch"] | None = None,
-    ) -> Float[Array, "batch length width"]:
+    def __call__(self, tokens: Int[Array, "batch length"], lengths: Lengths, noise: Noise = None) -> Features:
         *_, h = self._features(tokens, lengths, noise)
         return self.norm(h.astype(jnp.float32))
 
-    def attention_inputs(
-        self, tokens: Int[Array, "batch length"], lengths: Int[Array, "batch"]
-    ) -> list[attention.Inputs]:
-        """Of every Sinkhorn self-attention."""
+    def attention_inputs(self, tokens: Int[Array, "batch length"], lengths: Lengths) -> list[attention.Inputs]:
+        """Return the arguments of every Sinkhorn self-attention."""
         features = zip(self.blocks, self._features(tokens, lengths), strict=False)
-        return [
-            block.inputs(h, lengths) for block, h in features if isinstance(block, AttentionBlock) and block.transports
-        ]
+        return [block.attention.inputs(block.norm(h), lengths) for block, h in features if _transports(block)]
 
-    def _features(self, tokens, lengths, noise=None) -> Iterator[Float[Array, "batch length width"]]:
-        """What goes into each block, and what comes out of the last."""
+    def _features(self, tokens, lengths, noise=None) -> Iterator[Features]:
+        """Yield the input of each block, and the output of the last."""
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         h = self.embed(tokens)
         for number, block in enumerate(self.blocks):
@@ -169,17 +152,17 @@ class Encoder(nnx.Module):
 
 
 class Aligner(nnx.Module):
-    """Aligns x with y by a plan from x to y, and predicts x's residues from what the plan brings of y.
+    """Aligner of x with y by a transport plan, which predicts x's residues from the features of y that the plan sends.
 
-    Queries and keys come from the same projection, so that before any training alike residues in alike surroundings
-    score high. Half of each is rotated by the position, x's scaled to y's length: a learned pull to the diagonal.
+    Queries and keys share one projection, so that untrained models already give similar residues in similar context
+    high scores. Half of each is rotated by its position, x's positions scaled to y's length: a pull to the diagonal.
 
-    spec: of the plan, and of the encoder's self-attention unless `encoder` says otherwise.
+    spec: Problem of the plan, and of the encoder's self-attention unless `encoder` replaces it.
     """
 
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, encoder: BlockSpec | None = None, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
-        self.implementation: str | attention.Compiled = config.implementation  # of the plan; see `compiled`
+        self.implementation: str | attention.Compiled = config.implementation  # of the plan
         self.encoder = Encoder(config, encoder or spec, rngs=rngs)
         spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
         self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
@@ -191,96 +174,57 @@ class Aligner(nnx.Module):
             blocks = [ConvolutionBlock(config, 2**i, rngs=rngs) for i in range(config.refinement)]
             self.votes = refinement.Votes(config.width, config.value_width, config.plan_width // 2, blocks, rngs=rngs)
         if config.gap_model:
-            self.gaps = ordering.GapModel()
+            self.gaps = pair_hmm.GapModel()
         if config.substitution_prior:
             self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
 
     def __call__(
         self,
-        x: Int[Array, "batch x_length"],
-        y: Int[Array, "batch y_length"],
+        x: X,
+        y: Y,
         target: Int[Array, "batch x_length"],
-        x_length: Int[Array, "batch"],
-        y_length: Int[Array, "batch"],
-        noise: Key[Array, "batch"] | None = None,
+        x_length: Lengths,
+        y_length: Lengths,
+        noise: Noise = None,
     ) -> tuple[attention.Transported, Float[Array, "batch x_length 20"]]:
-        """What the plan transports, and logits of x's residues made from that alone.
+        """Transport y's features to x, and compute logits of x's residues from them alone.
 
-        x may hold MASK: the plan then cannot route a masked residue to an identical one. `target` only selects which
-        of the plan's values are reported. noise: random keys of the examples while training (attention.BlockSpec).
+        x may hold MASK: the plan then cannot route a masked residue to an identical one. `target` only selects the
+        entries of the plan that are reported.
         """
         q, k, h_y = self._queries_and_keys(x, y, x_length, y_length, noise)
-        values = self.value_projection(h_y)
-        lengths = x_length, y_length
-        transported = attention.transport(
-            q,
-            k,
-            values,
-            target,
-            self.spec,
-            lengths,
-            self.dustbin.score,
-            self.implementation,
-            dense=self.config.gap_model,
-        )
+        arguments = q, k, self.value_projection(h_y), target, self.spec, (x_length, y_length), self.dustbin.score
+        transported = attention.transport(*arguments, self.implementation, dense=self.config.gap_model)
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
 
-    def plan(
-        self,
-        x: Int[Array, "batch x_length"],
-        y: Int[Array, "batch y_length"],
-        x_length: Int[Array, "batch"],
-        y_length: Int[Array, "batch"],
-    ) -> Float[Array, "batch x_length y_length"]:
-        """The plan over residues, dense."""
+    def plan(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> Float[Array, "batch x_length y_length"]:
+        """Compute the plan over residues, dense."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
 
-    def banded_plan(
-        self,
-        x: Int[Array, "batch x_length"],
-        y: Int[Array, "batch y_length"],
-        x_length: Int[Array, "batch"],
-        y_length: Int[Array, "batch"],
-    ) -> attention.BandedPlan:
-        """The plan over residues by the windows of its band."""
+    def banded_plan(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> attention.BandedPlan:
+        """Compute the plan over residues in the windows of its band."""
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         return attention.banded_plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
 
-    def certificates(
-        self,
-        x: Int[Array, "batch x_length"],
-        y: Int[Array, "batch y_length"],
-        x_length: Int[Array, "batch"],
-        y_length: Int[Array, "batch"],
-    ) -> dict[str, attention.Certificate]:
-        """Of every layer in `attention_inputs`, for x and y one after the other."""
+    def certificates(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> dict[str, attention.Certificate]:
+        """Certify every layer of `attention_inputs`, for x and then for y."""
         return {
-            layer: jax.tree.map(lambda *of: jnp.concatenate(of), *map(attention.certify, inputs))
+            layer: jax.tree.map(lambda *parts: jnp.concatenate(parts), *map(attention.certify, inputs))
             for layer, inputs in self.attention_inputs(x, y, x_length, y_length).items()
         }
 
-    def attention_inputs(
-        self,
-        x: Int[Array, "batch x_length"],
-        y: Int[Array, "batch y_length"],
-        x_length: Int[Array, "batch"],
-        y_length: Int[Array, "batch"],
-    ) -> dict[str, list[attention.Inputs]]:
-        """Of every self-attention, for x and for y, and of the plan, by the names of `layers`."""
-        blocks = zip(
-            self.encoder.attention_inputs(x, x_length), self.encoder.attention_inputs(y, y_length), strict=True
-        )
+    def attention_inputs(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> dict[str, list[attention.Inputs]]:
+        """Return the arguments of every self-attention, for x and for y, and of the plan, by the names of `layers`."""
+        of_x, of_y = self.encoder.attention_inputs(x, x_length), self.encoder.attention_inputs(y, y_length)
         q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
         q, k, lengths = q[:, :, None], k[:, :, None], (x_length, y_length)
         plan = [attention.Inputs(q, k, k, self.spec, lengths, self.dustbin.score)]
-        return dict(zip(self.layers(), [*map(list, blocks), plan], strict=True))
+        return dict(zip(self.layers(), [*map(list, zip(of_x, of_y, strict=True)), plan], strict=True))
 
     def layers(self) -> "dict[str, nnx.Module]":
-        """What holds the `implementation` of each attention, by name; not of the first plan that `refinement` makes."""
-        blocks = [
-            block.attention for block in self.encoder.blocks if isinstance(block, AttentionBlock) and block.transports
-        ]
+        """Return the module that holds the `implementation` of each attention, except of `refinement`'s first plan."""
+        blocks = [block.attention for block in self.encoder.blocks if _transports(block)]
         return {f"self-attention {i + 1}": block for i, block in enumerate(blocks)} | {"plan": self}
 
     def _queries_and_keys(self, x, y, x_length, y_length, noise=None):
@@ -297,11 +241,11 @@ class Aligner(nnx.Module):
         return q, k, h_y
 
     def _encode(self, x, y, x_length, y_length, noise=None):
-        """Both sequences in one pass where they are padded alike, as training batches are."""
+        """Encode both sequences in one call if they are padded alike, as in training."""
         noises = None if noise is None else jax.vmap(lambda key: jax.random.split(key))(noise)
         if x.shape != y.shape:
-            of_x, of_y = (None, None) if noises is None else (noises[:, 0], noises[:, 1])
-            return self.encoder(x, x_length, of_x), self.encoder(y, y_length, of_y)
+            x_noise, y_noise = (None, None) if noises is None else (noises[:, 0], noises[:, 1])
+            return self.encoder(x, x_length, x_noise), self.encoder(y, y_length, y_noise)
         # Pair by pair, not x after y: where devices share a batch, each keeps its pairs.
         both = self.encoder(
             jnp.stack([x, y], 1).reshape(-1, x.shape[1]),
@@ -315,30 +259,28 @@ class Aligner(nnx.Module):
         return jnp.concatenate([still, attention.rotate(turned[:, :, None], position)[:, :, 0]], -1)
 
     def _refined(self, q, k, h_x, h_y, x_length, y_length):
-        """The scores of q and k, with the votes of their plan."""
+        """Add the votes of a first plan to the scores of queries and keys."""
         columns = refinement.waves(jnp.arange(k.shape[1])[None])
         values = self.value_projection(h_y)
         values = jnp.concatenate([values, jnp.broadcast_to(columns, (*values.shape[:2], columns.shape[-1]))], -1)
         nowhere = jnp.full(q.shape[:2], -1, jnp.int32)
-        lengths = x_length, y_length
-        first = attention.transport(
-            q, k, values, nowhere, self.spec, lengths, self.dustbin.score, self.config.implementation
-        )
+        arguments = q, k, values, nowhere, self.spec, (x_length, y_length), self.dustbin.score
+        first = attention.transport(*arguments, self.config.implementation)
         real = (jnp.arange(q.shape[1]) < x_length[:, None])[..., None].astype(q.dtype)
         q_votes, k_votes = self.votes(first.values, first.mass, h_x, h_y, real)
         return _joined((q, k), (q_votes, k_votes))
 
     def _with_prior(self, q, k, x, y):
-        """Extra channels whose product is the weighted BLOSUM62 score, so that attention itself needs no new input."""
+        """Add channels whose product is the weighted BLOSUM62 score, so that attention itself needs no new input."""
         blosum = jnp.asarray(vocab.blosum62(), q.dtype)
         prior = self.prior_weight[...] * self.spec.epsilon * blosum[x]
         return _joined((q, k), (prior, jax.nn.one_hot(y, vocab.SIZE)))
 
 
 def _joined(scored, added):
-    """Queries and keys whose scores are those of `scored` plus the plain products of `added`.
+    """Extend queries and keys so that the products of `added` are added to the scores of `scored`.
 
-    Undoes the division of scores by sqrt(width) for what is added, and keeps it for the rest.
+    Scores are products divided by sqrt(width); the division is undone for `added`.
     """
     (q, k), (q_added, k_added) = scored, added
     width = q.shape[-1] + q_added.shape[-1]

@@ -1,4 +1,4 @@
-"""The training loss and the metrics that need no decoding (contract, section 8), as sums over a batch."""
+"""The training loss, and the metrics that need no decoding (docs/math.md, section 8), as sums over a batch."""
 
 import dataclasses
 import math
@@ -10,45 +10,45 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import vocab
-from models import ordering
+from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import BlockSpec, SinkhornSpec
 
-LEAST_PROBABILITY = 1e-6  # the floor of the sparse CE metric: 13.8 nats
+LEAST_PROBABILITY = 1e-6  # floor of the sparse cross-entropy metric: 13.8 nats
+
+Batch = dict[str, Array]  # the first axis of every array counts the examples
+Totals = dict[str, Float[Array, ""]]  # sum of metric `<name>`, and the number of its terms as `<name>/count`
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is trained: `AlignmentObjective`, `models.sorter.SortingObjective`; every array of a batch has it leading.
-
-    Sums over a batch go by metric, `<name>` and how many under `<name>/count`.
-    """
+    """Make a model and compute its loss: `AlignmentObjective`, `models.sorter.SortingObjective`."""
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The model before training."""
+        """Make the untrained model."""
 
-    def augment(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
-        """The batch with whatever is random in it."""
+    def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Add everything random to a batch: masks, noise."""
 
-    def totals(self, model: Any, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-        """Sums over (a part of) a batch."""
+    def totals(self, model: Any, batch: Batch) -> Totals:
+        """Sum the metrics over a batch or a part of it."""
 
-    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-        """Those of the counts that `value` divides by, known without the model."""
+    def counts(self, batch: Batch) -> Totals:
+        """Count the terms that `value` divides by, without the model."""
 
-    def value(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
-        """The loss."""
+    def value(self, totals: Totals) -> Float[Array, ""]:
+        """Compute the loss from totals."""
 
-    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
-        """How much work a batch is."""
+    def residues(self, batch: Batch) -> Int[Array, ""]:
+        """Count the residues of a batch, the measure of its work."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """`config.loss`: weights of the three terms, and the share of x that is masked while training.
+    """`config.loss`: weights of the three terms, and the share of x that is masked in training.
 
-    With `mask_rate` above 0 only masked residues are reconstructed: an unmasked one can be routed to an identical
-    residue of y without any alignment.
+    With `mask_rate` above 0 only masked residues are reconstructed: an unmasked residue could be routed to an identical
+    one of y without any alignment.
     """
 
     reconstruction: float = 1.0
@@ -69,7 +69,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentObjective:
-    """What is trained: an aligner (an `Objective`). encoder: of its self-attention, if another than `spec`."""
+    """Objective of an aligner. encoder: Kind of its self-attention, if not Sinkhorn of `spec`."""
 
     model: AlignerConfig
     spec: SinkhornSpec
@@ -83,61 +83,69 @@ class AlignmentObjective:
     def make(self, rngs: nnx.Rngs) -> Aligner:
         return Aligner(self.model, self.spec, encoder=self.encoder, rngs=rngs)
 
-    def augment(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
-        """With what is masked, and random keys if the encoder takes noise."""
+    def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Mask residues of x, and add random keys if the encoder takes noise."""
         x_seen, query_mask = queries(batch["x"], key, self.loss.mask_rate)
-        noise_key = jax.random.fold_in(key, 1)  # what is masked must not say what the noise is
+        noise_key = jax.random.fold_in(key, 1)  # the noise must be independent of the mask
         noise = {"noise": jax.random.split(noise_key, len(x_seen))} if self.encoder else {}
         return batch | {"x_seen": x_seen, "query_mask": query_mask} | noise
 
-    def totals(self, model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-        return totals(model, batch)
+    def totals(self, model: Aligner, batch: Batch) -> Totals:
+        return {name: value.sum() for name, value in sums(model, batch).items()}
 
-    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-        return counts(batch)
+    def counts(self, batch: Batch) -> Totals:
+        return {
+            "reconstruction/count": _known(batch).sum().astype(jnp.float32),
+            "sparse_ce/count": (batch["target"] >= 0).sum().astype(jnp.float32),
+        }
 
-    def value(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
-        return weighted_loss(totals, self.loss)
+    def value(self, totals: Totals) -> Float[Array, ""]:
+        aligned = jnp.maximum(totals["sparse_ce/count"], 1)
+        loss = self.loss.reconstruction * _mean(totals, "reconstruction")
+        loss += self.loss.sparse_ce * (totals["sparse_ce_unfloored"] / aligned)
+        if self.loss.alignment:
+            loss += self.loss.alignment * totals["alignment"] / aligned
+        return loss
 
-    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
+    def residues(self, batch: Batch) -> Int[Array, ""]:
         return (batch["x_length"] + batch["y_length"]).sum()
 
 
 def queries(
     x: Int[Array, "batch length"], key: PRNGKeyArray, mask_rate: float
 ) -> tuple[Int[Array, "batch length"], Bool[Array, "batch length"]]:
-    """x as the plan may see it, and the residues that reconstruction asks for."""
+    """Return x with masked residues, and the mask of the residues to reconstruct."""
     if not mask_rate:
         return x, x != vocab.PAD
     query_mask = (jax.random.uniform(key, x.shape) < mask_rate) & (x != vocab.PAD)
     return jnp.where(query_mask, vocab.MASK, x), query_mask
 
 
-def sums(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, "batch"]]:
-    """Sums over the residues of every pair, and under `<name>/count` how many; their quotients are the metrics.
+def sums(model: Aligner, batch: Batch) -> dict[str, Float[Array, "batch"]]:
+    """Sum each metric over the residues of every pair; count the residues as `<name>/count`.
 
-    `batch` holds, beside what the pipeline gives, `x_seen` (what queries are computed from) and `query_mask`, and while
-    training perhaps `noise`.
+    Args:
+      model: The aligner.
+      batch: A batch of the pipeline with `x_seen` (the x that queries are computed from) and `query_mask`, and in
+        training perhaps `noise`.
     """
     x_seen, y, target, *lengths = (batch[name] for name in ("x_seen", "y", "target", "x_length", "y_length"))
     transported, logits = model(x_seen, y, target, *lengths, noise=batch.get("noise"))
     nats = -jax.nn.log_softmax(logits)
     nats = jnp.take_along_axis(nats, jnp.clip(batch["x"] - 1, 0, len(vocab.RESIDUES) - 1)[..., None], -1)[..., 0]
-    aligned, log_target = batch["target"] >= 0, transported.log_target
-    error = jnp.abs(transported.barycenter - batch["target"])
+    aligned, log_target = target >= 0, transported.log_target
+    error = jnp.abs(transported.barycenter - target)
     per_residue = {
         "reconstruction": (nats, _known(batch)),
         "sparse_ce": (-jnp.maximum(log_target, math.log(LEAST_PROBABILITY)), aligned),
-        # The floor has no gradient just where one is needed most; outside the band there is none to be had.
+        # The floor has no gradient just where one is needed most; outside the band there is none.
         "sparse_ce_unfloored": (-log_target, aligned & jnp.isfinite(log_target)),
         "barycenter_mae": (error, aligned),
         "barycenter_within_1": (error <= 1, aligned),
     }
     if transported.log_plan is not None:
-        nll = ordering.negative_log_likelihood(
-            transported.log_plan, batch["target"], batch["x_length"], batch["y_length"], model.gaps()
-        )
-        # A pair's likelihood is of all its residues together; each aligned one bears the same part of it.
+        nll = pair_hmm.negative_log_likelihood(transported.log_plan, target, *lengths, gaps=model.gaps())
+        # The likelihood belongs to all residues of a pair together; each aligned one bears the same share.
         share = nll / jnp.maximum(aligned.sum(-1), 1)
         per_residue["alignment"] = (jnp.broadcast_to(share[:, None], aligned.shape), aligned)
     result = {"residual": transported.residual, "residual/count": jnp.ones_like(transported.residual)}
@@ -147,38 +155,16 @@ def sums(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, "bat
     return result
 
 
-def totals(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-    """`sums` over the whole batch."""
-    return {name: value.sum() for name, value in sums(model, batch).items()}
-
-
-def counts(batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-    """The counts that `weighted_loss` divides by, known without the model."""
-    return {
-        "reconstruction/count": _known(batch).sum().astype(jnp.float32),
-        "sparse_ce/count": (batch["target"] >= 0).sum().astype(jnp.float32),
-    }
-
-
-def means(totals: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
-    """The metrics of a batch."""
+def means(totals: Totals) -> Totals:
+    """Compute the metrics of a batch."""
     names = [name for name in totals if f"{name}/count" in totals and name != "sparse_ce_unfloored"]
-    return {name: _quotient(totals, name) for name in names}
+    return {name: _mean(totals, name) for name in names}
 
 
-def weighted_loss(totals: dict[str, Float[Array, ""]], config: LossConfig) -> Float[Array, ""]:
-    """The weighted loss."""
-    cross_entropy = totals["sparse_ce_unfloored"] / jnp.maximum(totals["sparse_ce/count"], 1)
-    loss = config.reconstruction * _quotient(totals, "reconstruction") + config.sparse_ce * cross_entropy
-    if config.alignment:
-        loss += config.alignment * totals["alignment"] / jnp.maximum(totals["sparse_ce/count"], 1)
-    return loss
-
-
-def _quotient(totals: dict[str, Float[Array, ""]], name: str) -> Float[Array, ""]:
+def _mean(totals: Totals, name: str) -> Float[Array, ""]:
     return totals[name] / jnp.maximum(totals[f"{name}/count"], 1)
 
 
-def _known(batch: dict[str, Array]) -> Bool[Array, "batch length"]:
-    """Residues whose reconstruction counts: asked for, and one of the twenty."""
+def _known(batch: Batch) -> Bool[Array, "batch length"]:
+    """Mark the residues to reconstruct that are one of the twenty."""
     return batch["query_mask"] & (batch["x"] > 0) & (batch["x"] <= len(vocab.RESIDUES))

@@ -1,13 +1,13 @@
-"""A second look at the scores: what a first plan found is spread along diagonals and added to them.
+"""Refine scores by the votes of a first plan, which are spread along diagonals and added to the scores.
 
-Sinkhorn's plan knows no order: that residues aligned one after the other in x are so in y, too, is what it cannot say.
-A first plan P votes for it. Positions travel through it as waves `exp(i w j)`; relative to the row's own position and
-averaged over nearby rows i' they are `sum_i'j' P_i'j' exp(i w (j' - i')) / n`, whose product with the wave of column j
-of row i is high where P has mass on the same diagonal: with weights a_w for the frequencies,
+A Sinkhorn plan has no order: it cannot express that neighbours in x are aligned with neighbours in y. A first plan P
+votes for it. P transports the positions of y as waves `exp(i w j)`. Taken relative to the position of their row, and
+averaged over n nearby rows i', they are `sum_i'j' P_i'j' exp(i w (j' - i')) / n`. Their product with the wave of
+column j, relative to row i, is high where P has mass on the same diagonal. With weights a_w of the frequencies,
 
     vote_ij = sum_i' 1/n sum_j' P_i'j' kappa((j' - i') - (j - i)),   kappa(d) = sum_w a_w cos(w d).
 
-So votes are scores of low rank, and attention needs no new input. The weights depend on what the plan brought to x.
+Votes are therefore scores of low rank, and attention needs no new input. The weights depend on what P sends to x.
 """
 
 import math
@@ -25,7 +25,7 @@ _FREQUENCIES = 24
 
 
 def waves(position: Int[Array, "batch length"]) -> Float[Array, "batch length waves"]:
-    """Cosines and sines of the positions at all frequencies."""
+    """Compute cosines and sines of the positions at all frequencies."""
     frequency = jnp.asarray(np.geomspace(_SLOWEST, math.pi, _FREQUENCIES), jnp.float32)
     angle = position[..., None].astype(jnp.float32) * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
@@ -34,7 +34,7 @@ def waves(position: Int[Array, "batch length"]) -> Float[Array, "batch length wa
 def turn(
     z: Float[Array, "*shape waves"], by: Float[Array, "*shape waves"], *, back: bool = False
 ) -> Float[Array, "*shape waves"]:
-    """Products of complex numbers given as real and imaginary halves; `back` by the conjugate of the second."""
+    """Multiply complex numbers, given as real and imaginary halves; `back` conjugates the second."""
     (a, b), (cos, sin) = jnp.split(z, 2, -1), jnp.split(by, 2, -1)
     sin = -sin if back else sin
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
@@ -43,7 +43,7 @@ def turn(
 def nearby_mean(
     z: Float[Array, "batch length channels"], real: Float[Array, "batch length 1"], reach: int
 ) -> Float[Array, "batch length channels"]:
-    """Mean over the real rows at most `reach` away; 0 at padding."""
+    """Average over the real rows at most `reach` away; 0 at padding."""
     if not reach:
         return z * real
     length = z.shape[1]
@@ -55,9 +55,9 @@ def nearby_mean(
 
 
 class Votes(nnx.Module):
-    """Extra channels of queries and keys; they change no score before any training.
+    """Extra channels of queries and keys, which change no score in an untrained model.
 
-    blocks: residual convolution blocks over x that weigh the votes, made by the caller.
+    blocks: Residual convolution blocks over x that weigh the votes.
     """
 
     def __init__(
@@ -80,12 +80,15 @@ class Votes(nnx.Module):
         h_y: Float[Array, "batch y_length width"],
         real: Float[Array, "batch x_length 1"],
     ) -> tuple[Float[Array, "batch x_length channels"], Float[Array, "batch y_length channels"]]:
-        """Channels of q and k. `brought`: what the first plan brings to x, values of y and then the waves of y."""
+        """Compute the channels of queries and keys.
+
+        `brought` holds values and then waves of y, as the first plan sends them to x; `mass` its row sums.
+        """
         rows, columns = (waves(jnp.arange(h.shape[1])[None]) for h in (h_x, h_y))
         brought, found = jnp.split(brought, [brought.shape[-1] - 2 * _FREQUENCIES], -1)
         own = turn(found, jnp.broadcast_to(rows, found.shape), back=True)
         near = [nearby_mean(jnp.concatenate([own, mass[..., None]], -1), real, reach) for reach in WINDOWS]
-        sizes = [jnp.concatenate([_size(z[..., :-1]), z[..., -1:]], -1) for z in near]
+        sizes = [jnp.concatenate([_magnitude(z[..., :-1]), z[..., -1:]], -1) for z in near]
         h = self.into(jnp.concatenate([h_x, brought, *sizes], -1))
         for block in self.blocks:
             h = block(h, real)
@@ -98,6 +101,6 @@ class Votes(nnx.Module):
         return q, k
 
 
-def _size(z: Float[Array, "*shape waves"]) -> Float[Array, "*shape half"]:
+def _magnitude(z: Float[Array, "*shape waves"]) -> Float[Array, "*shape half"]:
     a, b = jnp.split(z, 2, -1)
     return jnp.sqrt(jax.nn.relu(a * a + b * b) + 1e-6)

@@ -1,6 +1,6 @@
-"""A small Transformer that writes the sorted sequence, to compare kinds of self-attention (arXiv 2002.11296).
+"""A small Transformer that sorts a sequence, to compare kinds of self-attention (arXiv 2002.11296).
 
-Self-attention of encoder and decoder is what the configuration says; from decoder to encoder it is dense.
+The configuration chooses the self-attention of encoder and decoder; attention from decoder to encoder is dense.
 """
 
 import dataclasses
@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from models import attention
 from models.attention import BlockSpec
+from models.objectives import Batch, Totals
 
 
 @dataclasses.dataclass(frozen=True)
 class SorterConfig:
-    """`config.model` of the task. depth: layers of the encoder, and as many of the decoder; widths in channels."""
+    """`config.model` of the sorting task. depth: Layers of the encoder, and of the decoder. Widths are in channels."""
 
     width: int = 64
     heads: int = 4
@@ -30,7 +31,7 @@ class SorterConfig:
 
 
 class Layer(nnx.Module):
-    """Self-attention, attention to the encoder if there is one to see, two layers at every place; all residual."""
+    """Residual self-attention, attention to the encoder in the decoder only, and a two-layer perceptron."""
 
     def __init__(self, config: SorterConfig, spec: BlockSpec, *, sees_encoder: bool, rngs: nnx.Rngs):
         width = config.width
@@ -46,14 +47,14 @@ class Layer(nnx.Module):
     def __call__(self, h, length, noise, encoded=None):
         h += self.attention(self.norm(h), length, noise)
         if encoded is not None:
-            seen = (jnp.arange(encoded.shape[1]) < length[:, None])[:, None, None]
-            # An empty example attends to its padding, or there would be nothing to attend to.
-            h += self.cross(self.cross_norm(h), encoded, mask=seen | (length == 0)[:, None, None, None])
+            real = (jnp.arange(encoded.shape[1]) < length[:, None])[:, None, None]
+            # An empty example attends to its padding: softmax over nothing is NaN.
+            h += self.cross(self.cross_norm(h), encoded, mask=real | (length == 0)[:, None, None, None])
         return h + self.hidden_out(nnx.gelu(self.hidden_in(self.hidden_norm(h))))
 
 
 class Sorter(nnx.Module):
-    """Encoder and decoder. END is the largest token."""
+    """Encoder and decoder. The largest token begins and ends sequences."""
 
     def __init__(self, config: SorterConfig, spec: BlockSpec, symbols: int, *, rngs: nnx.Rngs):
         causal = dataclasses.replace(spec, sparse=dataclasses.replace(spec.sparse, causal=True, sortcut=None))
@@ -72,7 +73,7 @@ class Sorter(nnx.Module):
         length: Int[Array, "batch"],
         noise: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch places tokens"]:
-        """Logits of the token after each of y."""
+        """Compute logits of the token that follows each token of y."""
         return self.decode(y, self.encode(x, length, noise), length, noise)
 
     def encode(self, x, length, noise=None) -> Float[Array, "batch places width"]:
@@ -88,7 +89,7 @@ class Sorter(nnx.Module):
         return self.out(self.norm(h))
 
     def write(self, x: Int[Array, "batch places"], length: Int[Array, "batch"]) -> Int[Array, "batch places"]:
-        """The likeliest token at every place, given those before; 0 after the first END and from `length` on."""
+        """Write the likeliest tokens one after another (greedy); 0 after the first end and from `length` on."""
         encoded = self.encode(x, length)
         places = x.shape[1]
 
@@ -105,7 +106,7 @@ class Sorter(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class SortingObjective:
-    """What is trained: a sorter (a `models.objectives.Objective`)."""
+    """Objective of a sorter (a `models.objectives.Objective`)."""
 
     model: SorterConfig
     attention: BlockSpec
@@ -114,10 +115,10 @@ class SortingObjective:
     def make(self, rngs: nnx.Rngs) -> Sorter:
         return Sorter(self.model, self.attention, self.symbols, rngs=rngs)
 
-    def augment(self, batch: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+    def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         return batch | {"noise": jax.random.split(key, len(batch["x"]))}
 
-    def totals(self, model: Sorter, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+    def totals(self, model: Sorter, batch: Batch) -> Totals:
         logits = model(batch["x"], batch["y"], batch["length"], batch["noise"])
         real = batch["target"] > 0
         nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["target"][..., None], -1)[..., 0]
@@ -125,11 +126,11 @@ class SortingObjective:
         sums = {name: jnp.where(real, x, 0).sum() for name, x in (("cross_entropy", nats), ("accuracy", right))}
         return sums | {f"{name}/count": real.sum().astype(jnp.float32) for name in sums}
 
-    def counts(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+    def counts(self, batch: Batch) -> Totals:
         return {"cross_entropy/count": (batch["target"] > 0).sum().astype(jnp.float32)}
 
-    def value(self, totals: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+    def value(self, totals: Totals) -> Float[Array, ""]:
         return totals["cross_entropy"] / jnp.maximum(totals["cross_entropy/count"], 1)
 
-    def residues(self, batch: dict[str, Array]) -> Int[Array, ""]:
+    def residues(self, batch: Batch) -> Int[Array, ""]:
         return batch["length"].sum()

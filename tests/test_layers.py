@@ -13,7 +13,7 @@ LAYERS = {
     "ot_attention": set(),
     "data": set(),
     "models": {"ot_attention", "data"},
-    "training": {"models"},
+    "training": {"data", "models"},
     "alignment": {"data", "models"},
     "evaluation": {"data", "models", "training", "alignment"},
     "benchmarks": {"ot_attention", "data", "models", "training", "alignment", "evaluation"},

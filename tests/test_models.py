@@ -85,7 +85,7 @@ def test_certificates_are_those_of_the_plans_that_are_applied():
     np.testing.assert_allclose(certificates["plan"].residual[:, 0], transported.residual, rtol=1e-5)
     attend = model.encoder.blocks[1]
     h_y = model.encoder.blocks[0](model.encoder.embed(pair[1]), (pair[1] != vocab.PAD)[..., None].astype(float))
-    alone = attention.certify(attend.inputs(h_y, pair[3]))
+    alone = attention.certify(attend.attention.inputs(attend.norm(h_y), pair[3]))
     np.testing.assert_allclose(certificates["self-attention 1"].residual[4:], alone.residual, rtol=1e-4, atol=1e-6)
     assert alone.residual.shape == (4, SMALL.heads)
 
@@ -368,10 +368,9 @@ def test_loss_is_the_weighted_sum(updated):
     _, _, measured = updated  # reconstruction 1, sparse CE 0.5, two of whose targets lie outside the band
     totals = {"reconstruction": 6.0, "reconstruction/count": 3.0, "sparse_ce_unfloored": 12.0, "sparse_ce/count": 4.0}
     totals = {name: jnp.asarray(value) for name, value in totals.items()}
-    assert float(objectives.weighted_loss(totals, LossConfig(reconstruction=0.5, sparse_ce=2.0))) == pytest.approx(
-        0.5 * 2 + 2 * 3
-    )
-    assert float(objectives.weighted_loss(totals, LossConfig())) == pytest.approx(2)
+    for weights, expected in (({"reconstruction": 0.5, "sparse_ce": 2.0}, 0.5 * 2 + 2 * 3), ({}, 2)):
+        objective = AlignmentObjective(SMALL, SinkhornSpec(), LossConfig(**weights))
+        assert float(objective.value(totals)) == pytest.approx(expected)
     assert float(measured["reconstruction"]) < float(measured["loss"])
     assert float(measured["loss"]) < float(measured["reconstruction"] + 0.5 * measured["sparse_ce"])
 

@@ -30,14 +30,15 @@ from configs import aligner
 from data import pfam, pipeline, vocab
 from data.families import BadRecordError
 from evaluation import runs
-from models import objectives
+from models.objectives import AlignmentObjective
 from ot_attention import SinkhornSpec, sinkhorn_attention
 from tests import test_sharding as several
 from tests.support import tiny
 from training import checkpoints as kept
 from training import run_folder
-from training import run_folder as folder_of_a_run
 from training.checkpoints import Checkpoints, DamagedCheckpointError
+from training.nonfinite_guard import NonFiniteError, Verdict
+from training.session import Session
 
 CONFIG = f"--config={tiny.ROOT / 'configs/r2_dustbin.py'}"
 RATES = {"residues_per_second", "examples_per_second", "data_share"}
@@ -111,15 +112,16 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 def test_sigterm_saves_and_the_run_goes_on_to_the_last_bit(whole, tmp_path, monkeypatch):
     """Also the ids of every batch are those of the run that was not stopped."""
     seen: dict[str, list] = {"whole": [], "stopped": []}
-    judge, name = train.Judge.__call__, "stopped"
+    record, name = Session.record, "stopped"
 
-    def noting(self, step, batch, metrics, ids):
-        judge(self, step, batch, metrics, ids)
-        seen[name].append((step, np.asarray(ids).tolist()))
-        if name == "stopped" and step == 3 and not seen["whole"]:
+    def noting(self, step):
+        verdict = record(self, step)
+        seen[name].append((step.number, np.asarray(step.ids).tolist()))
+        if name == "stopped" and step.number == 3 and not seen["whole"]:
             signal.raise_signal(signal.SIGTERM)
+        return verdict
 
-    monkeypatch.setattr(train.Judge, "__call__", noting)
+    monkeypatch.setattr(Session, "record", noting)
     handler = signal.getsignal(signal.SIGTERM)
     folder = tmp_path / "stopped"
     with tiny.quick_compilation():
@@ -177,8 +179,8 @@ def test_the_program_ends_with_75_at_sigterm_and_refuses_a_second_one(tmp_path, 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from training.run_folder import held
-with held(Path(sys.argv[1])):
+from training.run_folder import run_lock
+with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -189,11 +191,11 @@ def test_a_killed_process_holds_no_folder(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="in use"), folder_of_a_run.held(tmp_path):
+    with pytest.raises(ValueError, match="in use"), run_folder.run_lock(tmp_path):
         pass
     process.kill()
     process.wait()
-    with folder_of_a_run.held(tmp_path):
+    with run_folder.run_lock(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -415,7 +417,7 @@ MARK = 1  # length of all sequences of the batch that is poisoned
 @pytest.fixture
 def poisoned(monkeypatch):
     """The losses of a batch of such lengths are NaN; batch 5 (and those named) of every stream is one."""
-    batches, drawn, totals = [5], pipeline.PairStream.__getitem__, objectives.totals
+    batches, drawn, totals = [5], pipeline.PairStream.__getitem__, AlignmentObjective.totals
 
     def with_one(self, step):
         batch = drawn(self, step)
@@ -423,12 +425,12 @@ def poisoned(monkeypatch):
             batch["x_length"][:] = batch["y_length"][:] = MARK
         return batch
 
-    def measured(model, batch):
+    def measured(self, model, batch):
         factor = jnp.where((batch["x_length"] == MARK).all(), jnp.nan, 1.0)
-        return {name: value * factor for name, value in totals(model, batch).items()}
+        return {name: value * factor for name, value in totals(self, model, batch).items()}
 
     monkeypatch.setattr(pipeline.PairStream, "__getitem__", with_one)
-    monkeypatch.setattr(loss, "totals", measured)
+    monkeypatch.setattr(AlignmentObjective, "totals", measured)
     return batches
 
 
@@ -473,13 +475,15 @@ def test_skip_leaves_the_update_out_and_resumes_exactly(poisoned, tmp_path, caps
 def test_rollback_goes_on_behind_the_bad_batch_and_resumes_exactly(poisoned, tmp_path, monkeypatch):
     """Back to step 4, or 2 if the fifth is met before 4 is checked; steps then count on with batch 6."""
     changes, trained = {"train__on_nonfinite": "rollback", "checkpoint__every": 3}, []
-    judge = train.Judge.__call__
+    record = Session.record
 
-    def noting(self, step, batch, *rest):
-        judge(self, step, batch, *rest)
-        trained.append((step, batch))
+    def noting(self, step):
+        verdict = record(self, step)
+        if verdict is not Verdict.ROLL_BACK:
+            trained.append((step.number, step.batch))
+        return verdict
 
-    monkeypatch.setattr(train.Judge, "__call__", noting)
+    monkeypatch.setattr(Session, "record", noting)
     with tiny.quick_compilation():
         train.train(config(**changes), tmp_path / "whole")
         assert trained == [(1, 1), (2, 2), (3, 3), (4, 4), (4, 6), (5, 7), (6, 8), (7, 9)]
@@ -500,7 +504,7 @@ def test_too_many_of_them_stop_the_run(poisoned, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_add_sums", lambda self: (time.sleep(3), add_sums(self)))
     poisoned.append(6)
     changes = {"train__on_nonfinite": "skip", "train__max_nonfinite": 1}
-    with tiny.quick_compilation(), pytest.raises(train.NonFiniteError, match=r"step 6: .*the last of 2 such steps"):
+    with tiny.quick_compilation(), pytest.raises(NonFiniteError, match=r"step 6: .*the last of 2 such steps"):
         train.train(config(**changes), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "2", "4"]
 

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 import train
+from configs import base as base_config
 from data import pfam, pipeline
 from evaluation import runs
 from tests.support import tiny
 from training import run_folder, sharding
 from training.checkpoints import Checkpoints
+from training.processes import join
 
 CONFIG = tiny.ROOT / "configs/r2_dustbin.py"
 # Heads, widths and the batch can be shared by 2, 4 and 8 devices.
@@ -82,11 +84,11 @@ TWO_PROCESSES = """
 import json, sys
 import jax, numpy as np
 from tests import test_sharding as shared
-import train
 from jax.experimental import multihost_utils
 from training import sharding
+from training.processes import gather, in_all_processes, join
 
-train.join(sys.argv[1], 2, int(sys.argv[2]))
+join(sys.argv[1], 2, int(sys.argv[2]))
 process = jax.process_index()
 
 def check():
@@ -95,23 +97,23 @@ def check():
     return process
 
 try:
-    train.in_all_processes(check)
+    in_all_processes(check)
     told = None
 except (OSError, ValueError) as error:
     told = str(error)
-assert train.in_all_processes(lambda: process) == process
+assert in_all_processes(lambda: process) == process
 mesh = sharding.make_mesh(sharding.MeshConfig(), 8)
 stream = shared.stream(*sharding.host_shard(mesh))
 batches = [sharding.from_hosts({"id": stream[step]["id"]}, mesh) for step in range(3)]
 ids = [multihost_utils.process_allgather(batch["id"], tiled=True).tolist() for batch in batches]
-print(json.dumps([told, ids, train.gather("é" * (process + 1))]))
+print(json.dumps([told, ids, gather("é" * (process + 1))]))
 """
 
 
 def config(base=None, **overrides):
     """The tiny configuration with what these tests change."""
     if base is None:
-        base = train.base.get_config()
+        base = base_config.get_config()
         base.attention.dustbin = "full"
     changes = tiny.OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
     with base.ignore_type():
@@ -351,9 +353,9 @@ def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path, cache):
             lambda: sharding.make_mesh(sharding.MeshConfig(2), 5, [*jax.devices() * 2]),
             r"batch_size=5 must be divisible by mesh\.data=2",
         ),
-        (lambda: train.join("host:1", 2, None), "--coordinator=host:1 needs --processes=N and --process=I"),
-        (lambda: train.join("host:1", 2, 2), "I from 0 to N - 1; given were 2 and 2"),
-        (lambda: train.join(None, 2, 0), "--processes and --process need --coordinator"),
+        (lambda: join("host:1", 2, None), "--coordinator=host:1 needs --processes=N and --process=I"),
+        (lambda: join("host:1", 2, 2), "I from 0 to N - 1; given were 2 and 2"),
+        (lambda: join(None, 2, 0), "--processes and --process need --coordinator"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(make, named):

@@ -14,6 +14,9 @@ import train
 from evaluation import runs
 from tests.support import tiny
 from training.checkpoints import Checkpoints
+from training.nonfinite_guard import NonFiniteError
+from training.run_folder import check_workdir
+from training.session import Session
 
 RATES = {"residues_per_second", "examples_per_second", "data_share"}
 
@@ -83,15 +86,16 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(finished, tmp_path, m
     whole, workdir = tmp_path / "whole", tmp_path / "stopped"
     config = tiny.config_of(finished)
     train.train(config, whole)
-    judge = train.Judge.__call__
+    record = Session.record
 
-    def stop_after_step_5(self, step, *rest):
-        judge(self, step, *rest)
-        if step == 5:
+    def stop_after_step_5(self, step):
+        verdict = record(self, step)
+        if step.number == 5:
             raise KeyboardInterrupt
+        return verdict
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Judge, "__call__", stop_after_step_5)
+        patch.setattr(Session, "record", stop_after_step_5)
         with pytest.raises(KeyboardInterrupt):
             train.train(config, workdir)
     wait_for(workdir / "checkpoints" / "3")
@@ -131,7 +135,7 @@ def test_the_folder_of_another_run_is_refused_untouched(finished):
 
 def test_what_does_not_change_the_model_may_change(finished):
     free = {"total_steps": 9, "log__every": 2, "log__eval_pairs": 8, "checkpoint__keep": 3, "data__prefetch": 2}
-    train.check_workdir(finished, tiny.config_of(finished, **free))
+    check_workdir(finished, tiny.config_of(finished, **free))
 
 
 def test_a_mistaken_setting_leaves_no_folder(finished, tmp_path):
@@ -159,7 +163,7 @@ def test_non_finite_loss_stops_before_anything_of_it_is_kept(finished, tmp_path,
         checkpoint__keep=9,
         log__eval_every=0,
     )
-    with tiny.quick_compilation(), pytest.raises(train.NonFiniteError, match=r"step 2: loss nan.*nonfinite_2\.json"):
+    with tiny.quick_compilation(), pytest.raises(NonFiniteError, match=r"step 2: loss nan.*nonfinite_2\.json"):
         train.train(config, tmp_path)
     told = json.loads((tmp_path / "nonfinite_2.json").read_text())
     assert told["step"] == 2 and not np.isfinite(told["metrics"]["loss"])

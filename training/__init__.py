@@ -1,1 +1,1 @@
-"""Train a model: state and update, checkpoints, meshes of devices, the folder of a run."""
+"""Train a model: state and update, devices and processes, checkpoints, the folder and the session of a run."""

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written asynchronously, each with checksums, without which nothing of it is trusted.
+"""Checkpoints of a run, written asynchronously and guarded by checksums.
 
-Orbax notices most missing and truncated files; a flipped bit in an array or in the iterator's state it reads as if it
-were true (docs/reliability.md). So every checkpoint holds SHA256SUMS of its files, written before Orbax commits it by
-renaming: a checkpoint that is there has them.
+Orbax notices most missing and truncated files, but reads flipped bits in an array or in the iterator's state as if they
+were true (docs/reliability.md). Every checkpoint therefore holds SHA256SUMS of its files. They are written before Orbax
+commits the checkpoint by renaming it, so each complete checkpoint has them.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from training.processes import is_first_process
 from training.state import TrainState
 
 SUMS = "SHA256SUMS"
-DAMAGED = ".damaged"  # suffix of checkpoints that were set aside
-# Orbax writes these after the sums, and reads nothing from them.
+# Orbax writes these after the sums, and restores nothing from them.
 _UNCHECKED = frozenset({SUMS, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
@@ -30,10 +30,10 @@ class DamagedCheckpointError(ValueError):
 class Checkpoints:
     """Checkpoints of a run in `<workdir>/checkpoints`: state, data iterator and configuration, written asynchronously.
 
-    All processes of a run call the same methods; the folder is one that all of them see. What is restored may have been
-    saved from another mesh and by another number of processes.
+    All processes of a run share the folder and call the same methods. A checkpoint can be restored on another mesh and
+    by another number of processes.
 
-    keep: the newest so many stay; keep_every: and all whose step is a multiple of it (0 for none).
+    keep: Number of newest checkpoints that stay. keep_every: Multiples of this step stay, too; 0 for none.
     """
 
     def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
@@ -41,7 +41,7 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             keep_period=keep_every or None,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # of saves that were killed
+            cleanup_tmp_directories=not read_only,  # left by saves that were killed
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_sums),
         )
         self.directory = workdir.absolute() / "checkpoints"
@@ -54,7 +54,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, iterator: dict, config: dict) -> None:
-        """Starts saving; does nothing if this step is saved already. Raises OSError if the last save failed."""
+        """Start saving, unless this step is saved already. Raises OSError if the previous save failed."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -69,11 +69,15 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """State and iterator state of a step, by default the newest; the arrays lie as those of `like` do.
+        """Return state and iterator state of a checkpoint.
+
+        Args:
+          like: Shapes, dtypes and shardings of the state (`Trainer.abstract_state`).
+          step: Step of the checkpoint; None for the newest.
 
         Raises:
-          FileNotFoundError: there is no checkpoint, or none of that step; lists those there are.
-          DamagedCheckpointError: it is not what was saved; names the files.
+          FileNotFoundError: There is no such checkpoint.
+          DamagedCheckpointError: Files differ from what was saved.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
@@ -91,7 +95,7 @@ class Checkpoints:
         return TrainState(**restored["state"]), restored["iterator"]
 
     def wait(self) -> None:
-        """For the last save. Raises OSError if it failed, on a full disk for example."""
+        """Wait for the pending save. Raises OSError if it failed, on a full disk for example."""
         with self._failing_clearly():
             self._manager.wait_until_finished()
 
@@ -99,31 +103,32 @@ class Checkpoints:
     def _failing_clearly(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever kind: Orbax's, TensorStore's, the file system's
+        except Exception as error:  # any kind: Orbax's, TensorStore's, the file system's
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise OSError(
-                f"the checkpoint of step {self._saving} could not be written to {self.directory} ({_brief(error)}). "
+                f"the checkpoint of step {self._saving} could not be written to {self.directory} ({reason}). "
                 "Earlier ones are whole: free space there and start again to resume from the last"
             ) from error
 
     def close(self) -> None:
-        """Waits for the last save."""
+        """Wait for the pending save, and release Orbax's resources."""
         self.wait()
         self._manager.close()
 
     def _add_sums(self) -> None:
-        """Of the checkpoint that Orbax is about to commit; called in its thread."""
-        if jax.process_index() == 0:
+        """Write the checksums of the checkpoint that Orbax is about to commit. Orbax's thread calls it."""
+        if is_first_process():
             (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
             (folder / SUMS).write_text("".join(f"{line}\n" for line in _sums(folder)))
 
 
 def set_damaged_aside(workdir: Path) -> list[str]:
-    """Renames checkpoints that are newer than the last good one, and damaged, to `<step>.damaged`; says which and why.
+    """Rename damaged checkpoints that are newer than the last good one to `<step>.damaged`. Nothing is deleted.
 
-    For one process, before any `Checkpoints` of the folder is made. Nothing is deleted.
+    One process may call it, before any `Checkpoints` of the folder is made. It returns a message for each of them.
 
     Raises:
-      DamagedCheckpointError: there are checkpoints and none is good; nothing is renamed.
+      DamagedCheckpointError: There are checkpoints and none is good; nothing is renamed.
     """
     found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     damaged = {}
@@ -136,18 +141,18 @@ def set_damaged_aside(workdir: Path) -> list[str]:
             f"{workdir / 'checkpoints'} holds no good checkpoint: {'; '.join(damaged.values())}. Bring one back from a "
             "copy, or start anew in another --workdir"
         )
-    return [f"{told}; it is now {_rename(folder)}" for folder, told in damaged.items()]
+    return [f"{message}; it is now {_rename(folder)}" for folder, message in damaged.items()]
 
 
 def _rename(folder: Path) -> str:
-    names = (f"{folder.name}{DAMAGED}" + (f".{n}" if n else "") for n in itertools.count())
+    names = (f"{folder.name}.damaged" + (f".{n}" if n else "") for n in itertools.count())
     return folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists())).name
 
 
 def damage_of(folder: Path) -> str | None:
-    """What differs from the checksums of a checkpoint; None if nothing does, or with a warning if nothing can tell.
+    """Compare a checkpoint with its checksums; return None if they agree, else a message.
 
-    None of the checkpoints of versions before checksums has any; where one beside it has them, they were lost.
+    Old versions wrote no checksums: a run that has none at all is accepted with a warning.
     """
     path = folder / SUMS
     if not path.exists():
@@ -155,8 +160,10 @@ def damage_of(folder: Path) -> str | None:
             return f"{SUMS} is missing"
         warnings.warn(f"{folder} has no checksums, an older version wrote it: used unchecked", stacklevel=2)
         return None
-    expected = dict(line.split("  ", 1)[::-1] for line in path.read_text(errors="replace").splitlines() if "  " in line)
-    found = dict(line.split("  ", 1)[::-1] for line in _sums(folder))
+    listed = path.read_text(errors="replace").splitlines()
+    expected, found = (
+        dict(line.split("  ", 1)[::-1] for line in lines if "  " in line) for lines in (listed, _sums(folder))
+    )
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         return f"{len(wrong)} of {len(expected)} files missing, changed or unknown: {', '.join(wrong[:3])}"
@@ -164,15 +171,11 @@ def damage_of(folder: Path) -> str | None:
 
 
 def _sums(folder: Path) -> list[str]:
-    """Lines of `sha256sum`, which can check them: digest, two blanks, name below the folder."""
-    files = (p for p in folder.rglob("*") if p.is_file() and (p.parent != folder or p.name not in _UNCHECKED))
-    return [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}" for path in sorted(files)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """Make the lines of `sha256sum`, which can check them: digest, two blanks, name below the folder."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (path.parent != folder or path.name not in _UNCHECKED):
+            with path.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder).as_posix()}")
+    return lines

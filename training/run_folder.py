@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, which run it holds, its metrics."""
+"""Guard the folder of a run against a second writer and another configuration; keep the log of its metrics."""
 
 import contextlib
 import fcntl
@@ -12,28 +12,19 @@ from pathlib import Path, PurePath
 import jax
 from ml_collections import ConfigDict
 
-# What may change when a run goes on; anything else makes it another run.
-_FREE_KEYS = (
-    "total_steps",
-    "train.",
-    "checkpoint.",
-    "log.",
-    "mesh.",
-    "data.workers",
-    "data.prefetch",
-    "data.max_bad_records",
-    "model.implementation",
-)
+from training.processes import is_first_process
+
+# Beginnings of the settings that may change when a run is resumed. Any other change makes it another run.
+_FREE_DATA = "data.workers", "data.prefetch", "data.max_bad_records"
+_FREE_KEYS = "total_steps", "train.", "checkpoint.", "log.", "mesh.", *_FREE_DATA, "model.implementation"
 
 
 @contextlib.contextmanager
 def run_lock(workdir: Path) -> Iterator[None]:
-    """No other process can hold the folder, which is made if need be; a process that dies, however, lets go.
+    """Lock the folder, which is made if it is missing. Raises ValueError if another process holds the lock.
 
-    By flock(2): also on NFS of Linux, but not on every network disk, and not through object stores mounted as one.
-
-    Raises:
-      ValueError: another process holds it.
+    The lock is released when the process exits, even by SIGKILL. It is flock(2), which works on NFS of Linux, but not
+    on every network disk and not on object stores mounted as a disk.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("a+") as file:
@@ -55,39 +46,35 @@ def run_lock(workdir: Path) -> Iterator[None]:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Raises ValueError if the folder holds a run of another configuration."""
-    path, wanted = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
-        changed = [
-            f"{key} was {old!r}, is {new!r}"
-            for key, old, new in differences(_read_settings(path), wanted)
-            if not key.startswith(_FREE_KEYS)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir to "
-                "start a new run, or the same values to go on with this one"
-            )
+    """Raise ValueError if the folder holds a run of another configuration."""
+    if not (workdir / "config.json").exists():
+        return
+    old, new = (json.loads(settings.to_json()) for settings in (read_config(workdir), config))
+    found = [one for one in differences(old, new) if not one[0].startswith(_FREE_KEYS)]
+    changed = [f"{key} was {was!r}, is {now!r}" for key, was, now in found]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir to "
+            "start a new run, or the same values to go on with this one"
+        )
 
 
-def write_settings(workdir: Path, settings: str) -> None:
-    """Once, whatever the number of processes."""
-    if jax.process_index() == 0:
-        replace(workdir / "config.json", settings)
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    replace(workdir / "config.json", _as_text(config))
 
 
-def check_shared(workdir: Path, settings: str) -> None:
-    """Raises ValueError unless this process sees what the first one wrote."""
+def check_shared(workdir: Path, config: ConfigDict) -> None:
+    """Raise ValueError unless this process sees the configuration that the first one wrote, and has the same."""
     path = workdir / "config.json"
-    if not path.exists() or path.read_text() != settings:
+    if not path.exists() or path.read_text() != _as_text(config):
         raise ValueError(
             f"{path} is not what process 0 wrote, in process {jax.process_index()}: give all processes the same "
             "options, and a --workdir on a disk that they share"
         )
 
 
-def differences(old: dict, new: dict, prefix: str = ""):
-    """Dotted names of what differs, with both values."""
+def differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    """Yield the dotted name and both values of every setting that differs."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key, {}), new.get(key, {})
         if isinstance(a, dict) and isinstance(b, dict):
@@ -97,7 +84,7 @@ def differences(old: dict, new: dict, prefix: str = ""):
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the power fails, and its folder."""
+    """Write a file, and its folder, so that it is whole or absent even after a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
@@ -108,6 +95,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def read_config(workdir: Path) -> ConfigDict:
+    """Read the configuration of a run. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run (no config.json): train one with --workdir={workdir}")
@@ -115,12 +103,13 @@ def read_config(workdir: Path) -> ConfigDict:
         return ConfigDict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): take it from config/metadata of the newest checkpoint"
+            f"{path} is damaged ({error}): take it from config/metadata of the newest checkpoint, or remove it if the "
+            "run's options are known: train.py writes it again"
         ) from error
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """Lines of metrics.jsonl; none where there is no such file. One without its end is cut off, and left out."""
+    """Read the lines of metrics.jsonl, if there is one. A last line without its end is left out."""
     path, rows = workdir / "metrics.jsonl", []
     *lines, _ = path.read_text(errors="replace").split("\n") if path.exists() else [""]
     for n, line in enumerate(lines, start=1):
@@ -132,32 +121,34 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 class MetricsLog:
-    """Lines of metrics.jsonl, and the same to W&B. Counts in every process, writes in the first."""
+    """Lines of metrics.jsonl, and the same in W&B. Counts in every process, writes in the first.
+
+    waited: Seconds that the steps since the last line waited for their batches.
+    """
 
     def __init__(self, workdir: Path, config: ConfigDict, start: int):
         self.workdir, self.path, self.every = workdir, workdir / "metrics.jsonl", config.log.every
         self.residues_per_second = 0.0
-        self.waited = 0.0  # seconds, for batches
-        self._time, self._residues, self._examples = time.perf_counter(), 0, 0
-        self._leads = jax.process_index() == 0
+        self._restart_rates()
         self.rewind(start)
-        self._wandb = _start_wandb(workdir, config) if self._leads and config.log.wandb != "disabled" else None
+        wanted = is_first_process() and config.log.wandb != "disabled"
+        self._wandb = _start_wandb(workdir, config) if wanted else None
 
     def rewind(self, start: int) -> None:
-        """Drops the lines of later steps, beyond which a run resumes; all of them if nothing was trained yet."""
-        if jax.process_index() == 0 and self.path.exists():
+        """Drop the lines of steps after `start`, from which the run continues; all lines if `start` is 0."""
+        if is_first_process() and self.path.exists():
             kept = [row for row in read_metrics(self.workdir) if row["step"] <= start and start > 0]
             replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def was_validated(self, step: int) -> bool:
-        """Whether the step has its validation: a run may be killed between a checkpoint and that."""
+        """Tell whether the step has its validation: a run may be killed between a checkpoint and its validation."""
         rows = read_metrics(self.workdir)
         return any(row["step"] == step and any(name.startswith("validation/") for name in row) for row in rows)
 
     def step(self, step: int, values: dict[str, float], examples: int, residues: int) -> None:
-        """Counts a training step; every so many steps writes a line with the rates since the last one."""
+        """Count a training step; every `log.every` steps, write its metrics and the rates since the last line."""
         self.count(examples, residues)
-        seconds = time.perf_counter() - self._time
+        seconds = time.perf_counter() - self._since
         if step % self.every == 0 or step == 1:
             self.residues_per_second = self._residues / seconds
             rates = {
@@ -168,25 +159,30 @@ class MetricsLog:
             self.write(step, values | rates)
 
     def count(self, examples: int, residues: int) -> None:
-        """Of a step, for the rates."""
-        self._residues, self._examples = self._residues + residues, self._examples + examples
+        """Add a step's work to the rates."""
+        self._residues += residues
+        self._examples += examples
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line; the clock of the rates starts anew."""
-        if self._leads:
+        """Write a line, and start the rates anew."""
+        if is_first_process():
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
         if self._wandb:
             self._wandb.log(values, step=step)
-        self.waited, self._time, self._residues, self._examples = 0.0, time.perf_counter(), 0, 0
+        self._restart_rates()
 
     def close(self) -> None:
         if self._wandb:
             self._wandb.finish()
 
+    def _restart_rates(self) -> None:
+        self.waited, self._since = 0.0, time.perf_counter()
+        self._residues = self._examples = 0
+
 
 def without_folders(values: dict) -> dict:
-    """The same settings, absolute paths cut to their last part: what leaves the machine does not tell of its disks."""
+    """Cut absolute paths in settings to their last part, so that no path leaves the machine."""
 
     def shown(value):
         if isinstance(value, dict):
@@ -197,7 +193,7 @@ def without_folders(values: dict) -> dict:
 
 
 def _start_wandb(workdir: Path, config: ConfigDict):
-    """A W&B run that stores metrics and settings, and nothing of the machine, its user, its paths or the command."""
+    """Start a W&B run that stores metrics and settings, and nothing of the machine, its user, paths or command."""
     import wandb  # not needed by runs with config.log.wandb=disabled
 
     logging.getLogger("wandb").addFilter(lambda record: record.levelno >= logging.WARNING)  # it logs every path
@@ -221,11 +217,5 @@ def _start_wandb(workdir: Path, config: ConfigDict):
     )
 
 
-def _read_settings(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): take it from config/metadata of the newest checkpoint, or remove it if the "
-            "run's options are those given now"
-        ) from error
+def _as_text(config: ConfigDict) -> str:
+    return json.dumps(json.loads(config.to_json()), indent=1) + "\n"

@@ -1,6 +1,7 @@
-"""Where arrays lie when several devices train: batches over the mesh axis "data", matrices over "model".
+"""Place arrays on several devices: batches are cut over the mesh axis "data", matrices over "model".
 
-XLA's partitioner places everything but the attention, which runs on each device's part (models/attention.py).
+XLA's partitioner follows these placements everywhere but in the attention, which each device computes for its part
+(models/attention.py).
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ from models.mesh import DATA, MODEL
 
 # Parameter (layer, name) -> the dimension that is cut over "model". As in Megatron-LM (arXiv 1909.08053) the first
 # matrix of a block is cut by outputs, the second by inputs: a block needs one sum over devices, not two exchanges.
-# Everything else is on all devices: what it would save is less than what it would send.
+# Everything else is whole on all devices: cutting it would send more than it saves.
 _CUT = {
-    ("mix", "kernel"): -1,  # of a convolution block
+    ("mix", "kernel"): -1,  # convolution block
     ("mix", "bias"): -1,
-    ("project", "kernel"): -2,  # of self-attention, by heads: [width, 3, heads, head width]
+    ("project", "kernel"): -2,  # self-attention, by heads: [width, 3, heads, head width]
     ("dustbin", "_score"): -1,
-    ("out", "kernel"): 0,  # of both
+    ("out", "kernel"): 0,  # both
     ("decoder_in", "kernel"): -1,
     ("decoder_in", "bias"): -1,
     ("decoder_out", "kernel"): 0,
@@ -32,10 +33,10 @@ _CUT = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """`config.mesh`: how many devices there are along each axis.
+    """`config.mesh`: number of devices along each axis.
 
-    data: groups of devices that share a batch; -1 for as many as there are.
-    model: devices in such a group, which share its matrices and heads.
+    data: Groups of devices; the groups share a batch. -1 uses all devices.
+    model: Devices in a group, which share its matrices and heads.
     """
 
     data: int = -1
@@ -49,14 +50,16 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run, by default over all devices of all processes; each process has neighbouring rows of a batch.
+    """Make the mesh of a run. Each process holds neighbouring rows of a batch.
 
     Args:
-      batch_size: Pairs a step, over all devices.
+      config: Devices along each axis.
+      batch_size: Examples of a step, over all devices.
+      devices: Devices to use; None for all devices of all processes.
 
     Raises:
-      ValueError: more devices asked for than there are, devices of several processes left over, a batch that cannot be
-        shared evenly; names the key.
+      ValueError: There are too few devices, devices of several processes are left over, or the batch cannot be shared
+        evenly.
     """
     found = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
     data = config.data if config.data != -1 else max(len(found) // config.model, 1)
@@ -75,7 +78,7 @@ def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device]
 
 
 def host_shard(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process reads, of how many: `shard_index` and `shard_count` of the pipeline.
+    """Return `shard_index` and `shard_count` of the pipeline: the part of every batch that this process reads.
 
     Processes whose devices are in the same group read the same part.
     """
@@ -84,7 +87,7 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
 
 
 def _rows_of(mesh: Mesh, process: int) -> range:
-    """Rows of the mesh that hold devices of a process. Raises ValueError unless that cuts the mesh evenly."""
+    """Return the rows of the mesh with devices of a process. Raises ValueError unless processes cut it evenly."""
     theirs = [n for n, row in enumerate(mesh.devices) if any(device.process_index == process for device in row)]
     rows = range(theirs[0], theirs[-1] + 1)
     whole = len({device.process_index for device in mesh.devices[rows.start : rows.stop].flat}) == 1
@@ -96,7 +99,7 @@ def _rows_of(mesh: Mesh, process: int) -> range:
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Where parameters, or whatever holds trees of them (averages, the optimiser's moments), lie."""
+    """Place parameters, and trees that hold copies of their tree (average, moments of the optimiser)."""
 
     def place(path, x):
         names = tuple(getattr(key, "key", None) for key in path[-2:])
@@ -109,27 +112,27 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def by_example(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose leading axis is the batch."""
+    """Cut arrays along their first axis, the examples."""
     return NamedSharding(mesh, P(DATA))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """Of arrays that every device holds whole."""
+    """Keep arrays whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def from_hosts(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """The global batch, of which every process gives its part (`host_shard`)."""
+    """Make the global batch from the part that each process has (`host_shard`)."""
     return {name: jax.make_array_from_process_local_data(by_example(mesh), x) for name, x in batch.items()}
 
 
 def from_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """The global batch, which every process gives whole."""
+    """Make the global batch, which every process has whole."""
     return {name: jax.make_array_from_callback(x.shape, by_example(mesh), x.__getitem__) for name, x in batch.items()}
 
 
 def on(mesh: Mesh, function: Callable) -> Callable:
-    """The function, in which `models.mesh.current()` is the mesh wherever it is traced."""
+    """Wrap a function so that `models.mesh.current()` is the mesh while it is traced."""
 
     @functools.wraps(function)
     def in_context(*arguments):

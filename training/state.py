@@ -1,7 +1,6 @@
-"""What a run has to remember, parameters, optimiser, moving average, step, and how it is updated."""
+"""The state of a run (step, parameters, their moving average, optimiser) and the update of a training step."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from models import objectives
 from models.mesh import DATA
@@ -24,8 +23,8 @@ from training import sharding
 class OptimizerConfig:
     """`config.optimizer`: AdamW with linear warm-up and cosine decay to `final_fraction` of the rate.
 
-    accumulate: parts a batch is cut into, one after the other, for batches that do not fit into memory at once.
-    ema: decay of the moving average of the parameters, which is what is evaluated.
+    accumulate: Parts that a batch is cut into and computed one after the other, to save memory.
+    ema: Decay of the moving average of the parameters; the average is evaluated.
     """
 
     learning_rate: float = 2e-3
@@ -41,23 +40,22 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"optimizer.ema={self.ema} must be at least 0 and below 1")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError(
-                f"optimizer.learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be above 0"
-            )
+        if min(self.learning_rate, self.clip_norm) <= 0:
+            given = f"optimizer.learning_rate={self.learning_rate} and optimizer.clip_norm={self.clip_norm}"
+            raise ValueError(f"{given} must be above 0")
 
     def schedule(self, total_steps: int) -> optax.Schedule:
         warmup = min(self.warmup_steps, total_steps - 1)
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if warmup else self.learning_rate,
-            self.learning_rate,
-            warmup,
-            total_steps,
-            self.learning_rate * self.final_fraction,
-        )
+        peak, start = self.learning_rate, 0.0 if warmup else self.learning_rate
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, total_steps, peak * self.final_fraction)
+
+
+Evaluation = Callable[[PyTree, Mapping[str, np.ndarray]], PyTree]  # parameters, batch -> result
 
 
 class TrainState(NamedTuple):
+    """Everything that an update changes, and a checkpoint holds."""
+
     step: Int[Array, ""]
     params: PyTree
     ema: PyTree
@@ -66,9 +64,8 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The model's structure and the update rule: what is fixed while `TrainState` changes. Hashable by identity."""
+    """Structure of the model and rule of the update, fixed while `TrainState` changes."""
 
-    initial: Callable[[], TrainState]  # pure; `initial_state` computes it
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -83,34 +80,28 @@ class Trainer:
             optax.clip_by_global_norm(settings.clip_norm),
             optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=_is_matrix),
         )
+        graph = nnx.graphdef(nnx.eval_shape(lambda: objective.make(nnx.Rngs(seed))))
+        return cls(graph, optimizer, schedule, settings, objective, seed)
 
-        def make_model() -> nnx.Module:
-            return objective.make(nnx.Rngs(seed))
-
-        def initial() -> TrainState:
-            params = nnx.to_pure_dict(nnx.state(make_model()))
-            return TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-
-        graph = nnx.graphdef(nnx.eval_shape(make_model))
-        return cls(initial, graph, optimizer, schedule, settings, objective, seed)
+    def initial(self) -> TrainState:
+        """Compute the state before training on one device."""
+        params = nnx.to_pure_dict(nnx.state(self.objective.make(nnx.Rngs(self.seed))))
+        return TrainState(jnp.array(0, jnp.int32), params, jax.tree.map(jnp.copy, params), self.optimizer.init(params))
 
     def abstract_state(self, mesh: Mesh) -> TrainState:
-        """Shapes, dtypes and shardings of the state on a mesh, whose devices need not be there."""
+        """Return shapes, dtypes and shardings of the state on a mesh, whose devices need not exist."""
         state = jax.eval_shape(self.initial)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            state,
-            sharding.shardings(state, mesh),
-        )
+        placed = sharding.shardings(state, mesh)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed)
 
     def initial_state(self, mesh: Mesh) -> TrainState:
-        """Computed where it lies; the random numbers in it do not depend on the mesh."""
+        """Compute the initial state on the devices that hold it; its random numbers do not depend on the mesh."""
         return jax.jit(self.initial, out_shardings=_shardings(self.abstract_state(mesh)))()
 
     def compiled_update(self, mesh: Mesh) -> jax.stages.Wrapped:
-        """`update` on a mesh. The state given is used up; the metrics are on all devices.
+        """Compile `update` for a mesh. It consumes the state that it is given; its metrics are on all devices.
 
-        It can be lowered from `abstract_state` and `abstract_batch` for devices that are not there.
+        It can be lowered from `abstract_state` and `abstract_batch` for devices that do not exist.
         """
         state = _shardings(self.abstract_state(mesh))
         return jax.jit(
@@ -120,10 +111,8 @@ class Trainer:
             donate_argnums=0,
         )
 
-    def compiled_evaluation(
-        self, evaluate: Callable, mesh: Mesh
-    ) -> Callable[[PyTree, Mapping[str, np.ndarray]], PyTree]:
-        """`evaluate(params, batch)` on a mesh: every process gives the whole batch and gets the whole result."""
+    def compiled_evaluation(self, evaluate: Callable, mesh: Mesh) -> Evaluation:
+        """Compile `evaluate(params, batch)` for a mesh. Each process passes whole batches and gets whole results."""
         params = _shardings(self.abstract_state(mesh).params)
         compiled = jax.jit(
             sharding.on(mesh, evaluate),
@@ -136,15 +125,15 @@ class Trainer:
         return nnx.merge(self.graph, params)
 
     def update(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One step: the new state and scalar metrics of the batch before the update.
+        """Take one training step; return the new state, and the metrics of the batch before the update.
 
-        Where loss, gradient or new parameters are not finite, the metric `finite` is 0 and only counts of steps change.
+        If loss, gradient or new parameters are not finite, the metric `finite` is 0 and only counts of steps change.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         grads, totals = self._gradients(state.params, self.objective.augment(batch, key))
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        # A young average forgets faster, or the initial parameters would stay in it for 1 / (1 - ema) steps.
+        # A young average decays faster, or the initial parameters would stay in it for 1 / (1 - ema) steps.
         decay = jnp.minimum(self.settings.ema, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
         metrics = objectives.means(totals) | {
@@ -153,15 +142,15 @@ class Trainer:
             "learning_rate": self.schedule(state.step),
             "residues": self.objective.residues(batch),
         }
-        # Squares of a gradient whose norm is finite are finite, and so are the moments of the optimiser.
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"]) & _is_finite(params)
+        # A gradient of finite norm has finite squares, so the moments of the optimiser are finite.
+        checked = [metrics["loss"], metrics["gradient_norm"], *jax.tree.leaves(params)]
+        finite = jnp.stack([jnp.isfinite(x).all() for x in checked]).all()
         new = TrainState(state.step + 1, params, ema, optimizer)
-        return jax.tree.map(functools.partial(_unless_count, finite), new, state), metrics | {
-            "finite": finite.astype(jnp.float32)
-        }
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old) if _is_float(new) else new, new, state)
+        return new, metrics | {"finite": finite.astype(jnp.float32)}
 
     def _gradients(self, params: PyTree, batch: dict[str, Array]) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
-        """Gradient of the loss and sums of the metrics over the batch, part by part."""
+        """Compute the gradient of the loss and the totals of the metrics, one part of the batch after the other."""
         counts = self.objective.counts(batch)
 
         def part_loss(params, part):
@@ -172,12 +161,11 @@ class Trainer:
         parts, mesh = self.settings.accumulate, current_mesh()
         groups = mesh.shape[DATA] if mesh else 1
         if len(batch["x"]) % (parts * groups):
-            times = f" times mesh.data={groups}" if mesh else ""
-            of = f"the batch of {len(batch['x'])} examples"
-            raise ValueError(f"optimizer.accumulate={parts}{times} must divide {of}")
-        # Every so many pairs, so that devices which share a batch share each part.
+            asked = f"optimizer.accumulate={parts}" + (f" times mesh.data={groups}" if mesh else "")
+            raise ValueError(f"{asked} must divide the batch of {len(batch['x'])} examples")
+        # A part holds every `parts`-th example, so that devices which share a batch share each part.
         batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
-        # Not a loop of JAX: on CPUs XLA takes 80 times as long for a convolution's weight gradient inside one.
+        # No loop of JAX: inside one, XLA on CPUs takes 80 times as long for the weight gradient of a convolution.
         done = gradient(params, jax.tree.map(lambda x: x[:, 0], batch))
         for n in range(1, parts):
             params, done = jax.lax.optimization_barrier((params, done))  # or all parts would be in memory at once
@@ -187,11 +175,11 @@ class Trainer:
 
 
 def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `Trainer.update` reads of a batch of the pipeline, padded to `length`, as shapes on a mesh."""
+    """Return the shapes, on a mesh, of the parts of an alignment batch that `Trainer.update` reads."""
     shapes = {"x": (length,), "y": (length,), "x_length": (), "y_length": (), "target": (length,)}
     placed = sharding.by_example(mesh)
     return {
-        name: jax.ShapeDtypeStruct((batch_size, *of_one), jnp.int32, sharding=placed) for name, of_one in shapes.items()
+        name: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32, sharding=placed) for name, shape in shapes.items()
     }
 
 
@@ -199,15 +187,11 @@ def _shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def _is_finite(tree: PyTree) -> Bool[Array, ""]:
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
-def _unless_count(finite: Bool[Array, ""], new: Array, old: Array) -> Array:
-    """The new value if all is finite; counts of steps, of the schedule for one, go on in any case."""
-    return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+def _is_float(x: Array) -> bool:
+    """Distinguish values from counts of steps, which grow even if the update is left out."""
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _is_matrix(params: PyTree) -> PyTree:
-    """Weight decay leaves biases, norms and single scores alone."""
+    """Select what weight decay shrinks: no biases, norms and single scores."""
     return jax.tree.map(lambda x: x.ndim > 1, params)

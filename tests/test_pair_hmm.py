@@ -1,4 +1,4 @@
-"""models/ordering.py: the pair HMM's likelihoods against every alignment written down, and against the decoder."""
+"""models/pair_hmm.py: likelihoods against every alignment written down, and against the decoder."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignment import decoding
-from models import ordering
+from models import pair_hmm
 from tests.support import decode_oracle
 
 GAPS = np.array([0.7, 1.2, 1.5], np.float32)
@@ -49,7 +49,7 @@ def log_weight_of(pairs, plan: np.ndarray, rows: int, columns: int) -> float:
 @jax.jit
 def likelihood(plans, target):
     lengths = jnp.asarray(X_LENGTHS), jnp.asarray(Y_LENGTHS)
-    return ordering.negative_log_likelihood(jnp.log(plans), target, *lengths, jnp.asarray(GAPS))
+    return pair_hmm.negative_log_likelihood(jnp.log(plans), target, *lengths, jnp.asarray(GAPS))
 
 
 def test_the_likelihood_is_the_share_of_all_alignments():
@@ -77,7 +77,7 @@ def test_its_derivative_is_the_posterior_of_the_decoder():
     lengths = np.array([200, 160]), np.array([150, 150])
     target = np.full((2, 200), -1, np.int32)
     arguments = *map(jnp.asarray, (target, *lengths)), jnp.asarray(GAPS)
-    gradient = jax.grad(lambda log_plan: ordering.negative_log_likelihood(log_plan, *arguments).sum())(jnp.log(plans))
+    gradient = jax.grad(lambda log_plan: pair_hmm.negative_log_likelihood(log_plan, *arguments).sum())(jnp.log(plans))
     expected = decode_oracle.posterior(plans, *lengths, decoding.Gaps(*GAPS.tolist()))
     np.testing.assert_allclose(np.asarray(gradient) / GAPS[0], expected, atol=2e-4)
     assert expected[1].max() > 0.9
@@ -88,7 +88,7 @@ def test_derivatives_of_uneven_pairs_are_finite():
     log_plan = jnp.full((1, 300, 60), 0.5)
     target, lengths = jnp.full((1, 300), -1, jnp.int32), (jnp.array([290]), jnp.array([60]))
     of_plan, of_gaps = jax.grad(
-        lambda *at: ordering.negative_log_likelihood(at[0], target, *lengths, at[1]).sum(), (0, 1)
+        lambda *at: pair_hmm.negative_log_likelihood(at[0], target, *lengths, at[1]).sum(), (0, 1)
     )(log_plan, jnp.asarray(GAPS))
     assert np.isfinite(of_plan).all() and np.isfinite(of_gaps).all()
     expected = decode_oracle.posterior(np.exp(log_plan), np.array([290]), np.array([60]), decoding.Gaps(*GAPS.tolist()))
@@ -101,7 +101,7 @@ def test_derivatives_by_the_gap_model_are_those_of_finite_differences():
     lengths = jnp.asarray(X_LENGTHS), jnp.asarray(Y_LENGTHS)
 
     def nll(gaps):
-        return ordering.negative_log_likelihood(jnp.log(plans), target, *lengths, gaps).sum()
+        return pair_hmm.negative_log_likelihood(jnp.log(plans), target, *lengths, gaps).sum()
 
     found, nll = jax.jit(jax.grad(nll))(jnp.asarray(GAPS)), jax.jit(nll)
     for n, derivative in enumerate(found.tolist()):
@@ -121,5 +121,5 @@ def test_a_reference_pair_outside_the_band_does_not_count():
 
 
 def test_gap_model_starts_as_numbers_that_the_decoder_takes():
-    sharpness, match, opening = ordering.GapModel()().tolist()
+    sharpness, match, opening = pair_hmm.GapModel()().tolist()
     assert decoding.Gaps(sharpness, match, opening).opening == pytest.approx(4.5)

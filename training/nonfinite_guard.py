@@ -1,0 +1,96 @@
+"""Decide what happens to a training step whose loss or gradient is NaN or infinite."""
+
+import dataclasses
+import enum
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+
+from training.processes import is_first_process, warn
+
+
+class NonFiniteError(Exception):
+    """Loss or gradient is NaN or infinite, and the run must stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NonFinitePolicy:
+    """`config.train`: what a non-finite loss or gradient does. A file names the batch in any case.
+
+    on_nonfinite: "stop" the run; "skip" the update; "rollback" to the last checkpoint, and continue with the batches
+      that follow the bad one.
+    max_nonfinite: With "skip" and "rollback", the run stops after this number of them.
+    """
+
+    on_nonfinite: str = "stop"
+    max_nonfinite: int = 10
+
+    def __post_init__(self):
+        if self.on_nonfinite not in ("stop", "skip", "rollback"):
+            raise ValueError(f"train.on_nonfinite={self.on_nonfinite!r} must be stop, skip or rollback")
+        if self.max_nonfinite < 0:
+            raise ValueError(f"train.max_nonfinite={self.max_nonfinite} must be at least 0")
+
+
+class TrainedStep(NamedTuple):
+    """A step that was started, and not checked yet."""
+
+    number: int
+    batch: int  # number of the step's batch: the step's own number unless batches were left out
+    metrics: dict[str, jax.Array]  # as `Trainer.update` returns them
+    ids: jax.Array  # of the examples of the whole batch
+
+
+class Verdict(enum.Enum):
+    """Treatment of a checked step."""
+
+    KEEP = enum.auto()
+    SKIP = enum.auto()  # its update was left out already, see `Trainer.update`
+    ROLL_BACK = enum.auto()  # to the last checkpoint
+
+
+class NonFiniteGuard:
+    """Counts non-finite steps of a run, and applies the policy to them.
+
+    nonfinite: Number of them so far; checkpoints hold it.
+    """
+
+    def __init__(self, policy: NonFinitePolicy, workdir: Path, nonfinite: int = 0):
+        self.policy, self.workdir, self.nonfinite = policy, workdir, nonfinite
+
+    def judge(self, step: TrainedStep, values: dict[str, float]) -> Verdict:
+        """Return what to do with a non-finite step of these metrics, warn about it, and write its batch to a file.
+
+        Raises:
+          NonFiniteError: The policy ends the run.
+        """
+        self.nonfinite += 1
+        path = self._write_batch(step, values)
+        told = (
+            f"step {step.number}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The batch (family, "
+            f"row of x, row of y in the train split) is in {path}"
+        )
+        if self.policy.on_nonfinite == "stop" or self.nonfinite > self.policy.max_nonfinite:
+            before = f", the last of {self.nonfinite} such steps" if self.nonfinite > 1 else ""
+            raise NonFiniteError(
+                f"{told}{before}. Checkpoints hold earlier steps only: start again to resume from the last one; if it "
+                "comes back, lower optimizer.learning_rate in another workdir, or give train.on_nonfinite=skip or "
+                "rollback, and train.max_nonfinite"
+            )
+        so_far = f"{self.nonfinite} of at most {self.policy.max_nonfinite}"
+        if self.policy.on_nonfinite == "rollback":
+            warn(f"{told}. Back to the last checkpoint, and on with batch {step.batch + 1} ({so_far})")
+            return Verdict.ROLL_BACK
+        warn(f"{told}. Its update is left out ({so_far})")
+        return Verdict.SKIP
+
+    def _write_batch(self, step: TrainedStep, values: dict[str, float]) -> Path:
+        path = self.workdir / f"nonfinite_{step.batch}.json"
+        ids = multihost_utils.process_allgather(step.ids, tiled=True).tolist()
+        if is_first_process():
+            told = {"step": step.number, "batch": step.batch, "metrics": values, "ids": ids}
+            path.write_text(json.dumps(told) + "\n")
+        return path

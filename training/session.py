@@ -1,0 +1,150 @@
+"""A run in progress: what its configuration describes, and everything that records it in the run's folder."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data import pipeline
+from training import run_folder, sharding
+from training.checkpoints import Checkpoints
+from training.nonfinite_guard import NonFiniteGuard, NonFinitePolicy, TrainedStep, Verdict
+from training.processes import gather, is_first_process, warn
+from training.state import Trainer
+
+_TRACED = 3  # steps
+
+
+class Parts(NamedTuple):
+    """Parts of a run that its configuration describes.
+
+    batches: This process's part of the training batches.
+    score: From parameters to the summary of a fixed sample of the validation split; None for no validation.
+    """
+
+    policy: NonFinitePolicy
+    trainer: Trainer
+    mesh: Mesh
+    batches: pipeline.BatchIterator
+    score: Callable[[PyTree], dict[str, dict]] | None
+
+
+class Session:
+    """State of a run, its place in the data, and its records in the folder."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, parts: Parts, resources: contextlib.ExitStack):
+        self.config, self.workdir, self.parts = config, workdir, parts
+        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+        self.checkpoints = Checkpoints(workdir, keep=keep, keep_every=keep_every)
+        resources.push(self._finish_saving)
+        if self.checkpoints.steps():
+            position = self._restore()
+            parts.batches.set_state(position)
+        else:
+            self.state, position = parts.trainer.initial_state(parts.mesh), {}
+        self.start = int(self.state.step)
+        self.guard = NonFiniteGuard(parts.policy, workdir, position.get("nonfinite", 0))
+        self.log = run_folder.MetricsLog(workdir, config, self.start)
+        if is_first_process():
+            self._introduce(parts.batches.stream)
+        bar = {"desc": workdir.name, "unit": " steps", "initial": self.start, "disable": not is_first_process()}
+        self.progress = resources.enter_context(tqdm(total=config.total_steps, smoothing=0.05, mininterval=1, **bar))
+
+    def next_batch(self) -> dict[str, Array]:
+        asked = time.perf_counter()
+        examples = next(self.parts.batches)
+        self.log.waited += time.perf_counter() - asked
+        return sharding.from_hosts(cast(dict, examples), self.parts.mesh)
+
+    def record(self, step: TrainedStep) -> Verdict:
+        """Check a step, and log it, or count it if its update was left out."""
+        values = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
+        residues, finite = round(values.pop("residues")), values.pop("finite") == 1
+        verdict = Verdict.KEEP if finite else self.guard.judge(step, values)
+        if verdict is Verdict.KEEP:
+            counted = {} if self.parts.policy.on_nonfinite == "stop" else {"nonfinite": self.guard.nonfinite}
+            self.log.step(step.number, values | counted, len(step.ids), residues)
+            rate = f"{self.log.residues_per_second:,.0f} residues/s"
+            self.progress.set_postfix_str(f"loss {values['loss']:.3f}, {rate}", refresh=False)
+        elif verdict is Verdict.SKIP:
+            self.log.count(len(step.ids), residues)
+        self.progress.update(int(verdict is not Verdict.ROLL_BACK))
+        return verdict
+
+    def roll_back(self, bad: TrainedStep) -> int:
+        """Return to the last checkpoint, go on with the batch after the bad one, and return the checkpoint's step."""
+        self.checkpoints.wait()
+        self.parts.batches.set_state(self._restore() | {"step": bad.batch})
+        step = int(self.state.step)
+        self.log.rewind(step)
+        self.progress.initial = self.progress.n = step
+        self.progress.refresh()
+        return step
+
+    def save(self) -> None:
+        position = self.parts.batches.get_state() | {"nonfinite": self.guard.nonfinite}
+        self.checkpoints.save(self.state, position, self.config.to_dict())
+
+    def is_evaluated(self, step: int) -> bool:
+        every = self.config.log.eval_every
+        return bool(every) and (step % every == 0 or step == self.config.total_steps)
+
+    def lacks_validation(self) -> bool:
+        """Tell whether a kill prevented the validation of the first step; the first process decides for all."""
+        return self.is_evaluated(self.start) and gather(str(self.log.was_validated(self.start)))[0] == "False"
+
+    def validate(self, step: int) -> None:
+        """Log scores of the averaged parameters. Every process computes all of them from the same predictions."""
+        assert self.parts.score
+        overall = self.parts.score(self.state.ema)["model"]["overall"]
+        self.log.write(step, {f"validation/{name}": metric["value"] for name, metric in overall.items()})
+
+    def close(self) -> None:
+        for resource in (self.progress, self.checkpoints, self.parts.batches, self.log):
+            resource.close()
+        gather("")  # all end together, however long W&B takes in the first process: JAX waits for seconds only
+
+    def _restore(self) -> dict:
+        self.state, position = self.checkpoints.restore(self.parts.trainer.abstract_state(self.parts.mesh))
+        return position
+
+    def _finish_saving(self, kind: type[BaseException] | None, *_) -> None:
+        """Wait for the pending checkpoint when an error ends the run, unless a peer process died."""
+        if kind and not issubclass(kind, jax.errors.JaxRuntimeError):
+            self.checkpoints.wait()
+
+    def _introduce(self, stream: pipeline.Stream) -> None:
+        """Tell what is about to be trained, and list records that are left out."""
+        tqdm.write(f"{self.workdir}: step {self.start} of {self.config.total_steps}, {stream.description()}")
+        if stream.bad:
+            path = self.workdir / "bad_records.json"
+            run_folder.replace(path, json.dumps(stream.bad, indent=1) + "\n")
+            warn(f"{len(stream.bad)} damaged record(s) left out, listed in {path}: {stream.bad[0]}")
+
+
+class Profile:
+    """Profiler trace of a few steps from `config.log.trace` on, in `<workdir>/trace`, of the first process."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, start: int):
+        self.folder, self.running = workdir / "trace", False
+        self.first = config.log.trace if is_first_process() and config.log.trace > start else 0
+        self.last = min(self.first + _TRACED - 1, config.total_steps)
+
+    def before(self, step: int) -> None:
+        if step == self.first and not self.running:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+
+    def after(self, step: int, result: PyTree) -> None:
+        if step == self.last and self.running:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            self.running = False
