@@ -1,6 +1,5 @@
 """What a model has to beat: two diagonals that never look at a residue, and Needleman-Wunsch."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,17 +57,6 @@ def nw_blosum62(pair: Pair) -> Prediction:
 
 
 BASELINES = {"diagonal": diagonal, "scaled_diagonal": scaled_diagonal, "nw_blosum62": nw_blosum62}
-
-
-def predict(name: str, pairs: Sequence[Pair]) -> list[Prediction]:
-    """The named baseline's predictions of many pairs.
-
-    Raises:
-      ValueError: no baseline has this name.
-    """
-    if name not in BASELINES:
-        raise ValueError(f"name: {name!r} was given, the baselines are {', '.join(BASELINES)}")
-    return [BASELINES[name](pair) for pair in pairs]
 
 
 def _matches(cigar: np.ndarray, x_length: int) -> Int32[np.ndarray, " x_length"]:

@@ -7,7 +7,6 @@ split, an identity bin or a bootstrap sample of families are all the same few ad
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int32
@@ -47,10 +46,6 @@ class PairScores:
         """NaN where nothing is predicted and nothing is in the reference."""
         pairs = self.predicted + self.reference
         return 2 * self.true_positives / pairs if pairs else math.nan
-
-    def with_reconstruction(self, sums: dict[str, Any]) -> "PairScores":
-        """The same with the four reconstruction sums, given by field name, filled in."""
-        return dataclasses.replace(self, **{name: float(value) for name, value in sums.items()})  # type: ignore[arg-type]
 
 
 # Each metric is the sum of the first fields over the sum of the second.
@@ -148,29 +143,17 @@ class Reliability:
         ]
 
 
-def summarise(
-    scores: Sequence[PairScores],
-    *,
-    average: str = "residues",
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict:
+def summarise(scores: Sequence[PairScores], *, resamples: int = 1000, seed: int = 0) -> dict:
     """Means over pairs with bootstrap 95 % intervals over families, overall and by identity bin.
 
     Pairs of one family are not independent, so families are drawn with replacement, all their pairs with them. An
     interval over few families is optimistic; over a single one it has no width.
 
-    Args:
-      average: "residues" pools the sums of all pairs (micro average, the contract's metrics); "pairs" is the mean of
-        each pair's own ratio, in which a long pair weighs no more than a short one.
-
     Returns:
       {"overall": {metric: {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics
       that apply to no pair, and bins without a pair, are left out.
     """
-    if average not in ("residues", "pairs"):
-        raise ValueError(f"average: {average!r} was given, allowed are 'residues' and 'pairs'")
-    ratios = {name: _ratio(scores, average, *fields) for name, fields in METRICS.items()}
+    ratios = {name: _ratio(scores, *fields) for name, fields in METRICS.items()}
     families = np.unique([score.family for score in scores], return_inverse=True)[1]
     bins = np.array([identity_bin(score.identity) or "" for score in scores])
 
@@ -185,14 +168,13 @@ def summarise(
 
 
 def _ratio(
-    scores: Sequence[PairScores], average: str, numerator: Sequence[str], denominator: Sequence[str]
+    scores: Sequence[PairScores], numerator: Sequence[str], denominator: Sequence[str]
 ) -> Float64[np.ndarray, "2 pairs"]:
     """Numerator and denominator of each pair; both 0 where the metric does not apply to it."""
     sums = [[sum(getattr(score, field) for field in fields) for score in scores] for fields in (numerator, denominator)]
     ratio = np.array(sums, np.float64).reshape(2, len(scores))
     applies = np.isfinite(ratio).all(axis=0) & (ratio[1] > 0)
-    ratio = np.where(applies, ratio, 0)
-    return ratio if average == "residues" else np.stack([ratio[0] / np.where(applies, ratio[1], 1), applies])
+    return np.where(applies, ratio, 0)
 
 
 def intervals(

@@ -90,11 +90,11 @@ class AlignmentTask:
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
-        predict = trainer.compiled_evaluation(scoring.predictor(trainer), mesh)
+        model = scoring.pretrained(trainer, mesh)
 
         def score(params: PyTree) -> dict[str, dict]:
             batches = self._evaluation_batches(families, mesh, self.config.log.eval_pairs)
-            return scoring.score_split(functools.partial(predict, params), families, batches)
+            return scoring.score_split(model.with_params(params), families, batches)
 
         return score
 
@@ -117,10 +117,8 @@ class AlignmentTask:
           examples: Sees every pair as it is aligned.
         """
         shards = resolve_data_dir(data_dir or self.config.data.dir)
-        predict, certify = (
-            functools.partial(run.trainer.compiled_evaluation(function(run.trainer), run.mesh), run.params)
-            for function in (scoring.predictor, scoring.certifier)
-        )
+        certificates = run.trainer.compiled_evaluation(scoring.certifier(run.trainer), run.mesh)
+        model, certify = run.pretrained(), functools.partial(certificates, run.params)
         pictures.mkdir(parents=True, exist_ok=True)
         report: dict = {"step": run.step, "config": self.config.to_dict(), "splits": {}}
         report |= {"certificates": {}, "reliability": {}}
@@ -128,7 +126,7 @@ class AlignmentTask:
             families = pfam.open_split(shards, name)
             batches = functools.partial(self._evaluation_batches, families, run.mesh)
             observer = scoring.Observer(name, pictures, examples)
-            summaries = scoring.score_split(predict, families, batches(limit), see=observer, progress=name)
+            summaries = scoring.score_split(model, families, batches(limit), see=observer, progress=name)
             report["splits"][name] = summaries
             report["reliability"][name] = observer.reliability.tenths()
             report["certificates"][name] = scoring.certify_split(certify, batches(min(limit or _CERTIFIED, _CERTIFIED)))

@@ -64,12 +64,9 @@ def test_predicting_an_unaligned_residue_costs_precision_and_not_recall():
     assert overall["f1"]["value"] == pytest.approx(2 / 3)
 
 
-def test_summary_pools_residues_or_averages_pairs():
+def test_summary_pools_the_residues_of_all_pairs():
     some = [scores("a", abs_error=10.0), dataclasses.replace(scores("b", abs_error=90.0), aligned=30)]
     assert metrics.summarise(some)["overall"]["barycenter_mae"]["value"] == pytest.approx(100 / 40)
-    assert metrics.summarise(some, average="pairs")["overall"]["barycenter_mae"]["value"] == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="allowed are 'residues' and 'pairs'"):
-        metrics.summarise(some, average="families")
 
 
 def test_summary_has_the_contracts_shape_and_leaves_out_what_does_not_apply():
