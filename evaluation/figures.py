@@ -1,6 +1,6 @@
-"""Figures of plans, training curves and comparisons of runs, as PNG files.
+"""Draw plans, training curves and comparisons of runs, as PNG files.
 
-Everything is drawn on `Figure` objects, never through pyplot: no display is needed and no global state is left behind.
+All are drawn on `Figure` objects without pyplot: no display is needed, and no global state is left behind.
 """
 
 import io
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from alignment.decoding import NO_MATCH
 
-# Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/); its yellow is too pale.
+# Okabe and Ito's palette for any colour vision (https://jfly.uni-koeln.de/color/), without its yellow, which is pale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _BASELINE = "#9A9A9A"
 _DPI = 150
@@ -54,9 +54,16 @@ def plan_heatmap(
     title: str = "",
     label: str = "plan $P_{ij}$",
 ) -> None:
-    """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1).
+    """Draw a plan, and over it the reference alignment and the decoded one.
 
-    scale: residues of either side that one value of the plan stands for. label: what the values are.
+    Args:
+      plan: Values to draw.
+      path: File or memory to write to.
+      target: Reference alignment: position in y of each residue of x, or -1.
+      match: Decoded alignment, in the same form.
+      scale: Residues of either sequence for which one value stands.
+      title: Title of the figure.
+      label: Name of the values.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -77,14 +84,15 @@ def plan_heatmap(
 
 
 def metric_curves(rows: Sequence[MetricRow], path: Where, *, metrics: Sequence[str] | None = None) -> None:
-    """Every metric of one run against the step, a panel each, a line for each split.
+    """Draw the metrics of one run against the step, a panel for each metric, a line for each split.
 
     Args:
-      rows: the lines of metrics.jsonl; "validation/f1" is metric f1 of split validation, a plain "loss" is of train.
-      metrics: the panels, in order; all metrics found when left out.
+      rows: Lines of metrics.jsonl: "validation/f1" is metric f1 of split validation, plain "loss" is of split train.
+      path: File or memory to write to.
+      metrics: Panels in order; None for all metrics.
 
     Raises:
-      ValueError: no row holds a number to draw, or a metric asked for is in none.
+      ValueError: no row holds a number to draw, or none holds one of `metrics`.
     """
     curves = {"run": _curves(rows)}
     names = _choose(metrics, [metric for _, metric in curves["run"]])
@@ -104,10 +112,10 @@ def screen_figure(
     split: str = "validation",
     metrics: Sequence[str] | None = None,
 ) -> None:
-    """One split's metrics of several runs against the step, a panel for each metric, a line for each run.
+    """Draw one split's metrics of several runs against the step, a panel for each metric, a line for each run.
 
     Raises:
-      ValueError: no run has a number of this split, or a metric asked for is in none.
+      ValueError: no run has a number of this split, or none has one of `metrics`.
     """
     curves = {run: _curves(rows) for run, rows in runs.items()}
     found = [metric for curve in curves.values() for where, metric in curve if where == split]
@@ -128,14 +136,19 @@ def comparison_bars(
     metrics: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Final metrics of runs (coloured) beside the baselines (grey), with their intervals; a panel for each metric.
+    """Draw final metrics of runs (coloured) beside baselines (grey), with intervals, a panel for each metric.
+
+    A name without a metric (a diagonal has no cross-entropy) keeps an empty line in that panel.
 
     Args:
-      runs, baselines: {name: {metric: {"value", "low", "high"}}}, as `overall` in eval.py's JSON. A name without a
-        metric (a diagonal has no cross-entropy) keeps its line in that panel, empty.
+      runs: {name: {metric: {"value", "low", "high"}}}, as `overall` in eval.py's JSON.
+      baselines: Numbers of baselines, in the same form.
+      path: File or memory to write to.
+      metrics: Panels in order; None for all metrics.
+      title: Title of the figure.
 
     Raises:
-      ValueError: nothing to draw, or a metric asked for is in none.
+      ValueError: nothing to draw, or nobody has one of `metrics`.
     """
     bars = {**runs, **baselines}
     names = _choose(metrics, [metric for summary in bars.values() for metric in summary])
@@ -156,10 +169,14 @@ def comparison_bars(
 def identity_bins(
     summaries: Mapping[str, Mapping[str, Any]], path: Where, *, metric: str = "f1", title: str = ""
 ) -> None:
-    """One metric by identity of the aligned residues, the model in colour and the baselines in grey, with intervals.
+    """Draw one metric by identity of the aligned residues, the model in colour and baselines in grey, with intervals.
 
-    summaries: {who: {"bins": {bin: {metric: {"value", "low", "high"}}}}}, as `splits` in eval.py's JSON; the first is
-      the model.
+    Args:
+      summaries: {who: {"bins": {bin: {metric: {"value", "low", "high"}}}}}, as a split in eval.py's JSON; the first is
+        the model.
+      path: File or memory to write to.
+      metric: Metric to draw.
+      title: Title of the figure.
 
     Raises:
       ValueError: no bin holds the metric.
@@ -174,7 +191,9 @@ def identity_bins(
         places = [k for k, name in enumerate(names) if metric in summary["bins"].get(name, {})]
         found = [summary["bins"][names[k]][metric] for k in places]
         value, low, high = (np.array([of[key] for of in found]) for key in ("value", "low", "high"))
-        around = np.array(places) + 0.06 * (n - (len(summaries) - 1) / 2)  # or intervals would hide each other
+        around = np.array(places) + 0.06 * (
+            n - (len(summaries) - 1) / 2
+        )  # side by side: intervals would hide each other
         style: dict[str, Any] = {"color": shades[n % len(shades)], "marker": markers[n % len(markers)], "markersize": 5}
         # A bootstrap interval need not hold the value, over two families say.
         spread = np.maximum(np.stack([value - low, high - value]), 0)
@@ -187,9 +206,12 @@ def identity_bins(
 
 
 def reliability(tenths: Sequence[Mapping[str, float]], path: Where, *, title: str = "") -> None:
-    """The share of correct pairs against their confidence, and how many there are of each.
+    """Draw the share of correct residue pairs against their confidence, and the number of pairs.
 
-    tenths: of `data.metrics.Reliability`.
+    Args:
+      tenths: Groups of pairs, from `metrics.Reliability.tenths`.
+      path: File or memory to write to.
+      title: Title of the figure.
     """
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -287,7 +309,7 @@ def _panels(
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend for all panels, since a line means the same in each."""
+    """Draw one legend for all panels: a line means the same in each."""
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))

@@ -1,4 +1,4 @@
-"""Load trained models, from a run's folder or from a file of weights, with what their configuration describes."""
+"""Load trained models from the folder of a run or from a file of weights, with trainer and mesh."""
 
 import dataclasses
 from pathlib import Path
@@ -79,9 +79,9 @@ def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
 
 
 def check_aligns(run: Run) -> None:
-    """Raise ValueError unless the run aligns."""
+    """Raise ValueError unless the model aligns."""
     if not isinstance(run.task, AlignmentTask):
-        raise ValueError("the run is one of the sorting task, and has no plan: give one that was trained on alignments")
+        raise ValueError("the model was trained to sort, and has no plan: give one that was trained on alignments")
 
 
 def local_mesh(batch_size: int) -> Mesh:

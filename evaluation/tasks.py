@@ -1,6 +1,6 @@
-"""One object for all that depends on what is trained: the model's objective, its batches, its scores.
+"""Tasks: one object answers everything that depends on what is trained, the objective, the batches and the scores.
 
-`task_of(config)` makes it; train.py and eval.py ask it and never look at the kind of task themselves.
+`task_of(config)` makes it. train.py and eval.py never look at the kind of task themselves.
 """
 
 import functools
@@ -34,23 +34,23 @@ SPLITS = {
     "test": ("test_iid", "test_ood"),
 }
 _ROOT = Path(__file__).parents[1]
-_CERTIFIED = 128  # pairs of every split whose plans are certified
+_CERTIFIED = 128  # pairs of a split whose plans are certified
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained, as a configuration describes it."""
+    """A task that models are trained for, as a configuration describes it."""
 
     config: ConfigDict
 
     def objective(self) -> Objective:
-        """Make the model's objective. Raises ValueError or TypeError: settings out of range, misspelt keys."""
+        """Make the objective. Raises ValueError or TypeError for settings out of range and misspelt keys."""
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        """Open this process's part of the training batches."""
+        """Open the training batches; this process gets its part of each."""
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
-        """Make a function from parameters to the summary (`scores`) of a fixed sample of the validation split."""
+        """Return a function from parameters to a summary of scores on a fixed sample of the validation split."""
 
     def evaluate(
         self,
@@ -62,7 +62,7 @@ class Task(Protocol):
         limit: int | None = None,
         examples: Examples | None = None,
     ) -> dict:
-        """Score a trained model on the splits that `split` names; the report is what eval.py writes as JSON."""
+        """Score a trained model on the splits that `split` names; return the report that eval.py writes as JSON."""
 
 
 def task_of(config: ConfigDict) -> Task:
@@ -111,10 +111,12 @@ class AlignmentTask:
         """Score a model beside the baselines on the same pairs, and draw figures.
 
         Args:
+          run: The trained model.
+          split: A key of `SPLITS`.
           pictures: Folder to draw into.
-          data_dir: Shards in place of the configuration's.
-          limit: At most this many pairs a split.
-          examples: Sees every pair as it is aligned.
+          data_dir: Folder of shards in place of the configuration's.
+          limit: Largest number of pairs of a split; None for all.
+          examples: Collector that sees every pair.
         """
         shards = resolve_data_dir(data_dir or self.config.data.dir)
         certificates = run.trainer.compiled_evaluation(scoring.certifier(run.trainer), run.mesh)
@@ -182,12 +184,12 @@ class SortingTask:
         limit: int | None = None,
         examples: Examples | None = None,
     ) -> dict:
-        """Score exact matches and edit distances by length.
+        """Score exact matches and edit distances, by length.
 
-        Raises ValueError: an option that only alignments have.
+        Raises ValueError for an option that only alignments have.
         """
         if data_dir or examples:
-            raise ValueError("--data and --report are of alignments; this run sorts")
+            raise ValueError("--data and --report need a model that aligns; this one sorts")
         write = functools.partial(
             run.trainer.compiled_evaluation(sorting_scores.writer(run.trainer), run.mesh), run.params
         )
@@ -202,7 +204,7 @@ class SortingTask:
 
 
 def resolve_data_dir(directory: str) -> Path:
-    """Return the folder as given if it exists, else relative to the repository, where the data that ship lie."""
+    """Return the folder as given if it exists, else relative to the repository, which holds the shipped data."""
     path = Path(directory)
     beside = _ROOT / path
     return beside if not path.exists() and beside.exists() else path
