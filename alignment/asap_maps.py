@@ -17,15 +17,7 @@ from models.attention import Asap, Compiled
 
 
 def save(path: Path, maps: Mapping[str, Asap], params: PyTree, step: int, provenance: Mapping[str, Any]) -> None:
-    """Write maps into one safetensors file.
-
-    Args:
-      path: The file.
-      maps: Maps by layer.
-      params: Parameters of the model that the maps were fitted to.
-      step: Step of the run that made the parameters.
-      provenance: What to tell a user who loads the maps for other parameters.
-    """
+    """Write the maps that were fitted to `params`, by layer, and their provenance into one safetensors file."""
     layers = {layer: {"features": of.features, "two_sided": of.two_sided} for layer, of in maps.items()}
     config = {"layers": layers, "params": fingerprint(params), "provenance": dict(provenance)}
     arrays = {layer: {"directions": of.directions, "weights": of.weights} for layer, of in maps.items()}

@@ -51,11 +51,8 @@ def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape,
     """Yield the shape of each batch and the places in `shapes` of its pairs.
 
     Compiling a program takes as long as aligning hundreds of pairs. Few pairs of a shape are therefore padded to a
-    larger shape that is needed anyway. If there is none, they are computed one by one, as a single pair is.
-
-    Args:
-      shapes: The shape of each pair.
-      multiple: Batch sizes are rounded up to a multiple of this number, for instance of devices.
+    larger shape that is needed anyway. If there is none, they are computed one by one, as a single pair is. Batch sizes
+    are rounded up to a multiple of `multiple`, the number of devices that share a batch.
     """
     groups: dict[Shape, list[int]] = {}
     for n, shape in enumerate(shapes):

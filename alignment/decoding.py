@@ -69,13 +69,8 @@ def density_correction(
     The gap model was learned at that density; for usual pairs the factor is 1. Let `exp(S)` sum to K over a row and the
     plan to m over the residues in it. If all n rows and columns are alike, a full dustbin of score s balances at
     `r = (1 - m) / m = e^s sqrt(n / K)`, and an entry of the plan is `exp(S) m / K`. The entry shrinks with K, which
-    grows with the band, and with n. The factor undoes both, with r from the sums of the plan.
-
-    Args:
-      plans: Plans by windows, 0 beyond the lengths.
-      x_lengths: Residues of x.
-      y_lengths: Residues of y.
-      band: Half-width of the band in training, in residues; None for no band, which gives 1.
+    grows with the band, and with n. The factor undoes both, with r from the sums of the plan. `band` is the half-width
+    in training, in residues; without one the factor is 1.
     """
     if band is None:
         return jnp.ones(len(plans))
@@ -98,13 +93,8 @@ def posterior(
 ) -> Float[Array, "batch rows width"]:
     """Compute the probability that each pair of residues is aligned, in the windows of the plans.
 
-    Args:
-      plans: Plans by windows, 0 beyond the lengths.
-      first: First column of each window, from `pair_hmm.rising`.
-      x_lengths: Residues of x.
-      y_lengths: Residues of y.
-      gaps: Sharpness, match and opening, as `Gaps.numbers` returns them.
-      columns: Padded length of y.
+    Plans are 0 beyond the lengths. `first` comes from `pair_hmm.rising`, `gaps` from `Gaps.numbers`. `columns` is the
+    padded length of y.
     """
     sharpness, match, opening = gaps
     possible = plans > 0

@@ -165,7 +165,7 @@ def stockholm(aligned: Aligned) -> str:
     """
     columns = columns_of(aligned)
     marks = np.array(list("0123456789*"))[np.floor(columns.confidence * 10 + 0.5).astype(int)]
-    names = _distinct(aligned)
+    names = aligned.x.id, aligned.y.id + ("_2" if aligned.x.id == aligned.y.id else "")  # each name only once
     width = max(len("#=GC PP_cons"), *(len(f"#=GR {name} PP") for name in names))
     lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}"]
     records = (aligned.x, aligned.y)
@@ -174,11 +174,6 @@ def stockholm(aligned: Aligned) -> str:
         lines.append(f"{name:{width}} {written}")
         lines.append(f"{f'#=GR {name} PP':{width}} {''.join(np.where(positions == NO_POSITION, '.', marks))}")
     return "\n".join([*lines, f"{'#=GC PP_cons':{width}} {''.join(marks)}", "//", ""])
-
-
-def _distinct(aligned: Aligned) -> tuple[str, str]:
-    """Return different names of x and y, as Stockholm wants them."""
-    return aligned.x.id, aligned.y.id + ("_2" if aligned.x.id == aligned.y.id else "")
 
 
 def fasta(aligned: Aligned) -> str:
@@ -194,16 +189,8 @@ def a3m(aligned: Aligned) -> str:
     return _fasta(aligned.y, "".join(relative))
 
 
-def a3m_query(record: Record) -> str:
-    """Write the query, which stands before the sequences that are aligned with it."""
-    return _fasta(record, record.residues)
-
-
 def _fasta(record: Record, written: str) -> str:
     return f">{record.id}{' ' if record.description else ''}{record.description}\n{written}\n"
-
-
-TSV_HEADER = "id\ti\tj\tx\ty\tconfidence\n"
 
 
 def tsv(aligned: Aligned) -> str:
@@ -230,12 +217,7 @@ def _digits() -> list[str]:
 
 
 FORMATS: dict[str, Callable[[Aligned], str]] = {
-    "text": text,
-    "stockholm": stockholm,
-    "a3m": a3m,
-    "fasta": fasta,
-    "tsv": tsv,
-    "jsonl": jsonl,
+    function.__name__: function for function in (text, stockholm, a3m, fasta, tsv, jsonl)
 }
 
 
@@ -243,9 +225,9 @@ def written(alignments: Iterator[Aligned], form: str) -> Iterator[str]:
     """Write all alignments in one of the `FORMATS`; an A3M names a query once for all pairs that follow it."""
     query: Record | None = None
     if form == "tsv":
-        yield TSV_HEADER
+        yield "id\ti\tj\tx\ty\tconfidence\n"
     for aligned in alignments:
         if form == "a3m" and aligned.x != query:
             query = aligned.x
-            yield a3m_query(query)
+            yield _fasta(query, query.residues)
         yield FORMATS[form](aligned)

@@ -17,6 +17,7 @@ BINS = ("<.15", ".15-.20", ".20-.25", ".25-.30", ".30-.40", ".40-.60", ">.60")
 _BIN_EDGES = (0.15, 0.20, 0.25, 0.30, 0.40, 0.60)  # a bin holds its lower edge
 
 _TENTHS = 10  # groups of confidence
+_RESAMPLES = 1000  # samples of the bootstrap
 
 PROBABILITY_FLOOR = 1e-6  # a true column outside the band costs 13.8 nats, not infinitely many
 
@@ -141,7 +142,7 @@ class Reliability:
         ]
 
 
-def summarise(scores: Sequence[PairScores], *, resamples: int = 1000, seed: int = 0) -> dict:
+def summarise(scores: Sequence[PairScores]) -> dict:
     """Pool the sums of all pairs, with bootstrap 95 % intervals over families, overall and by identity bin.
 
     Pairs of one family are not independent: families are drawn with replacement, each with all its pairs. An interval
@@ -156,7 +157,7 @@ def summarise(scores: Sequence[PairScores], *, resamples: int = 1000, seed: int 
     bins = np.array([identity_bin(score.identity) or "" for score in scores])
 
     def group(members: np.ndarray) -> Summary:
-        return intervals({name: r[:, members] for name, r in ratios.items()}, families[members], resamples, seed)
+        return intervals({name: r[:, members] for name, r in ratios.items()}, families[members])
 
     return {
         "overall": group(np.arange(len(scores))),
@@ -175,9 +176,7 @@ def _ratio(
     return np.where(applies, ratio, 0)
 
 
-def intervals(
-    ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"], resamples: int = 1000, seed=0
-) -> Summary:
+def intervals(ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"]) -> Summary:
     """Compute ratios of sums over pairs, from numerators and denominators, with bootstrap intervals over families."""
     ratios = {name: ratio for name, ratio in ratios.items() if ratio[1].sum() > 0}
     if not ratios:
@@ -185,7 +184,7 @@ def intervals(
     _, family = np.unique(family, return_inverse=True)
     count = int(family.max()) + 1
     sums = np.array([[np.bincount(family, part, count) for part in ratio] for ratio in ratios.values()])
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     drawn = sums @ weights.T.astype(np.float64)  # [metrics, 2, resamples]
     # NaN: the metric applies to none of the families that were drawn.
     drawn = np.where(drawn[:, 1] > 0, drawn[:, 0] / np.where(drawn[:, 1] > 0, drawn[:, 1], 1), np.nan)

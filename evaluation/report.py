@@ -94,14 +94,9 @@ class Examples:
 def write_html(
     path: Path, report: Mapping[str, Any], examples: Examples, rows: Sequence[figures.MetricRow] = (), command: str = ""
 ) -> None:
-    """Write the page.
+    """Write the page from the result of a task's `evaluate` and the examples collected during it.
 
-    Args:
-      path: The HTML file.
-      report: Result of a task's `evaluate`, the source of all numbers on the page except those of single pairs.
-      examples: Examples that were collected during the evaluation.
-      rows: Lines of metrics.jsonl, if there is a run.
-      command: Command line that made the report.
+    Rows are the lines of metrics.jsonl, if there is a run. The page names the command line that made it.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
@@ -136,7 +131,10 @@ def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str
         "bars": _bars(result),
         "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
         "reliability": _drawn(figures.reliability, tenths) if tenths else "",
-        "kinds": [(kind, _all_shown(examples.of(name, kind))) for kind in KINDS],
+        "kinds": [
+            (kind, [_shown(example, with_plan=n == 0) for n, example in enumerate(examples.of(name, kind))])
+            for kind in KINDS
+        ],
     }
 
 
@@ -162,10 +160,6 @@ def _with_best(metric: str, label: str, cells: list[dict[str, float] | None]) ->
     values = [cell["value"] for cell in cells if cell]
     best = (min if metric in _LOWER_IS_BETTER else max)(values) if len(values) > 1 else None
     return {"metric": metric, "label": label, "cells": cells, "best": best}
-
-
-def _all_shown(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    return [_shown(example, with_plan=n == 0) for n, example in enumerate(examples)]
 
 
 def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:

@@ -108,15 +108,9 @@ class AlignmentTask:
         limit: int | None = None,
         examples: Examples | None = None,
     ) -> dict:
-        """Score a model beside the baselines on the same pairs, and draw figures.
+        """Score a model beside the baselines on the same pairs, and draw figures into the folder `pictures`.
 
-        Args:
-          run: The trained model.
-          split: A key of `SPLITS`.
-          pictures: Folder to draw into.
-          data_dir: Folder of shards in place of the configuration's.
-          limit: Largest number of pairs of a split; None for all.
-          examples: Collector that sees every pair.
+        Pairs come from `data_dir` or else from the configuration's folder, at most `limit` from a split.
         """
         shards = resolve_data_dir(data_dir or self.config.data.dir)
         certificates = run.trainer.compiled_evaluation(scoring.certifier(run.trainer), run.mesh)

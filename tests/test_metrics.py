@@ -103,8 +103,7 @@ def test_interval_draws_whole_families():
 
 def test_interval_is_reproducible_and_without_width_for_one_family():
     some = [scores(f"f{k}", abs_error=float(k)) for k in range(10)]
-    assert metrics.summarise(some, seed=3) == metrics.summarise(some, seed=3)
-    assert metrics.summarise(some, seed=3) != metrics.summarise(some, seed=4)
+    assert metrics.summarise(some) == metrics.summarise(some)
     alone = metrics.summarise([scores("f", abs_error=1.0), scores("f", abs_error=3.0)])["overall"]["barycenter_mae"]
     assert alone == {"value": pytest.approx(0.2), "low": pytest.approx(0.2), "high": pytest.approx(0.2)}
 
