@@ -1,4 +1,4 @@
-"""eval.py: the contract's report for a run, its table and its figures."""
+"""Test eval.py: the report of a run, its table and its figures."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def scored(finished, tmp_path_factory) -> tuple[dict, str]:
     return json.loads(output.read_text()), done.stdout
 
 
-def test_report_has_the_shape_of_the_contract(scored):
+def test_report_has_the_documented_shape(scored):
     report, _ = scored
     assert report["step"] == tiny.STEPS and report["config"]["model"]["width"] == 16
     assert list(report["splits"]) == ["test_iid", "test_ood"]

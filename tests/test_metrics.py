@@ -69,7 +69,7 @@ def test_summary_pools_the_residues_of_all_pairs():
     assert metrics.summarise(some)["overall"]["barycenter_mae"]["value"] == pytest.approx(100 / 40)
 
 
-def test_summary_has_the_contracts_shape_and_leaves_out_what_does_not_apply():
+def test_summary_has_its_shape_and_leaves_out_what_does_not_apply():
     got = metrics.summarise([scores("a", 0.1, within_1=5.0), scores("b", 0.7), scores("c", math.nan, within_1=1.0)])
     assert got["pairs"] == 3
     assert set(got["overall"]) == {"barycenter_within_1"}
