@@ -162,8 +162,8 @@ def _show_warning(quiet: bool, message, *_, **__) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fasta", nargs="*", metavar="FASTA", help="one file or two, plain or gzip; - reads stdin")
-    parser.add_argument("--pairs", metavar="FILE.tsv", help="instead: lines of id, x and y; - reads stdin")
-    parser.add_argument("--all-pairs", action="store_true", help="of one file, each sequence with each other")
+    parser.add_argument("--pairs", metavar="FILE.tsv", help="in place of FASTA: lines of id, x and y; - reads stdin")
+    parser.add_argument("--all-pairs", action="store_true", help="align each sequence of one file with each other")
     parser.add_argument("--format", choices=formats.FORMATS, default="text", help="default: text")
     parser.add_argument("--output", metavar="FILE", default="-", help="in place of stdout; .gz compresses")
     parser.add_argument("--plot", metavar="FILE.png", help="heat map of one pair's plan, and the alignment in it")
