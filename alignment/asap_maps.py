@@ -1,4 +1,4 @@
-"""Models whose Sinkhorn layers were compiled: maps of `scripts/compile_asap.py` on disk and in a model's structure."""
+"""Save and load the ASAP maps of `scripts/compile_asap.py`, and put them in place of a model's Sinkhorn layers."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from models.attention import Asap, Compiled
 
 
 def save(path: Path, maps: Mapping[str, Asap], params: PyTree, step: int, provenance: Mapping[str, Any]) -> None:
-    """Writes the maps by layer into one safetensors file. `params`: those that they were fitted to."""
+    """Write the maps that were fitted to `params`, by layer, and their provenance into one safetensors file."""
     layers = {layer: {"features": of.features, "two_sided": of.two_sided} for layer, of in maps.items()}
     config = {"layers": layers, "params": fingerprint(params), "provenance": dict(provenance)}
     arrays = {layer: {"directions": of.directions, "weights": of.weights} for layer, of in maps.items()}
@@ -25,10 +25,10 @@ def save(path: Path, maps: Mapping[str, Asap], params: PyTree, step: int, proven
 
 
 def load(path: Path, params: PyTree) -> dict[str, Asap]:
-    """The maps of a file, by layer.
+    """Load the maps of a file, by layer.
 
     Raises:
-      ValueError: no such file, or one that was fitted to other parameters.
+      ValueError: not a file of `save`, or fitted to other parameters.
       FileNotFoundError: no file.
     """
     if not path.exists():
@@ -38,7 +38,7 @@ def load(path: Path, params: PyTree) -> dict[str, Asap]:
         raise ValueError(f"{path} holds no compiled layers but a model; write them with scripts/compile_asap.py")
     if config["params"] != fingerprint(params):
         raise ValueError(
-            f"{path} was fitted to other parameters than those given (of {json.dumps(config['provenance'])}): compile "
+            f"{path} was fitted to other parameters than the given ones ({json.dumps(config['provenance'])}): compile "
             "these with scripts/compile_asap.py"
         )
     arrays = jax.tree.map(jnp.asarray, weights.load_by_layer(path))
@@ -49,9 +49,9 @@ def load(path: Path, params: PyTree) -> dict[str, Asap]:
 
 
 def into(graph: nnx.GraphDef, params: PyTree, maps: Mapping[str, Asap]) -> nnx.GraphDef:
-    """The structure with these layers compiled; parameters stay what they were.
+    """Return the structure of the model with maps in place of layers; it fits the same parameters.
 
-    Raises ValueError for layers that the model has not.
+    Raises ValueError if the model lacks one of the layers.
     """
     model = nnx.merge(graph, params)
     layers = model.layers()
@@ -63,7 +63,7 @@ def into(graph: nnx.GraphDef, params: PyTree, maps: Mapping[str, Asap]) -> nnx.G
 
 
 def fingerprint(params: PyTree) -> str:
-    """Of names and values."""
+    """Return a hash of the names and values."""
     digest = hashlib.sha256()
     for keys, array in jax.tree.leaves_with_path(params):
         digest.update(jax.tree_util.keystr(keys).encode() + np.asarray(array).tobytes())

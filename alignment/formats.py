@@ -1,7 +1,7 @@
-"""Pairwise alignments as text: as people read them, and as other programs do.
+"""Write pairwise alignments as text, for people and in the formats of other programs.
 
-Positions are counted from 1 where people read them, in `text`, and from 0 in `tsv` and `jsonl`. Confidence is the
-probability of a column: that its two residues are aligned, or that its only residue is aligned with none.
+Positions are counted from 1 in `text` and from 0 in `tsv` and `jsonl`. The confidence of a column is the probability
+that its two residues are aligned, or that its only residue is aligned with none.
 """
 
 import functools
@@ -19,11 +19,11 @@ GAP = "-"
 _BLOCK = 60  # columns
 _WIDEST_NAME = 20
 NO_POSITION = -1
-_STEPS = 10_000  # of confidence from 0 to 1, in JSON
+_STEPS = 10_000  # values of confidence between 0 and 1, in JSON
 
 
 class Aligned(NamedTuple):
-    """Two sequences and their alignment, as `models.pretrained.Alignment` has it."""
+    """Two sequences and their alignment, an `alignment.inference.PairAlignment`."""
 
     id: str
     x: Record
@@ -35,9 +35,9 @@ class Aligned(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """An alignment column by column; of neighbouring gaps, residues of x alone come first."""
+    """An alignment column by column; of two neighbouring gaps, the unaligned residues of x come first."""
 
-    i: Int[np.ndarray, " columns"]  # position in x, or -1
+    i: Int[np.ndarray, " columns"]  # position in x, or NO_POSITION
     j: Int[np.ndarray, " columns"]
     x: str  # residues and gaps
     y: str
@@ -45,6 +45,7 @@ class Columns(NamedTuple):
 
 
 def columns_of(aligned: Aligned) -> Columns:
+    """Return the columns of an alignment, gaps included."""
     matches = [(int(i), int(j)) for i, j in aligned.pairs]
     places: list[tuple[int, int]] = []
     x_next = y_next = 0
@@ -64,9 +65,14 @@ def _written(record: Record, positions: np.ndarray) -> str:
 
 
 def text(aligned: Aligned, reference: Int[np.ndarray, " x_length"] | None = None) -> str:
-    """Summary and blocks: `|` identical, `:` a positive BLOSUM62 score, `.` another one; then confidence in tenths.
+    """Write a summary, then blocks of columns for people to read.
 
-    reference: position in y of each residue of x, or -1. Adds a line that marks where it differs (`differences`).
+    Between the sequences, `|` marks identical residues, `:` a positive BLOSUM62 score and `.` any other score. Below
+    them stands the confidence in tenths.
+
+    Args:
+      aligned: The alignment.
+      reference: Position in y of each residue of x, or -1; adds a line of `differences`.
     """
     columns = columns_of(aligned)
     middle = _middle(columns)
@@ -96,10 +102,12 @@ def text(aligned: Aligned, reference: Int[np.ndarray, " x_length"] | None = None
 
 
 def differences(columns: Columns, reference: Int[np.ndarray, " x_length"]) -> str:
-    """For each column: `!` two residues that the reference does not align with each other, `?` one that is alone here
-    and aligned there, else a space.
+    """Mark the columns that differ from a reference alignment, others by a space.
+
+    `!` marks two residues that the reference does not align with each other, `?` an unaligned residue that the
+    reference aligns.
     """
-    found = np.append(reference, NO_POSITION)[columns.i]  # of x's residue; -1 where there is none
+    found = np.append(reference, NO_POSITION)[columns.i]  # partner of x's residue; -1 where there is none
     alone = (columns.i == NO_POSITION) | (columns.j == NO_POSITION)
     aligned_there = np.where(columns.i == NO_POSITION, np.isin(columns.j, reference), found != NO_POSITION)
     return "".join(np.select([~alone & (found != columns.j), alone & aligned_there], ["!", "?"], " "))
@@ -140,7 +148,7 @@ def _summary(aligned: Aligned, columns: Columns, middle: str) -> list[str]:
 
 
 def _score(columns: Columns) -> int:
-    """What Needleman-Wunsch would score this alignment, end gaps included."""
+    """Return the score of this alignment in Needleman-Wunsch, end gaps included."""
     x, y = (vocab.encode(written.replace(GAP, "X").encode()) for written in (columns.x, columns.y))
     score = int(vocab.blosum62()[x, y].sum())
     for positions in (columns.i, columns.j):
@@ -151,10 +159,13 @@ def _score(columns: Columns) -> int:
 
 
 def stockholm(aligned: Aligned) -> str:
-    """One alignment; confidence as HMMER writes it, `#=GR ... PP` and `#=GC PP_cons`: tenths, rounded, `*` from .95."""
+    """Write one Stockholm alignment, with the confidence as HMMER writes posterior probabilities.
+
+    The lines `#=GR ... PP` and `#=GC PP_cons` hold rounded tenths, and `*` from .95 on.
+    """
     columns = columns_of(aligned)
     marks = np.array(list("0123456789*"))[np.floor(columns.confidence * 10 + 0.5).astype(int)]
-    names = _distinct(aligned)
+    names = aligned.x.id, aligned.y.id + ("_2" if aligned.x.id == aligned.y.id else "")  # each name only once
     width = max(len("#=GC PP_cons"), *(len(f"#=GR {name} PP") for name in names))
     lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}"]
     records = (aligned.x, aligned.y)
@@ -165,38 +176,25 @@ def stockholm(aligned: Aligned) -> str:
     return "\n".join([*lines, f"{'#=GC PP_cons':{width}} {''.join(marks)}", "//", ""])
 
 
-def _distinct(aligned: Aligned) -> tuple[str, str]:
-    """Names of x and y; Stockholm allows each only once."""
-    return aligned.x.id, aligned.y.id + ("_2" if aligned.x.id == aligned.y.id else "")
-
-
 def fasta(aligned: Aligned) -> str:
-    """Both sequences with gaps, one pair after the other."""
+    """Write both sequences with gaps."""
     columns = columns_of(aligned)
     return _fasta(aligned.x, columns.x) + _fasta(aligned.y, columns.y)
 
 
 def a3m(aligned: Aligned) -> str:
-    """y relative to x: one column for each residue of x, residues of y that are aligned with none in lower case."""
+    """Write y relative to x: a column for each residue of x, unaligned residues of y in lower case."""
     columns = columns_of(aligned)
     relative = (b.lower() if a == GAP else b for a, b in zip(columns.x, columns.y, strict=True))
     return _fasta(aligned.y, "".join(relative))
-
-
-def a3m_query(record: Record) -> str:
-    """What comes before the sequences that are aligned with x."""
-    return _fasta(record, record.residues)
 
 
 def _fasta(record: Record, written: str) -> str:
     return f">{record.id}{' ' if record.description else ''}{record.description}\n{written}\n"
 
 
-TSV_HEADER = "id\ti\tj\tx\ty\tconfidence\n"
-
-
 def tsv(aligned: Aligned) -> str:
-    """A line for each aligned pair: positions from 0, residues, confidence."""
+    """Write a line for each aligned pair: positions from 0, residues, confidence."""
     return "".join(
         f"{aligned.id}\t{i}\t{j}\t{aligned.x.residues[i]}\t{aligned.y.residues[j]}\t{c:.4f}\n"
         for (i, j), c in zip(aligned.pairs, aligned.confidence, strict=True)
@@ -204,8 +202,8 @@ def tsv(aligned: Aligned) -> str:
 
 
 def jsonl(aligned: Aligned) -> str:
-    """`{"id", "pairs": [[i, j], ...], "confidence": [...]}`, positions from 0."""
-    # As json.dumps writes them, in a fifth of its time: numbers are most of what this program writes.
+    """Write `{"id", "pairs": [[i, j], ...], "confidence": [...]}` with positions from 0."""
+    # Equal to the text of json.dumps, in a fifth of its time: numbers are most of the output.
     pairs = ", ".join(["[%d, %d]"] * len(aligned.pairs)) % tuple(aligned.pairs.ravel().tolist())
     steps, digits = np.rint(aligned.confidence.astype(float) * _STEPS).astype(int).tolist(), _digits()
     confidence = ", ".join([digits[n] if n <= _STEPS else repr(n / _STEPS) for n in steps])
@@ -214,27 +212,22 @@ def jsonl(aligned: Aligned) -> str:
 
 @functools.cache
 def _digits() -> list[str]:
-    """Return what probabilities look like, rounded."""
+    """Return the text of every rounded probability."""
     return [repr(n / _STEPS) for n in range(_STEPS + 1)]
 
 
 FORMATS: dict[str, Callable[[Aligned], str]] = {
-    "text": text,
-    "stockholm": stockholm,
-    "a3m": a3m,
-    "fasta": fasta,
-    "tsv": tsv,
-    "jsonl": jsonl,
+    function.__name__: function for function in (text, stockholm, a3m, fasta, tsv, jsonl)
 }
 
 
 def written(alignments: Iterator[Aligned], form: str) -> Iterator[str]:
-    """All alignments in one of the `FORMATS`; an A3M names its query once for all that follow it."""
+    """Write all alignments in one of the `FORMATS`; an A3M names a query once for all pairs that follow it."""
     query: Record | None = None
     if form == "tsv":
-        yield TSV_HEADER
+        yield "id\ti\tj\tx\ty\tconfidence\n"
     for aligned in alignments:
         if form == "a3m" and aligned.x != query:
             query = aligned.x
-            yield a3m_query(query)
+            yield _fasta(query, query.residues)
         yield FORMATS[form](aligned)

@@ -1,8 +1,8 @@
-"""Protein sequences as people keep them: FASTA, and pairs of sequences in a table.
+"""Read protein sequences from FASTA files, and pairs of sequences from tables.
 
-Residues may be in either case (soft masking means nothing here) and are handed on in upper case. `*` at the end, a
-stop, and white space are dropped; so are `-` and `.`, the gaps of an alignment, with a warning. B, J, O, U, X and Z
-stay as they are and are aligned as "any residue". Anything else is an error that names the place.
+Residues may be in either case (soft masking has no effect) and are returned in upper case. White space and a stop, `*`
+at the end, are dropped; the gaps `-` and `.` are dropped with a warning. B, J, O, U, X and Z are kept and are aligned
+as "any residue". Any other symbol is an error that names its place.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from data import vocab
 
 STANDARD_INPUT = "-"
-MAX_BYTES = 1 << 30  # of a file, unpacked; Swiss-Prot has 0.3 GB
+MAX_BYTES = 1 << 30  # in a file, unpacked; Swiss-Prot has 0.3 GB
 _GZIP = b"\x1f\x8b"
 _ALLOWED = frozenset(vocab.RESIDUES + vocab.AMBIGUOUS + "-.")
 _NUCLEOTIDES = "ACGTUN"
@@ -29,23 +29,27 @@ _SUSPICIOUS = 20  # residues; shorter peptides may be made of A, C, G and T
 
 
 class Record(NamedTuple):
+    """One sequence."""
+
     id: str  # the first word of the header
     description: str  # the rest of it
     residues: str  # upper case, no gaps
 
 
 class PairRecord(NamedTuple):
+    """Two sequences to align."""
+
     id: str
     x: Record
     y: Record
 
 
 def read_fasta(path: str) -> list[Record]:
-    """All records of a FASTA file, plain or gzip, or of standard input ("-").
+    """Read all records of a FASTA file, plain or gzip, or of standard input ("-").
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is no FASTA of proteins, a record is empty, an id occurs twice; names file, record and position.
+      ValueError: no FASTA file of proteins, an empty record, an id that occurs twice; names file, record and position.
     """
     name, text = _name(path), _read_text(path)
     first = next((line for line in text.splitlines() if line.strip()), "")
@@ -66,10 +70,10 @@ def read_fasta(path: str) -> list[Record]:
 
 
 def read_pairs(path: str) -> Iterator[PairRecord]:
-    """Lines `id <tab> x <tab> y`, where x and y are sequences; plain, gzip or standard input ("-").
+    """Read lines `id <tab> x <tab> y`, where x and y are sequences; plain, gzip or standard input ("-").
 
-    Empty lines, lines that begin with '#' and a first line `id x y` are left out. Raises as `read_fasta` does; ids
-    may occur more than once.
+    Empty lines, lines that begin with '#' and a first line `id x y` are skipped. An id may occur more than once. Raises
+    as `read_fasta` does.
     """
     name, found = _name(path), False
     for n, line in enumerate(_read_text(path).splitlines(), start=1):
@@ -101,7 +105,7 @@ def _read_text(path: str) -> str:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{_name(path)} has more than {MAX_BYTES} bytes (unpacked): cut it into parts")
     if b"\0" in data:
-        raise ValueError(f"{_name(path)} is no text (it holds a zero byte); plain text or gzip is read")
+        raise ValueError(f"{_name(path)} is not text (it holds a zero byte); give plain text or gzip")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")

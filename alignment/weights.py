@@ -1,4 +1,4 @@
-"""Trained weights as one safetensors file: parameters by dotted name, the configuration in the header."""
+"""Save and load trained weights: one safetensors file, parameters by dotted name, the configuration in the header."""
 
 import json
 from pathlib import Path
@@ -12,17 +12,17 @@ from safetensors.numpy import save_file
 
 
 def save(path: Path, params: PyTree, config: dict[str, Any], step: int) -> None:
-    """Writes the file and its folder."""
+    """Write the file, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"config": json.dumps(config), "step": str(step)}
     save_file({name: np.asarray(array) for name, array in _named(params).items()}, path, metadata=header)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], int]:
-    """Configuration and step of the run that the weights are of.
+    """Read the configuration and the step of the run that made the weights.
 
     Raises:
-      ValueError: no safetensors file, or one that `save` has not written.
+      ValueError: not a safetensors file, or not written by `save`.
     """
     header = _open(path).metadata() or {}
     if not {"config", "step"} <= header.keys():
@@ -37,10 +37,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def load(path: Path, like: PyTree) -> PyTree:
-    """Parameters in the structure of `like`.
+    """Load parameters in the structure of `like`.
 
     Raises:
-      ValueError: names or shapes are not those of `like`.
+      ValueError: names or shapes differ from `like`.
     """
     file = _open(path)
     wanted = {name: np.shape(array) for name, array in _named(like).items()}
@@ -52,7 +52,7 @@ def load(path: Path, like: PyTree) -> PyTree:
 
 
 def load_by_layer(path: Path) -> dict[str, dict[str, Any]]:
-    """All arrays, by what stands before the last dot of their names."""
+    """Load all arrays by layer and name: `a.b.c` is array `c` of layer `a.b`."""
     file = _open(path)
     found: dict[str, dict[str, Any]] = {}
     for name in file.keys():  # noqa: SIM118

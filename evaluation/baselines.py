@@ -1,6 +1,5 @@
-"""What a model has to beat: two diagonals that never look at a residue, and Needleman-Wunsch."""
+"""Baselines to compare a model with: two diagonals that never look at a residue, and Needleman-Wunsch."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,34 +12,36 @@ from data.transforms import NO_TARGET, Pair
 _INSERT, _DELETE = 1, 2  # operation codes of a packed CIGAR (SAM specification, 4.2): residues of x alone, of y alone
 
 
-class Prediction(NamedTuple):
-    positions: Float64[np.ndarray, " x_length"]  # where in y each residue of x is placed; compared with the barycenter
-    match: Int32[np.ndarray, " x_length"]  # the same as a hard alignment: position in y, or -1
+class Placement(NamedTuple):
+    """The alignment that a baseline proposes for a pair."""
+
+    positions: Float64[np.ndarray, " x_length"]  # place in y of each residue of x, compared with the barycenter
+    match: Int32[np.ndarray, " x_length"]  # hard alignment: position in y, or -1
 
 
-def diagonal(pair: Pair) -> Prediction:
-    """j = i, also past the end of y, where it is a place (and as far off as it is) but no residue to align with."""
+def diagonal(pair: Pair) -> Placement:
+    """Place x_i at j = i. Past the end of y, that is still a place, but there is no residue to align with."""
     rows = np.arange(len(pair.x))
     match = np.where(rows < len(pair.y), rows, NO_TARGET)
-    return Prediction(rows.astype(np.float64), match.astype(np.int32))
+    return Placement(rows.astype(np.float64), match.astype(np.int32))
 
 
-def scaled_diagonal(pair: Pair) -> Prediction:
-    """j = c(i) = (i + 1/2) n_y / n_x - 1/2; aligned with the nearest residue of y, each x_i with one.
+def scaled_diagonal(pair: Pair) -> Placement:
+    """Place x_i at c(i) = (i + 1/2) n_y / n_x - 1/2, and align it with the nearest residue of y.
 
-    Where x is the longer, several x_i share a residue of y: a rule that sees no gap cannot say which of them it skips.
+    Where x is longer, several x_i share a residue of y: a rule without gaps cannot say which of them are unaligned.
     """
     numerator = (2 * np.arange(len(pair.x)) + 1) * len(pair.y)
     positions = numerator / (2 * len(pair.x)) - 0.5
-    # floor(c + 1/2) in whole numbers: no rounding error can leave 0..n_y - 1
-    return Prediction(positions, (numerator // (2 * len(pair.x))).astype(np.int32))
+    # floor(c + 1/2) in integer arithmetic: no rounding error can leave 0..n_y - 1
+    return Placement(positions, (numerator // (2 * len(pair.x))).astype(np.int32))
 
 
-def nw_blosum62(pair: Pair) -> Prediction:
-    """Global alignment (Needleman-Wunsch with affine gaps, BLOSUM62, gaps 11 and 1, ends cost the same).
+def nw_blosum62(pair: Pair) -> Placement:
+    """Align globally: Needleman-Wunsch with BLOSUM62 and affine gaps of 11 and 1, also at the ends.
 
-    A residue of x that is left unaligned is placed between its aligned neighbours by linear interpolation, and beside
-    the only neighbour at an end; where nothing at all is aligned, on the scaled diagonal.
+    An unaligned residue of x is placed between its aligned neighbours by linear interpolation, and beside its only
+    neighbour at an end. Where no residue is aligned, all are placed on the scaled diagonal.
 
     Raises:
       ValueError: a sequence is empty.
@@ -53,22 +54,11 @@ def nw_blosum62(pair: Pair) -> Prediction:
     match = _matches(np.asarray(result.cigar.seq, np.uint32), len(pair.x))
     rows = np.flatnonzero(match != NO_TARGET)
     if not rows.size:
-        return Prediction(scaled_diagonal(pair).positions, match)
-    return Prediction(np.interp(np.arange(len(match)), rows, match[rows]), match)
+        return Placement(scaled_diagonal(pair).positions, match)
+    return Placement(np.interp(np.arange(len(match)), rows, match[rows]), match)
 
 
 BASELINES = {"diagonal": diagonal, "scaled_diagonal": scaled_diagonal, "nw_blosum62": nw_blosum62}
-
-
-def predict(name: str, pairs: Sequence[Pair]) -> list[Prediction]:
-    """The named baseline's predictions of many pairs.
-
-    Raises:
-      ValueError: no baseline has this name.
-    """
-    if name not in BASELINES:
-        raise ValueError(f"name: {name!r} was given, the baselines are {', '.join(BASELINES)}")
-    return [BASELINES[name](pair) for pair in pairs]
 
 
 def _matches(cigar: np.ndarray, x_length: int) -> Int32[np.ndarray, " x_length"]:

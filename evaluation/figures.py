@@ -1,6 +1,6 @@
-"""Figures of plans, training curves and comparisons of runs, as PNG files.
+"""Draw plans, training curves and comparisons of runs, as PNG files.
 
-Everything is drawn on `Figure` objects, never through pyplot: no display is needed and no global state is left behind.
+All are drawn on `Figure` objects without pyplot: no display is needed, and no global state is left behind.
 """
 
 import io
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from alignment.decoding import NO_MATCH
 
-# Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/); its yellow is too pale.
+# Okabe and Ito's palette for any colour vision (https://jfly.uni-koeln.de/color/), without its yellow, which is pale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _BASELINE = "#9A9A9A"
 _DPI = 150
@@ -54,9 +54,10 @@ def plan_heatmap(
     title: str = "",
     label: str = "plan $P_{ij}$",
 ) -> None:
-    """A plan with the reference alignment and the decoded one over it (position in y of each residue of x, or -1).
+    """Draw a plan, and over it the reference alignment and the decoded one.
 
-    scale: residues of either side that one value of the plan stands for. label: what the values are.
+    Alignments hold the position in y of each residue of x, or -1. One value of the plan stands for `scale` residues of
+    either sequence; `label` is the name of the values.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -77,47 +78,20 @@ def plan_heatmap(
 
 
 def metric_curves(rows: Sequence[MetricRow], path: Where, *, metrics: Sequence[str] | None = None) -> None:
-    """Every metric of one run against the step, a panel each, a line for each split.
+    """Draw the metrics of one run against the step, a panel for each metric, a line for each split.
 
-    Args:
-      rows: the lines of metrics.jsonl; "validation/f1" is metric f1 of split validation, a plain "loss" is of train.
-      metrics: the panels, in order; all metrics found when left out.
-
-    Raises:
-      ValueError: no row holds a number to draw, or a metric asked for is in none.
+    Rows are lines of metrics.jsonl: "validation/f1" is metric f1 of split validation, plain "loss" is of split train.
+    Raises ValueError if no row holds a number, or none holds one of `metrics`.
     """
-    curves = {"run": _curves(rows)}
-    names = _choose(metrics, [metric for _, metric in curves["run"]])
-    splits = list(dict.fromkeys(split for split, _ in curves["run"]))
-
-    def draw(axes: Axes, name: str) -> None:
-        for colour, split in zip(_cycle(len(splits)), splits, strict=True):
-            _line(axes, curves["run"].get((split, name)), label=split, color=colour)
-
-    _panels(names, draw, path, xlabel="step")
+    _curve_panels(_curves(rows), path, metrics)
 
 
-def screen_figure(
-    runs: Mapping[str, Sequence[MetricRow]],
-    path: Where,
-    *,
-    split: str = "validation",
-    metrics: Sequence[str] | None = None,
-) -> None:
-    """One split's metrics of several runs against the step, a panel for each metric, a line for each run.
+def screen_figure(runs: Mapping[str, Sequence[MetricRow]], path: Where, *, split: str = "validation") -> None:
+    """Draw one split's metrics of several runs against the step, a panel for each metric, a line for each run.
 
-    Raises:
-      ValueError: no run has a number of this split, or a metric asked for is in none.
+    Raises ValueError if no run has a number of this split.
     """
-    curves = {run: _curves(rows) for run, rows in runs.items()}
-    found = [metric for curve in curves.values() for where, metric in curve if where == split]
-    names = _choose(metrics, found)
-
-    def draw(axes: Axes, name: str) -> None:
-        for colour, (run, curve) in zip(_cycle(len(curves)), curves.items(), strict=True):
-            _line(axes, curve.get((split, name)), label=run, color=colour)
-
-    _panels(names, draw, path, xlabel="step", title=split)
+    _curve_panels({run: _curves(rows).get(split, {}) for run, rows in runs.items()}, path, title=split)
 
 
 def comparison_bars(
@@ -128,14 +102,11 @@ def comparison_bars(
     metrics: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Final metrics of runs (coloured) beside the baselines (grey), with their intervals; a panel for each metric.
+    """Draw final metrics of runs (coloured) beside baselines (grey), with intervals, a panel for each metric.
 
-    Args:
-      runs, baselines: {name: {metric: {"value", "low", "high"}}}, as `overall` in eval.py's JSON. A name without a
-        metric (a diagonal has no cross-entropy) keeps its line in that panel, empty.
-
-    Raises:
-      ValueError: nothing to draw, or a metric asked for is in none.
+    Both have the form {name: {metric: {"value", "low", "high"}}}, as `overall` in eval.py's JSON. A name without a
+    metric (a diagonal has no cross-entropy) keeps an empty line in that panel. Raises ValueError if there is nothing to
+    draw, or nobody has one of `metrics`.
     """
     bars = {**runs, **baselines}
     names = _choose(metrics, [metric for summary in bars.values() for metric in summary])
@@ -153,16 +124,11 @@ def comparison_bars(
     _panels(names, draw, path, title=title, height=0.34 * len(bars) + 0.9)
 
 
-def identity_bins(
-    summaries: Mapping[str, Mapping[str, Any]], path: Where, *, metric: str = "f1", title: str = ""
-) -> None:
-    """One metric by identity of the aligned residues, the model in colour and the baselines in grey, with intervals.
+def identity_bins(summaries: Mapping[str, Mapping[str, Any]], path: Where, *, metric: str = "f1") -> None:
+    """Draw one metric by identity of the aligned residues, the model in colour and baselines in grey, with intervals.
 
-    summaries: {who: {"bins": {bin: {metric: {"value", "low", "high"}}}}}, as `splits` in eval.py's JSON; the first is
-      the model.
-
-    Raises:
-      ValueError: no bin holds the metric.
+    Summaries have the form of a split in eval.py's JSON; the first is the model. Raises ValueError if no bin holds the
+    metric.
     """
     names = list(dict.fromkeys(name for summary in summaries.values() for name in summary["bins"]))
     if not any(metric in values for summary in summaries.values() for values in summary["bins"].values()):
@@ -174,23 +140,22 @@ def identity_bins(
         places = [k for k, name in enumerate(names) if metric in summary["bins"].get(name, {})]
         found = [summary["bins"][names[k]][metric] for k in places]
         value, low, high = (np.array([of[key] for of in found]) for key in ("value", "low", "high"))
-        around = np.array(places) + 0.06 * (n - (len(summaries) - 1) / 2)  # or intervals would hide each other
+        around = np.array(places) + 0.06 * (
+            n - (len(summaries) - 1) / 2
+        )  # side by side: intervals would hide each other
         style: dict[str, Any] = {"color": shades[n % len(shades)], "marker": markers[n % len(markers)], "markersize": 5}
         # A bootstrap interval need not hold the value, over two families say.
         spread = np.maximum(np.stack([value - low, high - value]), 0)
         axes.errorbar(around, value, spread, capsize=2, linewidth=2 if n == 0 else 1, label=who, **style)
     axes.set_xticks(range(len(names)), names)
-    axes.set(xlabel="identity of the aligned residues", ylabel=LABELS.get(metric, metric), title=title, ylim=(0, 1.02))
+    axes.set(xlabel="identity of the aligned residues", ylabel=LABELS.get(metric, metric), ylim=(0, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=_DPI)
 
 
-def reliability(tenths: Sequence[Mapping[str, float]], path: Where, *, title: str = "") -> None:
-    """The share of correct pairs against their confidence, and how many there are of each.
-
-    tenths: of `data.metrics.Reliability`.
-    """
+def reliability(tenths: Sequence[Mapping[str, float]], path: Where) -> None:
+    """Draw the share of correct residue pairs against their confidence, from `metrics.Reliability.tenths`."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     confidence, correct, pairs = ([of[key] for of in tenths] for key in ("confidence", "correct", "pairs"))
@@ -202,7 +167,6 @@ def reliability(tenths: Sequence[Mapping[str, float]], path: Where, *, title: st
     right.set(xlabel="mean confidence", ylabel="share of decoded pairs", xlim=(0, 1))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
     figure.savefig(path, dpi=_DPI)
 
 
@@ -211,17 +175,33 @@ def _points(axes: Axes, match: np.ndarray, label: str, **style: Any) -> None:
     axes.plot(match[rows], rows, linestyle="none", markeredgewidth=0.7, label=label, **style)
 
 
-def _curves(rows: Sequence[MetricRow]) -> dict[tuple[str, str], Curve]:
-    curves: dict[tuple[str, str], Curve] = {}
+def _curves(rows: Sequence[MetricRow]) -> dict[str, dict[str, Curve]]:
+    """Return the curves of a run by split and metric."""
+    curves: dict[str, dict[str, Curve]] = {}
     for row in rows:
         for key, value in row.items():
             if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             split, _, metric = key.rpartition("/")
-            steps, values = curves.setdefault((split or "train", metric), ([], []))
+            steps, values = curves.setdefault(split or "train", {}).setdefault(metric, ([], []))
             steps.append(row["step"])
             values.append(value)
     return curves
+
+
+def _curve_panels(
+    lines: Mapping[str, Mapping[str, Curve]], path: Where, metrics: Sequence[str] | None = None, title: str = ""
+) -> None:
+    names = _choose(metrics, [metric for curves in lines.values() for metric in curves])
+
+    def draw(axes: Axes, name: str) -> None:
+        for colour, (label, curves) in zip(_cycle(len(lines)), lines.items(), strict=True):
+            if name in curves:
+                steps, values = curves[name]
+                marker = "o" if len(steps) <= 20 else None
+                axes.plot(steps, values, linewidth=1.5, marker=marker, markersize=3, label=label, color=colour)
+
+    _panels(names, draw, path, xlabel="step", title=title)
 
 
 def _choose(wanted: Sequence[str] | None, found: Sequence[str]) -> list[str]:
@@ -238,25 +218,12 @@ def _cycle(count: int) -> list[str]:
     return [_COLOURS[k % len(_COLOURS)] for k in range(count)]
 
 
-def _line(axes: Axes, curve: Curve | None, **style: Any) -> None:
-    if curve is None:
-        return
-    steps, values = curve
-    axes.plot(steps, values, linewidth=1.5, marker="o" if len(steps) <= 20 else None, markersize=3, **style)
-
-
 def _bar(axes: Axes, row: int, metric: Mapping[str, float], colour: str) -> None:
     value, low, high = metric["value"], metric["low"], metric["high"]
     axes.barh(row, value, height=0.7, color=colour)
     axes.plot([low, high], [row, row], color="black", linewidth=1.2, solid_capstyle="butt")
-    axes.annotate(
-        f"{value:#.3g}",
-        (max(value, high), row),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-    )
+    end = max(value, high), row
+    axes.annotate(f"{value:#.3g}", end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _panels(
@@ -287,7 +254,7 @@ def _panels(
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend for all panels, since a line means the same in each."""
+    """Draw one legend for all panels: a line means the same in each."""
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))

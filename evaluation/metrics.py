@@ -1,13 +1,12 @@
-"""Alignment metrics: counters for one pair, and their means over many with bootstrap intervals.
+"""Score alignments: sums for one pair, and their means over many with bootstrap intervals; see docs/math.md, section 8.
 
-A pair is scored once, into sums and counts (`PairScores`); every metric is a ratio of such sums, so that means over a
-split, an identity bin or a bootstrap sample of families are all the same few additions.
+A pair is scored once, into sums and counts (`PairScores`). Every metric is a ratio of such sums: means over a split, an
+identity bin or a bootstrap sample of families are then a few additions.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int32
@@ -18,6 +17,7 @@ BINS = ("<.15", ".15-.20", ".20-.25", ".25-.30", ".30-.40", ".40-.60", ">.60")
 _BIN_EDGES = (0.15, 0.20, 0.25, 0.30, 0.40, 0.60)  # a bin holds its lower edge
 
 _TENTHS = 10  # groups of confidence
+_RESAMPLES = 1000  # samples of the bootstrap
 
 PROBABILITY_FLOOR = 1e-6  # a true column outside the band costs 13.8 nats, not infinitely many
 
@@ -26,11 +26,11 @@ Summary = dict[str, dict[str, float]]  # {metric: {"value", "low", "high"}}
 
 @dataclasses.dataclass(frozen=True)
 class PairScores:
-    """Sums and counts of one pair. NaN: does not apply (a diagonal has no cross-entropy)."""
+    """Sums and counts of one pair, NaN where a number does not apply: a diagonal has no cross-entropy."""
 
     family: str
-    identity: float  # of the aligned residues; NaN where none is aligned
-    aligned: int  # residues of x with a target: what the first three sums run over
+    identity: float  # share of the aligned residues that are equal; NaN where none is aligned
+    aligned: int  # residues of x with a target, over which the first three sums run
     abs_error: float = math.nan  # of the barycenter, residues
     within_1: float = math.nan
     cross_entropy: float = math.nan  # nats
@@ -44,13 +44,9 @@ class PairScores:
 
     @property
     def f1(self) -> float:
-        """NaN where nothing is predicted and nothing is in the reference."""
+        """F1 of the pair; NaN where nothing is predicted and nothing is in the reference."""
         pairs = self.predicted + self.reference
         return 2 * self.true_positives / pairs if pairs else math.nan
-
-    def with_reconstruction(self, sums: dict[str, Any]) -> "PairScores":
-        """The same with the four reconstruction sums, given by field name, filled in."""
-        return dataclasses.replace(self, **{name: float(value) for name, value in sums.items()})  # type: ignore[arg-type]
 
 
 # Each metric is the sum of the first fields over the sum of the second.
@@ -67,15 +63,12 @@ METRICS = {
 
 
 def identity_bin(identity: float) -> str | None:
-    """The contract's bin of an identity in [0, 1]; None for NaN."""
+    """Return the bin of an identity in [0, 1]; None for NaN."""
     return None if math.isnan(identity) else BINS[int(np.searchsorted(_BIN_EDGES, identity, side="right"))]
 
 
 def barycenters(plan: Float[np.ndarray, "x_length y_length"]) -> Float64[np.ndarray, " x_length"]:
-    """Mean column of each row, weighted by the plan over real columns only.
-
-    A row without mass knows nothing of its place and gets what that is worth: the scaled diagonal.
-    """
+    """Return the mean column of each row, weighted by the plan; for a row without mass, the scaled diagonal."""
     x_length, y_length = plan.shape
     mass = plan.sum(axis=1, dtype=np.float64)
     moment = plan.astype(np.float64) @ np.arange(y_length)
@@ -89,7 +82,7 @@ def score_prediction(
     positions: Float64[np.ndarray, " x_length"],
     match: Int32[np.ndarray, " x_length"],
 ) -> PairScores:
-    """Scores soft positions in y and a hard alignment (position in y or -1) of the residues of x.
+    """Score soft positions in y, and a hard alignment (position in y or -1), of the residues of x.
 
     Raises:
       ValueError: a position of an aligned residue is not finite.
@@ -113,7 +106,7 @@ def score_prediction(
 def score_plan(
     family: str, pair: Pair, plan: Float[np.ndarray, "rows columns"], match: Int32[np.ndarray, " x_length"]
 ) -> PairScores:
-    """Scores a transport plan over the residues of x and y (no dustbin, no padding) and its decoded alignment.
+    """Score a plan over the residues of x and y (no dustbin, no padding) and the alignment decoded from it.
 
     Raises:
       ValueError: the plan is not [length of x, length of y] or not finite.
@@ -130,17 +123,18 @@ def score_plan(
 
 
 class Reliability:
-    """How far confidence can be trusted: of decoded pairs in each tenth of it, the share that the reference has."""
+    """Share of decoded residue pairs that the reference has, by tenths of their confidence."""
 
     def __init__(self):
         self._sums = np.zeros((_TENTHS, 3))  # pairs, confidence, correct ones
 
     def add(self, confidence: Float[np.ndarray, " pairs"], correct: Bool[np.ndarray, " pairs"]) -> None:
+        """Count decoded residue pairs."""
         tenth = np.clip((confidence * _TENTHS).astype(int), 0, _TENTHS - 1)
         np.add.at(self._sums, tenth, np.stack([np.ones(len(tenth)), confidence, correct], axis=1))
 
     def tenths(self) -> list[dict[str, float]]:
-        """`{"confidence": mean, "correct": share, "pairs": count}` of every tenth that holds pairs, in rising order."""
+        """Return `{"confidence": mean, "correct": share, "pairs": count}` of every tenth that holds pairs, rising."""
         return [
             {"confidence": float(confidence / count), "correct": float(correct / count), "pairs": int(count)}
             for count, confidence, correct in self._sums
@@ -148,34 +142,22 @@ class Reliability:
         ]
 
 
-def summarise(
-    scores: Sequence[PairScores],
-    *,
-    average: str = "residues",
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict:
-    """Means over pairs with bootstrap 95 % intervals over families, overall and by identity bin.
+def summarise(scores: Sequence[PairScores]) -> dict:
+    """Pool the sums of all pairs, with bootstrap 95 % intervals over families, overall and by identity bin.
 
-    Pairs of one family are not independent, so families are drawn with replacement, all their pairs with them. An
-    interval over few families is optimistic; over a single one it has no width.
-
-    Args:
-      average: "residues" pools the sums of all pairs (micro average, the contract's metrics); "pairs" is the mean of
-        each pair's own ratio, in which a long pair weighs no more than a short one.
+    Pairs of one family are not independent: families are drawn with replacement, each with all its pairs. An interval
+    over few families is optimistic; over a single family it has no width.
 
     Returns:
       {"overall": {metric: {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics
       that apply to no pair, and bins without a pair, are left out.
     """
-    if average not in ("residues", "pairs"):
-        raise ValueError(f"average: {average!r} was given, allowed are 'residues' and 'pairs'")
-    ratios = {name: _ratio(scores, average, *fields) for name, fields in METRICS.items()}
+    ratios = {name: _ratio(scores, *fields) for name, fields in METRICS.items()}
     families = np.unique([score.family for score in scores], return_inverse=True)[1]
     bins = np.array([identity_bin(score.identity) or "" for score in scores])
 
     def group(members: np.ndarray) -> Summary:
-        return intervals({name: r[:, members] for name, r in ratios.items()}, families[members], resamples, seed)
+        return intervals({name: r[:, members] for name, r in ratios.items()}, families[members])
 
     return {
         "overall": group(np.arange(len(scores))),
@@ -185,29 +167,26 @@ def summarise(
 
 
 def _ratio(
-    scores: Sequence[PairScores], average: str, numerator: Sequence[str], denominator: Sequence[str]
+    scores: Sequence[PairScores], numerator: Sequence[str], denominator: Sequence[str]
 ) -> Float64[np.ndarray, "2 pairs"]:
-    """Numerator and denominator of each pair; both 0 where the metric does not apply to it."""
+    """Return numerator and denominator of each pair, both 0 where the metric does not apply."""
     sums = [[sum(getattr(score, field) for field in fields) for score in scores] for fields in (numerator, denominator)]
     ratio = np.array(sums, np.float64).reshape(2, len(scores))
     applies = np.isfinite(ratio).all(axis=0) & (ratio[1] > 0)
-    ratio = np.where(applies, ratio, 0)
-    return ratio if average == "residues" else np.stack([ratio[0] / np.where(applies, ratio[1], 1), applies])
+    return np.where(applies, ratio, 0)
 
 
-def intervals(
-    ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"], resamples: int = 1000, seed=0
-) -> Summary:
-    """Quotients of sums over pairs, numerators and denominators given, with bootstrap 95 % intervals over families."""
+def intervals(ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"]) -> Summary:
+    """Compute ratios of sums over pairs, from numerators and denominators, with bootstrap intervals over families."""
     ratios = {name: ratio for name, ratio in ratios.items() if ratio[1].sum() > 0}
     if not ratios:
         return {}
     _, family = np.unique(family, return_inverse=True)
     count = int(family.max()) + 1
     sums = np.array([[np.bincount(family, part, count) for part in ratio] for ratio in ratios.values()])
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     drawn = sums @ weights.T.astype(np.float64)  # [metrics, 2, resamples]
-    # A draw of families to which the metric does not apply says nothing about it.
+    # NaN: the metric applies to none of the families that were drawn.
     drawn = np.where(drawn[:, 1] > 0, drawn[:, 0] / np.where(drawn[:, 1] > 0, drawn[:, 1], 1), np.nan)
     low, high = np.nanquantile(drawn, [0.025, 0.975], axis=1)
     value = sums[:, 0].sum(axis=1) / sums[:, 1].sum(axis=1)

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page: tables, figures, the worst and the best alignments. It loads nothing else."""
+"""Write an evaluation as one HTML page with tables, figures and alignments; the page loads no other file."""
 
 import base64
 import datetime
@@ -25,14 +25,14 @@ from evaluation.metrics import PairScores
 
 TEMPLATE = "report.html.jinja"
 _SHOWN = 3  # alignments of each kind and split
-_BASELINE = "nw_blosum62"  # that is set beside each alignment
+_BASELINE = "nw_blosum62"  # its F1 stands beside each alignment
 _LOWER_IS_BETTER = ("reconstruction", "reconstruction_masked", "sparse_ce", "barycenter_mae")
 _CURVES = ("loss", "reconstruction", "sparse_ce", "alignment", "f1", "barycenter_mae", "gradient_norm", "learning_rate")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 class Example(NamedTuple):
-    """A pair of a split as the model aligned it, and how the baseline did."""
+    """A pair of a split, the alignment of the model, and the scores of model and baseline."""
 
     family: Family
     rows: tuple[int, int]
@@ -48,7 +48,7 @@ class Kind(NamedTuple):
     """A choice of examples, the lowest `key` first."""
 
     title: str
-    told: str
+    description: str
     key: Callable[[Example], tuple[float, ...]]
 
 
@@ -61,46 +61,42 @@ KINDS = (
     ),
     Kind(
         "Where Needleman-Wunsch is ahead",
-        "Those with the largest F1 of Needleman-Wunsch above the model's.",
+        "Pairs in which the F1 of Needleman-Wunsch exceeds the model's most.",
         lambda e: (e.model.f1 - e.baseline.f1,),
     ),
 )
 
 
 class Examples:
-    """Of all pairs of all splits, those that the page shows."""
+    """The pairs that the page shows, chosen among all pairs of all splits."""
 
     def __init__(self, count: int = _SHOWN):
         self._count = count
         self._kept: dict[str, dict[str, dict[str, Example]]] = {}  # by split, kind and family
 
     def see(self, split: str, example: Example) -> None:
-        """Keeps the example if it is among the first of a kind so far; pairs without an F1 are none."""
+        """Keep the example if it is among the first of a kind so far; a pair without an F1 never is."""
         if not (np.isfinite(example.model.f1) and np.isfinite(example.baseline.f1)):
             return
-        copied = example._replace(plan=example.plan.copy(), posterior=example.posterior.copy())  # not views of batches
         for kind in KINDS:
             kept = self._kept.setdefault(split, {}).setdefault(kind.title, {})
             of_family = kept.get(example.family.accession)
             if of_family is None or kind.key(example) < kind.key(of_family):
-                kept[example.family.accession] = copied
+                kept[example.family.accession] = example
                 for last in sorted(kept, key=lambda name, kept=kept, kind=kind: kind.key(kept[name]))[self._count :]:
                     del kept[last]
 
     def of(self, split: str, kind: Kind) -> list[Example]:
+        """Return the kept examples of a split, the lowest key first."""
         return sorted(self._kept.get(split, {}).get(kind.title, {}).values(), key=kind.key)
 
 
 def write_html(
     path: Path, report: Mapping[str, Any], examples: Examples, rows: Sequence[figures.MetricRow] = (), command: str = ""
 ) -> None:
-    """Writes the page.
+    """Write the page from the result of a task's `evaluate` and the examples collected during it.
 
-    Args:
-      report: what `eval.evaluate` returns; every number on the page but those of single pairs is one of it.
-      examples: those seen while it was computed.
-      rows: lines of metrics.jsonl, if there is a run.
-      command: that made it.
+    Rows are the lines of metrics.jsonl, if there is a run. The page names the command line that made it.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
@@ -120,10 +116,10 @@ def write_html(
 
 
 def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-    """What the template shows of one split."""
+    """Return the values of one split that the template shows."""
     result = report["splits"][name]
     model, tenths = result["model"], report["reliability"][name]
-    decoded = {who: of for who, of in result.items() if who != "transport"}  # whose alignments are the model's
+    decoded = {who: of for who, of in result.items() if who != "transport"}  # same alignments as the model
     found = [metric for metric in metrics.METRICS if metric in model["overall"]]
     return {
         "name": name,
@@ -135,12 +131,15 @@ def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str
         "bars": _bars(result),
         "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
         "reliability": _drawn(figures.reliability, tenths) if tenths else "",
-        "kinds": [(kind, _all_shown(examples.of(name, kind))) for kind in KINDS],
+        "kinds": [
+            (kind, [_shown(example, with_plan=n == 0) for n, example in enumerate(examples.of(name, kind))])
+            for kind in KINDS
+        ],
     }
 
 
 def _bars(result: Mapping[str, Any]) -> str:
-    """Of what can be compared: the metrics that the baselines have too."""
+    """Draw the metrics that the baselines have too."""
     overall = {who: of["overall"] for who, of in result.items()}
     others = {who: overall.pop(who) for who in BASELINES}
     return _drawn(
@@ -157,18 +156,14 @@ def _bin_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_best(metric: str, label: str, cells: list[dict[str, float] | None]) -> dict[str, Any]:
-    """A row of a table, and which value stands out: the best, if there are others to compare it with."""
+    """Return a row of a table, and the best value in it if there are several."""
     values = [cell["value"] for cell in cells if cell]
     best = (min if metric in _LOWER_IS_BETTER else max)(values) if len(values) > 1 else None
     return {"metric": metric, "label": label, "cells": cells, "best": best}
 
 
-def _all_shown(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    return [_shown(example, with_plan=n == 0) for n, example in enumerate(examples)]
-
-
 def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
-    """Text, heat maps and numbers of an alignment."""
+    """Return text, heat maps and numbers of an alignment."""
     both = {"target": example.pair.target, "match": example.match}
     return {
         "title": f"{example.family.accession} {example.family.name}",
@@ -194,14 +189,14 @@ def _aligned(example: Example) -> formats.Aligned:
 
 
 def _curves(rows: Sequence[figures.MetricRow]) -> str:
-    """Training curves, where there are any."""
+    """Draw the training curves, if there are any."""
     found = {name.rpartition("/")[2] for row in rows for name in row}
     names = [name for name in _CURVES if name in found]
     return _drawn(figures.metric_curves, rows, metrics=names) if names else ""
 
 
 def _drawn(draw: Callable, *arguments: Any, **options: Any) -> str:
-    """The picture that a function of models/figures.py draws, as a data URI."""
+    """Return the picture that a function of `figures` draws, as a data URI."""
     memory = io.BytesIO()
     draw(*arguments, path=memory, **options)
     return "data:image/png;base64," + base64.b64encode(memory.getvalue()).decode()

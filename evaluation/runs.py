@@ -1,4 +1,4 @@
-"""Load trained models, from a run's folder or from a file of weights, with what their configuration describes."""
+"""Load trained models from the folder of a run or from a file of weights, with trainer and mesh."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,8 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from alignment import asap_maps, weights
+from alignment.inference import Pretrained
+from evaluation import scoring
 from evaluation.tasks import AlignmentTask, Task, task_of
 from training import sharding
 from training.checkpoints import Checkpoints
@@ -23,17 +25,22 @@ class Run(NamedTuple):
     config: ConfigDict
     trainer: Trainer
     mesh: Mesh
-    params: PyTree  # averaged
+    params: PyTree  # moving average over the steps
     step: int
-    asap: Path | None = None  # maps that stand in place of Sinkhorn steps
 
     @property
     def task(self) -> Task:
+        """The task that the model was trained for."""
         return task_of(self.config)
+
+    def pretrained(self) -> Pretrained:
+        """Return the aligner for use. Raises ValueError if the run sorts."""
+        check_aligns(self)
+        return scoring.pretrained(self.trainer, self.mesh, self.params)
 
 
 def load_run(workdir: Path, step: int | None = None) -> Run:
-    """What a checkpoint of a run holds, by default the newest."""
+    """Load a checkpoint of a run, by default the newest."""
     config = read_config(workdir)
     trainer, mesh = described(config, workdir / "config.json")
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -43,7 +50,7 @@ def load_run(workdir: Path, step: int | None = None) -> Run:
 
 
 def load_weights(path: Path) -> Run:
-    """What a file of `scripts/export_weights.py` holds."""
+    """Load a file of `scripts/export_weights.py`."""
     values, step = weights.read_config(path)
     config = ConfigDict(values)
     trainer, mesh = described(config, path)
@@ -51,12 +58,10 @@ def load_weights(path: Path) -> Run:
 
 
 def with_asap(run: Run, path: Path) -> Run:
-    """The run with the layers compiled that a file of scripts/compile_asap.py holds; raises ValueError if it is not of
-    this run.
-    """
+    """Replace layers by the maps of a file of scripts/compile_asap.py. Raises ValueError if they are of another run."""
     check_aligns(run)
     graph = asap_maps.into(run.trainer.graph, run.params, asap_maps.load(path, run.params))
-    return run._replace(trainer=dataclasses.replace(run.trainer, graph=graph), asap=path)
+    return run._replace(trainer=dataclasses.replace(run.trainer, graph=graph))
 
 
 def make_trainer(config: ConfigDict) -> Trainer:
@@ -74,12 +79,12 @@ def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
 
 
 def check_aligns(run: Run) -> None:
-    """Raise ValueError unless the run aligns."""
+    """Raise ValueError unless the model aligns."""
     if not isinstance(run.task, AlignmentTask):
-        raise ValueError("the run is one of the sorting task, and has no plan: give one that was trained on alignments")
+        raise ValueError("the model was trained to sort, and has no plan: give one that was trained on alignments")
 
 
 def local_mesh(batch_size: int) -> Mesh:
-    """As many of this machine's devices as can share a batch evenly."""
+    """Return a mesh of the largest number of this machine's devices that share a batch evenly."""
     data = max(n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0)
     return sharding.make_mesh(sharding.MeshConfig(data), batch_size)

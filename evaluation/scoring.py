@@ -1,30 +1,37 @@
-"""Score a model and the baselines on pairs of a split."""
+"""Score an aligner and the baselines on pairs of a split."""
 
+import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
 from alignment import decoding
+from alignment.inference import Pretrained
 from data import pipeline, vocab
+from data.transforms import NO_TARGET
 from evaluation import baselines, figures, metrics
 from evaluation.report import Example, Examples
 from models import objectives
+from models.aligner import Aligner
 from models.attention import Certificate
+from models.mesh import DATA
 from training.state import Trainer
 
-_MASK_EVERY = 7  # residues; masked reconstruction asks for every seventh one
+_MASK_EVERY = 7  # residues
 _PICTURES = 3  # plans drawn for every split, of different families
-
-Predict = Callable[[pipeline.Batch], dict[str, np.ndarray]]
 
 
 class Observer:
-    """What is kept of the pairs of a split beside their scores: plans of the first families, reliability, examples."""
+    """Collector of the plans to draw, the reliability and the examples of a split, pair by pair."""
 
     def __init__(self, split: str, pictures: Path, examples: Examples | None):
         self.reliability = metrics.Reliability()
@@ -42,66 +49,70 @@ class Observer:
             draw_plan(self._pictures, self._split, example)
 
 
+def pretrained(trainer: Trainer, mesh: Mesh, params: PyTree = None) -> Pretrained:
+    """Return the trained aligner on a mesh: what scripts/align.py runs, on all devices and in all processes."""
+    band = cast(objectives.AlignmentObjective, trainer.objective).spec.band
+    on_mesh = functools.partial(trainer.compiled_evaluation, mesh=mesh)
+    return Pretrained(trainer.graph, params, band, on_mesh, mesh.shape[DATA])
+
+
 def score_split(
-    predict: Predict,
+    model: Pretrained,
     families: pipeline.Families,
     batches: Iterable[pipeline.Batch],
     *,
     see: Callable[[Example], None] = lambda example: None,
     progress: str = "",
 ) -> dict[str, dict]:
-    """Summary of the model and of every baseline on evaluation pairs of a split, the families'.
+    """Summarise the predictions of a model and of every baseline on evaluation pairs of a split.
 
-    The plan of a model with a gap model is the posterior that its pair HMM makes of what was transported, and is what
-    is decoded; `transport` then is the transport plan by itself, with the same decoded alignment. see: is given every
-    pair.
+    A model with a gap model is scored by the posterior of its pair HMM, from which its alignments are decoded. The
+    entry `transport` then scores the transport plan itself, with the same alignments.
+
+    Args:
+      model: The model, as users run it: `Pretrained.predict` pads the pairs and chooses band and decoder.
+      families: The split that the ids in `batches` refer to.
+      batches: The pairs to score.
+      see: Called with every pair.
+      progress: Name of the progress bar; none is shown if it is empty.
     """
     scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
-    for batch in tqdm(list(batches), desc=progress, unit=" batches", disable=not progress):
-        result = predict(batch)
-        plans, gaps = result.pop("plan"), result.pop("gaps", None)
-        lengths = batch["x_length"], batch["y_length"]
-        posterior, match = decoding.decode_dense(plans, *lengths, gaps)
-        for n, (identity, pair) in enumerate(pipeline.unbatch(batch)):
-            family = families[identity[0]]
-            plan, found = plans[n, : len(pair.x), : len(pair.y)], match[n, : len(pair.x)]
-            of_pair = posterior[n, : len(pair.x), : len(pair.y)]
-            score = metrics.score_plan(family.accession, pair, of_pair, found)
-            if gaps is not None:
-                scores["transport"].append(metrics.score_plan(family.accession, pair, plan, found))
-            scores["model"].append(score.with_reconstruction({k: v[n] for k, v in result.items()}))
-            for who, baseline in baselines.BASELINES.items():
-                prediction = baseline(pair)
-                scores[who].append(metrics.score_prediction(family.accession, pair, *prediction))
-            see(Example(family, identity[1:], pair, plan, of_pair, found, score, scores["nw_blosum62"][-1]))
+    pairs = [of_one for batch in batches for of_one in pipeline.unbatch(batch)]
+    predictions = model.predict([(pair.x, pair.y) for _, pair in pairs], measure=reconstruction)
+    for n, found in tqdm(predictions, desc=progress, unit=" pairs", total=len(pairs), disable=not progress):
+        (index, *rows), pair = pairs[n]
+        family, plan, posterior = families[index], found.plan.dense(), found.posterior.dense()
+        score = metrics.score_plan(family.accession, pair, posterior, found.match)
+        if model.decoder == "posterior":
+            scores["transport"].append(metrics.score_plan(family.accession, pair, plan, found.match))
+        scores["model"].append(dataclasses.replace(score, **found.measured))
+        for who, baseline in baselines.BASELINES.items():
+            scores[who].append(metrics.score_prediction(family.accession, pair, *baseline(pair)))
+        see(Example(family, tuple(rows), pair, plan, posterior, found.match, score, scores["nw_blosum62"][-1]))
     return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
-def predictor(trainer: Trainer) -> Callable:
-    """`(params, batch) -> plan, gap model if any, reconstruction sums`, with x as it is and with residues masked."""
-
-    def predict(params, batch):
-        model = trainer.model(params)
-        x = batch["x"]
-        position = jnp.arange(x.shape[1]) + batch["id"].sum(-1, keepdims=True)
-        masked = (position % _MASK_EVERY == 0) & (x != vocab.PAD)
-        whole = objectives.sums(model, batch | {"x_seen": x, "query_mask": x != vocab.PAD})
-        hidden = objectives.sums(model, batch | {"x_seen": jnp.where(masked, vocab.MASK, x), "query_mask": masked})
-        gaps = {"gaps": model.gaps()} if model.config.gap_model else {}
-        return gaps | {
-            "plan": model.plan(x, batch["y"], batch["x_length"], batch["y_length"]),
-            "reconstruction_nats": whole["reconstruction"],
-            "reconstruction_residues": whole["reconstruction/count"],
-            "masked_nats": hidden["reconstruction"],
-            "masked_residues": hidden["reconstruction/count"],
-        }
-
-    return predict
+def reconstruction(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, " batch"]]:
+    """Compute the reconstruction sums of `PairScores`: with x as it is, and with every seventh residue masked."""
+    x = batch["x"]
+    # Masks begin at a place that differs from pair to pair and does not depend on padding.
+    position = jnp.arange(x.shape[1]) + (batch["x_length"] + batch["y_length"])[:, None]
+    masked = (position % _MASK_EVERY == 0) & (x != vocab.PAD)
+    batch = batch | {"target": jnp.full_like(x, NO_TARGET)}
+    whole = objectives.sums(model, batch | {"x_seen": x, "query_mask": x != vocab.PAD})
+    hidden = objectives.sums(model, batch | {"x_seen": jnp.where(masked, vocab.MASK, x), "query_mask": masked})
+    return {
+        "reconstruction_nats": whole["reconstruction"],
+        "reconstruction_residues": whole["reconstruction/count"],
+        "masked_nats": hidden["reconstruction"],
+        "masked_residues": hidden["reconstruction/count"],
+    }
 
 
 def certify_split(certify: Callable, batches: Iterable[pipeline.Batch]) -> dict[str, dict]:
-    """For every layer and certificate the median and the worst over pairs and heads (None: infinite), and the share
-    that is finite.
+    """Summarise the certificates of every layer: median and worst over pairs and heads, and the finite share.
+
+    Infinite numbers are None.
     """
     found: dict[str, list[Certificate]] = {}
     for batch in batches:
@@ -122,13 +133,14 @@ def _spread(certificate: Certificate) -> dict[str, dict]:
 
 
 def certifier(trainer: Trainer) -> Callable:
-    """`(params, batch) -> certificates` of every layer."""
+    """Return a function from parameters and a batch to the certificates of every layer."""
     return lambda params, batch: trainer.model(params).certificates(
         batch["x"], batch["y"], batch["x_length"], batch["y_length"]
     )
 
 
 def draw_plan(directory: Path, split: str, example: Example) -> None:
+    """Draw the posterior of a pair with both alignments into the folder."""
     family, (row_x, row_y) = example.family.accession, example.rows
     name = re.sub(r"[^\w-]", "_", family)  # it comes from the data, and must not lead out of the folder
     path = directory / f"plan_{split}_{name}_{row_x}_{row_y}.png"

@@ -24,17 +24,17 @@ def score_split(write: Callable, batches: Iterable[SortingBatch]) -> dict[str, d
 
 
 def writer(trainer: Trainer) -> Callable:
-    """Make the function `(params, batch) -> tokens`."""
+    """Return a function from parameters and a batch to the tokens that the model writes."""
     return lambda params, batch: trainer.model(params).write(batch["x"], batch["length"])
 
 
 def exact(written: Int32[np.ndarray, "batch places"], batch: SortingBatch) -> Bool[np.ndarray, " batch"]:
-    """Which sequences came out wholly right, END included; `written` has 0 after the first END."""
+    """Return whether each sequence is wholly right, END included; `written` has 0 after the first END."""
     return (written == batch["target"]).all(axis=1)
 
 
 def edit_distances(written: Int32[np.ndarray, "batch places"], batch: SortingBatch) -> Float64[np.ndarray, " batch"]:
-    """Levenshtein's distance from the sorted sequence, as a share of its length (END left out)."""
+    """Compute Levenshtein distances from the sorted sequences, as shares of their lengths without END."""
     aligner = PairwiseAligner(match_score=0, mismatch_score=-1, gap_score=-1)
     end = batch["target"].max()
 
@@ -52,7 +52,7 @@ def edit_distances(written: Int32[np.ndarray, "batch places"], batch: SortingBat
 def summarise(
     exact_match: Bool[np.ndarray, " n"], edit_distance: Float64[np.ndarray, " n"], length: Int32[np.ndarray, " n"]
 ) -> dict:
-    """Means with bootstrap 95 % intervals over sequences, overall and by length, as `metrics.summarise` gives them."""
+    """Average over sequences with bootstrap 95 % intervals, overall and by length, as `metrics.summarise` does."""
     low = (length - 1) // _BIN * _BIN + 1
 
     def group(members):

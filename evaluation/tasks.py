@@ -1,6 +1,6 @@
-"""One object for all that depends on what is trained: the model's objective, its batches, its scores.
+"""Tasks: one object answers everything that depends on what is trained, the objective, the batches and the scores.
 
-`task_of(config)` makes it; train.py and eval.py ask it and never look at the kind of task themselves.
+`task_of(config)` makes it. train.py and eval.py never look at the kind of task themselves.
 """
 
 import functools
@@ -34,23 +34,23 @@ SPLITS = {
     "test": ("test_iid", "test_ood"),
 }
 _ROOT = Path(__file__).parents[1]
-_CERTIFIED = 128  # pairs of every split whose plans are certified
+_CERTIFIED = 128  # pairs of a split whose plans are certified
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained, as a configuration describes it."""
+    """A task that models are trained for, as a configuration describes it."""
 
     config: ConfigDict
 
     def objective(self) -> Objective:
-        """Make the model's objective. Raises ValueError or TypeError: settings out of range, misspelt keys."""
+        """Make the objective. Raises ValueError or TypeError for settings out of range and misspelt keys."""
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        """Open this process's part of the training batches."""
+        """Open the training batches; this process gets its part of each."""
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
-        """Make a function from parameters to the summary (`scores`) of a fixed sample of the validation split."""
+        """Return a function from parameters to a summary of scores on a fixed sample of the validation split."""
 
     def evaluate(
         self,
@@ -62,7 +62,7 @@ class Task(Protocol):
         limit: int | None = None,
         examples: Examples | None = None,
     ) -> dict:
-        """Score a trained model on the splits that `split` names; the report is what eval.py writes as JSON."""
+        """Score a trained model on the splits that `split` names; return the report that eval.py writes as JSON."""
 
 
 def task_of(config: ConfigDict) -> Task:
@@ -90,11 +90,11 @@ class AlignmentTask:
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
-        predict = trainer.compiled_evaluation(scoring.predictor(trainer), mesh)
+        model = scoring.pretrained(trainer, mesh)
 
         def score(params: PyTree) -> dict[str, dict]:
             batches = self._evaluation_batches(families, mesh, self.config.log.eval_pairs)
-            return scoring.score_split(functools.partial(predict, params), families, batches)
+            return scoring.score_split(model.with_params(params), families, batches)
 
         return score
 
@@ -108,19 +108,13 @@ class AlignmentTask:
         limit: int | None = None,
         examples: Examples | None = None,
     ) -> dict:
-        """Score a model beside the baselines on the same pairs, and draw figures.
+        """Score a model beside the baselines on the same pairs, and draw figures into the folder `pictures`.
 
-        Args:
-          pictures: Folder to draw into.
-          data_dir: Shards in place of the configuration's.
-          limit: At most this many pairs a split.
-          examples: Sees every pair as it is aligned.
+        Pairs come from `data_dir` or else from the configuration's folder, at most `limit` from a split.
         """
         shards = resolve_data_dir(data_dir or self.config.data.dir)
-        predict, certify = (
-            functools.partial(run.trainer.compiled_evaluation(function(run.trainer), run.mesh), run.params)
-            for function in (scoring.predictor, scoring.certifier)
-        )
+        certificates = run.trainer.compiled_evaluation(scoring.certifier(run.trainer), run.mesh)
+        model, certify = run.pretrained(), functools.partial(certificates, run.params)
         pictures.mkdir(parents=True, exist_ok=True)
         report: dict = {"step": run.step, "config": self.config.to_dict(), "splits": {}}
         report |= {"certificates": {}, "reliability": {}}
@@ -128,7 +122,7 @@ class AlignmentTask:
             families = pfam.open_split(shards, name)
             batches = functools.partial(self._evaluation_batches, families, run.mesh)
             observer = scoring.Observer(name, pictures, examples)
-            summaries = scoring.score_split(predict, families, batches(limit), see=observer, progress=name)
+            summaries = scoring.score_split(model, families, batches(limit), see=observer, progress=name)
             report["splits"][name] = summaries
             report["reliability"][name] = observer.reliability.tenths()
             report["certificates"][name] = scoring.certify_split(certify, batches(min(limit or _CERTIFIED, _CERTIFIED)))
@@ -184,12 +178,12 @@ class SortingTask:
         limit: int | None = None,
         examples: Examples | None = None,
     ) -> dict:
-        """Score exact matches and edit distances by length.
+        """Score exact matches and edit distances, by length.
 
-        Raises ValueError: an option that only alignments have.
+        Raises ValueError for an option that only alignments have.
         """
         if data_dir or examples:
-            raise ValueError("--data and --report are of alignments; this run sorts")
+            raise ValueError("--data and --report need a model that aligns; this one sorts")
         write = functools.partial(
             run.trainer.compiled_evaluation(sorting_scores.writer(run.trainer), run.mesh), run.params
         )
@@ -204,7 +198,7 @@ class SortingTask:
 
 
 def resolve_data_dir(directory: str) -> Path:
-    """Return the folder as given if it exists, else relative to the repository, where the data that ship lie."""
+    """Return the folder as given if it exists, else relative to the repository, which holds the shipped data."""
     path = Path(directory)
     beside = _ROOT / path
     return beside if not path.exists() and beside.exists() else path

@@ -1,4 +1,4 @@
-"""Aligns proteins, pair by pair, and says how sure each column is.
+"""Align proteins, pair by pair, with a confidence for every column.
 
 python scripts/align.py a.fasta b.fasta                          # each sequence of a with each of b
 python scripts/align.py many.fasta                               # the first with all others
@@ -7,8 +7,8 @@ python scripts/align.py a.fasta b.fasta --format=stockholm --plot=plan.png
 python scripts/align.py --pairs=pairs.tsv --format=jsonl         # lines: id, x, y with tabs between
 zcat many.fasta.gz | python scripts/align.py - --format=a3m > many.a3m
 
-Sequences may be of any length up to 46,000 residues. Confidence is the probability that a column is right, from the
-transport plan. Exit status: 0, 1 for input that cannot be aligned, 2 for a wrong command line.
+Sequences may be of any length up to 46,000 residues. Confidence is the probability that a column is right.
+Exit status: 0, 1 for input that cannot be aligned, 2 for a wrong command line.
 """
 
 import argparse
@@ -29,23 +29,25 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-# What is slow to import (jax, the model, matplotlib) comes where it is needed: errors of the input appear at once.
+# Slow imports (jax, the model, matplotlib) stand where they are needed: errors in the input appear at once.
 from alignment import formats, sequences
 from alignment.sequences import PairRecord, Record
 from data import vocab
+from evaluation import model_options
 
 if TYPE_CHECKING:
     from alignment.inference import Pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "weights" / "aligner.safetensors"
-_DECODERS = ("posterior", "plan")  # of models.pretrained, which takes a second to import
-_COMPRESSION = 4  # of gzip: its default, 9, takes longer than all else here, for files a quarter smaller
-_FEW = 8  # pairs, for which no progress is shown
-_LONGEST_PICTURE = 1500  # pixels of the plan
+_DECODERS = ("posterior", "plan")  # alignment.inference.DECODERS, which takes a second to import
+_COMPRESSION = 4  # gzip's default, 9, takes longer than all else here, for files a quarter smaller
+_FEW = 8  # pairs; no progress is shown for these
+_LONGEST_PICTURE = 1500  # pixels
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
     args = _parse(argv)
     with warnings.catch_warnings():
         warnings.showwarning = functools.partial(_show_warning, args.quiet)
@@ -73,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _pairs(args: argparse.Namespace) -> tuple[Iterator[PairRecord], int]:
-    """The pairs to align, and how many they are."""
+    """Return the pairs to align, and their number."""
     if args.pairs:
         pairs = list(sequences.read_pairs(args.pairs))
         return iter(pairs), len(pairs)
@@ -97,21 +99,16 @@ def _load(args: argparse.Namespace) -> "Pretrained":
     if not (args.workdir or path.exists()):
         raise FileNotFoundError(f"no weights at {path}; name others with --weights=FILE.safetensors or --workdir=RUN")
     _keep_compiled()
+    if args.workdir:
+        return model_options.load(args).pretrained()
     from alignment.inference import Pretrained
 
-    if args.workdir:
-        from evaluation import runs
-
-        run = runs.load_run(args.workdir)
-        runs.check_aligns(run)
-        model = Pretrained.from_config(run.config.to_dict(), lambda _: run.params)
-    else:
-        model = Pretrained.load(path)
-    return model.compiled(args.asap) if args.asap else model
+    model = Pretrained.load(path)
+    return model.with_asap(args.asap) if args.asap else model
 
 
 def _keep_compiled() -> None:
-    """Programs are compiled once for each padded length, and kept in the user's cache folder."""
+    """Keep compiled programs, one for each padded length, in the user's cache folder."""
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:  # unless JAX_COMPILATION_CACHE_DIR names another
@@ -133,21 +130,19 @@ def _aligned(
         for (name, x, y), result in zip(chunk, results, strict=True):
             yield formats.Aligned(name, x, y, *result)
         if args.plot:
-            _plot(model, chunk[0], results[0].pairs, args)
+            _plot(model, chunk[0], args)
 
 
 def _tokens(pair: PairRecord) -> tuple[np.ndarray, np.ndarray]:
     return vocab.encode(pair.x.residues.encode()), vocab.encode(pair.y.residues.encode())
 
 
-def _plot(model: "Pretrained", pair: PairRecord, matches: np.ndarray, args: argparse.Namespace) -> None:
-    from alignment import decoding, inference
+def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> None:
     from evaluation import figures
 
-    plan, scale = inference.dense_maximum(model.plan(*_tokens(pair), band=args.band), _LONGEST_PICTURE)
-    match = np.full(len(pair.x.residues), decoding.NO_MATCH)
-    match[matches[:, 0]] = matches[:, 1]
-    figures.plan_heatmap(plan, args.plot, match=match, scale=scale, title=f"x: {pair.x.id}, y: {pair.y.id}")
+    ((_, found),) = model.predict([_tokens(pair)], decoder=args.decoder, band=args.band)
+    plan, scale = found.plan.picture(_LONGEST_PICTURE)
+    figures.plan_heatmap(plan, args.plot, match=found.match, scale=scale, title=f"x: {pair.x.id}, y: {pair.y.id}")
 
 
 @contextlib.contextmanager
@@ -167,37 +162,27 @@ def _show_warning(quiet: bool, message, *_, **__) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fasta", nargs="*", metavar="FASTA", help="one file or two, plain or gzip; - reads stdin")
-    parser.add_argument("--pairs", metavar="FILE.tsv", help="instead: lines of id, x and y; - reads stdin")
-    parser.add_argument("--all-pairs", action="store_true", help="of one file, each sequence with each other")
+    parser.add_argument("--pairs", metavar="FILE.tsv", help="in place of FASTA: lines of id, x and y; - reads stdin")
+    parser.add_argument("--all-pairs", action="store_true", help="align each sequence of one file with each other")
     parser.add_argument("--format", choices=formats.FORMATS, default="text", help="default: text")
     parser.add_argument("--output", metavar="FILE", default="-", help="in place of stdout; .gz compresses")
     parser.add_argument("--plot", metavar="FILE.png", help="heat map of one pair's plan, and the alignment in it")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument(
-        "--weights", type=Path, metavar="FILE.safetensors", help=f"default: {WEIGHTS.relative_to(ROOT)}, which ships"
-    )
-    model.add_argument("--workdir", type=Path, metavar="RUN", help="a run of train.py in place of weights")
-    parser.add_argument(
-        "--asap",
-        type=Path,
-        metavar="FILE",
-        help="maps of scripts/compile_asap.py in place of the model's Sinkhorn steps",
-    )
+    model_options.add_model_options(parser, default=f"{WEIGHTS.relative_to(ROOT)}, which ships")
     parser.add_argument(
         "--decoder",
         choices=_DECODERS,
-        default=_DECODERS[0],
-        help="posterior (default): maximum expected accuracy under affine gap costs; plan: of the plan, gaps are free",
+        help="maximum expected accuracy: posterior under affine gap costs, plan with free gaps; default: posterior if "
+        "the model learned gap costs, as the shipped one did, else plan",
     )
     parser.add_argument(
         "--band",
         type=int,
         metavar="N",
-        help="residues to either side of the diagonal in which partners are looked for, -1 for all; default: as many "
-        "as the model was trained with, and more where lengths differ",
+        help="search for partners up to N residues from the diagonal, -1 for all; default: as in training, and more "
+        "where lengths differ",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, no warnings")
-    args = parser.parse_args(argv)
+    args = model_options.parse(parser, argv)
     if bool(args.pairs) == bool(args.fasta) or len(args.fasta) > 2:
         parser.error("give one or two FASTA files, or --pairs=FILE.tsv")
     if args.all_pairs and len(args.fasta) != 1:

@@ -300,8 +300,7 @@ def metrics(
         compared[f"sinkhorn {k}"] = run._replace(config=config, trainer=runs.make_trainer(config))
     found = {}
     for name, of in tqdm(compared.items(), desc="scoring", unit=" models"):
-        predict = of.trainer.compiled_evaluation(scoring.predictor(of.trainer), of.mesh)
-        scores = scoring.score_split(functools.partial(predict, of.params), families, batches)
+        scores = scoring.score_split(of.pretrained(), families, batches)
         found[name] = {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
     return found
 

@@ -1,4 +1,4 @@
-"""Writes the averaged parameters of a run, and its configuration, into one safetensors file.
+"""Write the averaged parameters of a run, and its configuration, into one safetensors file.
 
 python scripts/export_weights.py --workdir=runs/aligner --output=weights/aligner.safetensors
 python eval.py --weights=weights/aligner.safetensors --data=runs/pfam
@@ -13,25 +13,27 @@ import jax.numpy as jnp
 
 from alignment import weights
 from alignment.decoding import Gaps
-from evaluation import runs
+from evaluation import model_options, runs
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run, as given to train.py")
+    model_options.add_model_options(parser, asap=False)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    parser.add_argument("--band", type=int, help="in place of that of training; -1 for all, no parameter knows it")
+    parser.add_argument(
+        "--band", type=int, help="half-width in place of the trained one, -1 for all; parameters do not depend on it"
+    )
     parser.add_argument(
         "--gaps",
         type=float,
         nargs=3,
         metavar=("SHARPNESS", "MATCH", "OPENING"),
-        help="of the pair HMM, in place of those learned for likelihood: chosen for F1 on validation, say",
+        help="log-weights of the pair HMM in place of the learned ones, for instance chosen for F1 on validation pairs",
     )
-    args = parser.parse_args(argv)
+    args = model_options.parse(parser, argv)
     try:
-        run = runs.load_run(args.workdir, args.step)
+        run = model_options.load(args)
         runs.check_aligns(run)
         if args.band is not None:
             run.config.attention.band = args.band
@@ -46,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def set_gaps(run: runs.Run, gaps: Gaps) -> None:
-    """Raises ValueError if the model has no gap model."""
+    """Replace the learned gap model. Raises ValueError if the model has none."""
     if "gaps" not in run.params:
-        raise ValueError("--gaps: the run was trained without model.gap_model")
+        raise ValueError("--gaps: the model was trained without model.gap_model, and has none to replace")
     values = {"log_sharpness": math.log(gaps.sharpness), "match": gaps.match, "log_opening": math.log(gaps.opening)}
     run.params["gaps"] = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
 

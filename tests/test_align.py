@@ -16,11 +16,13 @@ import pytest
 from Bio import AlignIO, SeqIO
 from flax import nnx
 
-from alignment import decoding, formats, inference, weights
+from alignment import batching, decoding, formats, inference, weights
 from alignment.inference import Pretrained
 from alignment.sequences import Record
 from data import vocab
+from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
+from ot_attention import transport_plan
 from scripts import align
 from tests.support import decode_oracle, tiny
 
@@ -43,10 +45,9 @@ def config(**model: object) -> dict:
 
 
 def initial(of: dict) -> Pretrained:
-    aligner = inference.AlignerConfig(**of["model"])
     spec, _ = specs_of(of)
-    params = nnx.to_pure_dict(nnx.state(inference.Aligner(aligner, spec, rngs=nnx.Rngs(0))))
-    return Pretrained.from_config(of, lambda _: params)
+    graph, params = nnx.split(Aligner(AlignerConfig(**of["model"]), spec, rngs=nnx.Rngs(0)))
+    return Pretrained(graph, nnx.to_pure_dict(params), spec.band)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +85,11 @@ def run(folder, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
         return status, *capsys.readouterr()
 
     return of
+
+
+def prediction(model: Pretrained, x: np.ndarray, y: np.ndarray, **options: object) -> inference.Prediction:
+    ((_, found),) = model.predict([(x, y)], **options)
+    return found
 
 
 def pairs_of(x: str, y: str) -> list[list[int]]:
@@ -178,25 +184,28 @@ def test_identical_sequences_are_aligned_residue_by_residue(model):
 
 
 def test_banded_decoding_is_dense_decoding(model):
-    """Through both ways: the dense plan of the model, and its windows."""
+    """Of the dense plan by the reference route, and of its windows."""
     x, y = vocab.encode(HBA.encode()), vocab.encode(HBB.encode())
     lengths = np.array([len(x)], np.int32), np.array([len(y)], np.int32)
 
     @jax.jit
-    def whole(x, y, x_length, y_length):
+    def of_reference(x, y, x_length, y_length):
         aligner = nnx.merge(model.graph, model.params)
-        return aligner.plan(x, y, x_length, y_length), aligner.gaps()
+        (given,) = aligner.attention_inputs(x, y, x_length, y_length)["plan"]
+        plan = transport_plan(given.q, given.k, given.spec, *given.lengths, given.dustbin_score)
+        return plan[:, 0, : x.shape[1], : y.shape[1]], aligner.gaps()
 
-    dense, gaps = jax.device_get(whole(x[None], y[None], *lengths))
+    dense, gaps = jax.device_get(of_reference(x[None], y[None], *lengths))
     posterior = decode_oracle.posterior(dense, *lengths, decoding.Gaps(*gaps.tolist()))
     expected, confidence = decode_oracle.mea_batch(posterior, *lengths)
     (found,) = model.align([(x, y)], band=64)
     np.testing.assert_array_equal(found.pairs[:, 1], expected[0][expected[0] >= 0])
     np.testing.assert_allclose(found.confidence, confidence[0][expected[0] >= 0], atol=1e-4)
-    picture, scale = inference.dense_maximum(model.plan(x, y, band=64), 1000)
-    assert scale == 1
-    np.testing.assert_allclose(picture, dense[0], atol=1e-4)
-    picture, scale = inference.dense_maximum(model.plan(x, y, band=64), 50)
+    whole = prediction(model, x, y, band=64)
+    np.testing.assert_allclose(whole.plan.dense(), dense[0], atol=1e-4)
+    np.testing.assert_allclose(whole.posterior.dense(), posterior[0], atol=1e-4)
+    np.testing.assert_array_equal(whole.match, expected[0])
+    picture, scale = whole.plan.picture(50)
     assert scale == 3 and picture.shape == (48, 49)
     assert picture.max() == pytest.approx(dense.max(), abs=1e-4)
 
@@ -230,14 +239,13 @@ def test_a_domain_is_found_anywhere_in_a_long_sequence(model):
 
 def test_memory_grows_with_the_length_alone(model):
     """The program for two sequences of 1,500 residues never holds as much as their dense plan would take."""
-    shape = inference._Shape(1, 1536, 1536, 64)
-    padded = inference._padded([(np.ones(9, np.int32),) * 2], shape)
-    compiled = model._predict(64, "posterior").lower(model.params, *padded).compile()
+    padded = batching.padded([(np.ones(9, np.int32),) * 2], batching.Shape(1, 1536, 1536, 64))
+    compiled = model._program(64, "posterior", None).lower(model.params, padded).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1536 * 1536
     rng = np.random.default_rng(2)
     x = rng.integers(1, 21, 1500).astype(np.int32)
     y = np.where(rng.random(1500) < 0.3, rng.integers(1, 21, 1500), x).astype(np.int32)
-    plan = model.plan(x, y)
+    plan = prediction(model, x, y).plan
     assert plan.values.shape == (1500, 129)
     (found,) = model.align([(x, y)])
     assert (found.pairs[:, 0] == found.pairs[:, 1]).mean() > 0.98
@@ -400,5 +408,5 @@ def test_the_band_reaches_wherever_the_shorter_sequence_fits(model):
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 96, 97, 129, 5000, 46_000])
 def test_buckets_hold_their_lengths_and_are_few(length):
-    assert length <= inference.bucket(length) < max(65, 1.51 * length)
-    assert len({inference.bucket(n) for n in range(1, 5001)}) == 14
+    assert length <= batching.bucket(length) < max(65, 1.51 * length)
+    assert len({batching.bucket(n) for n in range(1, 5001)}) == 14

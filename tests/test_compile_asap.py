@@ -126,9 +126,9 @@ def test_maps_of_other_models_and_other_files_are_refused(model, maps, tmp_path,
     with pytest.raises(ValueError, match=r"fitted to other parameters.*compile these"):
         asap_maps.load(maps, changed)
     with pytest.raises(ValueError, match="holds no compiled layers but a model"):
-        other.compiled(model)
+        other.with_asap(model)
     with pytest.raises(FileNotFoundError, match=r"compile_asap\.py"):
-        other.compiled(tmp_path / "none")
+        other.with_asap(tmp_path / "none")
     with pytest.raises(ValueError, match=r"the model has no head; it has self-attention 1, plan"):
         asap_maps.into(other.graph, other.params, {"head": asap_maps.load(maps, other.params)["plan"]})
     assert compile_asap.main([f"--workdir={tmp_path}", DATA]) == 1

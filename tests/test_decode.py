@@ -1,4 +1,4 @@
-"""models/decode.py and models/pair_hmm.py against the float64 oracle, and that against all alignments written down."""
+"""alignment/decoding.py and models/pair_hmm.py against a float64 oracle, and the oracle against all alignments."""
 
 import functools
 import math
@@ -171,17 +171,6 @@ def test_gaps_that_make_no_sense_are_refused(bad):
         decoding.Gaps(**bad)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
-def test_a_value_that_is_no_probability_is_refused(bad):
-    with pytest.raises(ValueError, match="finite and not negative"):
-        decoding.decode_dense(np.array([[[0.5, bad]]], np.float32), np.array([1]), np.array([2]), None)
-
-
-def test_lengths_beyond_the_padding_are_refused():
-    with pytest.raises(ValueError, match=r"y_lengths: 4\.\.4 were given, the plan allows 0\.\.3"):
-        decoding.decode_dense(np.zeros((1, 2, 3), np.float32), np.array([2]), np.array([4]), None)
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_windows_give_what_the_whole_plan_gives(seed):
     """Rows of unequal lengths, windows that jump, overlap or part, and run beyond the end of the plan."""
@@ -271,7 +260,7 @@ def test_the_posterior_is_that_of_the_oracle(width, draw):
 def test_alignments_are_those_of_the_oracle_ties_included(width, levels):
     """Values are multiples of a half or of 1/64: sums are exact, and often equal."""
     of = random_windows(width, width, lambda rng, shape: rng.integers(0, levels + 1, shape) / levels)
-    found = jax.device_get(jax.jit(decoding.decoded, static_argnums=4)(*of))
+    found = jax.device_get(jax.jit(decoding.decode, static_argnums=4)(*of))
     for n, (x_length, y_length) in enumerate(zip(of.x_lengths, of.y_lengths, strict=True)):
         part = of.part(n)
         match, confidence = oracle.mea_in_windows(part.plans, part.windows())
@@ -285,44 +274,37 @@ def test_alignments_are_those_of_the_oracle_ties_included(width, levels):
         assert not found.x_alone[n, x_length:].any() and not found.y_alone[n, y_length:].any()
 
 
-def test_dense_plans_are_decoded_as_by_the_oracle():
-    rng = np.random.default_rng(5)
-    plans = np.full((4, 30, 35), np.nan, np.float32)
-    lengths = np.array([[30, 1, 14, 0], [25, 35, 9, 3]])
-    for plan, rows, columns in zip(plans, *lengths, strict=True):
-        plan[:rows, :columns] = sparse_plan(rng, rows, columns)
-    posterior, match = decoding.decode_dense(plans, *lengths, decoding.Gaps().numbers())
-    expected = oracle.posterior(plans, *lengths)
-    np.testing.assert_allclose(posterior, expected, atol=1e-5)
-    np.testing.assert_array_equal(match, oracle.mea_batch(expected, *lengths)[0])
-    plans = np.nan_to_num(plans)
-    found, match = decoding.decode_dense(plans, *lengths, None)
-    np.testing.assert_array_equal(found, plans)
-    np.testing.assert_array_equal(match, oracle.mea_batch(plans, *lengths)[0])
+def whole(plan: np.ndarray) -> Windowed:
+    """One dense plan, as windows that hold all columns."""
+    rows, columns = plan.shape
+    return Windowed(plan[None], np.zeros((1, rows), np.int32), np.array([rows]), np.array([columns]), columns)
+
+
+def decoded_match(of: Windowed) -> np.ndarray:
+    return np.asarray(jax.jit(decoding.mea)(of.plans, of.first, of.y_lengths))[0]
 
 
 @pytest.mark.parametrize(("copy", "match"), [(100, 5.2), (14, 8.0)], ids=["far apart", "in one block of columns"])
 def test_a_domain_that_occurs_twice_is_matched_with_either(copy, match):
     """Prefixes that match the first copy weigh exp(500) or exp(100) times those that will match the second."""
     rest = 20
-    plan = np.full((1, 2 * copy + rest, copy + rest), 1e-4, np.float32)
+    plan = np.full((2 * copy + rest, copy + rest), 1e-4, np.float32)
     for start in (0, copy):
-        plan[0, range(start, start + copy), range(copy)] = 1
-    plan[0, range(2 * copy, 2 * copy + rest), range(copy, copy + rest)] = 1
-    lengths, gaps = np.array(plan.shape[1:])[:, None], decoding.Gaps(1.0, match, 4.4)
-    posterior, _ = decoding.decode_dense(plan, *lengths, gaps.numbers())
-    np.testing.assert_allclose(posterior, oracle.posterior(plan, *lengths, gaps), atol=5e-4)
+        plan[range(start, start + copy), range(copy)] = 1
+    plan[range(2 * copy, 2 * copy + rest), range(copy, copy + rest)] = 1
+    of, gaps = whole(plan), decoding.Gaps(1.0, match, 4.4)
+    posterior = found_posterior(of, gaps)
+    np.testing.assert_allclose(posterior, exact_posterior(of, gaps), atol=5e-4)
     middle = copy // 2
     assert 0.2 < posterior[0, middle, middle] < 0.8 and 0.2 < posterior[0, copy + middle, middle] < 0.8
 
 
 def test_small_values_decide_at_the_end_of_a_long_alignment_on_a_device_too():
     """A sum of 300 swallows 5e-6 in float32: the table has to hold integers."""
-    plan = np.zeros((1, 302, 302), np.float32)
-    plan[0, range(300), range(300)] = 1
-    plan[0, 300:, 300:] = [[1e-6, 5e-6], [0, 1e-6]]
-    _, match = decoding.decode_dense(plan, np.array([302]), np.array([302]), None)
-    np.testing.assert_array_equal(match[0, 298:], [298, 299, 301, decoding.NO_MATCH])
+    plan = np.zeros((302, 302), np.float32)
+    plan[range(300), range(300)] = 1
+    plan[300:, 300:] = [[1e-6, 5e-6], [0, 1e-6]]
+    np.testing.assert_array_equal(decoded_match(whole(plan))[298:], [298, 299, 301, decoding.NO_MATCH])
 
 
 def test_a_long_pair_keeps_its_digits():
@@ -348,7 +330,7 @@ def test_decoding_lowers_for_a_gpu_and_holds_nothing_of_the_size_of_both_lengths
 
     def whole(plans, first, lengths, gaps):
         posterior = decoding.posterior(plans, first, lengths, lengths, gaps, length)
-        return decoding.decoded(posterior, first, lengths, lengths, length)
+        return decoding.decode(posterior, first, lengths, lengths, length)
 
     shapes = ((1, length, width), jnp.float32), ((1, length), jnp.int32), ((1,), jnp.int32), ((3,), jnp.float32)
     given = (jax.ShapeDtypeStruct(*shape) for shape in shapes)

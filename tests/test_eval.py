@@ -1,4 +1,4 @@
-"""eval.py: the contract's report for a run, its table and its figures."""
+"""Test eval.py: the report of a run, its table and its figures."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 import eval as eval_program
-from evaluation import metrics, runs
+from alignment import weights
+from alignment.inference import Pretrained
+from data import pfam, pipeline
+from evaluation import metrics, runs, scoring
 from evaluation.baselines import BASELINES
 from tests.support import tiny
 from training import run_folder
@@ -29,7 +32,7 @@ def scored(finished, tmp_path_factory) -> tuple[dict, str]:
     return json.loads(output.read_text()), done.stdout
 
 
-def test_report_has_the_shape_of_the_contract(scored):
+def test_report_has_the_documented_shape(scored):
     report, _ = scored
     assert report["step"] == tiny.STEPS and report["config"]["model"]["width"] == 16
     assert list(report["splits"]) == ["test_iid", "test_ood"]
@@ -82,6 +85,20 @@ def test_a_gap_model_is_scored_by_its_posterior_too(finished, tmp_path):
     assert transport["barycenter_mae"] != model["barycenter_mae"]
     assert transport.keys() == model.keys() - {"reconstruction", "reconstruction_masked"}
     assert " transport " in eval_program.table(report)
+
+
+def test_the_scores_are_of_the_alignments_that_users_get(finished, tmp_path):
+    """F1 of the report, counted again from what scripts/align.py gives of the run's weights."""
+    run, families = runs.load_run(finished), pfam.open_split(tiny.ROOT / "data/default", "test_ood")
+    batches = list(pipeline.evaluation_batches(families, 4, (320,), limit=8))
+    pairs = [pair for batch in batches for _, pair in pipeline.unbatch(batch)]
+    path = tmp_path / "w.safetensors"
+    weights.save(path, run.params, run.config.to_dict(), run.step)
+    found = [set(map(tuple, of.pairs.tolist())) for of in Pretrained.load(path).align([pair[:2] for pair in pairs])]
+    reference = [{(i, j) for i, j in enumerate(pair.target.tolist()) if j >= 0} for pair in pairs]
+    f1 = 2 * sum(len(a & b) for a, b in zip(found, reference, strict=True)) / sum(map(len, found + reference))
+    scored = scoring.score_split(run.pretrained(), families, batches)["model"]
+    assert scored["overall"]["f1"]["value"] == pytest.approx(f1) and 0 < f1 < 1 and scored["pairs"] == 8
 
 
 def test_certificates_of_the_layers_are_reported(scored):

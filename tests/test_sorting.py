@@ -144,6 +144,6 @@ def test_a_run_sorts_and_is_scored(tmp_path):
     assert overall["edit_distance"]["value"] == pytest.approx(logged["validation/edit_distance"])
     (tmp_path / "a.fasta").write_text(">x\nMKV\n>y\nMKV\n")
     aligned = tiny.program("scripts/align.py", f"--workdir={tmp_path}", tmp_path / "a.fasta")
-    assert aligned.returncode == 1 and "one of the sorting task" in aligned.stderr
+    assert aligned.returncode == 1 and "was trained to sort" in aligned.stderr
     page = tiny.program("eval.py", f"--workdir={tmp_path}", "--split=validation", "--report", tmp_path / "page")
     assert page.returncode == 1 and "--report" in page.stderr

@@ -1,4 +1,4 @@
-"""models/weights.py and scripts/export_weights.py: the file alone gives the run's table."""
+"""alignment/weights.py and scripts/export_weights.py: the file alone gives the run's table."""
 
 import json
 

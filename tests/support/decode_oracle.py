@@ -1,4 +1,4 @@
-"""The decoder in NumPy and float64, row by row: what models/decode.py and models/pair_hmm.py are compared with.
+"""The decoder in NumPy and float64, row by row: the oracle of alignment/decoding.py and models/pair_hmm.py.
 
 Rows are spread to all columns of the plan, so that nothing here depends on how windows lie.
 """
@@ -98,8 +98,10 @@ def _forward(
     end: Int[np.ndarray, "batch 2"],
     gaps: Gaps,
 ) -> tuple[Float64[np.ndarray, "batch rows width"], Float64[np.ndarray, "batch rows"], Float64[np.ndarray, " batch"]]:
-    """Weight of all alignments of what comes before each pair, divided by a factor a row; its logarithm; and the
-    logarithm of the weight of all that lead from node `start` to node `end`.
+    """Compute scaled prefix weights, the log scale of each row, and the log partition function.
+
+    A prefix weight sums over all alignments of the residues before a pair. The partition function sums over all paths
+    from node `start` to node `end`.
     """
     batch, rows, _ = weights.shape
     opened = math.exp(-gaps.opening)

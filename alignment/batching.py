@@ -1,0 +1,90 @@
+"""Group pairs of sequences into padded batches of few shapes: each shape is a program that must be compiled."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+_BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch on a CPU
+_BATCH_RESIDUES_OF_ACCELERATOR = 1024 * 192
+_BATCH_CELLS = 1 << 27  # plan entries in a batch on an accelerator; decoding takes about 30 bytes for each
+_SMALLEST = 64  # padded length
+
+Tokens = Int[np.ndarray, "_"]  # one sequence
+PairOfTokens = tuple[Tokens, Tokens]
+
+
+class Shape(NamedTuple):
+    """Padded sizes that a program is compiled for."""
+
+    batch: int
+    rows: int
+    columns: int
+    band: int | None
+
+
+def shape_of(x_length: int, y_length: int, band: int | None) -> Shape:
+    """Return the shape of the batches in which pairs of these lengths are computed."""
+    rows, columns = bucket(x_length), bucket(y_length)
+    if max(rows, columns) < 4 * min(rows, columns):  # padded alike unless that wastes much: fewer programs
+        rows = columns = max(rows, columns)
+    return Shape(batch_size(rows, columns, band), rows, columns, band)
+
+
+def bucket(length: int) -> int:
+    """Return the padded length: 64, 96, 128, 192, 256, 384, and so on."""
+    power = max(_SMALLEST, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > _SMALLEST and length <= power * 3 // 4 else power
+
+
+def batch_size(rows: int, columns: int, band: int | None) -> int:
+    """Return the number of pairs that are computed at once."""
+    if jax.default_backend() == "cpu":
+        return max(1, _BATCH_RESIDUES // max(rows, columns))
+    width = columns if band is None else min(2 * band + 1, columns)
+    return max(1, min(_BATCH_RESIDUES_OF_ACCELERATOR // max(rows, columns), _BATCH_CELLS // (rows * width)))
+
+
+def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape, list[int]]]:
+    """Yield the shape of each batch and the places in `shapes` of its pairs.
+
+    Compiling a program takes as long as aligning hundreds of pairs. Few pairs of a shape are therefore padded to a
+    larger shape that is needed anyway. If there is none, they are computed one by one, as a single pair is. Batch sizes
+    are rounded up to a multiple of `multiple`, the number of devices that share a batch.
+    """
+    groups: dict[Shape, list[int]] = {}
+    for n, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(n)
+    waiting = sorted(groups, key=lambda shape: (shape.rows, shape.columns))
+    while waiting:
+        shape = waiting.pop(0)
+        members = groups[shape]
+        larger = next((other for other in waiting if _holds(other, shape)), None)
+        if larger and len(members) < 2 * shape.batch:
+            groups[larger] += members
+            continue
+        size = shape.batch if len(members) > max(1, shape.batch // 8) else 1
+        size = -(-size // multiple) * multiple
+        for start in range(0, len(members), size):
+            yield shape._replace(batch=size), members[start : start + size]
+
+
+def _holds(larger: Shape, shape: Shape) -> bool:
+    """Return whether pairs of `shape` can be padded to `larger` at little cost.
+
+    The bands must be equal, for results depend on them.
+    """
+    sizes = (larger.rows, shape.rows), (larger.columns, shape.columns)
+    return larger.band == shape.band and all(small <= large <= 4 * small for large, small in sizes)
+
+
+def padded(pairs: Sequence[PairOfTokens], shape: Shape) -> dict[str, np.ndarray]:
+    """Return tokens and lengths of a batch, 0 beyond the sequences and where the batch holds no pair."""
+    x, y = (np.zeros((shape.batch, length), np.int32) for length in (shape.rows, shape.columns))
+    lengths = np.zeros((2, shape.batch), np.int32)
+    for n, (x_tokens, y_tokens) in enumerate(pairs):
+        x[n, : len(x_tokens)], y[n, : len(y_tokens)] = x_tokens, y_tokens
+        lengths[:, n] = len(x_tokens), len(y_tokens)
+    return {"x": x, "y": y, "x_length": lengths[0], "y_length": lengths[1]}

@@ -1,0 +1,46 @@
+"""Options that name a trained model, the same in every program that takes one."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evaluation.runs import Run
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, default: str = "", asap: bool = True) -> None:
+    """Add --workdir, --weights and --step, and --asap if the program takes maps.
+
+    Args:
+      parser: The parser of the program.
+      default: What is taken if no model is named, for the help; one must be named if this is empty.
+      asap: Whether to add --asap.
+    """
+    model = parser.add_mutually_exclusive_group(required=not default)
+    model.add_argument("--workdir", type=Path, metavar="RUN", help="a run: its folder, as given to train.py")
+    told = f"; default: {default}" if default else ""
+    model.add_argument(
+        "--weights", type=Path, metavar="FILE.safetensors", help=f"instead of a run: weights alone{told}"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint of the run; default: the newest")
+    if asap:
+        told = "maps of scripts/compile_asap.py in place of the model's Sinkhorn steps"
+        parser.add_argument("--asap", type=Path, metavar="FILE", help=told)
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line with model options."""
+    args = parser.parse_args(arguments)
+    if args.step is not None and not args.workdir:
+        parser.error("--step chooses a checkpoint of --workdir; --weights holds a single step")
+    return args
+
+
+def load(args: argparse.Namespace) -> "Run":
+    """Load the model that the options name. Raises ValueError or OSError."""
+    from evaluation import runs  # takes seconds: errors of the command line appear at once
+
+    run = runs.load_run(args.workdir, args.step) if args.workdir else runs.load_weights(args.weights)
+    maps = getattr(args, "asap", None)
+    return runs.with_asap(run, maps) if maps else run
