@@ -1,4 +1,4 @@
-"""scripts/aot_report.py with models/counting.py and models/roofline.py: a step for a TPU, counts, the model."""
+"""scripts/aot_report.py with benchmarks/counting.py and benchmarks/roofline.py: a step for a TPU, counts, the model."""
 
 import importlib.util
 import json

@@ -1,0 +1,162 @@
+"""Compare ways to the outputs of a model's Sinkhorn layers: fitted maps (ASAP), full and truncated Sinkhorn.
+
+scripts/compile_asap.py is the command line. A way is a function of a layer's inputs and values; it returns the outputs
+and the potentials, like `sinkhorn_attention`.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from benchmarks import harness
+from data import pipeline
+from evaluation import runs, scoring
+from models.attention import Asap, SinkhornSpec
+from ot_attention import SinkhornInfo, asap, sinkhorn_attention
+from ot_attention.asap import Deviation, Sample
+
+_COMPARED = 4  # samples of a padded length, batches of one side, whose plans are compared entry by entry
+
+Way = Callable[[Sample, Float[Array, "batch columns heads value"]], tuple]
+
+
+class Layer(NamedTuple):
+    """Inputs of a layer, batch by batch, and the teacher's potentials: what the layer's own Sinkhorn steps find."""
+
+    spec: SinkhornSpec
+    samples: list[Sample]
+    values: list[Float[Array, "batch columns heads value"]]
+    teachers: list[SinkhornInfo]
+
+    def by_length(self) -> dict[int, list[int]]:
+        """Group the places of samples by their padded length."""
+        found: dict[int, list[int]] = {}
+        for n, sample in enumerate(self.samples):
+            found.setdefault(sample.q.shape[1], []).append(n)
+        return found
+
+
+def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) -> dict[str, Layer]:
+    """Collect the inputs and the teacher's potentials of every layer; x and y of a batch are two samples."""
+    layers = {name: Layer(of.spec, [], [], []) for name, of in run.trainer.model(run.params).layers().items()}
+
+    @jax.jit
+    def inputs(params, *pair):
+        given = run.trainer.model(params).attention_inputs(*pair)
+        return {name: [(x.q, x.k, x.v, *x.lengths, x.dustbin_score) for x in of] for name, of in given.items()}
+
+    for batch in tqdm(list(batches), desc=progress, unit=" batches"):
+        pair = (jnp.asarray(batch[name]) for name in ("x", "y", "x_length", "y_length"))
+        for name, of in inputs(run.params, *pair).items():
+            layer = layers[name]
+            for q, k, v, *rest in of:
+                sample = Sample(q, k, *rest, f=jnp.zeros((0, 0, 0)))
+                _, info = _attend(sample, v, layer.spec)
+                layer.samples.append(sample._replace(f=info.f))
+                layer.values.append(v)
+                layer.teachers.append(info)
+    return layers
+
+
+# ---- ways to the outputs ----
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: str | None = None) -> tuple:
+    q, k, *rest = sample[:-1]
+    return sinkhorn_attention(q, k, v, spec, *rest, implementation)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _apply(sample: Sample, v, of: Asap, spec: SinkhornSpec) -> tuple:
+    q, k, *rest = sample[:-1]
+    return asap.apply(of, q, k, v, spec, *rest)
+
+
+def map_way(spec: SinkhornSpec, of: Asap) -> Way:
+    """Make the way of a fitted map."""
+    return functools.partial(_apply, of=of, spec=spec)
+
+
+def ways(spec: SinkhornSpec, of: Asap, steps: Iterable[int]) -> dict[str, Way]:
+    """Make all ways to the outputs of a layer: the map `of`, Sinkhorn as trained, and with few steps."""
+    heads, _, width = of.directions.shape
+    zero = Asap.create(jnp.zeros((heads, 0, width)), ())
+    truncated = {k: dataclasses.replace(spec, base_steps=k - 1, tail_steps=1, solver="sinkhorn") for k in steps}
+    return {
+        "teacher": functools.partial(_attend, spec=spec),
+        "log domain": functools.partial(_attend, spec=spec, implementation="reference"),
+        "asap": map_way(spec, of),
+        "zero": map_way(spec, zero),
+        **{f"sinkhorn {k}": functools.partial(_attend, spec=of) for k, of in truncated.items()},
+    }
+
+
+# ---- comparing ----
+
+
+def compare(layer: Layer, ways: Mapping[str, Way], rounds: int) -> dict[str, dict]:
+    """Measure the time and the deviation from the teacher of every way, at the most frequent padded length."""
+    places = max(layer.by_length().values(), key=len)
+    sample, v = layer.samples[places[0]], layer.values[places[0]]
+    seconds = harness.clock({name: functools.partial(way, sample, v) for name, way in ways.items()}, rounds)
+    return {
+        name: {
+            "shape": list(sample.q.shape),
+            "ms": 1e3 * statistics.median(seconds[name]),
+            "least_ms": 1e3 * min(seconds[name]),  # other work on the machine cannot make it less
+            "deviation": spread(layer, places, way),
+        }
+        for name, way in ways.items()
+    }
+
+
+def spread(layer: Layer, places: list[int], way: Way) -> dict[str, dict]:
+    """Summarise the deviations of some samples: median and worst over pairs and heads, and medians of every head."""
+    found = [_deviation(layer, n, way) for n in places[:_COMPARED]]
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
+    return {
+        name: {"median": float(np.median(x)), "worst": float(x.max()), "heads": np.median(x, axis=0).tolist()}
+        for name, x in joined._asdict().items()
+    }
+
+
+def _deviation(layer: Layer, n: int, way: Way) -> Deviation:
+    """Compute the deviation of one sample's plans, [pairs, heads], without the pairs that fill up a batch."""
+    sample = layer.samples[n]
+    _, info = way(sample, layer.values[n])
+    real = np.asarray(sample.q_lengths) > 0
+    return jax.tree.map(lambda x: np.asarray(x)[real], _deviations(sample, layer.spec, layer.teachers[n][:2], info[:2]))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _deviations(sample: Sample, spec: SinkhornSpec, teacher, student) -> Deviation:
+    q, k, *rest = sample[:-1]
+    return asap.deviation(q, k, spec, *rest, teacher=teacher, student=student)
+
+
+def metrics(
+    run: runs.Run, maps: Path, families: pipeline.Families, batches: list[pipeline.Batch], steps: Iterable[int]
+) -> dict:
+    """Score the model as trained, with maps, and with truncated steps, on the same pairs."""
+    compared = {"teacher": run, "asap": runs.with_asap(run, maps)}
+    for k in steps:
+        config = run.config.copy_and_resolve_references()
+        config.attention.update(base_steps=k - 1, tail_steps=1, solver="sinkhorn")
+        compared[f"sinkhorn {k}"] = run._replace(config=config, trainer=runs.make_trainer(config))
+    return {name: _scores(of, families, batches) for name, of in tqdm(compared.items(), desc="scoring", unit=" models")}
+
+
+def _scores(run: runs.Run, families: pipeline.Families, batches: list[pipeline.Batch]) -> dict:
+    predict = run.trainer.compiled_evaluation(scoring.predictor(run.trainer), run.mesh)
+    scores = scoring.score_split(functools.partial(predict, run.params), families, batches)
+    return {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
