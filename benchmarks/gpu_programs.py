@@ -17,13 +17,9 @@ from benchmarks import gpu_rates, harness
 from benchmarks.harness import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = {  # of a configuration: trains in seconds on a CPU
-    "model.width": 16,
-    "model.depth": 1,
-    "model.heads": 2,
-    "model.attention_every": 0,
-    "model.plan_width": 8,
-    "model.value_width": 8,
+# Changes of a configuration with which it trains in seconds on a CPU.
+_TINY_MODEL = {"width": 16, "depth": 1, "heads": 2, "attention_every": 0, "plan_width": 8, "value_width": 8}
+TINY = {f"model.{key}": value for key, value in _TINY_MODEL.items()} | {
     "attention.base_steps": 3,
     "attention.band": 16,
     "data.buckets": (64,),
@@ -33,27 +29,16 @@ TINY = {  # of a configuration: trains in seconds on a CPU
 
 
 class Settings(NamedTuple):
-    """Settings of stages.
+    """Settings of the stages."""
 
-    Attributes:
-      seconds: Time until the stage is killed.
-      output: Folder of results.
-      work: Folder of everything else.
-      tiny: Run at tiny sizes on the CPU.
-      config: Configuration of training_run.
-      data: Its shards.
-      overrides: Changes of the configuration, "key=value".
-      rates: Plan and size of gpu_rates in place of the usual ones.
-    """
-
-    seconds: float
+    seconds: float  # until the stage is killed
     output: Path
-    work: Path
-    tiny: bool = False
-    config: Path = ROOT / "configs/aligner.py"
+    work: Path  # for everything that is no result
+    tiny: bool = False  # on the CPU, at tiny sizes
+    config: Path = ROOT / "configs/aligner.py"  # this and what follows: of training_run
     data: str = "data/default"
-    overrides: tuple[str, ...] = ()
-    rates: tuple[list[gpu_rates.Entry], gpu_rates.Size] | None = None
+    overrides: tuple[str, ...] = ()  # "key=value"
+    rates: tuple[gpu_rates.Entry, ...] = ()  # in place of the usual plan
 
 
 def nvidia_smi(*options: str) -> str | None:
@@ -157,8 +142,8 @@ def _course(metrics: Path) -> Row:
     if not rows:
         return {}
     speed = statistics.median(row["examples_per_second"] for row in rows[-10:])
-    first, last = rows[0], rows[-1]
-    return {"steps": last["step"], "examples_per_second": speed, "first_loss": first["loss"], "last_loss": last["loss"]}
+    course = {"steps": rows[-1]["step"], "examples_per_second": speed}
+    return course | {"first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
 
 
 def run_script(script: str, *arguments: str) -> str | None:

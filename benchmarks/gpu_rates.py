@@ -6,7 +6,6 @@ example and two heads against float64. `softmax, cudnn` is jax.nn.dot_product_at
 Triton, arXiv 2602.03067) is measured where it is installed, one head at a time, because it takes one problem at a time.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
@@ -15,6 +14,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -49,18 +49,18 @@ class Entry(NamedTuple):
     band: int | None
     method: str = "pallas_gpu"
     dtype: str = "bfloat16"
-
-
-class Size(NamedTuple):
-    """Sizes that all entries share: residues of a batch, heads, width of a head, seconds for timing one program."""
-
-    residues: int = 65536
+    residues: int = 65536  # of a batch
     heads: int = 16
     width: int = 64
-    seconds: float = 0.3
+    seconds: float = 0.3  # for timing one program
 
-    def case(self, length: int, band: int | None) -> Case:
-        return Case(max(1, self.residues // length), self.heads, length, band, width=self.width)
+    def case(self) -> Case:
+        number = max(1, self.residues // self.length)
+        return Case(number, self.heads, self.length, self.band, width=self.width)
+
+    def few(self) -> Case:
+        """Return the part of the case that is checked: one example, at most two heads."""
+        return dataclasses.replace(self.case(), batch=1, heads=min(self.heads, _FEW_HEADS))
 
 
 def softmax(case: Case, implementation: str) -> Callable:
@@ -82,21 +82,15 @@ METHODS = {
 }
 # The most informative first: what is not reached in time is lost. xla is slow and softmax, cudnn has no float32.
 PLAN = [
-    *(Entry(1024, band) for band in (64, None, 256)),
-    *(Entry(4096, band) for band in (64, None, 256)),
-    Entry(1024, None, "softmax, cudnn"),
-    Entry(4096, None, "softmax, cudnn"),
-    Entry(1024, 64, "xla"),
-    Entry(1024, None, "xla"),
-    Entry(1024, 64, dtype="float32"),
-    Entry(1024, 64, "xla", "float32"),
+    *(Entry(length, band) for length in (1024, 4096) for band in (64, None, 256)),
+    *(Entry(length, None, "softmax, cudnn") for length in (1024, 4096)),
+    *(Entry(1024, band, "xla") for band in (64, None)),
+    *(Entry(1024, 64, method, "float32") for method in ("pallas_gpu", "xla")),
     Entry(4096, None, dtype="float32"),
-    Entry(8192, None),
-    Entry(512, 64),
-    Entry(512, None),
-    Entry(8192, 64),
-    Entry(2048, 64),
-    Entry(2048, None),
+    *(
+        Entry(length, band)
+        for length, band in ((8192, None), (512, 64), (512, None), (8192, 64), (2048, 64), (2048, None))
+    ),
     Entry(8192, None, dtype="float32"),
     *(Entry(length, 256) for length in (512, 2048, 8192)),
     *(Entry(length, None, "softmax, cudnn") for length in (512, 2048, 8192)),
@@ -109,74 +103,63 @@ def product(lengths: list[int], bands: list[int | None], methods: list[str], dty
     return [entry for entry in entries if METHODS[entry.method].banded or entry.band is None]
 
 
-def measured(plan: Sequence[Entry], size: Size) -> Iterator[Row]:
+def measured(plan: Sequence[Entry]) -> Iterator[Row]:
     """Yield one row for each entry of the plan, then the rows of flash-sinkhorn if it is installed."""
     for start in range(0, len(plan), _WAVE):
-        yield from _measured_wave(plan[start : start + _WAVE], size)
+        yield from _measured_wave(plan[start : start + _WAVE])
     if importlib.util.find_spec("flash_sinkhorn"):
         for length in _FLASH_LENGTHS:
-            measure_flash = functools.partial(measure_flash_sinkhorn, size.case(length, None), size.seconds)
-            yield _about(Entry(length, None, "flash-sinkhorn", "float32"), size) | harness.or_failure(measure_flash)
+            entry = Entry(length, None, "flash-sinkhorn", "float32")
+            yield _about(entry) | harness.or_failure(functools.partial(measure_flash_sinkhorn, entry))
 
 
-def _measured_wave(wave: Sequence[Entry], size: Size) -> Iterator[Row]:
+def _measured_wave(wave: Sequence[Entry]) -> Iterator[Row]:
     """Compile the programs of some entries in threads; then time them one by one."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        oracles = {key: pool.submit(_oracle, *key, size) for key in dict.fromkeys(map(_oracle_of, wave))}
-        programs = {(entry, part): pool.submit(_compiled, entry, part, size) for entry in wave for part in _PARTS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        oracles = {of: pool.submit(_oracle, of) for of in dict.fromkeys(map(_oracle_of, wave))}
+        programs = {of: [pool.submit(_program, of.case(), of, part) for part in _PARTS] for of in wave}
     for entry in wave:
-        of_entry = {part: programs[entry, part] for part in _PARTS}
-        run = functools.partial(measure, entry, size, of_entry, oracles[_oracle_of(entry)])
-        yield _about(entry, size) | harness.or_failure(run)
+        run = functools.partial(measure, entry, programs[entry], oracles[_oracle_of(entry)])
+        yield _about(entry) | harness.or_failure(run)
 
 
-def _about(entry: Entry, size: Size) -> Row:
-    case = size.case(entry.length, entry.band)
-    return entry._asdict() | {"batch": case.batch, "heads": case.heads, "width": case.width} | harness.machine()
+def _about(entry: Entry) -> Row:
+    return entry._asdict() | {"batch": entry.case().batch} | harness.machine()
 
 
-def _program(case: Case, method: str, part: str, dtype: str) -> tuple[Callable, Row]:
-    shapes = jax.eval_shape(functools.partial(case.arguments, dtype))
-    return harness.compile_program(attention.parts(METHODS[method].attend(case))[part], *shapes)
+def _program(case: Case, entry: Entry, part: str) -> tuple[Callable, Row]:
+    shapes = jax.eval_shape(functools.partial(case.arguments, entry.dtype))
+    return harness.compile_program(attention.parts(METHODS[entry.method].attend(case))[part], *shapes)
 
 
-def _compiled(entry: Entry, part: str, size: Size) -> tuple[Callable, Row]:
-    return _program(size.case(entry.length, entry.band), entry.method, part, entry.dtype)
+def _oracle_of(entry: Entry) -> Entry:
+    return entry._replace(method="xla" if METHODS[entry.method].banded else "softmax, xla", dtype="float64")
 
 
-def _oracle_of(entry: Entry) -> tuple[int, int | None, str]:
-    return entry.length, entry.band, "xla" if METHODS[entry.method].banded else "softmax, xla"
-
-
-def _oracle(length: int, band: int | None, method: str, size: Size) -> Callable:
-    few = dataclasses.replace(size.case(length, band), batch=1, heads=min(size.heads, _FEW_HEADS))
+def _oracle(entry: Entry) -> Callable:
     with jax.enable_x64(True):  # of this thread
-        return _program(few, method, "forward_backward", "float64")[0]
+        return _program(entry.few(), entry, "forward_backward")[0]
 
 
 # ---- measuring ----
 
 
-def measure(entry: Entry, size: Size, programs: dict, oracle: concurrent.futures.Future) -> Row:
+def measure(entry: Entry, programs: list[Future], oracle: Future) -> Row:
     """Measure the error, then milliseconds and rates of the forward pass, and of forward and backward.
 
-    Args:
-      entry: What is measured.
-      size: Sizes of the problem.
-      programs: For each part the future of a compiled program.
-      oracle: Future of the program in float64.
+    Futures: `programs` of the program and its facts for each part, `oracle` of the program in float64.
     """
-    case, method = size.case(entry.length, entry.band), METHODS[entry.method]
+    case, method = entry.case(), METHODS[entry.method]
     runs: dict[str, Callable] = {}
     found: Row = {}
-    for part in _PARTS:
-        runs[part], facts = programs[part].result()
+    for part, program in zip(_PARTS, programs, strict=True):
+        runs[part], facts = program.result()
         found |= {f"{part}_{fact}": value for fact, value in facts.items()}
     sets = [case.arguments(entry.dtype, seed) for seed in range(_SETS)]
     found["error"] = error(runs["forward_backward"], oracle.result(), sets[0])
     if not found["error"] < TOLERANCE[entry.dtype]:
         return found | {"failed": f"error {found['error']:.1e} is not below {TOLERANCE[entry.dtype]:.1e}; not timed"}
-    times = {part: clock(run, sets, size.seconds) for part, run in runs.items()}
+    times = {part: clock(run, sets, entry.seconds) for part, run in runs.items()}
     for part, seconds in times.items():
         found |= {f"{part}_ms": 1e3 * statistics.median(seconds), f"{part}_fastest_ms": 1e3 * min(seconds)}
         found[f"{part}_calls"] = len(seconds)
@@ -215,7 +198,7 @@ def rates(seconds: float, cells: int, passes: int) -> dict[str, float]:
     return {"ps_a_cell_and_half_iteration": each, "Tcell_a_second": 1 / each} | steps
 
 
-def measure_flash_sinkhorn(case: Case, seconds: float) -> Row:
+def measure_flash_sinkhorn(entry: Entry) -> Row:
     """Time flash-sinkhorn for the same number of alternating steps at full support, with its default TF32 products.
 
     Its cost is the squared distance. With `eps = 2 sqrt(d)` the norms go into the potentials, and plans are ours.
@@ -223,10 +206,10 @@ def measure_flash_sinkhorn(case: Case, seconds: float) -> Row:
     import torch
     from flash_sinkhorn.sinkhorn_solvers import sinkhorn_flashstyle_alternating
 
-    few = dataclasses.replace(case, batch=1, heads=_FEW_HEADS)
+    few, length = entry.few(), entry.length
     q, k, *_ = few.arguments()
-    x, y = ([torch.tensor(np.asarray(z[0, :, h]), device="cuda") for h in range(_FEW_HEADS)] for z in (q, k))
-    weights, eps = torch.full((case.length,), 1 / case.length, device="cuda"), 2 * math.sqrt(case.width)
+    x, y = ([torch.tensor(np.asarray(z[0, :, h]), device="cuda") for h in range(few.heads)] for z in (q, k))
+    weights, eps = torch.full((length,), 1 / length, device="cuda"), 2 * math.sqrt(few.width)
 
     def potentials():
         found = [
@@ -240,10 +223,10 @@ def measure_flash_sinkhorn(case: Case, seconds: float) -> Row:
     points = [z[0].cpu().double().numpy() for z in (x, y)]
     norms = [(z**2).sum(1) for z in points]
     cost = norms[0][:, None] + norms[1] - 2 * points[0] @ points[1].T
-    plan = np.exp((f[:, None] + g - cost) / eps) / case.length
+    plan = np.exp((f[:, None] + g - cost) / eps) / length
     ours = np.asarray(transport_plan(q[:, :, :1], k[:, :, :1], SinkhornSpec(band=None))[0, 0])
     found: Row = {"error": float(np.abs(plan - ours).max() / ours.max())}
     if not found["error"] < 2e-2:  # TF32 products, and steps in the other order
         return found | {"failed": f"error {found['error']:.1e} is not below 2e-2; not timed"}
-    median = statistics.median(clock(lambda: potentials() and None, [()], seconds))
+    median = statistics.median(clock(lambda: potentials() and None, [()], entry.seconds))
     return found | {"forward_ms": 1e3 * median} | rates(median, few.cells(), 2 * STEPS)

@@ -104,11 +104,9 @@ def conformance(settings: Settings) -> Iterator[Row]:
 
 def rates(settings: Settings) -> Iterator[Row]:
     """Yield the rows of gpu_rates."""
-    plan, size = settings.rates or (gpu_rates.PLAN, gpu_rates.Size())
-    if settings.tiny:
-        plan = [gpu_rates.Entry(40, 8), gpu_rates.Entry(40, None, "softmax, xla")]
-        size = gpu_rates.Size(residues=40, heads=2, width=16, seconds=0.0)
-    yield from gpu_rates.measured(plan, size)
+    small = functools.partial(gpu_rates.Entry, 40, residues=40, heads=2, width=16, seconds=0.0)
+    tiny = [small(8), small(None, "softmax, xla")]
+    yield from gpu_rates.measured(tiny if settings.tiny else settings.rates or gpu_rates.PLAN)
 
 
 # ---- training steps ----
@@ -227,19 +225,12 @@ def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
 
 
 class Stage(NamedTuple):
-    """A stage and how its results are shown.
-
-    Attributes:
-      run: Generator of rows.
-      share: Its part of the time, in seconds of 12 minutes.
-      columns: Columns of its table, separated by spaces.
-      on_device: JAX runs in the stage's own process.
-    """
+    """A stage: its generator of rows, its share of 12 minutes in seconds, and the columns of its table."""
 
     run: Callable[[Settings], Iterator[Row]]
     share: float
     columns: str
-    on_device: bool = True
+    on_device: bool = True  # JAX runs in the stage's own process
 
 
 _RATES = (

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from tabulate import tabulate
 
 from ot_attention import UnsupportedError
 
@@ -122,6 +123,29 @@ def read_rows(path: Path) -> list[Row]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def table(rows: list[Row], columns: str) -> str:
+    """Return some columns of rows as a Markdown table, numbers in three digits.
+
+    Args:
+      rows: Rows, each with some of the columns.
+      columns: Names separated by spaces; columns without any value are left out.
+    """
+    shown = [column for column in columns.split() if any(column in row for row in rows)]
+    cells = [[_shown(column, row) for column in shown] for row in rows]
+    titles = [column.replace("_", " ") for column in shown]
+    return tabulate(cells, titles, tablefmt="github", disable_numparse=True) if shown else ""
+
+
+def _shown(column: str, row: Row) -> str:
+    value = row.get(column)
+    if column == "band" and "band" in row and value is None:
+        return "all"
+    if isinstance(value, float):
+        small = column.startswith("error") and "_to_" not in column
+        return f"{value:.0e}" if small else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
 def parser(description: str | None, output: str, rounds: int | None = None) -> argparse.ArgumentParser:

@@ -17,12 +17,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
 from benchmarks import attention, harness
 from benchmarks.harness import Row
 from ot_attention import UnsupportedError
 
+_COLUMNS = (
+    "case method error_out error_gradient error_gradient_to_converged forward_ms forward_to_softmax "
+    "forward_backward_ms forward_backward_to_softmax temporary_MB"
+)
 _TITLES = {"scaling": "W = 256", "sparse": "blocks of 64"}
 
 
@@ -54,24 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def table(rows: list[Row]) -> str:
     """Return errors, times and memory of all methods as a Markdown table."""
-
-    def time(row: Row, part: str) -> str:
-        return f"{row[f'{part}_ms']:.1f} ({row[f'{part}_to_softmax']:.2f})"
-
-    shown = [
-        {
-            "case": row["case"],
-            "method": row["method"],
-            "error, out": f"{row['error']['out']:.0e}",
-            "error, gradient": f"{row['error']['gradient']:.0e}",
-            "gradient to converged": f"{bias:.2%}" if (bias := row["error"].get("gradient_to_converged")) else "",
-            "forward ms (x softmax)": time(row, "forward"),
-            "forward + backward ms (x softmax)": time(row, "forward_backward"),
-            "temporary MB": f"{row['forward_backward_temporary_bytes'] / 1e6:.1f}",
-        }
-        for row in rows
-    ]
-    return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
+    errors = [{f"error_{of}": value for of, value in row["error"].items()} for row in rows]
+    sizes = [{"temporary_MB": row["forward_backward_temporary_bytes"] / 1e6} for row in rows]
+    return harness.table([row | error | size for row, error, size in zip(rows, errors, sizes, strict=True)], _COLUMNS)
 
 
 def exponents(rows: list[Row]) -> str:

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import IO
 
 import jax
-from tabulate import tabulate
 
 from benchmarks import gpu_rates, harness
 from benchmarks.gpu_programs import ROOT, Settings, nvidia_smi
@@ -193,7 +192,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         args.methods or ["pallas_gpu", "softmax, cudnn"],
         args.dtypes or ["bfloat16"],
     )
-    return settings._replace(rates=(plan, gpu_rates.Size()))
+    return settings._replace(rates=tuple(plan))
 
 
 # ---- results ----
@@ -204,23 +203,10 @@ def tables(rows: list[Row]) -> str:
     parts = []
     for name, stage in STAGES.items():
         if of_stage := [row for row in rows if row["stage"] == name]:
-            columns = [column for column in stage.columns.split() if any(column in row for row in of_stage)]
-            cells = [[shown(column, row) for column in columns] for row in of_stage]
-            titles = [column.replace("_", " ") for column in columns]
-            lines = [tabulate(cells, titles, tablefmt="github", disable_numparse=True)] if columns else []
+            lines = [table] if (table := harness.table(of_stage, stage.columns)) else []
             lines += [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
             parts.append("\n".join([f"## {name}", "", *lines]))
     return "\n\n".join(parts) + "\n"
-
-
-def shown(column: str, row: Row) -> str:
-    """Return a figure of a row in three digits."""
-    value = row.get(column)
-    if column == "band" and "band" in row and value is None:
-        return "all"
-    if isinstance(value, float):
-        return f"{value:.0e}" if column == "error" else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value)
 
 
 def _band(text: str) -> int | None:

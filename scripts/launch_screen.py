@@ -60,18 +60,10 @@ def on_tpu(args: argparse.Namespace) -> None:
     """Run the screen on a TPU's machine, copy its runs here, and collect the scores."""
     given = {"steps": args.steps, "limit": args.limit}
     arguments = [f"--{option}={value}" for option, value in given.items() if value is not None]
-    tpu = launch_tpu.Tpu(
-        args.name,
-        args.project,
-        args.zone,
-        f"{args.bucket.rstrip('/')}/{args.name}",
-        args.accelerator,
-        not args.on_demand,
-        args.data and args.data.absolute(),
-        (*arguments, "--configs", *args.configs, "--", *args.overrides),
-        args.snapshot_every,
-        args.poll_every,
-    )
+    arguments += ["--configs", *args.configs, "--", *args.overrides]
+    folder, data = f"{args.bucket.rstrip('/')}/{args.name}", args.data and args.data.absolute()
+    of_google = args.name, args.project, args.zone, folder, args.accelerator, not args.on_demand
+    tpu = launch_tpu.Tpu(*of_google, data, tuple(arguments), args.snapshot_every, args.poll_every)
     if args.dry_run:
         launch_tpu.show(tpu)
         return

@@ -70,29 +70,16 @@ class LaunchError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A screen on a TPU; times in seconds.
-
-    Attributes:
-      name: Name of the TPU.
-      project: Google Cloud project.
-      zone: Zone of the TPU.
-      folder: gs://BUCKET/PATH of this screen.
-      accelerator: Kind of the TPU, a key of RUNTIMES.
-      spot: Take a cheaper TPU that may be preempted.
-      data: Folder of shards; None for the data that ship.
-      arguments: Arguments of launch_screen.py on the TPU's machine, beside --out and --data.
-      snapshot_every: Time between two snapshots.
-      poll_every: Time between two looks at the state.
-    """
+    """A screen on a TPU; times in seconds."""
 
     name: str
     project: str
     zone: str
-    folder: str
+    folder: str  # gs://BUCKET/PATH
     accelerator: str
-    spot: bool
-    data: Path | None
-    arguments: tuple[str, ...]
+    spot: bool  # cheaper, may be preempted
+    data: Path | None  # None: the data that ship
+    arguments: tuple[str, ...]  # of launch_screen.py on the TPU's machine, beside --out and --data
     snapshot_every: int
     poll_every: int
 

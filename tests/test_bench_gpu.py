@@ -25,7 +25,7 @@ from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 HALVES = ["ceilings", "conformance", "rates", "training"], ["alignments", "training_run"]
-SMALL = gpu_rates.Size(residues=40, heads=2, width=16, seconds=0.0)
+SMALL = {"residues": 40, "heads": 2, "width": 16, "seconds": 0.0}
 
 
 def start(output: Path, stages: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -243,15 +243,15 @@ def test_wrong_command_lines_are_explained(flags, told, capsys):
 def test_wrong_numbers_are_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_rates, "TOLERANCE", {"bfloat16": 1e-9})
     with tiny.quick_compilation():
-        (row,) = gpu_rates.measured([gpu_rates.Entry(40, None, "softmax, xla")], SMALL)
+        (row,) = gpu_rates.measured([gpu_rates.Entry(40, None, "softmax, xla", **SMALL)])
     assert "is not below 1.0e-09; not timed" in row["failed"] and 1e-9 < row["error"] < 2.0**-6
     assert "forward_ms" not in row
 
 
 def test_a_method_that_cannot_run_costs_its_own_row():
-    plan = [gpu_rates.Entry(40, None, method) for method in ("pallas_gpu", "softmax, xla")]
+    plan = [gpu_rates.Entry(40, None, method, **SMALL) for method in ("pallas_gpu", "softmax, xla")]
     with tiny.quick_compilation():
-        refused, timed = gpu_rates.measured(plan, SMALL)
+        refused, timed = gpu_rates.measured(plan)
     assert "there is no GPU here" in refused["failed"] and timed["forward_ms"] > 0
 
 
@@ -275,11 +275,11 @@ def test_rows_of_rates_can_be_chosen():
         "--dtypes",
         "float32",
     ]
-    plan, _ = bench_gpu.settings_of(bench_gpu._parse([*flags, "--methods", "pallas_gpu", "softmax, xla"])).rates
+    plan = bench_gpu.settings_of(bench_gpu._parse([*flags, "--methods", "pallas_gpu", "softmax, xla"])).rates
     assert [(row.length, row.band, row.method) for row in plan] == [
         (length, *of) for length in (8, 16) for of in ((4, "pallas_gpu"), (None, "pallas_gpu"), (None, "softmax, xla"))
     ]
-    assert bench_gpu.settings_of(bench_gpu._parse(["--stages", "rates", "--stage=rates"])).rates is None
+    assert bench_gpu.settings_of(bench_gpu._parse(["--stages", "rates", "--stage=rates"])).rates == ()
 
 
 # ---- stages that start programs ----
