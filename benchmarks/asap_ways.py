@@ -29,25 +29,27 @@ _COMPARED = 4  # samples of a padded length, batches of one side, whose plans ar
 Way = Callable[[Sample, Float[Array, "batch columns heads value"]], tuple]
 
 
+class Given(NamedTuple):
+    """One input of a layer, and the teacher's potentials: what the layer's own Sinkhorn steps find."""
+
+    sample: Sample
+    v: Float[Array, "batch columns heads value"]
+    teacher: SinkhornInfo
+
+
 class Layer(NamedTuple):
-    """Inputs of a layer, batch by batch, and the teacher's potentials: what the layer's own Sinkhorn steps find."""
+    """A layer and its inputs by padded length."""
 
     spec: SinkhornSpec
-    samples: list[Sample]
-    values: list[Float[Array, "batch columns heads value"]]
-    teachers: list[SinkhornInfo]
+    inputs: dict[int, list[Given]]
 
-    def by_length(self) -> dict[int, list[int]]:
-        """Group the places of samples by their padded length."""
-        found: dict[int, list[int]] = {}
-        for n, sample in enumerate(self.samples):
-            found.setdefault(sample.q.shape[1], []).append(n)
-        return found
+    def samples(self) -> list[Sample]:
+        return [given.sample for inputs in self.inputs.values() for given in inputs]
 
 
 def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) -> dict[str, Layer]:
     """Collect the inputs and the teacher's potentials of every layer; x and y of a batch are two samples."""
-    layers = {name: Layer(of.spec, [], [], []) for name, of in run.trainer.model(run.params).layers().items()}
+    layers = {name: Layer(of.spec, {}) for name, of in run.trainer.model(run.params).layers().items()}
 
     @jax.jit
     def inputs(params, *pair):
@@ -61,9 +63,7 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
             for q, k, v, *rest in of:
                 sample = Sample(q, k, *rest, f=jnp.zeros((0, 0, 0)))
                 _, info = _attend(sample, v, layer.spec)
-                layer.samples.append(sample._replace(f=info.f))
-                layer.values.append(v)
-                layer.teachers.append(info)
+                layer.inputs.setdefault(q.shape[1], []).append(Given(sample._replace(f=info.f), v, info))
     return layers
 
 
@@ -106,40 +106,35 @@ def ways(spec: SinkhornSpec, of: Asap, steps: Iterable[int]) -> dict[str, Way]:
 
 def compare(layer: Layer, ways: Mapping[str, Way], rounds: int) -> dict[str, dict]:
     """Measure the time and the deviation from the teacher of every way, at the most frequent padded length."""
-    places = max(layer.by_length().values(), key=len)
-    sample, v = layer.samples[places[0]], layer.values[places[0]]
+    inputs = max(layer.inputs.values(), key=len)
+    sample, v, _ = inputs[0]
     seconds = harness.clock({name: functools.partial(way, sample, v) for name, way in ways.items()}, rounds)
     return {
         name: {
             "shape": list(sample.q.shape),
             "ms": 1e3 * statistics.median(seconds[name]),
             "least_ms": 1e3 * min(seconds[name]),  # other work on the machine cannot make it less
-            "deviation": spread(layer, places, way),
+            "deviation": spread(layer.spec, inputs, way),
         }
         for name, way in ways.items()
     }
 
 
-def spread(layer: Layer, places: list[int], way: Way) -> dict[str, dict]:
-    """Summarise the deviations of some samples: median and worst over pairs and heads, and medians of every head."""
-    found = [_deviation(layer, n, way) for n in places[:_COMPARED]]
-    joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
+def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]:
+    """Summarise the deviations of some inputs: median and worst over pairs and heads, and medians of every head."""
+    found = []
+    for sample, v, teacher in inputs[:_COMPARED]:
+        real = np.asarray(sample.q_lengths) > 0  # not a pair that fills up a batch
+        off = _deviation(sample, spec, teacher[:2], way(sample, v)[1][:2])
+        found.append([np.asarray(x)[real] for x in off])
     return {
         name: {"median": float(np.median(x)), "worst": float(x.max()), "heads": np.median(x, axis=0).tolist()}
-        for name, x in joined._asdict().items()
+        for name, x in zip(Deviation._fields, map(np.concatenate, zip(*found, strict=True)), strict=True)
     }
 
 
-def _deviation(layer: Layer, n: int, way: Way) -> Deviation:
-    """Compute the deviation of one sample's plans, [pairs, heads], without the pairs that fill up a batch."""
-    sample = layer.samples[n]
-    _, info = way(sample, layer.values[n])
-    real = np.asarray(sample.q_lengths) > 0
-    return jax.tree.map(lambda x: np.asarray(x)[real], _deviations(sample, layer.spec, layer.teachers[n][:2], info[:2]))
-
-
 @functools.partial(jax.jit, static_argnames="spec")
-def _deviations(sample: Sample, spec: SinkhornSpec, teacher, student) -> Deviation:
+def _deviation(sample: Sample, spec: SinkhornSpec, teacher, student) -> Deviation:
     q, k, *rest = sample[:-1]
     return asap.deviation(q, k, spec, *rest, teacher=teacher, student=student)
 

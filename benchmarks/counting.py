@@ -73,11 +73,6 @@ class Operations:
         for name in ("vector", "transcendental", "hbm", "ici"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
-    def divided(self, by: int) -> "Operations":
-        share = Operations()
-        share.add(self, 1 / by)
-        return share
-
     def passes(self) -> list[int]:
         """List the numbers of bfloat16 passes among the products."""
         return sorted({matmul.passes for matmul in self.matmuls})
@@ -94,7 +89,7 @@ def count(function: Callable, *arguments: Any) -> Parts:
 
     Parts are "forward", "backward" (what `jax.grad` added), "update" (the rest, with the arguments and results of the
     whole function as its memory traffic), and one for each Pallas kernel by name. Elementwise operations are taken to
-    be fused: they move no bytes beside those of matrix products, reductions, gathers and kernels.
+    be fused: only matrix products, reductions, gathers and kernels move bytes.
 
     Args:
       function: A function of arrays.

@@ -206,11 +206,11 @@ def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
 
     def sample() -> None:
         while not over.wait(0.2):
-            told = nvidia_smi("--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0")
-            if told is None:
+            percent = nvidia_smi("--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0")
+            if percent is None:
                 return
             with contextlib.suppress(ValueError):  # "[N/A]"
-                samples.append((time.perf_counter(), float(told)))
+                samples.append((time.perf_counter(), float(percent)))
 
     thread = threading.Thread(target=sample)
     thread.start()

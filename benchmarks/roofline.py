@@ -14,25 +14,15 @@ from benchmarks.counting import Operations, Parts
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Rates of one chip, operations or bytes a second.
+    """Rates of one chip, operations or bytes a second."""
 
-    Attributes:
-      flops: Rate of the matrix unit in bfloat16.
-      side: Side of its array, to which depths and widths are padded.
-      vector: Rate of the vector unit.
-      transcendental: Rate of exp, log, division and the like.
-      hbm: Bandwidth to memory.
-      ici: Bandwidth of all links to other chips together.
-      memory: Bytes that the compiler lets a program have.
-    """
-
-    flops: float
-    side: int
+    flops: float  # of the matrix unit in bfloat16
+    side: int  # of its array, to which depths and widths are padded
     vector: float
-    transcendental: float
-    hbm: float
-    ici: float
-    memory: int
+    transcendental: float  # exp, log, division and the like
+    hbm: float  # to memory
+    ici: float  # to other chips, all links together
+    memory: int  # bytes that the compiler lets a program have
 
 
 # flops, hbm, ici: cloud.google.com/tpu/docs/{v6e,v5e,v5p}. vector: 8 x 128 lanes x 4 units x clock x cores, and
@@ -114,7 +104,7 @@ class PartTime(NamedTuple):
     bound: str
 
 
-def _part_time(work: Operations, chip: Chip) -> PartTime:
+def _part_time(work: Operations, chips: int, chip: Chip) -> PartTime:
     seconds = {
         "matrix unit": work.flops(chip.side) / chip.flops,
         "vector unit": work.vector / chip.vector,
@@ -122,7 +112,7 @@ def _part_time(work: Operations, chip: Chip) -> PartTime:
         "memory": work.hbm / chip.hbm,
         "links": work.ici / chip.ici,
     }
-    return max((PartTime(time, unit) for unit, time in seconds.items()), key=lambda part: part.seconds)
+    return max(PartTime(time / chips, unit) for unit, time in seconds.items())
 
 
 def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: int, model: int) -> dict[str, PartTime]:
@@ -131,6 +121,6 @@ def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: in
     Work on the batch is divided by all chips, which for `model` assumes a perfect split. The update is the same on
     every chip of the data axis.
     """
-    shares = {name: of.divided(model if name == "update" else data * model) for name, of in parts.items()}
-    shares["exchange"] = Operations(ici=sum(of.sent for of in exchanged))
-    return {name: _part_time(share, chip) for name, share in shares.items()}
+    chips = {name: model if name == "update" else data * model for name in parts}
+    times = {name: _part_time(of, chips[name], chip) for name, of in parts.items()}
+    return times | {"exchange": _part_time(Operations(ici=sum(of.sent for of in exchanged)), 1, chip)}

@@ -15,6 +15,7 @@ process, and metrics of the model. `zero` is the map to f = 0: one Sinkhorn step
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -104,7 +105,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, Any]:
     )
     layers = asap_ways.attended(run, _batches(run, shards, args.split, buckets, args.pairs), "calibration")
     fitting = tqdm(layers.items(), desc="fitting", unit=" layers")
-    maps = {name: settings.fit(layer.samples, layer.spec) for name, layer in fitting}
+    maps = {name: settings.fit(layer.samples(), layer.spec) for name, layer in fitting}
     provenance = {"run": str(args.weights or args.workdir), "step": run.step, "split": args.split, "pairs": args.pairs}
     provenance |= {"buckets": buckets, "settings": dataclasses.asdict(settings)}
     asap_maps.save(args.output, maps, run.params, run.step, provenance)
@@ -119,15 +120,15 @@ def compile_model(args: argparse.Namespace) -> dict[str, Any]:
     for name, layer in held_out.items():
         ways = asap_ways.ways(layer.spec, maps[name], args.steps)
         report["layers"][name] = asap_ways.compare(layer, ways, args.rounds)
-        lengths = layer.by_length().items()
-        report["lengths"][name] = {n: asap_ways.spread(layer, places, ways["asap"]) for n, places in lengths}
+        of_map = functools.partial(asap_ways.spread, layer.spec, way=ways["asap"])
+        report["lengths"][name] = {length: of_map(inputs) for length, inputs in layer.inputs.items()}
         write()
     if not args.no_scores:
         scored, families = [k for k in args.steps if k <= _SCORED], pfam.open_split(shards, "validation")
         report["metrics"] = asap_ways.metrics(run, args.output, families, batches, scored)
         write()
     for name, layer in held_out.items() if args.ablation else ():
-        fitted = {str(of): of.fit(layers[name].samples, layer.spec) for of in tqdm(ABLATION, desc=f"{name}: others")}
+        fitted = {str(of): of.fit(layers[name].samples(), layer.spec) for of in tqdm(ABLATION, desc=f"{name}: others")}
         others = {of: asap_ways.map_way(layer.spec, fitted_map) for of, fitted_map in fitted.items()}
         report["ablation"][name] = asap_ways.compare(layer, others, args.rounds)
         write()

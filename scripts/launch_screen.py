@@ -27,7 +27,7 @@ from scripts import launch_tpu
 from training import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPPED = 75  # exit code of a train.py that was told to stop; also this script's then
+STOPPED = 75  # exit code of a train.py that a signal stopped, and of this script then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
 SPLITS = ("validation", *tasks.SPLITS["test"])
 

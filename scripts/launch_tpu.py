@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {f"v6e-{n}": "v2-alpha-tpuv6e" for n in (1, 4, 8)} | {
     f"v5litepod-{n}": "v2-alpha-tpuv5-lite" for n in (1, 4, 8)
 }
-_LEFT_OUT = {"runs", "__pycache__"}  # of the code, beside all that is hidden
+_LEFT_OUT = {"runs", "__pycache__"}  # of the code, like hidden files
 
 # Runs as root at every boot. Braces hold values to fill in; braces of the shell are doubled.
 _STARTUP = """\
