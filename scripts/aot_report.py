@@ -79,12 +79,12 @@ def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict
     """
     mesh = make_mesh(config, topology)
     chip = CHIPS[topology.partition(":")[0]]
-    implementation = _implementation(config, mesh)
-    trainer = runs.make_trainer(_with(config, implementation))
+    resolved = _resolved(config, mesh)
+    trainer = runs.make_trainer(resolved)
     progress = tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
     rows = [report_bucket(trainer, config.batch_size, bucket, mesh, chip) for bucket in progress]
     report = {"config": config.to_dict(), "topology": topology, "mesh": dict(mesh.shape)}
-    report |= {"attention": implementation, "memory": chip.memory, "buckets": rows}
+    report |= {"attention": resolved.model.implementation, "memory": chip.memory, "buckets": rows}
     return report | _speed(rows, config)
 
 
@@ -97,9 +97,7 @@ def make_mesh(config: ConfigDict, topology: str) -> Mesh:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"--topology={topology} is not known to libtpu, for example {_EXAMPLES} are: {error}"
-        ) from None
+        raise ValueError(f"--topology={topology} is unknown to libtpu, which knows {_EXAMPLES}: {error}") from None
     return sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size, devices)
 
 
@@ -176,9 +174,9 @@ def text(report: dict) -> str:
     pairs = report["config"]["batch_size"]
     parts = [f"{report['topology']}, mesh {mesh}, {pairs} pairs a step, attention {report['attention']}"]
     if rows:
-        compiled = [_compiled(row) | {"limit": f"{report['memory'] / _MIB:.0f}"} for row in rows]
+        compiled = [_compiled(row) | {"limit MiB": f"{report['memory'] / _MIB:.0f}"} for row in rows]
         passes = [(name, " and ".join(map(str, of["passes"]))) for name, of in rows[0]["counted"].items()]
-        parts += ["Compiled; MiB a chip:", _table(compiled)]
+        parts += ["Compiled; memory of a chip:", _table(compiled)]
         parts += [
             "MODEL, an upper bound of speed and not a measurement; microseconds a step, and the unit that is busy:",
             _table([_modelled(row) for row in rows]),
@@ -196,7 +194,7 @@ def text(report: dict) -> str:
 def _compiled(row: dict) -> dict[str, str]:
     cells = {"bucket": str(row["bucket"])}
     cells |= {f"{what} s": f"{row[f'{what}_seconds']:.1f}" for what in ("lower", "compile")}
-    cells |= {f"{what} memory": f"{size / _MIB:.1f}" for what, size in row["memory"].items()}
+    cells |= {f"{what} MiB": f"{size / _MIB:.1f}" for what, size in row["memory"].items()}
     exchanges = [f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"]]
     calls = [f"{number} {name}" for name, number in row["kernels"].items()]
     return cells | {"exchanges": ", ".join(exchanges) or "none", "kernels": ", ".join(calls) or "none"}
@@ -222,24 +220,18 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 
 
-def _implementation(config: ConfigDict, mesh: Mesh) -> str:
-    """Choose the implementation that "auto" takes on a TPU; asked here, it would choose for a CPU."""
-    if config.model.implementation != "auto":
-        return config.model.implementation
-    trainer = runs.make_trainer(_with(config, "pallas_tpu"))
-    arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
-    try:
-        jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)
-    except UnsupportedError:
-        return "xla"
-    return "pallas_tpu"
-
-
-def _with(config: ConfigDict, implementation: str) -> ConfigDict:
-    changed = ConfigDict(config)
-    changed.model = config.model.copy_and_resolve_references()
-    changed.model.implementation = implementation
-    return changed
+def _resolved(config: ConfigDict, mesh: Mesh) -> ConfigDict:
+    """Replace the implementation "auto" by its choice on a TPU; asked here, it would choose for a CPU."""
+    config = config.copy_and_resolve_references()
+    if config.model.implementation == "auto":
+        config.model.implementation = "pallas_tpu"
+        trainer = runs.make_trainer(config)
+        arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
+        try:
+            jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)
+        except UnsupportedError:
+            config.model.implementation = "xla"
+    return config
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:

@@ -127,16 +127,16 @@ class Tpu:
 
 def show(tpu: Tpu) -> None:
     """Print what `run` would do."""
-    create, code, runs = Path("startup.sh"), Path("code.tar.gz"), Path("runs.tar")
-    print("# startup.sh, which the TPU's machine runs at every boot:\n" + tpu.startup_script())
-    print("# the code, and runs to begin with:")
-    print(*map(_line, tpu.upload(code, runs)), sep="\n")
-    print(
-        f"# every {tpu.poll_every} s until the status is finished; a suspended (preempted) resource is deleted first:"
-    )
-    print(*map(_line, (tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(create))), sep="\n")
-    print("# at the end, then the table is written as after a local screen:")
-    print(*map(_line, (tpu.delete(), tpu.download(runs))), sep="\n")
+    code, runs = Path("code.tar.gz"), Path("runs.tar")
+    every = [tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(Path("startup.sh"))]
+    parts: list[tuple[str, list[list[str]]]] = [
+        (f"startup.sh, which the TPU's machine runs at every boot:\n{tpu.startup_script()}", []),
+        ("the code, and runs to begin with:", tpu.upload(code, runs)),
+        (f"every {tpu.poll_every} s until the status is finished; a suspended resource is deleted first:", every),
+        ("at the end, then the table is written as after a local screen:", [tpu.delete(), tpu.download(runs)]),
+    ]
+    for title, commands in parts:
+        print(f"# {title}", *(f"$ {shlex.join(command)}" for command in commands), sep="\n")
 
 
 def run(tpu: Tpu, out: Path) -> None:
@@ -236,7 +236,3 @@ def _gcloud(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise LaunchError(f"`{shlex.join(command)}` failed: {done.stderr.strip()[-1000:]}")
-
-
-def _line(command: list[str]) -> str:
-    return f"$ {shlex.join(command)}"
