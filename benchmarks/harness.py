@@ -32,11 +32,12 @@ def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Com
     """Compile a function; return the program, its compile time (s) and its temporary memory (bytes).
 
     Args:
-      function: Any function that `jax.jit` takes.
+      function: Any function that `jax.jit` takes; a jitted one keeps its options.
       *arguments: Arrays, or their shapes and dtypes.
     """
     start = time.perf_counter()
-    program = jax.jit(function).lower(*arguments).compile()
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    program = jitted.lower(*arguments).compile()
     facts: Row = {"compile_s": time.perf_counter() - start}
     if memory := program.memory_analysis():
         facts["temporary_bytes"] = memory.temp_size_in_bytes
