@@ -34,14 +34,6 @@ _WAVE = 16  # entries whose programs are compiled together, before any of them i
 _PARTS = ("forward", "forward_backward")
 
 
-class Method(NamedTuple):
-    """A way to compute attention, and how often its forward pass visits every cell."""
-
-    attend: Callable[[Case], Callable]  # as in benchmarks/attention.py
-    passes: int
-    banded: bool = True
-
-
 class Entry(NamedTuple):
     """An entry of the plan, which becomes one row of results."""
 
@@ -53,6 +45,11 @@ class Entry(NamedTuple):
     heads: int = 16
     width: int = 64
     seconds: float = 0.3  # for timing one program
+
+    @property
+    def is_softmax(self) -> bool:
+        """Softmax attention has no band here, and visits every cell once."""
+        return self.method.startswith("softmax")
 
     def case(self) -> Case:
         number = max(1, self.residues // self.length)
@@ -74,11 +71,11 @@ def softmax(case: Case, implementation: str) -> Callable:
     return attend
 
 
-METHODS = {
-    "pallas_gpu": Method(functools.partial(attention.sinkhorn, implementation="pallas_gpu"), 2 * STEPS),
-    "xla": Method(functools.partial(attention.sinkhorn, implementation="xla"), 2 * STEPS),
-    "softmax, cudnn": Method(functools.partial(softmax, implementation="cudnn"), 1, banded=False),
-    "softmax, xla": Method(functools.partial(softmax, implementation="xla"), 1, banded=False),
+METHODS: dict[str, Callable[[Case], Callable]] = {  # as in benchmarks/attention.py
+    "pallas_gpu": functools.partial(attention.sinkhorn, implementation="pallas_gpu"),
+    "xla": functools.partial(attention.sinkhorn, implementation="xla"),
+    "softmax, cudnn": functools.partial(softmax, implementation="cudnn"),
+    "softmax, xla": functools.partial(softmax, implementation="xla"),
 }
 # The most informative first: what is not reached in time is lost. xla is slow and softmax, cudnn has no float32.
 PLAN = [
@@ -100,7 +97,7 @@ PLAN = [
 def product(lengths: list[int], bands: list[int | None], methods: list[str], dtypes: list[str]) -> list[Entry]:
     """List the entries of every combination; dense softmax has no band."""
     entries = itertools.starmap(Entry, itertools.product(lengths, bands, methods, dtypes))
-    return [entry for entry in entries if METHODS[entry.method].banded or entry.band is None]
+    return [entry for entry in entries if entry.band is None or not entry.is_softmax]
 
 
 def measured(plan: Sequence[Entry]) -> Iterator[Row]:
@@ -129,11 +126,11 @@ def _about(entry: Entry) -> Row:
 
 def _program(case: Case, entry: Entry, part: str) -> tuple[Callable, Row]:
     shapes = jax.eval_shape(functools.partial(case.arguments, entry.dtype))
-    return harness.compile_program(attention.parts(METHODS[entry.method].attend(case))[part], *shapes)
+    return harness.compile_program(attention.parts(METHODS[entry.method](case))[part], *shapes)
 
 
 def _oracle_of(entry: Entry) -> Entry:
-    return entry._replace(method="xla" if METHODS[entry.method].banded else "softmax, xla", dtype="float64")
+    return entry._replace(method="softmax, xla" if entry.is_softmax else "xla", dtype="float64")
 
 
 def _oracle(entry: Entry) -> Callable:
@@ -149,7 +146,7 @@ def measure(entry: Entry, programs: list[Future], oracle: Future) -> Row:
 
     Futures: `programs` of the program and its facts for each part, `oracle` of the program in float64.
     """
-    case, method = entry.case(), METHODS[entry.method]
+    case = entry.case()
     runs: dict[str, Callable] = {}
     found: Row = {}
     for part, program in zip(_PARTS, programs, strict=True):
@@ -163,8 +160,8 @@ def measure(entry: Entry, programs: list[Future], oracle: Future) -> Row:
     for part, seconds in times.items():
         found |= {f"{part}_ms": 1e3 * statistics.median(seconds), f"{part}_fastest_ms": 1e3 * min(seconds)}
         found[f"{part}_calls"] = len(seconds)
-    cells = (case if method.banded else dataclasses.replace(case, band=None)).cells()
-    return found | rates(statistics.median(times["forward"]), cells, method.passes)
+    cells = dataclasses.replace(case, band=None if entry.is_softmax else case.band).cells()
+    return found | rates(statistics.median(times["forward"]), cells, 1 if entry.is_softmax else 2 * STEPS)
 
 
 def error(run: Callable, oracle: Callable, given: tuple) -> float:
