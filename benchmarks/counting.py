@@ -1,15 +1,16 @@
-"""Counts what a function asks of a chip, by walking its jaxpr with the integers that steer its loops.
+"""Count the operations of a function on a chip, by walking its jaxpr with the integers that steer its loops.
 
-XLA's own cost analysis counts a loop's body once and sees nothing of a kernel's inside. Here integers are computed
-along the way as far as they follow from arguments that are given as values (lengths of sequences), so that every loop
-over Sinkhorn's steps, a kernel's groups and their tiles runs as often as on the chip, and every condition on integers
-takes the branch that it takes there. What depends on data is unknown; an unknown condition counts as true, which is the
-ordinary case wherever the attention has one (scalings within their range).
+XLA's own cost analysis counts the body of a loop once and sees nothing inside a kernel. Here integers are computed as
+far as they follow from arguments that are given as values (lengths of sequences). Every loop over Sinkhorn steps, over
+groups of a kernel and over their tiles runs as often as on the chip, and every condition on integers takes its branch.
+Values that depend on data are unknown. An unknown condition counts as true: the ordinary case (scalings within their
+range) wherever the attention has one.
 """
 
 import collections
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,34 +32,18 @@ _REDUCTIONS = ("reduce_", "argmax", "argmin", "cumsum", "sort", "gather", "scatt
 _FIRST_OF_ALL = ("program_id", "axis_index")  # all heads and devices are alike: the first stands for them
 _LARGEST_KNOWN = 1 << 16  # elements; inside kernels only scalars steer
 _MOST_STEPS = 10_000  # of one loop
-# JAX would compile each of these for every shape, which takes longer than the whole count.
+# Integers, with NumPy: JAX would compile each operation for every shape, which takes longer than the whole count.
 _ON_INTEGERS: dict[str, Callable] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": lambda x, y: np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y)),
-    "rem": np.fmod,
-    "max": np.maximum,
-    "min": np.minimum,
-    "neg": np.negative,
-    "sign": np.sign,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "not": np.invert,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "convert_element_type": np.asarray,
-    "reshape": np.asarray,
-    "squeeze": np.asarray,
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
+    **{"and": np.bitwise_and, "or": np.bitwise_or, "not": np.invert, "max": np.maximum, "min": np.minimum},
+    **dict.fromkeys(("convert_element_type", "reshape", "squeeze"), np.asarray),
+    **{"div": lambda x, y: np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y)), "rem": np.fmod, "sign": np.sign},
+    "select_n": lambda which, *cases: np.choose(which, cases),
 }
 
 
 class Matmul(NamedTuple):
-    """`batch` products [m, k] x [k, n], each made of so many bfloat16 passes."""
+    """Products [m, k] x [k, n]: `batch` of them, each made of `passes` bfloat16 products."""
 
     batch: int
     m: int
@@ -67,14 +52,14 @@ class Matmul(NamedTuple):
     passes: int
 
     def flops(self, side: int = 1) -> float:
-        """With the depth and the better of m and n padded to the array's side; with side 1, of the plain product."""
+        """Count operations with the depth and the better of m and n padded to the array's side (1: no padding)."""
         m, k, n = (-(-size // side) * side for size in (self.m, self.k, self.n))
         return 2.0 * self.batch * self.passes * k * min(self.m * n, m * self.n)
 
 
 @dataclasses.dataclass
 class Operations:
-    """What a part of a step asks of a chip: products with how often each is done, other operations, bytes moved."""
+    """Work of a part of a step: products with how often each is done, other operations, bytes moved."""
 
     matmuls: collections.Counter[Matmul] = dataclasses.field(default_factory=collections.Counter)
     vector: int | float = 0
@@ -88,14 +73,8 @@ class Operations:
         for name in ("vector", "transcendental", "hbm", "ici"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
-    def divided(self, by: int) -> "Operations":
-        """An equal share of the work."""
-        share = Operations()
-        share.add(self, 1 / by)
-        return share
-
     def passes(self) -> list[int]:
-        """The numbers of bfloat16 passes that there are among its products."""
+        """List the numbers of bfloat16 passes among the products."""
         return sorted({matmul.passes for matmul in self.matmuls})
 
     def flops(self, side: int = 1) -> int | float:
@@ -106,33 +85,36 @@ Parts = dict[str, Operations]
 
 
 def count(function: Callable, *arguments: Any) -> Parts:
-    """Operations of a function over all chips, by part. Arguments are shapes, or values that may steer loops.
+    """Count the operations of a function over all chips, by part.
 
-    Parts are "forward", "backward" (what `jax.grad` added) and "update" (the rest, with the arguments and results of
-    the whole function as its memory traffic), and one for each Pallas kernel by name. Elementwise operations are taken
-    to be fused: what they read and write counts only as what matrix products, reductions, gathers and kernels do.
+    Parts are "forward", "backward" (what `jax.grad` added), "update" (the rest, with the arguments and results of the
+    whole function as its memory traffic), and one for each Pallas kernel by name. Elementwise operations are taken to
+    be fused: only matrix products, reductions, gathers and kernels move bytes.
+
+    Args:
+      function: A function of arrays.
+      *arguments: Shapes, or values that may steer loops.
 
     Raises:
-      ValueError: a loop that does not end, as far as is known here.
+      ValueError: A loop does not end, as far as is known here.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     counter = _Counter()
     known = [x if isinstance(x, (np.ndarray, np.generic)) else None for x in jax.tree.leaves(arguments)]
     counter.run(closed, known, "update", 1, kernel=False)
-    for variable in (*closed.jaxpr.invars, *closed.jaxpr.outvars):
-        counter.parts["update"].hbm += _bytes(variable)
+    counter.parts["update"].hbm += sum(map(_bytes, (*closed.jaxpr.invars, *closed.jaxpr.outvars)))
     return dict(counter.parts)
 
 
 class _Counter:
-    """Runs a jaxpr on known values, None standing for unknown ones, and adds up what it asks for."""
+    """Runs a jaxpr on known values, None for unknown ones, and adds up its operations."""
 
     def __init__(self):
         self.parts: Parts = collections.defaultdict(Operations)
         self._costs: dict[int, Operations] = {}
 
     def run(self, body: core.ClosedJaxpr | core.Jaxpr, values: Sequence, part: str, times: int, kernel: bool) -> list:
-        """One run that stands for `times`; the values of its results."""
+        """Run a body once in place of `times` runs; return the values of its results."""
         jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
         environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
 
@@ -163,13 +145,14 @@ class _Counter:
             return self.run(parameters["branches"][branch], values[1:], part, times, kernel)
         elif name == "shard_map":
             body, devices = parameters["jaxpr"], math.prod(parameters["mesh"].shape.values())
-            of_first = [_first_part(*x) for x in zip(values, body.invars, strict=True)]
-            results = self.run(body, of_first, part, times * devices, kernel)
+            first = [_first_part(*x) for x in zip(values, body.invars, strict=True)]
+            results = self.run(body, first, part, times * devices, kernel)
             return [_all_parts(*x) for x in zip(results, equation.outvars, strict=True)]
         elif not name.startswith("scatter") and (bodies := list(_bodies(equation))):
             for body in bodies:
-                same = len(_open(body).invars) == len(values)
-                results = self.run(body, values if same else [None] * len(_open(body).invars), part, times, kernel)
+                inputs = len(_open(body).invars)
+                given = values if inputs == len(values) else [None] * inputs
+                results = self.run(body, given, part, times, kernel)
             return results if len(results) == len(unknown) else unknown
         else:
             self.parts[part].add(self._cost(equation, kernel), times)
@@ -181,9 +164,9 @@ class _Counter:
         name = str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
         self.parts[name].hbm += times * sum(map(_bytes, (*equation.invars, *equation.outvars)))
         body = parameters["jaxpr"]
-        told = values[: grid.num_index_operands]
-        told += [None] * (len(body.invars) - len(told))
-        self.run(body, told, name, times * math.prod(grid.grid), kernel=True)
+        known = values[: grid.num_index_operands]
+        known += [None] * (len(body.invars) - len(known))
+        self.run(body, known, name, times * math.prod(grid.grid), kernel=True)
 
     def _while(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
         of_condition, of_body = parameters["cond_nconsts"], parameters["body_nconsts"]
@@ -194,18 +177,16 @@ class _Counter:
                 return carry
             carry = self.run(parameters["body_jaxpr"], [*body, *carry], part, times, kernel)
         raise ValueError(
-            f"a loop does not end within {_MOST_STEPS} steps as far as is known here: what it counts up to must follow "
-            f"from arguments that are values, {parameters['cond_jaxpr']}"
+            f"a loop does not end within {_MOST_STEPS} steps as far as is known here: its bound must follow from "
+            f"arguments that are values, {parameters['cond_jaxpr']}"
         )
 
     def _scan(self, equation: core.JaxprEqn, values: list, part: str, times: int, kernel: bool) -> list:
-        """Carries at the end. What is scanned over, and what is stacked, has one axis more outside than inside."""
+        """Return the last carries. Scanned inputs and stacked outputs have one axis more outside than inside."""
         parameters, body = equation.params, _open(equation.params["jaxpr"])
         length = parameters["length"]
-        scanned, stacked = (
-            sum(_shape(x) != _shape(y) for x, y in zip(*of, strict=True))
-            for of in ((equation.invars, body.invars), (equation.outvars, body.outvars))
-        )
+        pairs = (equation.invars, body.invars), (equation.outvars, body.outvars)
+        scanned, stacked = (sum(_shape(x) != _shape(y) for x, y in zip(*of, strict=True)) for of in pairs)
         end = len(values) - scanned
         constants = end - (len(body.outvars) - stacked)
         carry = values[constants:end]
@@ -223,7 +204,7 @@ class _Counter:
 
 
 def _cost(equation: core.JaxprEqn, kernel: bool) -> Operations:
-    """Of one equation without a body; what is not elementwise goes through memory, but not inside a kernel."""
+    """Count one equation without a body. Outside kernels, all but elementwise operations go through memory."""
     name, size = equation.primitive.name, max((_size(x) for x in equation.outvars), default=0)
     if _FREE.fullmatch(name):
         return Operations()
@@ -247,7 +228,7 @@ def _dot(equation: core.JaxprEqn) -> Matmul:
 
 
 def _convolution(equation: core.JaxprEqn) -> Matmul:
-    """As a product of patches with the kernel; products with padding count too."""
+    """Return the product of patches with the kernel; products with padding count too."""
     kernel = _shape(equation.invars[1])
     outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     return Matmul(1, _size(equation.outvars[0]) // outputs, math.prod(kernel) // outputs, outputs, _passes(equation))
@@ -261,7 +242,7 @@ def _passes(equation: core.JaxprEqn) -> int:
 
 
 def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
-    """Results of one equation, where they are known and small enough to steer anything."""
+    """Compute the results of one equation if they are known and small enough to steer anything."""
     name, parameters = equation.primitive.name, equation.params
     if name in _FIRST_OF_ALL:
         return [np.int32(0)]
@@ -274,36 +255,31 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
         return [np.asarray(values[0])[tuple(int(i) for i in index.indices)]]
     if equation.effects or any(getattr(_dtype(x), "kind", "V") not in "iub" for x in equation.outvars):
         return None
-    (result, *_), integers = equation.outvars, all(np.asarray(x).dtype.kind in "iub" for x in values)
-    if name in _ON_INTEGERS and integers:
+    shape, dtype = _shape(equation.outvars[0]), _dtype(equation.outvars[0])
+    if name in _ON_INTEGERS and all(np.asarray(x).dtype.kind in "iub" for x in values):
         with np.errstate(over="ignore"):  # wraps around, as on the chip
-            of_integers = _ON_INTEGERS[name](*values)
-        return [np.asarray(of_integers, _dtype(result)).reshape(_shape(result))]
-    if name == "select_n" and len(values) == 3:
-        return [np.where(values[0], values[2], values[1])]
+            return [np.asarray(_ON_INTEGERS[name](*values), dtype).reshape(shape)]
     if name == "broadcast_in_dim":
-        one = [1] * len(_shape(result))
-        for i, n in zip(parameters["broadcast_dimensions"], np.shape(values[0]), strict=True):
-            one[i] = n
-        return [np.broadcast_to(np.reshape(values[0], one), _shape(result))]
+        new_axes = set(range(len(shape))) - set(parameters["broadcast_dimensions"])
+        return [np.broadcast_to(np.expand_dims(values[0], tuple(new_axes)), shape)]
     results = equation.primitive.bind(*values, **parameters)
     return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
 
 
 def _first_part(value, variable):
-    """What the first device has of a value, examples being alike."""
+    """Return the first device's part of a value; all examples are alike."""
     return None if value is None else np.asarray(value)[tuple(slice(n) for n in _shape(variable))]
 
 
 def _all_parts(value, variable):
-    """The value over all devices, of which the first has this."""
+    """Return the value over all devices, given the first device's part."""
     if value is None:
         return None
     return np.tile(value, [n // of_one for n, of_one in zip(_shape(variable), np.shape(value), strict=True)])
 
 
 def _part(equation: core.JaxprEqn, outer: str) -> str:
-    """By the transformations that made an equation; those of a body are named relative to what holds it."""
+    """Name the part of an equation by the transformations that made it; a body's names are relative to its holder."""
     stack = str(equation.source_info.name_stack)
     if outer == "backward" or "transpose(" in stack:
         return "backward"
@@ -330,7 +306,7 @@ def _size(variable) -> int:
 
 
 def _dtype(variable) -> Any:
-    """None for what has none, such as semaphores."""
+    """Return the dtype, or None for semaphores and the like."""
     return getattr(variable.aval, "dtype", None)
 
 

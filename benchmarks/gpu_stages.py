@@ -1,75 +1,41 @@
-"""The stages of scripts/bench_gpu.py, each a generator of rows that are written as soon as they are there.
+"""The stages of scripts/bench_gpu.py: generators of rows, which are written as soon as they are there.
 
-A stage runs in a process of its own, which may be killed at its limit; it imports only what it needs, so that a missing
-package costs one stage.
+A stage runs in a process of its own, which may be killed at its limit. Packages beyond JAX are imported where they are
+needed, so that a missing package costs one stage.
 """
 
-import concurrent.futures
 import contextlib
-import gzip
+import functools
+import importlib
+import importlib.metadata
 import itertools
-import json
 import os
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = {  # of a configuration: trains in seconds on a CPU
-    "model.width": 16,
-    "model.depth": 1,
-    "model.heads": 2,
-    "model.attention_every": 0,
-    "model.plan_width": 8,
-    "model.value_width": 8,
-    "attention.base_steps": 3,
-    "attention.band": 16,
-    "data.buckets": (64,),
-    "batch_size": 2,
-    "total_steps": 2,
-}
-Row = dict[str, Any]
-
-
-class Settings(NamedTuple):
-    """Settings of stages. seconds: until the stage is killed. work: a folder for what is not a result."""
-
-    seconds: float
-    output: Path
-    work: Path
-    tiny: bool = False
-    config: Path = ROOT / "configs/aligner.py"
-    data: str = "data/default"
-    overrides: tuple[str, ...] = ()  # "key=value" of the configuration of training_run
-    rates: tuple[Any, Any] | None = None  # plan and size of gpu_rates, if not its own
-
+from benchmarks import gpu_rates, harness
+from benchmarks.gpu_programs import TINY, Settings, alignments, nvidia_smi, training_run
+from benchmarks.harness import Row
 
 # ---- what the machine can do ----
 
 
 def ceilings(settings: Settings) -> Iterator[Row]:
-    """Yields what the machine is, then the rate of a large copy and of a large bfloat16 product."""
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks import gpu_rates
-
-    yield {
-        "what": "machine",
-        "device": jax.devices()[0].device_kind,
-        "cpus": os.cpu_count(),
-        "versions": _versions("jax", "jaxlib", "numpy", "flax", "triton", "torch") | {"python": sys.version.split()[0]},
-        "nvidia_smi": nvidia_smi(),
-    }
+    """Describe the machine, then measure a large copy and a large bfloat16 product."""
+    versions = {"python": sys.version.split()[0]}
+    for name in ("jax", "jaxlib", "numpy", "flax", "triton", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    about = {"cpus": os.cpu_count(), "versions": versions, "nvidia_smi": nvidia_smi()}
+    yield {"what": "machine"} | harness.machine() | about
     side, words, calls = (64, 2**10, 2) if settings.tiny else (8192, 2**30, 10)
 
     def seconds_of(function: Callable, sets: list[tuple]) -> float:
@@ -88,24 +54,6 @@ def ceilings(settings: Settings) -> Iterator[Row]:
     sets = [tuple(jax.random.normal(key, (2, side, side), jnp.bfloat16)) for key in keys[2:]]
     seconds = seconds_of(jnp.matmul, sets)
     yield {"what": "bfloat16 product", "side": side, "TFLOP_a_second": 2e-12 * side**3 / seconds}
-
-
-def _versions(*names: str) -> dict[str, str]:
-    import importlib.metadata
-
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def nvidia_smi(*options: str) -> str | None:
-    """Output of nvidia-smi; None where it is missing or fails."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    done = subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout if done.returncode == 0 else None
 
 
 # ---- numbers ----
@@ -130,100 +78,75 @@ CONFORMANCE = [
 
 
 def conformance(settings: Settings) -> Iterator[Row]:
-    """Yields for each case the error of the kernels in relation to what the tests allow, compiled in threads."""
+    """Compare the kernels with the reference in float64: error as a share of what the tests allow."""
     from tests import test_conformance
 
     cases = {case.name: case for case in test_conformance.CASES}
     kinds: dict[str, dict[str, Any]] = {"plain": {}, "converging": test_conformance.CONVERGING}
-    plan = CONFORMANCE
 
     def compare(name: str, dustbin: str, kind: str, dtype: str) -> Row:
         start, changes = time.perf_counter(), kinds[kind] | ({"base_steps": 2} if settings.tiny else {})
         found = test_conformance.against_reference("pallas_gpu", cases[name], dustbin, dtype, **changes)
         ratios = {of: error / allowed for of, (error, allowed) in found.items()}
         worst = max(ratios, key=lambda of: ratios[of] if np.isfinite(ratios[of]) else np.inf)
+        row = {"worst": worst, "error": found[worst][0], "error_to_allowed": ratios[worst]}
+        row["seconds"] = time.perf_counter() - start
         wrong = sorted(of for of, ratio in ratios.items() if not ratio <= 1)
-        return {
-            "worst": worst,
-            "error": found[worst][0],
-            "error_to_allowed": ratios[worst],
-            "seconds": time.perf_counter() - start,
-        } | ({"failed": f"above what is allowed: {', '.join(wrong)}"} if wrong else {})
+        return row | ({"failed": f"above what is allowed: {', '.join(wrong)}"} if wrong else {})
 
-    if settings.tiny:
-        plan = [("square", "none", "plain", "float32")]
-    for about, row in _in_threads({of: lambda of=of: compare(*of) for of in plan}):
+    plan = [("square", "none", "plain", "float32")] if settings.tiny else CONFORMANCE
+    for about, row in harness.in_threads({of: functools.partial(compare, *of) for of in plan}):
         yield dict(zip(("case", "dustbin", "settings", "dtype"), about, strict=True)) | row
-
-
-def _in_threads(functions: dict[Any, Callable[[], Row]]) -> Iterator[tuple[Any, Row]]:
-    """Yields the result of each function, or how it failed, in the order in which they end."""
-    from benchmarks import gpu_rates
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        keys = {pool.submit(function): key for key, function in functions.items()}
-        for done in concurrent.futures.as_completed(keys):
-            yield keys[done], gpu_rates.or_failure(done.result)
 
 
 # ---- rates of attention ----
 
 
 def rates(settings: Settings) -> Iterator[Row]:
-    """Yields the rows of gpu_rates."""
-    from benchmarks import gpu_rates
-
-    plan, size = settings.rates or (gpu_rates.PLAN, gpu_rates.Size())
-    if settings.tiny:
-        plan = [gpu_rates.Row(40, 8), gpu_rates.Row(40, None, "softmax, xla")]
-        size = gpu_rates.Size(residues=40, heads=2, width=16, seconds=0.0)
-    yield from gpu_rates.measured(plan, size)
+    """Yield the rows of gpu_rates."""
+    small = functools.partial(gpu_rates.Entry, 40, residues=40, heads=2, width=16, seconds=0.0)
+    tiny = [small(8), small(None, "softmax, xla")]
+    yield from gpu_rates.measured(tiny if settings.tiny else settings.rates or gpu_rates.PLAN)
 
 
 # ---- training steps ----
 
 
 class Step(NamedTuple):
-    """A training step to be timed."""
+    """A training step to be timed; batch None stands for the configuration's number of examples."""
 
     config: str
     dtype: str
     implementation: str
-    batch: int | None  # examples; None for the configuration's
+    batch: int | None = None
 
 
 TRAINING = [
-    *(
-        Step(config, dtype, implementation, None)
-        for dtype, config, implementation in itertools.product(
-            ("float32", "bfloat16"), ("r2_dustbin", "aligner"), ("pallas_gpu", "xla")
-        )
-    ),
-    *(Step(config, "bfloat16", "pallas_gpu", 256) for config in ("r2_dustbin", "aligner")),
-]
+    Step(config, dtype, implementation)
+    for dtype, config, implementation in itertools.product(
+        ("float32", "bfloat16"), ("r2_dustbin", "aligner"), ("pallas_gpu", "xla")
+    )
+] + [Step(config, "bfloat16", "pallas_gpu", 256) for config in ("r2_dustbin", "aligner")]
 _TRAINED_LENGTH = 192  # padded; real lengths are two thirds of it and more
 _WAVE = 4  # programs that are compiled together, before any of them is timed
+_GROUP = 5  # steps between which the host does not wait, as in training
 
 
 def training(settings: Settings) -> Iterator[Row]:
-    """Yields examples a second of compiled updates on one batch that stays on the device."""
-    plan = [Step("r2_dustbin", "float32", "pallas_gpu", None)] if settings.tiny else TRAINING
+    """Measure examples a second of compiled updates on one batch that stays on the device."""
+    plan = [Step("r2_dustbin", "float32", "pallas_gpu")] if settings.tiny else TRAINING
     seconds, length = (0.0, 32) if settings.tiny else (1.0, _TRAINED_LENGTH)
     with sampled_utilisation() as samples:
         for start in range(0, len(plan), _WAVE):
             wave = plan[start : start + _WAVE]
-            built = _in_threads({step: lambda step=step: _built(step, length, settings.tiny) for step in wave})
+            built = harness.in_threads({step: functools.partial(_built, step, length, settings.tiny) for step in wave})
             for step, program in list(built):
                 row = step._asdict() | {"length": length}
                 yield row | (_timed_steps(program, seconds, samples) if "update" in program else program)
 
 
 def _built(step: Step, length: int, tiny: bool) -> Row:
-    """The compiled update, a state, and what is known before it runs."""
-    import importlib
-
-    import jax
-
+    """Compile an update; return it with its arguments and the columns that are known before it runs."""
     from evaluation import runs
     from training import sharding, state
 
@@ -233,23 +156,14 @@ def _built(step: Step, length: int, tiny: bool) -> Row:
     config.update_from_flattened_dict(changes | (TINY if tiny else {}))
     trainer = runs.make_trainer(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(), config.batch_size, jax.devices()[:1])
-    start = time.perf_counter()
     shapes = trainer.abstract_state(mesh), state.abstract_batch(config.batch_size, length, mesh)
-    update = trainer.compiled_update(mesh).lower(*shapes).compile()
-    batch = {
-        name: jax.device_put(x, sharding.by_example(mesh)) for name, x in _pairs(config.batch_size, length).items()
-    }
-    return {
-        "batch": config.batch_size,
-        "compile_s": time.perf_counter() - start,
-        "temporary_MB": memory.temp_size_in_bytes / 1e6 if (memory := update.memory_analysis()) else None,
-        "update": update,
-        "given": (trainer.initial_state(mesh), batch),
-    }
+    update, facts = harness.compile_program(trainer.compiled_update(mesh), *shapes)
+    batch = jax.device_put(_pairs(config.batch_size, length), sharding.by_example(mesh))
+    return {"batch": config.batch_size, "update": update, "given": (trainer.initial_state(mesh), batch)} | facts
 
 
 def _pairs(number: int, length: int) -> dict[str, np.ndarray]:
-    """Random pairs, aligned along the diagonal."""
+    """Draw random pairs, aligned along the diagonal."""
     from data import vocab
 
     rng = np.random.default_rng(0)
@@ -265,39 +179,38 @@ def _pairs(number: int, length: int) -> dict[str, np.ndarray]:
     }
 
 
-def _timed_steps(program: Row, seconds: float, samples: list[tuple[float, float]], group: int = 5) -> Row:
-    """Runs steps in groups, as training does: the host waits only at the end of a group."""
-    import jax
-
+def _timed_steps(program: Row, seconds: float, samples: list[tuple[float, float]]) -> Row:
+    """Measure the time of a step and the GPU's utilisation meanwhile."""
     update, (state, batch) = program.pop("update"), program.pop("given")
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 4 or sum(times) < seconds:  # the first group is not counted
-        start = time.perf_counter()
-        for _ in range(group):
+    metrics: Row = {}
+
+    def group() -> Any:
+        nonlocal state, metrics
+        for _ in range(_GROUP):
             state, metrics = update(state, batch)
-        jax.block_until_ready(state)
-        times.append((time.perf_counter() - start) / group)
-        began = time.perf_counter() if len(times) == 1 else began
-    median, used = statistics.median(times[1:]), [share for when, share in samples if when > began]
-    row = program | {"step_ms": 1e3 * median, "examples_per_second": program["batch"] / median}
+        return state
+
+    times = harness.clock({0: group}, 3, seconds=seconds)[0]
+    began, step = time.perf_counter() - sum(times), statistics.median(times) / _GROUP
+    used = [share for when, share in samples if when > began]
+    row = program | {"step_ms": 1e3 * step, "examples_per_second": program["batch"] / step}
     row |= {"gpu_percent": statistics.mean(used) if used else None, "loss": float(metrics["loss"])}
     return row | ({} if float(metrics["finite"]) == 1 else {"failed": "the loss or its gradient is not finite"})
 
 
 @contextlib.contextmanager
 def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
-    """Fills a list with times and the GPU's utilisation in percent; it stays empty without nvidia-smi."""
+    """Fill a list with times and the GPU's utilisation in percent; without nvidia-smi it stays empty."""
     samples: list[tuple[float, float]] = []
     over = threading.Event()
 
     def sample() -> None:
         while not over.wait(0.2):
-            told = nvidia_smi("--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0")
-            if told is None:
+            percent = nvidia_smi("--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0")
+            if percent is None:
                 return
             with contextlib.suppress(ValueError):  # "[N/A]"
-                samples.append((time.perf_counter(), float(told)))
+                samples.append((time.perf_counter(), float(percent)))
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -308,180 +221,29 @@ def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
         thread.join()
 
 
-# ---- alignments ----
-
-
-_SOME_PAIRS, _MOST_PAIRS = 2048, 100_000
-_LEAST_RATE = 2500  # pairs a second, so that the run ends in time
-_START = 10  # seconds of a command, before its first pair
-
-
-def alignments(settings: Settings) -> Iterator[Row]:
-    """Yields pairs a second of scripts/align.py, over the whole command.
-
-    First some pairs with compilation; then, with programs that are kept, as many as there should be time for, up to
-    100,000.
-    """
-    deadline = time.perf_counter() + 0.9 * settings.seconds
-    first = _aligned(2 if settings.tiny else _SOME_PAIRS, "with compilation", settings)
-    yield first
-    if settings.tiny or "failed" in first:
-        return
-    left = deadline - time.perf_counter() - _START
-    if (number := int(min(_MOST_PAIRS, _LEAST_RATE * left))) > _SOME_PAIRS:
-        yield _aligned(number, "compiled before", settings)
-
-
-def _aligned(number: int, what: str, settings: Settings, length: int = 150) -> Row:
-    pairs, output = settings.work / "pairs.tsv", settings.work / "aligned.jsonl.gz"
-    write_pairs(pairs, number, 20 if settings.tiny else length)
-    start = time.perf_counter()
-    failed = run_script("scripts/align.py", f"--pairs={pairs}", "--format=jsonl", f"--output={output}", "--quiet")
-    seconds = time.perf_counter() - start
-    row: Row = {"what": what, "pairs": number, "seconds": seconds}
-    if failed:
-        return row | {"failed": failed}
-    with gzip.open(output, "rt") as file:
-        lines = sum(1 for _ in file)
-    wrong = {} if lines == number else {"failed": f"{lines} alignments were written of {number}"}
-    return row | {"pairs_per_second": number / seconds} | wrong
-
-
-def write_pairs(path: Path, number: int, length: int) -> None:
-    """Writes random pairs of proteins, in the format of align.py --pairs."""
-    letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)
-    residues = letters[np.random.default_rng(number).integers(0, len(letters), (number, 2, length))]
-    with path.open("w") as file:
-        for n, (x, y) in enumerate(residues):
-            file.write(f"{n}\t{x.tobytes().decode()}\t{y.tobytes().decode()}\n")
-
-
-# ---- a run of training ----
-
-
-def training_run(settings: Settings) -> Iterator[Row]:
-    """Trains until shortly before the limit; keeps the averaged weights and metrics.jsonl in the output folder."""
-    workdir, name = settings.work / "run", settings.config.stem
-    shutil.rmtree(workdir, ignore_errors=True)
-    flags = {"data.dir": settings.data, "log.wandb": "disabled", "log.eval_every": 0}
-    flags |= TINY if settings.tiny else {}
-    flags |= dict(override.split("=", 1) for override in settings.overrides)
-    command = [sys.executable, ROOT / "train.py", f"--config={settings.config}", f"--workdir={workdir}"]
-    process = subprocess.Popen(
-        [*map(str, command), *(f"--config.{key}={value}" for key, value in flags.items())],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    margin = min(50.0, settings.seconds / 3)  # to save, and to export
-    status, errors = stop_softly(process, settings.seconds - margin, 0.5 * margin)
-    row: Row = {"config": name, "status": status, "stopped": status == 75}
-    if (workdir / "metrics.jsonl").exists():
-        shutil.copy(workdir / "metrics.jsonl", settings.output / "metrics.jsonl")
-        row |= _course(settings.output / "metrics.jsonl")
-    if status not in (0, 75):
-        row["failed"] = f"train.py ended with {status}: {_last_line(errors)}"
-    yield row
-    weights = settings.output / f"{name}.safetensors"
-    failed = run_script("scripts/export_weights.py", f"--workdir={workdir}", f"--output={weights}")
-    yield {"config": name, "weights": weights.name} | (
-        {"failed": failed} if failed else {"bytes": weights.stat().st_size}
-    )
-
-
-def stop_softly(process: subprocess.Popen, seconds: float, patience: float) -> tuple[int, str]:
-    """Sends SIGTERM after some seconds, and SIGKILL if that is not heeded; returns the exit status and stderr."""
-    for limit, number in (seconds, signal.SIGTERM), (patience, signal.SIGKILL):
-        try:
-            return _finished(process, limit)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-    return _finished(process, None)
-
-
-def _finished(process: subprocess.Popen, limit: float | None) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=limit)
-    sys.stderr.write(errors or "")
-    return process.returncode, errors or ""
-
-
-def _course(metrics: Path) -> Row:
-    rows = [row for line in metrics.read_text().splitlines() if "loss" in (row := json.loads(line))]
-    if not rows:
-        return {}
-    speed = statistics.median(row["examples_per_second"] for row in rows[-10:])
-    first, last = rows[0], rows[-1]
-    return {"steps": last["step"], "examples_per_second": speed, "first_loss": first["loss"], "last_loss": last["loss"]}
-
-
-def run_script(script: str, *arguments: str) -> str | None:
-    """Runs a program of the repository; returns None, or the last line of its errors if it fails."""
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], stderr=subprocess.PIPE, text=True, check=False)
-    sys.stderr.write(done.stderr)
-    return None if done.returncode == 0 else f"{Path(script).name}: {_last_line(done.stderr)}"
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it said nothing"])[-1][:400]
+# ---- all stages ----
 
 
 class Stage(NamedTuple):
-    """A stage and how its results are shown.
-
-    run: Generator of rows.
-    share: Of the time, in seconds of 12 minutes.
-    columns: Of its table.
-    on_device: JAX runs in the stage's own process.
-    """
+    """A stage: its generator of rows, its share of 12 minutes in seconds, and the columns of its table."""
 
     run: Callable[[Settings], Iterator[Row]]
     share: float
-    columns: tuple[str, ...]
-    on_device: bool = True
+    columns: str
+    on_device: bool = True  # JAX runs in the stage's own process
 
 
+_RATES = (
+    "length band method dtype error forward_ms forward_backward_ms ps_a_cell_and_half_iteration ps_a_cell_and_step "
+    "Tcell_a_second forward_compile_s forward_backward_compile_s"
+)
+_TRAINING = "config dtype implementation batch length step_ms examples_per_second gpu_percent compile_s"
+_RUN = "config status steps examples_per_second first_loss last_loss weights bytes"
 STAGES = {
-    "ceilings": Stage(ceilings, 30, ("what", "device", "GB_a_second", "TFLOP_a_second")),
-    "conformance": Stage(
-        conformance, 110, ("case", "dustbin", "settings", "dtype", "worst", "error", "error_to_allowed", "seconds")
-    ),
-    "rates": Stage(
-        rates,
-        180,
-        (
-            "length",
-            "band",
-            "method",
-            "dtype",
-            "error",
-            "forward_ms",
-            "forward_backward_ms",
-            "ps_a_cell_and_half_iteration",
-            "ps_a_cell_and_step",
-            "Tcell_a_second",
-            "forward_compile_s",
-            "forward_backward_compile_s",
-        ),
-    ),
-    "training": Stage(
-        training,
-        170,
-        (
-            "config",
-            "dtype",
-            "implementation",
-            "batch",
-            "length",
-            "step_ms",
-            "examples_per_second",
-            "gpu_percent",
-            "compile_s",
-        ),
-    ),
-    "alignments": Stage(alignments, 80, ("what", "pairs", "seconds", "pairs_per_second"), on_device=False),
-    "training_run": Stage(
-        training_run,
-        150,
-        ("config", "status", "steps", "examples_per_second", "first_loss", "last_loss", "weights", "bytes"),
-        on_device=False,
-    ),
+    "ceilings": Stage(ceilings, 30, "what device GB_a_second TFLOP_a_second"),
+    "conformance": Stage(conformance, 110, "case dustbin settings dtype worst error error_to_allowed seconds"),
+    "rates": Stage(rates, 180, _RATES),
+    "training": Stage(training, 170, _TRAINING),
+    "alignments": Stage(alignments, 80, "what pairs seconds pairs_per_second", on_device=False),
+    "training_run": Stage(training_run, 150, _RUN, on_device=False),
 }

@@ -1,7 +1,7 @@
-"""A model of time: what a training step asks for (models/counting.py) over the rates that a chip is sold with.
+"""A model of time: the operations of a training step (benchmarks/counting.py) over the rates that a chip is sold with.
 
-It is an upper bound of speed, not a measurement: every unit is taken to work at its full rate all the time, the units
-overlap perfectly within a part, elementwise chains cost no memory traffic, and starting a kernel is free.
+The model is an upper bound of speed, not a measurement. Every unit works at its full rate all the time, units overlap
+perfectly within a part, elementwise chains cost no memory traffic, and starting a kernel is free.
 """
 
 import dataclasses
@@ -14,22 +14,15 @@ from benchmarks.counting import Operations, Parts
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Rates of one chip, operations or bytes a second, and its memory in bytes.
+    """Rates of one chip, operations or bytes a second."""
 
-    Attributes:
-      flops: Of the matrix unit in bfloat16; `side` is that of its array, to which depths and widths are padded.
-      vector: Operations of the vector unit; `transcendental` those of exp, log, division and the like.
-      hbm, ici: Bandwidth to memory, and of all links to other chips together.
-      memory: What the compiler lets a program have.
-    """
-
-    flops: float
-    side: int
+    flops: float  # of the matrix unit in bfloat16
+    side: int  # of its array, to which depths and widths are padded
     vector: float
-    transcendental: float
-    hbm: float
-    ici: float
-    memory: int
+    transcendental: float  # exp, log, division and the like
+    hbm: float  # to memory
+    ici: float  # to other chips, all links together
+    memory: int  # bytes that the compiler lets a program have
 
 
 # flops, hbm, ici: cloud.google.com/tpu/docs/{v6e,v5e,v5p}. vector: 8 x 128 lanes x 4 units x clock x cores, and
@@ -54,7 +47,7 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|\S*mesh\S*
 
 
 class Collective(NamedTuple):
-    """One kind of exchange in a compiled program: how often, bytes of its results, and bytes a chip sends for them."""
+    """Exchanges of one kind in a compiled program: their number, bytes of results, bytes that a chip sends for them."""
 
     kind: str
     number: int
@@ -63,7 +56,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, chips: int) -> list[Collective]:
-    """Those of a compiled program's text (`compiled.as_text()`), for one run, by kind."""
+    """Find the exchanges in a compiled program's text (`compiled.as_text()`), for one run, by kind."""
     found: dict[str, list[tuple[int, float]]] = {}
     for match in _COLLECTIVE.finditer(text):
         kind, line = match["kind"], text[match.start() : text.index("\n", match.end())]
@@ -73,7 +66,7 @@ def collectives(text: str, chips: int) -> list[Collective]:
 
 
 def _result_bytes(result: str, kind: str, started: bool) -> int:
-    """Of `f32[8,128]{1,0:T(8,128)}` or a tuple; a started gather's or permute's tuple begins with what goes in."""
+    """Return the bytes of `f32[8,128]{1,0:T(8,128)}` or of a tuple; tuples of -start begin with the inputs."""
     sizes = [
         math.prod(int(n) for n in shape.split(",") if n) * max(1, int(re.sub(r"\D", "", dtype) or 8) // 8)
         for dtype, shape in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", result))
@@ -95,43 +88,39 @@ def _group_size(line: str, chips: int) -> int:
 
 
 def _sent(kind: str, size: int, group: int) -> int | float:
-    """Bytes that each chip of a ring sends (all-reduce: a reduce-scatter, then an all-gather)."""
-    share = (group - 1) / group
-    return {"all-reduce": 2 * share * size, "reduce-scatter": (group - 1) * size, "collective-permute": size}.get(
-        kind, share * size
-    )
+    """Return the bytes that each chip of a ring sends (all-reduce: a reduce-scatter, then an all-gather)."""
+    share = (group - 1) / group * size
+    of_kind = {"all-reduce": 2 * share, "reduce-scatter": (group - 1) * size, "collective-permute": size}
+    return of_kind.get(kind, share)
 
 
 # ---- time ----
 
 
 class PartTime(NamedTuple):
+    """Time of a part, and the unit of the chip that takes longest."""
+
     seconds: float
-    bound: str  # the unit that takes longest
+    bound: str
 
 
-def _seconds(work: Operations, chip: Chip) -> dict[str, float]:
-    """Of each unit of the chip; together they take as long as the largest."""
-    return {
+def _part_time(work: Operations, chips: int, chip: Chip) -> PartTime:
+    seconds = {
         "matrix unit": work.flops(chip.side) / chip.flops,
         "vector unit": work.vector / chip.vector,
         "transcendental unit": work.transcendental / chip.transcendental,
         "memory": work.hbm / chip.hbm,
         "links": work.ici / chip.ici,
     }
+    return max(PartTime(time / chips, unit) for unit, time in seconds.items())
 
 
 def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: int, model: int) -> dict[str, PartTime]:
-    """Time of each part of a step on a mesh of `data` x `model` chips; the step is their sum.
+    """Compute the time of each part of a step on a mesh of `data` x `model` chips; the step is their sum.
 
-    Work on the batch is divided by all chips, which for `model` assumes a perfect split; the update is the same on
+    Work on the batch is divided by all chips, which for `model` assumes a perfect split. The update is the same on
     every chip of the data axis.
     """
-    shares = {name: of.divided(model if name == "update" else data * model) for name, of in parts.items()}
-    shares["exchange"] = Operations(ici=sum(of.sent for of in exchanged))
-    times = {}
-    for name, share in shares.items():
-        seconds = _seconds(share, chip)
-        bound = max(seconds, key=seconds.__getitem__)
-        times[name] = PartTime(seconds[bound], bound)
-    return times
+    chips = {name: model if name == "update" else data * model for name in parts}
+    times = {name: _part_time(of, chips[name], chip) for name, of in parts.items()}
+    return times | {"exchange": _part_time(Operations(ici=sum(of.sent for of in exchanged)), 1, chip)}

@@ -1,12 +1,12 @@
-"""Compiles a configuration's whole training step for TPUs that are not there: memory, exchanges, and a model of time.
+"""Compile a configuration's whole training step for TPUs that are not there: memory, exchanges, and a model of time.
 
   python scripts/aot_report.py --config=configs/r2_balanced.py                     # a v6e-8, every bucket
   python scripts/aot_report.py --config=configs/r1_dustbin.py --topology=v5p:2x2x1 --bucket 128 384
   python scripts/aot_report.py --config=configs/r2_balanced.py --config.mesh.model=2 --output=runs/aot.json
 
-Takes the options of a configuration as train.py does: --config=FILE --config.KEY=VALUE. Needs libtpu, not a TPU. That
-it compiles, its memory, exchanges and kernels are the real compiler's; times and examples/s are a MODEL
-(models/roofline.py), an upper bound of speed, and were not measured. Ends with status 1 if a step does not fit.
+Takes the options of a configuration as train.py does: --config=FILE --config.KEY=VALUE. Needs libtpu, not a TPU.
+Memory, exchanges and kernels are what the real compiler reports. Times and examples/s are a MODEL, an upper bound of
+speed (benchmarks/roofline.py), and were not measured. Ends with status 1 if a step does not fit.
 """
 
 import os
@@ -38,6 +38,7 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
+from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks import counting, roofline
@@ -70,32 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict:
-    """A row for every bucket, and the speed that the model gives the configuration.
+    """Report every bucket, and the speed that the model gives the configuration.
 
-    Raises ValueError: an unknown topology, or a mesh that does not fit it. UnsupportedError: the named attention cannot
-    do what the configuration asks for.
+    Raises:
+      ValueError: An unknown topology, or a mesh that does not fit it.
+      UnsupportedError: The named attention cannot do what the configuration asks for.
     """
     mesh = make_mesh(config, topology)
     chip = CHIPS[topology.partition(":")[0]]
-    implementation = _implementation(config, mesh)
-    trainer = runs.make_trainer(_with(config, implementation))
-    rows = [
-        report_bucket(trainer, config.batch_size, bucket, mesh, chip)
-        for bucket in tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
-    ]
-    report = {
-        "config": config.to_dict(),
-        "topology": topology,
-        "mesh": dict(mesh.shape),
-        "attention": implementation,
-        "memory": chip.memory,
-        "buckets": rows,
-    }
+    resolved = _resolved(config, mesh)
+    trainer = runs.make_trainer(resolved)
+    progress = tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
+    rows = [report_bucket(trainer, config.batch_size, bucket, mesh, chip) for bucket in progress]
+    report = {"config": config.to_dict(), "topology": topology, "mesh": dict(mesh.shape)}
+    report |= {"attention": resolved.model.implementation, "memory": chip.memory, "buckets": rows}
     return report | _speed(rows, config)
 
 
 def make_mesh(config: ConfigDict, topology: str) -> Mesh:
-    """The configuration's mesh over the chips of a topology. Raises ValueError, naming topologies there are."""
+    """Make the configuration's mesh over the chips of a topology. Raise ValueError if there is no such topology."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu, which compiles for TPUs, is not installed: pip install -r requirements-tpu.txt")
     if topology.partition(":")[0] not in CHIPS:
@@ -103,14 +97,12 @@ def make_mesh(config: ConfigDict, topology: str) -> Mesh:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"--topology={topology} is not known to libtpu, for example {_EXAMPLES} are: {error}"
-        ) from None
+        raise ValueError(f"--topology={topology} is unknown to libtpu, which knows {_EXAMPLES}: {error}") from None
     return sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size, devices)
 
 
 def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
-    """One row: what the compiler says of the step at one padded length, and what the model makes of it."""
+    """Compile the step at one padded length; return the compiler's figures and the model's."""
     arguments = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
     begin = time.perf_counter()
     lowered = trainer.compiled_update(mesh).lower(*arguments)
@@ -129,39 +121,33 @@ def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, ch
         row["failure"] = f"takes {row['memory']['peak']} bytes a chip, there are {chip.memory}"
     exchanged = roofline.collectives(program, mesh.size)
     row["collectives"] = [of._asdict() for of in exchanged]
-    return row | model(counted(trainer, arguments, length, mesh), exchanged, chip, mesh, batch_size)
+    return row | model(_count(trainer, arguments, length, mesh), exchanged, chip, mesh, batch_size)
 
 
 def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes a chip; outputs lie where the arguments were, as the state is given away."""
+    """Return bytes a chip. Outputs lie where the arguments were, as the state is given away."""
     found: Any = compiled.memory_analysis()
     sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
     return sizes | {"peak": found.peak_memory_in_bytes}
 
 
-def counted(trainer: Trainer, arguments: tuple, length: int, mesh: Mesh) -> counting.Parts:
-    """Operations of the step over all chips, for sequences as long as they can be."""
+def _count(trainer: Trainer, arguments: tuple, length: int, mesh: Mesh) -> counting.Parts:
+    """Count the operations of the step over all chips, for sequences of the padded length."""
     state, batch = arguments
     longest = np.full(batch["x_length"].shape, length, np.int32)
     return counting.count(sharding.on(mesh, trainer.update), state, batch | {"x_length": longest, "y_length": longest})
 
 
 def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chip, mesh: Mesh, batch_size: int) -> dict:
-    """Columns of a row that are not the compiler's."""
+    """Return the columns of a row that do not come from the compiler."""
     times = roofline.step_time(parts, exchanged, chip, data=mesh.shape[sharding.DATA], model=mesh.shape[sharding.MODEL])
     seconds = sum(part.seconds for part in times.values())
+    counted = {}
+    for name, of in parts.items():
+        counted[name] = {"flops": of.flops(), "flops_padded": of.flops(chip.side), "passes": of.passes()}
+        counted[name] |= {"vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
     return {
-        "counted": {
-            name: {
-                "flops": of.flops(),
-                "flops_padded": of.flops(chip.side),
-                "passes": of.passes(),
-                "vector": of.vector,
-                "transcendental": of.transcendental,
-                "hbm_bytes": of.hbm,
-            }
-            for name, of in parts.items()
-        },
+        "counted": counted,
         "model": {name: part._asdict() for name, part in times.items()},
         "model_step_seconds": seconds,
         "model_examples_per_second": batch_size / seconds,
@@ -169,72 +155,63 @@ def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chi
 
 
 def kernels(program: str) -> dict[str, int]:
-    """How often each Pallas kernel is called in a compiled program's text."""
+    """Count the calls of each Pallas kernel in a compiled program's text."""
     calls = re.findall(r"%?([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program)
     return dict(collections.Counter(re.sub(r"[.\d]+$", "", name) for name in calls))
 
 
 def bucket_shares(config: ConfigDict) -> list[float]:
-    """How often training draws each bucket of the configuration."""
+    """Compute how often training draws each bucket of the configuration."""
     families = pfam.open_split(tasks.resolve_data_dir(config.data.dir), "train")
     mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
     return (mass / mass.sum()).tolist()
 
 
 def text(report: dict) -> str:
-    """The report as Markdown tables."""
+    """Return the report as Markdown tables."""
     rows = [row for row in report["buckets"] if "memory" in row]
     mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
     pairs = report["config"]["batch_size"]
-    lines = [f"{report['topology']}, mesh {mesh}, {pairs} pairs a step, attention {report['attention']}", ""]
+    parts = [f"{report['topology']}, mesh {mesh}, {pairs} pairs a step, attention {report['attention']}"]
     if rows:
-        lines += ["Compiled; MiB a chip:", "", *_compiled_table(rows, report["memory"]), ""]
-        lines += [
-            "MODEL, an upper bound of speed and not a measurement; microseconds a step, and the unit that is busy:"
+        compiled = [_compiled(row) | {"limit MiB": f"{report['memory'] / _MIB:.0f}"} for row in rows]
+        passes = [(name, " and ".join(map(str, of["passes"]))) for name, of in rows[0]["counted"].items()]
+        parts += ["Compiled; memory of a chip:", _table(compiled)]
+        parts += [
+            "MODEL, an upper bound of speed and not a measurement; microseconds a step, and the unit that is busy:",
+            _table([_modelled(row) for row in rows]),
+            f"Products take bfloat16 passes: {'; '.join(f'{name} {number}' for name, number in passes if number)}.",
         ]
-        lines += ["", *_model_table(rows), ""]
-        lines += ["Products take bfloat16 passes: " + "; ".join(_passes(rows[0])) + "."]
     if report["model_examples_per_second"]:
         shares = ", ".join(f"{bucket}: {share:.0%}" for bucket, share in report["bucket_shares"].items())
-        lines += [
+        parts.append(
             f"Buckets as training draws them ({shares}): at most {report['model_examples_per_second']:,.0f} examples/s "
             f"by the model; the paper reports {_PAPER}, the target is {_TARGET}."
-        ]
-    return "\n".join(lines)
-
-
-def _compiled_table(rows: list[dict], memory: int) -> list[str]:
-    head = ["bucket", "lower s", "compile s", "arguments", "outputs", "temporaries", "peak", "limit"]
-    cells = []
-    for row in rows:
-        exchanges = [f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"]]
-        cells.append(
-            [f"{row['bucket']}", f"{row['lower_seconds']:.1f}", f"{row['compile_seconds']:.1f}"]
-            + [f"{row['memory'][what] / _MIB:.1f}" for what in ("argument", "output", "temp", "peak")]
-            + [f"{memory / _MIB:.0f}", ", ".join(exchanges) or "none"]
-            + [", ".join(f"{number} {name}" for name, number in row["kernels"].items()) or "none"]
         )
-    return _table([*head, "exchanges", "kernels"], cells)
+    return "\n\n".join(parts)
 
 
-def _model_table(rows: list[dict]) -> list[str]:
-    parts = list(rows[0]["model"])
-    cells = [
-        [f"{row['bucket']}"]
-        + [f"{row['model'][part]['seconds'] * 1e6:.0f} {row['model'][part]['bound']}" for part in parts]
-        + [f"{row['model_step_seconds'] * 1e6:.0f}", f"{row['model_examples_per_second']:,.0f}"]
-        for row in rows
-    ]
-    return _table(["bucket", *parts, "step", "examples/s"], cells)
+def _compiled(row: dict) -> dict[str, str]:
+    cells = {"bucket": str(row["bucket"])}
+    cells |= {f"{what} s": f"{row[f'{what}_seconds']:.1f}" for what in ("lower", "compile")}
+    cells |= {f"{what} MiB": f"{size / _MIB:.1f}" for what, size in row["memory"].items()}
+    exchanges = [f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"]]
+    calls = [f"{number} {name}" for name, number in row["kernels"].items()]
+    return cells | {"exchanges": ", ".join(exchanges) or "none", "kernels": ", ".join(calls) or "none"}
 
 
-def _passes(row: dict) -> list[str]:
-    """How many bfloat16 products each part makes of one product."""
-    return [f"{name} {' and '.join(map(str, of['passes']))}" for name, of in row["counted"].items() if of["passes"]]
+def _modelled(row: dict) -> dict[str, str]:
+    parts = {name: f"{part['seconds'] * 1e6:.0f} {part['bound']}" for name, part in row["model"].items()}
+    speed = {"step": f"{row['model_step_seconds'] * 1e6:.0f}", "examples/s": f"{row['model_examples_per_second']:,.0f}"}
+    return {"bucket": str(row["bucket"])} | parts | speed
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def _speed(rows: list[dict], config: ConfigDict) -> dict:
-    """Of the whole configuration, if all of its buckets were compiled: a step's time is the mean over buckets."""
+    """Model the speed of the whole configuration, the mean over buckets, if all of its buckets were compiled."""
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
@@ -243,28 +220,18 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 
 
-def _implementation(config: ConfigDict, mesh: Mesh) -> str:
-    """What "auto" is on a TPU, where the choice here would be that for a CPU."""
-    if config.model.implementation != "auto":
-        return config.model.implementation
-    trainer = runs.make_trainer(_with(config, "pallas_tpu"))
-    arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
-    try:
-        jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)
-    except UnsupportedError:
-        return "xla"
-    return "pallas_tpu"
-
-
-def _with(config: ConfigDict, implementation: str) -> ConfigDict:
-    changed = ConfigDict(config)
-    changed.model = config.model.copy_and_resolve_references()
-    changed.model.implementation = implementation
-    return changed
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+def _resolved(config: ConfigDict, mesh: Mesh) -> ConfigDict:
+    """Replace the implementation "auto" by its choice on a TPU; asked here, it would choose for a CPU."""
+    config = config.copy_and_resolve_references()
+    if config.model.implementation == "auto":
+        config.model.implementation = "pallas_tpu"
+        trainer = runs.make_trainer(config)
+        arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
+        try:
+            jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)
+        except UnsupportedError:
+            config.model.implementation = "xla"
+    return config
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
@@ -274,7 +241,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigD
         usage="aot_report.py --config=FILE [--config.KEY=VALUE ...] [options]",
         allow_abbrev=False,
     )
-    parser.add_argument("--topology", default="v6e:2x4", help=f"as libtpu names it; default: v6e:2x4; also {_EXAMPLES}")
+    parser.add_argument("--topology", default="v6e:2x4", help=f"name in libtpu; default: v6e:2x4; also {_EXAMPLES}")
     parser.add_argument("--bucket", type=int, nargs="+", help="padded lengths; default: all of the configuration")
     parser.add_argument("--output", type=Path, help="JSON file to write as well")
     args, rest = parser.parse_known_args(arguments)

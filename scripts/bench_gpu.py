@@ -1,4 +1,4 @@
-"""Measures a GPU in stages, each with a time limit: ceilings, numbers, rates, training, alignments, a run of training.
+"""Measure a GPU in stages, each with a time limit: ceilings, numbers, rates, training, alignments, a run of training.
 
   python scripts/bench_gpu.py --all --minutes=12 --output=runs/bench/gpu
   python scripts/bench_gpu.py --all --data=runs/pfam --override total_steps=3000 batch_size=128
@@ -6,14 +6,14 @@
   python scripts/bench_gpu.py --stages rates --lengths 1024 4096 --bands 64 full --dtypes float32 --methods pallas_gpu
   python scripts/bench_gpu.py --all --tiny            # every stage on the CPU at tiny sizes, kernels interpreted
 
-The stages run in this order, each in a process of its own that is killed at its limit; what it wrote until then counts:
+The stages run in this order. Each is a process of its own that is killed at its limit; rows it wrote until then count:
 
   ceilings      nvidia-smi, versions, a large copy, a large bfloat16 product
   conformance   12 cases of tests/test_conformance.py on the card, against the reference in float64
-  rates         picoseconds a cell and half-iteration, beside xla and cuDNN attention (scripts/gpu_rates.py)
+  rates         picoseconds a cell and half-iteration, beside xla and cuDNN attention (benchmarks/gpu_rates.py)
   training      examples a second of the update of aligner and r2_dustbin, and the GPU's utilisation
   alignments    pairs a second of scripts/align.py
-  training_run  train.py with --config and --data until the time is over; the last stage gets what others leave
+  training_run  train.py with --config and --data until the time is over; the last stage gets the time that others leave
 
 The output folder holds rows.jsonl (a JSON row for each result, written at once), table.md, stages.log (what the stages
 print) and, of training_run, metrics.jsonl and the averaged weights. Exit status: 0; 1 if a row or a stage failed.
@@ -21,8 +21,6 @@ print) and, of training_run, metrics.jsonl and the averaged weights. Exit status
 
 import argparse
 import contextlib
-import json
-import math
 import os
 import signal
 import subprocess
@@ -30,14 +28,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from benchmarks.gpu_stages import ROOT, STAGES, Settings, nvidia_smi
+import jax
+
+from benchmarks import gpu_rates, harness
+from benchmarks.gpu_programs import ROOT, Settings, nvidia_smi
+from benchmarks.gpu_stages import STAGES
+from benchmarks.harness import Row
+from ot_attention.backends import gpu_kernels
 
 ROWS, TABLE, LOG = "rows.jsonl", "table.md", "stages.log"
 _MOST_LOG = 8 * 2**20  # bytes; more are cut at the beginning
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-_METHODS = "pallas_gpu", "xla", "softmax, cudnn", "softmax, xla"  # of gpu_rates, whose import needs JAX
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def has_card() -> bool:
-    """Tells whether there is an NVIDIA card, without JAX, which would take its memory."""
+    """Tell whether there is an NVIDIA card, without starting JAX on it, which would take its memory."""
     return Path("/dev/nvidia0").exists() or bool(nvidia_smi("-L"))
 
 
@@ -73,19 +76,20 @@ def has_card() -> bool:
 
 
 def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
-    """Runs the chosen stages; returns the names of those that failed or have rows that did."""
+    """Run the chosen stages; return the names of stages that failed or have a failed row."""
     start, shares = time.monotonic(), sum(STAGES[name].share for name in args.stages)
     end, failed = start + 60 * args.minutes, []
     for name in args.stages:
         left = end - time.monotonic()
         limit = left if name == args.stages[-1] else min(left, 60 * args.minutes * STAGES[name].share / shares)
         began = time.monotonic()
-        tell(f"stage {name}: at most {limit:.0f} s")
+        print(f"stage {name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
         with (args.output / LOG).open("a") as log:
             print(f"===== {name} =====", file=log, flush=True)
             state = run_limited(*command_of(name, limit, args, given), limit, log) if limit > 0 else "left out, no time"
-        rows = read_rows(args.output / ROWS)
-        tell(f"stage {name}: {time.monotonic() - began:.0f} s of {limit:.0f} s, {state}")
+        rows = harness.read_rows(args.output / ROWS)
+        took = f"{time.monotonic() - began:.0f} s of {limit:.0f} s"
+        print(f"stage {name}: {took}, {state}", file=sys.stderr, flush=True)
         if state == "failed" or any("failed" in row for row in rows if row["stage"] == name):
             failed.append(name)
         (args.output / TABLE).write_text(tables(rows))
@@ -93,28 +97,24 @@ def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
     return failed
 
 
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def command_of(name: str, limit: float, args: argparse.Namespace, given: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command line of a stage's process, and its environment."""
+    """Return the command line of a stage's process, and its environment."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu" if args.tiny else "cuda,cpu", "PYTHONUNBUFFERED": "1"}
     if args.tiny:
         # Compiling takes longer than running. The second does the same for jax before 0.12, and more.
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}"
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    if not STAGES[name].on_device:  # programs of theirs are kept: they start several times
+    if not STAGES[name].on_device:  # the stage starts the same programs several times
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.work / "compiled"))
     script = str(Path(__file__).resolve())
     return [sys.executable, script, *given, f"--stage={name}", f"--seconds={limit}"], environment
 
 
 def run_limited(command: list[str], environment: dict[str, str], limit: float, log: IO[str]) -> str:
-    """Runs a command in a process group of its own, which does not outlive the limit or this process."""
+    """Run a command in a process group of its own, which does not outlive the limit or this process."""
     with ended_by_sigterm():
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
             status = process.wait(limit)
@@ -129,7 +129,7 @@ def run_limited(command: list[str], environment: dict[str, str], limit: float, l
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit, so that the stage is ended too."""
+    """Turn SIGTERM into SystemExit, so that the stage is ended too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -138,7 +138,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def shorten(log: Path) -> None:
-    """Keeps the end of a log."""
+    """Keep the end of a log."""
     if log.stat().st_size > _MOST_LOG:
         log.write_bytes(log.read_bytes()[-_MOST_LOG // 2 :])
 
@@ -147,44 +147,33 @@ def shorten(log: Path) -> None:
 
 
 def run_stage(name: str, args: argparse.Namespace) -> int:
-    """Writes the rows of a stage as they come. A package that is missing, or another failure, is a row too."""
+    """Write the rows of a stage as they come; a missing package or another failure is a row too."""
     if args.tiny and STAGES[name].on_device:
-        from ot_attention.backends import gpu_kernels
-
         gpu_kernels.INTERPRET = True
-    with (args.output / ROWS).open("a") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            finite = {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-            file.write(json.dumps({"stage": name} | finite) + "\n")  # JSON has no NaN
-            file.flush()
-
+    with harness.row_writer(args.output / ROWS, "a") as write:
         try:
             if not args.tiny:
                 check_backend(STAGES[name].on_device)
             for row in STAGES[name].run(settings_of(args)):
-                write(row)
+                write({"stage": name} | row)
         except ImportError as missing:
-            write({"failed": f"a package is missing: {missing}"})
+            write({"stage": name, "failed": f"a package is missing: {missing}"})
             return 1
         except Exception as error:  # the cause is in the log, the fact among the rows
-            write({"failed": f"{type(error).__name__}: {error}"[:400]})
+            write({"stage": name, "failed": harness.failure(error)})
             raise
     return 0
 
 
 def check_backend(here: bool) -> None:
-    """Raises RuntimeError unless JAX computes on the card: without it JAX falls back to the CPU in silence.
+    """Raise RuntimeError unless JAX computes on the card: without it JAX falls back to the CPU in silence.
 
-    here: Ask in this process, which then holds the card's memory; else in another one.
+    Args:
+      here: Ask in this process, which then holds the card's memory; else in another one.
     """
-    if here:
-        import jax
-
-        found = jax.default_backend()
-    else:
-        ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-        found = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    elsewhere = None if here else subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    found = jax.default_backend() if elsewhere is None else elsewhere
     if found != "gpu":
         raise RuntimeError(
             f"JAX computes on {found or 'nothing'} here, not on a GPU: install jax[cuda13] of the version of jax, and "
@@ -195,56 +184,29 @@ def check_backend(here: bool) -> None:
 def settings_of(args: argparse.Namespace) -> Settings:
     """Collect the settings of the stages."""
     settings = Settings(args.seconds, args.output, args.work, args.tiny, args.config, args.data, tuple(args.override))
-    if not (args.stage == "rates" and any((args.lengths, args.bands, args.dtypes, args.methods))):
+    if not any((args.lengths, args.bands, args.dtypes, args.methods)):
         return settings
-    from benchmarks import gpu_rates
-
     plan = gpu_rates.product(
         args.lengths or [1024, 4096],
         args.bands or [64, None, 256],
         args.methods or ["pallas_gpu", "softmax, cudnn"],
         args.dtypes or ["bfloat16"],
     )
-    return settings._replace(rates=(plan, gpu_rates.Size()))
+    return settings._replace(rates=tuple(plan))
 
 
 # ---- results ----
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of results; the last line of a stage that was killed may be half a row."""
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def tables(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table for each stage that has rows, and a list of what failed."""
+def tables(rows: list[Row]) -> str:
+    """Return a Markdown table for each stage that has rows, and a list of what failed."""
     parts = []
     for name, stage in STAGES.items():
         if of_stage := [row for row in rows if row["stage"] == name]:
-            columns = [column for column in stage.columns if any(column in row for row in of_stage)]
-            lines = [
-                "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-                "|" + "---|" * len(columns),
-            ]
-            lines += ["| " + " | ".join(shown(column, row) for column in columns) + " |" for row in of_stage]
-            lines = lines if columns else []
+            lines = [table] if (table := harness.table(of_stage, stage.columns)) else []
             lines += [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
             parts.append("\n".join([f"## {name}", "", *lines]))
     return "\n\n".join(parts) + "\n"
-
-
-def shown(column: str, row: dict[str, Any]) -> str:
-    """A figure of a row in three digits."""
-    value = row.get(column)
-    if column == "band" and "band" in row and value is None:
-        return "all"
-    if isinstance(value, float):
-        return f"{value:.0e}" if column == "error" else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value)
 
 
 def _band(text: str) -> int | None:
@@ -252,28 +214,23 @@ def _band(text: str) -> int | None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "runs/bench/gpu")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_const", dest="stages", const=list(STAGES), help="all stages")
     which.add_argument("--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--minutes", type=float, default=12, help="of all stages together; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/gpu"), help="folder; default: %(default)s")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs/bench/gpu_work"),
-        help="folder of what is no result; default: %(default)s",
-    )
+    work = Path("runs/bench/gpu_work")
+    parser.add_argument("--work", type=Path, default=work, help="folder of temporary files; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at tiny sizes, kernels interpreted")
     run = parser.add_argument_group("training_run")
     run.add_argument("--config", type=Path, default=ROOT / "configs/aligner.py", help="default: configs/aligner.py")
     run.add_argument("--data", default="data/default", help="shards; default: %(default)s")
     run.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     rates = parser.add_argument_group("rates", "all combinations of these, in place of the usual rows")
-    rates.add_argument("--lengths", nargs="+", type=int)
+    rates.add_argument("--lengths", nargs="+", type=int, help="residues")
     rates.add_argument("--bands", nargs="+", type=_band, help="half-widths; full for all")
     rates.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"])
-    rates.add_argument("--methods", nargs="+", choices=_METHODS)
+    rates.add_argument("--methods", nargs="+", choices=list(gpu_rates.METHODS))
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)  # of the process that runs it
     parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Downloads the wheels that a machine with an NVIDIA card and JAX, but without a network, lacks for this repository.
+"""Download the wheels that a machine with an NVIDIA card and JAX, but without a network, lacks for this repository.
 
   python scripts/gpu_wheels.py                          # into .wheels, for Python 3.12 on x86-64 Linux
   python scripts/gpu_wheels.py --output=/mnt/stick --limit=30
@@ -6,51 +6,38 @@
 On that machine, in the repository:
 
   python -m pip install --no-index --no-deps --target=.wheels/site .wheels/*.whl
-  PYTHONPATH=.wheels/site python scripts/bench_gpu.py --all
+  PYTHONPATH=.:.wheels/site python scripts/bench_gpu.py --all
 
-The machine is taken to have jax 0.11 with its CUDA plugin and the other packages of THERE, with what these require.
-Downloads go through pip as it is configured here.
+The wheels are the packages that pyproject.toml names for training and the machine lacks, and their requirements. The
+machine is expected to have jax 0.11 with its CUDA plugin and the other packages of THERE, with their requirements.
+Downloads use pip as it is configured here.
 """
 
 import argparse
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 PYTHON = "3.12"
 PLATFORMS = "manylinux_2_28_x86_64", "manylinux2014_x86_64"
-THERE = [
+ROOT = Path(__file__).resolve().parent.parent
+THERE = {
     "jax", "optax", "orbax-checkpoint", "jaxtyping", "numpy", "scipy", "matplotlib", "jinja2", "safetensors", "tqdm",
     "absl-py", "psutil", "protobuf", "pyarrow", "etils", "pyyaml", "requests", "cloudpickle", "pytest",
     "torch", "triton",
-]  # fmt: skip
-# What requirements.txt names and the machine lacks, and what these require in turn. Without wandb, which
-# train.py --config.log.wandb=disabled does not need.
-WHEELS = [
+}  # fmt: skip
+NOT_NEEDED = {"wandb"}  # train.py --config.log.wandb=disabled does without
+FURTHER = [
     "flax>=0.12.12,<0.13",  # 0.12.8 and .9 do not import with jax 0.11.2
-    "grain>=0.2.15",
-    "ml-collections>=1.1.0",
-    "tensorflow-datasets>=4.9.9",
-    "array-record>=0.8",
-    "parasail>=1.3.4",
-    "biopython>=1.85",
-    "platformdirs>=4.0",
     "beartype>=0.20",  # of the tests
-    "flash-sinkhorn>=0.4",  # a peer of scripts/gpu_rates.py; PyTorch and Triton are there
-    "portpicker>=1.6",  # grain
-    "dm-tree>=0.1.9",  # tensorflow-datasets, as are all that follow
-    "attrs>=18.2",
-    "wrapt>=1.11.2",
-    "immutabledict",
-    "simple-parsing",
-    "docstring-parser~=0.15",
-    "tensorflow-metadata",
-    "googleapis-common-protos>=1.56.4,<2",
-    "importlib-resources",
-    "toml",
-    "termcolor",
-    "six",
-]
+    "flash-sinkhorn>=0.4",  # a peer of benchmarks/gpu_rates.py; PyTorch and Triton are there
+    "portpicker>=1.6",  # of grain; what follows is of tensorflow-datasets
+    "dm-tree>=0.1.9", "attrs>=18.2", "wrapt>=1.11.2", "immutabledict", "simple-parsing", "docstring-parser~=0.15",
+    "tensorflow-metadata", "googleapis-common-protos>=1.56.4,<2", "importlib-resources", "toml", "termcolor", "six",
+]  # fmt: skip
 SOURCES = ["promise>=2.3"]  # has no wheel: a pure Python package, built here
 
 
@@ -68,18 +55,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def wanted() -> list[str]:
+    """List the requirements of the wheels: FURTHER, and what pyproject.toml requires beside it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {
+        Requirement(line).name: line for line in project["dependencies"] + project["optional-dependencies"]["train"]
+    }
+    left_out = THERE | NOT_NEEDED | {Requirement(line).name for line in FURTHER}
+    return FURTHER + [line for name, line in required.items() if name not in left_out]
+
+
 def download(folder: Path) -> None:
-    """Replaces the wheels in a folder. Raises ValueError if pip fails."""
+    """Replace the wheels in a folder. Raise ValueError if pip fails."""
     for old in folder.glob("*.whl"):
         old.unlink()
     target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
     target += [f"--platform={platform}" for platform in PLATFORMS]
-    run_pip("download", *target, f"--dest={folder}", *WHEELS)
+    run_pip("download", *target, f"--dest={folder}", *wanted())
     run_pip("wheel", f"--wheel-dir={folder}", *SOURCES)
 
 
 def run_pip(command: str, *arguments: str) -> None:
-    """Runs pip without resolving dependencies: WHEELS names them all."""
+    """Run pip without resolving dependencies: all are named."""
     done = subprocess.run([sys.executable, "-m", "pip", command, "--no-deps", "--quiet", *arguments], check=False)
     if done.returncode:
         raise ValueError(
@@ -89,19 +86,19 @@ def run_pip(command: str, *arguments: str) -> None:
 
 
 def check(wheels: list[Path], limit: float) -> None:
-    """Raises ValueError for wheels built for this machine alone, and for more than `limit` MiB."""
+    """Raise ValueError for wheels built for this machine alone, and for more than `limit` MiB."""
     if bound := [path.name for path in wheels if "-linux_" in path.name]:
         raise ValueError(f"built for this machine only, and of no use elsewhere: {', '.join(bound)}")
     if (size := megabytes(wheels)) > limit:
         largest = sorted(wheels, key=lambda path: -path.stat().st_size)[:3]
         raise ValueError(
             f"the wheels have {size:.1f} MiB, more than --limit={limit:g}; the largest are "
-            f"{', '.join(path.name for path in largest)}: take one off WHEELS, or raise the limit"
+            f"{', '.join(path.name for path in largest)}: take one off FURTHER, or raise the limit"
         )
 
 
 def megabytes(paths: list[Path]) -> float:
-    """Total size of files in MiB."""
+    """Return the total size of files in MiB."""
     return sum(path.stat().st_size for path in paths) / 2**20
 
 

@@ -1,4 +1,4 @@
-"""Trains several configurations one after the other, scores each, and writes one table and figures.
+"""Train several configurations one after the other, score each, and write one table and figures.
 
   python scripts/launch_screen.py                                    # the four of the screen, on the data that ship
   python scripts/launch_screen.py --data=runs/pfam --steps=500       # on larger shards
@@ -6,8 +6,8 @@
   python scripts/launch_screen.py --dry-run                          # only prints the commands
   python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # on a v6e-8: docs/tpu.md
 
-Runs that are finished are not trained again and those that were interrupted go on: start it again after any stop. Where
-a signal stopped a run, which then is saved, it exits with 75.
+Start it again after any stop: finished runs are not trained again, and interrupted runs continue. Exits with 75 if a
+signal stopped a run, which is then saved.
 """
 
 import argparse
@@ -18,25 +18,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
+
 from evaluation import figures, tasks
 from evaluation.baselines import BASELINES
+from evaluation.metrics import METRICS
 from scripts import launch_tpu
 from training import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPPED = 75  # exit code of a train.py that was told to stop; also this script's then
+STOPPED = 75  # exit code of a train.py that a signal stopped, and of this script then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
 SPLITS = ("validation", *tasks.SPLITS["test"])
-METRICS = (
-    "reconstruction",
-    "reconstruction_masked",
-    "sparse_ce",
-    "barycenter_mae",
-    "barycenter_within_1",
-    "precision",
-    "recall",
-    "f1",
-)
 
 
 def main() -> None:
@@ -48,12 +41,10 @@ def main() -> None:
 
 
 def here(args: argparse.Namespace) -> None:
-    """Runs every command on this machine, then collects."""
+    """Run every command on this machine, then collect the scores."""
     out = args.out
-    environment = os.environ | {
-        # The same programs are compiled again when a run resumes or is scored; on a CPU that takes minutes.
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled")),
-    }
+    # The same programs are compiled again when a run resumes or is scored; on a CPU that takes minutes.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(out.absolute() / "compiled")} | os.environ
     for command in (command for name in args.configs for command in commands(name, args)):
         print("$", shlex.join(command), flush=True)
         if not args.dry_run:
@@ -66,21 +57,13 @@ def here(args: argparse.Namespace) -> None:
 
 
 def on_tpu(args: argparse.Namespace) -> None:
-    """The same on a TPU's machine; its runs come here, and the table is made of them as after a local screen."""
+    """Run the screen on a TPU's machine, copy its runs here, and collect the scores."""
     given = {"steps": args.steps, "limit": args.limit}
     arguments = [f"--{option}={value}" for option, value in given.items() if value is not None]
-    tpu = launch_tpu.Tpu(
-        args.name,
-        args.project,
-        args.zone,
-        f"{args.bucket.rstrip('/')}/{args.name}",
-        args.accelerator,
-        not args.on_demand,
-        args.data and args.data.absolute(),
-        (*arguments, "--configs", *args.configs, "--", *args.overrides),
-        args.snapshot_every,
-        args.poll_every,
-    )
+    arguments += ["--configs", *args.configs, "--", *args.overrides]
+    folder, data = f"{args.bucket.rstrip('/')}/{args.name}", args.data and args.data.absolute()
+    of_google = args.name, args.project, args.zone, folder, args.accelerator, not args.on_demand
+    tpu = launch_tpu.Tpu(*of_google, data, tuple(arguments), args.snapshot_every, args.poll_every)
     if args.dry_run:
         launch_tpu.show(tpu)
         return
@@ -92,7 +75,7 @@ def on_tpu(args: argparse.Namespace) -> None:
 
 
 def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
-    """Training, then the scores before and after it."""
+    """List the command of training, then of scores before and after it."""
     workdir = args.out.absolute() / name
     train = [sys.executable, "train.py", f"--config=configs/{name}.py", f"--workdir={workdir}"]
     if args.data:
@@ -101,15 +84,7 @@ def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
         train.append(f"--config.total_steps={args.steps}")
     # Step 0 is a multiple of everything, so this keeps it.
     train += [f"--config.checkpoint.keep_every={args.steps or 10**9}", *args.overrides]
-    score = (
-        [sys.executable, "eval.py", f"--workdir={workdir}", f"--limit={args.limit}"]
-        if args.limit
-        else [
-            sys.executable,
-            "eval.py",
-            f"--workdir={workdir}",
-        ]
-    )
+    score = [sys.executable, "eval.py", f"--workdir={workdir}", *([f"--limit={args.limit}"] if args.limit else [])]
     result = [train]
     for split in SPLITS:
         result.append([*score, f"--split={split}", f"--output={workdir / f'end_{split}.json'}"])
@@ -118,7 +93,7 @@ def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
 
 
 def collect(names: list[str], out: Path) -> None:
-    """Writes screen.md, screen.json and the figures from the reports of every run."""
+    """Write screen.md, screen.json and the figures from the reports of every run."""
     runs = {name: [_reports(out / name, when) for when in ("start", "end")] for name in names}
     report = {split: {name: [one[split] for one in pair] for name, pair in runs.items()} for split in SPLITS}
     (out / "screen.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -134,20 +109,15 @@ def collect(names: list[str], out: Path) -> None:
 
 
 def markdown(of_runs: dict[str, list[dict]]) -> str:
-    """One split as a table: every run from its first to its last step, then the baselines."""
-    lines = ["| | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for name, (start, end) in of_runs.items():
-        cells = [
-            f"{start['model']['overall'][metric]['value']:.2f} → {end['model']['overall'][metric]['value']:.3f}"
-            for metric in METRICS
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    last = next(iter(of_runs.values()))[1]
+    """Return one split as a table: every run from its first to its last step, then the baselines."""
+    rows = []
+    for name, reports in of_runs.items():
+        start, end = (report["model"]["overall"] for report in reports)
+        rows.append({"": name} | {of: f"{start[of]['value']:.2f} → {end[of]['value']:.3f}" for of in METRICS})
     for who in BASELINES:
-        overall = last[who]["overall"]
-        cells = [f"{overall[metric]['value']:.3f}" if metric in overall else "" for metric in METRICS]
-        lines.append(f"| {who} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        overall = next(iter(of_runs.values()))[1][who]["overall"]
+        rows.append({"": who} | {of: f"{metric['value']:.3f}" for of, metric in overall.items()})
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def _reports(workdir: Path, when: str) -> dict[str, dict]:
@@ -168,9 +138,9 @@ def _parse() -> argparse.Namespace:
     tpu.add_argument("--project", help="Google Cloud project")
     tpu.add_argument("--zone", help="zone with TPUs of the kind, for example us-east5-b")
     tpu.add_argument("--bucket", metavar="gs://BUCKET", help="code, data and runs are kept in BUCKET/NAME")
-    tpu.add_argument("--name", default="ot-screen", help="of the TPU and of the screen; default: ot-screen")
+    tpu.add_argument("--name", default="ot-screen", help="name of the TPU and the screen; default: ot-screen")
     tpu.add_argument("--accelerator", choices=launch_tpu.RUNTIMES, default="v6e-8", help="default: v6e-8")
-    tpu.add_argument("--on-demand", action="store_true", help="a TPU that is not preempted, at a higher price")
+    tpu.add_argument("--on-demand", action="store_true", help="a TPU that is never preempted, at a higher price")
     tpu.add_argument("--snapshot-every", type=int, default=120, metavar="S", help="seconds; default: 120")
     tpu.add_argument("--poll-every", type=int, default=30, metavar="S", help="seconds; default: 30")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""The screen on a Cloud TPU: `python scripts/launch_screen.py --target=tpu` (docs/tpu.md).
+"""Run the screen on a Cloud TPU: `python scripts/launch_screen.py --target=tpu` (docs/tpu.md).
 
-The TPU's machine runs the same launch_screen.py on its own disk, and every few minutes puts all runs into the bucket as
-one object, `runs.tar`. An object is there whole or not at all, whatever happens to the machine while it is written.
-The archive is made on the disk first (a broken pipe would end an upload early), leaves out checkpoints that Orbax has
-not committed by renaming, and holds checkpoints before metrics.jsonl (`--sort=name`), whose surplus lines train.py
-drops; the newest checkpoint it finds is not deleted before two more are written. A preempted machine's successor starts
+The TPU's machine runs the same launch_screen.py on its own disk. Every few minutes it puts all runs into the bucket as
+one object, `runs.tar`, which is there whole or not at all, whatever happens to the machine meanwhile. The archive is
+made on the disk first, because a broken pipe would end an upload early. It leaves out checkpoints that Orbax has not
+committed by renaming. It holds checkpoints before metrics.jsonl (`--sort=name`), whose surplus lines train.py drops;
+the newest checkpoint it finds is not deleted before two more are written. The successor of a preempted machine starts
 from that object. The loop here only makes successors: it may be stopped, and started again, at any time.
 """
 
@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {f"v6e-{n}": "v2-alpha-tpuv6e" for n in (1, 4, 8)} | {
     f"v5litepod-{n}": "v2-alpha-tpuv5-lite" for n in (1, 4, 8)
 }
-_LEFT_OUT = {"runs", "__pycache__"}  # of the code, beside all that is hidden
+_LEFT_OUT = {"runs", "__pycache__"}  # of the code, like hidden files
 
-# Runs as root at every boot. What it is told stands in braces; the shell's own are doubled.
+# Runs as root at every boot. Braces hold values to fill in; braces of the shell are doubled.
 _STARTUP = """\
 #!/bin/bash
 export HOME="${{HOME:-/root}}" BUCKET={folder}
@@ -45,7 +45,7 @@ prepare() {{
   gcloud storage cp --quiet "$BUCKET/code.tar.gz" code.tar.gz && tar -xzf code.tar.gz || return 1
   if [ ! -x venv/bin/python ]; then  # the image's own Python is too old
     python3 -m pip install --quiet uv && python3 -m uv venv --quiet --python 3.12 venv &&
-      python3 -m uv pip install --quiet --python venv/bin/python -r code/requirements-tpu.txt || return 1
+      (cd code && python3 -m uv pip install --quiet --python ../venv/bin/python -r requirements-tpu.txt) || return 1
   fi
   {fetch_data}
   [ -e restored ] && return  # after a reboot the disk knows more than the bucket
@@ -56,7 +56,7 @@ prepare || {{ put "$log" "logs/$log"; status failed; exit 1; }}
 status running
 (while sleep {snapshot_every}; do snapshot; done) &
 snapshots=$!
-while {command}; code=$?; [ $code = 75 ]; do snapshot; done  # 75: told to stop; if the machine goes on, so does it
+while {command}; code=$?; [ $code = 75 ]; do snapshot; done  # 75: stopped by a signal; the machine may live on
 if [ $code = 0 ]; then result=finished; else result=failed; fi
 kill $snapshots
 until snapshot; do sleep 10; done
@@ -65,25 +65,21 @@ status $result
 
 
 class LaunchError(Exception):
-    """What stands in the way, and what to do."""
+    """A message that says what stands in the way, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """Where a screen runs and what it runs; times in seconds.
-
-    folder: gs://BUCKET/PATH of this screen.
-    arguments: of launch_screen.py on the TPU's machine, beside --out and --data.
-    """
+    """A screen on a TPU; times in seconds."""
 
     name: str
     project: str
     zone: str
-    folder: str
+    folder: str  # gs://BUCKET/PATH
     accelerator: str
-    spot: bool
-    data: Path | None
-    arguments: tuple[str, ...]
+    spot: bool  # cheaper, may be preempted
+    data: Path | None  # None: the data that ship
+    arguments: tuple[str, ...]  # of launch_screen.py on the TPU's machine, beside --out and --data
     snapshot_every: int
     poll_every: int
 
@@ -101,7 +97,7 @@ class Tpu:
         return self._resources("delete", "--force", "--quiet")
 
     def upload(self, code: Path, runs: Path) -> list[list[str]]:
-        """The code, the data, and runs to begin with, which do not replace those that are there."""
+        """List the commands that upload the code, the data, and the runs to begin with if the bucket has none."""
         commands = [["gcloud", "storage", "cp", str(code), f"{self.folder}/code.tar.gz"]]
         if self.data:
             commands.append(["gcloud", "storage", "rsync", "--recursive", str(self.data), f"{self.folder}/data"])
@@ -130,21 +126,21 @@ class Tpu:
 
 
 def show(tpu: Tpu) -> None:
-    """Prints what `run` would do."""
-    create, code, runs = Path("startup.sh"), Path("code.tar.gz"), Path("runs.tar")
-    print("# startup.sh, which the TPU's machine runs at every boot:\n" + tpu.startup_script())
-    print("# the code, and runs to begin with:")
-    print(*map(_line, tpu.upload(code, runs)), sep="\n")
-    print(
-        f"# every {tpu.poll_every} s until the status is finished; a suspended (preempted) resource is deleted first:"
-    )
-    print(*map(_line, (tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(create))), sep="\n")
-    print("# at the end, then the table is written as after a local screen:")
-    print(*map(_line, (tpu.delete(), tpu.download(runs))), sep="\n")
+    """Print what `run` would do."""
+    code, runs = Path("code.tar.gz"), Path("runs.tar")
+    every = [tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(Path("startup.sh"))]
+    parts: list[tuple[str, list[list[str]]]] = [
+        (f"startup.sh, which the TPU's machine runs at every boot:\n{tpu.startup_script()}", []),
+        ("the code, and runs to begin with:", tpu.upload(code, runs)),
+        (f"every {tpu.poll_every} s until the status is finished; a suspended resource is deleted first:", every),
+        ("at the end, then the table is written as after a local screen:", [tpu.delete(), tpu.download(runs)]),
+    ]
+    for title, commands in parts:
+        print(f"# {title}", *(f"$ {shlex.join(command)}" for command in commands), sep="\n")
 
 
 def run(tpu: Tpu, out: Path) -> None:
-    """Has the screen run on a TPU until it is finished, and puts its runs into `out`.
+    """Run the screen on a TPU until it is finished, and put its runs into `out`.
 
     Raises:
       LaunchError: no gcloud, a command of it failed, no TPU to be had, or the screen itself failed.
@@ -185,7 +181,7 @@ def _code_only(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 def _until_finished(tpu: Tpu, folder: Path) -> None:
-    """Makes the TPU, and again after every preemption; deletes it when the screen has ended."""
+    """Create the TPU, and again after every preemption; delete it when the screen has ended."""
     startup = folder / "startup.sh"
     startup.write_text(tpu.startup_script())
     for status, state in _watch(tpu):
@@ -194,8 +190,8 @@ def _until_finished(tpu: Tpu, folder: Path) -> None:
                 _gcloud(tpu.delete())
             if status == "failed":
                 raise LaunchError(
-                    f"the screen failed on the TPU; logs are in {tpu.folder}/logs. Start again to go on from its last "
-                    "snapshot"
+                    f"the screen failed on the TPU; logs are in {tpu.folder}/logs. Start again to continue from its "
+                    "last snapshot"
                 )
             return
         if state == "FAILED":
@@ -209,7 +205,7 @@ def _until_finished(tpu: Tpu, folder: Path) -> None:
 
 
 def _watch(tpu: Tpu) -> Iterator[tuple[str, str | None]]:
-    """The screen's status and the resource's state, again and again; says when they change."""
+    """Yield the screen's status and the resource's state, again and again; print them when they change."""
     last = None
     while True:
         now = _status(tpu), _state(tpu)
@@ -226,7 +222,7 @@ def _status(tpu: Tpu) -> str:
 
 
 def _state(tpu: Tpu) -> str | None:
-    """None if there is no such resource."""
+    """Return the state of the resource; None if there is none."""
     done = subprocess.run(tpu.describe(), capture_output=True, text=True)
     if done.returncode == 0:
         return done.stdout.strip()
@@ -240,7 +236,3 @@ def _gcloud(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise LaunchError(f"`{shlex.join(command)}` failed: {done.stderr.strip()[-1000:]}")
-
-
-def _line(command: list[str]) -> str:
-    return f"$ {shlex.join(command)}"

@@ -1,13 +1,12 @@
-"""Times the kernels of `pallas_gpu` for several tilings: the tables in ot_attention/gpu_kernels.py and gpu_sweep.py.
+"""Time the kernels of `pallas_gpu` for several tilings: the tables in gpu_kernels.py and gpu_sweep.py.
 
   python scripts/tune_gpu.py                                 # on a GPU: every kind of kernel, about a minute
   python scripts/tune_gpu.py --kinds step sum --output runs/bench/tilings.jsonl
 
-A row is one kernel with one tiling: milliseconds of a call, and picoseconds a cell of the support. The table of tilings
-is not read by the library: what is fastest is written into `tiling_for` and `cut_for` by hand.
+A row is one kernel with one tiling: milliseconds of a call, and picoseconds a cell of the support. The library does not
+read the rows: the fastest tilings are written into `tiling_for` and `cut_for` by hand.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -15,22 +14,21 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from benchmarks import harness
+from benchmarks.attention import Case
+from benchmarks.harness import Row
 from ot_attention.backends import gpu, gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Tiling
 
 KINDS = ("step", "sum", "vector", "matrix", "gradient")
 _CALLS = 50  # of a kernel in a program
-_WARM_UP = 0.2  # seconds, until the clock of a card that was idle has risen
 
 
 class Problem(NamedTuple):
@@ -70,7 +68,7 @@ def variants(kind: str) -> Iterator[Variant]:
             yield Variant(kind, problem, Tiling(64, 4 if kind != "gradient" else 8, stages, True), block=128)
 
 
-def program(variant: Variant, residues: int) -> tuple[Any, tuple]:
+def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]:
     """Lower a program that calls the kernel some times in a row with the given tiling; return it and its arguments."""
     kind, problem, tiling, block = variant
     number = residues // problem.length
@@ -110,61 +108,35 @@ def program(variant: Variant, residues: int) -> tuple[Any, tuple]:
         return jax.jit(run).lower(q, k, x, n), (q, k, x, n)
 
 
-def seconds(run: Callable, rounds: int) -> float:
-    """Measure the median time of one kernel call; first the card is kept busy until its clock has risen."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - start
-
-    until = time.perf_counter() + _WARM_UP
-    while time.perf_counter() < until:
-        once()
-    return statistics.median(once() for _ in range(rounds)) / _CALLS
-
-
-def cells(problem: Problem, residues: int) -> int:
-    """Count the cells in the support of all heads."""
-    band = problem.length if problem.band is None else problem.band
-    i = np.arange(problem.length)
-    each = np.minimum(i + band, problem.length - 1) - np.maximum(i - band, 0) + 1
-    return residues // problem.length * int(each.sum())
+def compiled(program: jax.stages.Lowered) -> Row:
+    """Compile a program; return it as `run`, or say how it failed: a tiling can be too large."""
+    return harness.or_failure(lambda: {"run": program.compile()})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "runs/bench/tilings.jsonl", rounds=7)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of kernels; default: all")
     parser.add_argument("--residues", type=int, default=1 << 18, help="of all heads; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each program; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/tilings.jsonl"), help="default: %(default)s")
     args = parser.parse_args(arguments)
     if jax.default_backend() != "gpu" and not gpu_kernels.INTERPRET:
         sys.exit("tune_gpu.py: there is no GPU here; run it on a machine with an NVIDIA card and jax[cuda13]")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     todo = [variant for kind in args.kinds for variant in variants(kind)]
-    lowered = [program(variant, args.residues) for variant in todo]
+    programs = [lowered(variant, args.residues) for variant in todo]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = list(pool.map(_compiled, [program for program, _ in lowered]))  # all, before any is timed
-    with args.output.open("w") as out:
-        for variant, (_, given), run in zip(todo, lowered, programs, strict=True):
-            tiling = {"block": variant.block, **variant.tiling._asdict()}
-            row: dict[str, Any] = {"kind": variant.kind, **variant.problem._asdict(), **tiling}
-            if isinstance(run, Exception):
-                row["failed"] = f"{type(run).__name__}: {run}"[:200]
+        results = list(pool.map(compiled, [program for program, _ in programs]))  # all, before any is timed
+    with harness.row_writer(args.output) as write:
+        for (kind, problem, tiling, block), (_, given), found in zip(todo, programs, results, strict=True):
+            row: Row = {"kind": kind, **problem._asdict(), "block": block, **tiling._asdict()}
+            if "failed" in found:
+                row |= found
             else:
-                took = seconds(functools.partial(run, *given), args.rounds)
-                row |= {"ms": 1e3 * took, "ps_a_cell": 1e12 * took / cells(variant.problem, args.residues)}
+                calls: dict[str, Any] = {kind: functools.partial(found["run"], *given)}
+                times = harness.clock(calls, args.rounds, warm_up=harness.GPU_WARM_UP)[kind]
+                seconds = statistics.median(times) / _CALLS
+                cells = Case(args.residues // problem.length, 1, problem.length, problem.band).cells()
+                row |= {"ms": 1e3 * seconds, "ps_a_cell": 1e12 * seconds / cells}
             print(json.dumps(row), flush=True)
-            out.write(json.dumps(row) + "\n")
-
-
-def _compiled(program) -> Any:
-    """Compile a program, or return its error: a tiling that is too large must not stop the others."""
-    try:
-        return program.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return error
+            write(row)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,26 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 from alignment import weights
-from benchmarks import gpu_rates, gpu_stages
-from benchmarks.gpu_stages import STAGES, Settings
+from benchmarks import gpu_programs, gpu_rates, gpu_stages, harness
+from benchmarks.attention import Case
+from benchmarks.gpu_programs import TINY, Settings
+from benchmarks.gpu_stages import STAGES
 from ot_attention.backends import gpu_kernels
 from scripts import bench_gpu, gpu_wheels, tune_gpu
-from scripts.bench_attention import Case
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 HALVES = ["ceilings", "conformance", "rates", "training"], ["alignments", "training_run"]
-SMALL = gpu_rates.Size(residues=40, heads=2, width=16, seconds=0.0)
+SMALL = {"residues": 40, "heads": 2, "width": 16, "seconds": 0.0}
 
 
 def start(output: Path, stages: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -38,7 +41,7 @@ def test_every_stage_runs_and_leaves_what_it_is_for(tmp_path):
     check_figures(results)
     (path,) = results[1].glob("*.safetensors")
     config, step = weights.read_config(path)
-    assert step == gpu_stages.TINY["total_steps"] and config["model"]["width"] == gpu_stages.TINY["model.width"]
+    assert step == TINY["total_steps"] and config["model"]["width"] == TINY["model.width"]
 
 
 def run_all_stages(folder: Path) -> list[Path]:
@@ -55,7 +58,7 @@ def run_all_stages(folder: Path) -> list[Path]:
 
 def check_rows_and_tables(results: list[Path]) -> None:
     for output, stages in zip(results, HALVES, strict=True):
-        rows, table = bench_gpu.read_rows(output / "rows.jsonl"), (output / "table.md").read_text()
+        rows, table = harness.read_rows(output / "rows.jsonl"), (output / "table.md").read_text()
         assert list(dict.fromkeys(row["stage"] for row in rows)) == stages
         assert not [row for row in rows if "failed" in row]
         assert re.findall("^## (.*)", table, re.MULTILINE) == stages
@@ -68,13 +71,13 @@ def check_rows_and_tables(results: list[Path]) -> None:
 
 
 def check_figures(results: list[Path]) -> None:
-    rows = [row for output in results for row in bench_gpu.read_rows(output / "rows.jsonl")]
+    rows = [row for output in results for row in harness.read_rows(output / "rows.jsonl")]
     of = {name: [row for row in rows if row["stage"] == name] for name in STAGES}
     assert of["ceilings"][0]["device"] and of["ceilings"][0]["versions"]["jax"]
     assert of["ceilings"][1]["GB_a_second"] > 0 and of["ceilings"][2]["TFLOP_a_second"] > 0
     assert all(0 < row["error_to_allowed"] <= 1 for row in of["conformance"])
     (sinkhorn, softmax), all_cells = of["rates"], 2 * 40 * 40
-    for row, passes, cells in ((sinkhorn, 44, gpu_rates.cells(Case(1, 2, 40, 8, ()))), (softmax, 1, all_cells)):
+    for row, passes, cells in ((sinkhorn, 44, Case(1, 2, 40, 8).cells()), (softmax, 1, all_cells)):
         assert 0 < row["error"] < 2.0**-6 and row["forward_backward_ms"] > 0 and row["forward_compile_s"] > 0
         seconds = row["ps_a_cell_and_half_iteration"] * 1e-12 * cells * passes
         assert seconds == pytest.approx(row["forward_ms"] / 1e3)
@@ -179,7 +182,7 @@ def test_what_a_stage_found_before_it_failed_is_kept(error, told, tmp_path, monk
     else:
         with pytest.raises(type(error)):  # the log has the traceback
             bench_gpu.main(flags)
-    rows = bench_gpu.read_rows(tmp_path / "rows.jsonl")
+    rows = harness.read_rows(tmp_path / "rows.jsonl")
     assert rows == [
         {"stage": "alignments", "what": "first", "seconds": 1.0},
         {"stage": "alignments", "failed": told},
@@ -189,7 +192,7 @@ def test_what_a_stage_found_before_it_failed_is_kept(error, told, tmp_path, monk
 
 def test_half_a_row_of_a_stage_that_was_ended_is_left_out(tmp_path):
     (tmp_path / "rows").write_text('{"stage": "rates"}\n{"stage": "ra')
-    assert bench_gpu.read_rows(tmp_path / "rows") == [{"stage": "rates"}]
+    assert harness.read_rows(tmp_path / "rows") == [{"stage": "rates"}]
 
 
 def test_logs_are_kept_short(tmp_path, monkeypatch):
@@ -215,7 +218,7 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
 def test_a_stage_does_not_measure_the_cpu_in_place_of_the_card(stage, tmp_path):
     with pytest.raises(RuntimeError, match="JAX computes on cpu here, not on a GPU"):
         bench_gpu.main(["--all", f"--stage={stage}", f"--output={tmp_path}"])
-    (row,) = bench_gpu.read_rows(tmp_path / "rows.jsonl")
+    (row,) = harness.read_rows(tmp_path / "rows.jsonl")
     assert "not on a GPU" in row["failed"]
 
 
@@ -240,22 +243,22 @@ def test_wrong_command_lines_are_explained(flags, told, capsys):
 def test_wrong_numbers_are_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_rates, "TOLERANCE", {"bfloat16": 1e-9})
     with tiny.quick_compilation():
-        (row,) = gpu_rates.measured([gpu_rates.Row(40, None, "softmax, xla")], SMALL)
+        (row,) = gpu_rates.measured([gpu_rates.Entry(40, None, "softmax, xla", **SMALL)])
     assert "is not below 1.0e-09; not timed" in row["failed"] and 1e-9 < row["error"] < 2.0**-6
     assert "forward_ms" not in row
 
 
 def test_a_method_that_cannot_run_costs_its_own_row():
-    plan = [gpu_rates.Row(40, None, method) for method in ("pallas_gpu", "softmax, xla")]
+    plan = [gpu_rates.Entry(40, None, method, **SMALL) for method in ("pallas_gpu", "softmax, xla")]
     with tiny.quick_compilation():
-        refused, timed = gpu_rates.measured(plan, SMALL)
+        refused, timed = gpu_rates.measured(plan)
     assert "there is no GPU here" in refused["failed"] and timed["forward_ms"] > 0
 
 
 def test_cells_of_a_band_are_those_of_the_support():
     i = np.arange(40)
-    assert gpu_rates.cells(Case(3, 2, 40, 4, ())) == 6 * (np.abs(i[:, None] - i) <= 4).sum()
-    assert gpu_rates.cells(Case(3, 2, 40, None, ())) == 6 * 40 * 40
+    assert Case(3, 2, 40, 4).cells() == 6 * (np.abs(i[:, None] - i) <= 4).sum()
+    assert Case(3, 2, 40, None).cells() == 6 * 40 * 40
 
 
 def test_rows_of_rates_can_be_chosen():
@@ -272,12 +275,11 @@ def test_rows_of_rates_can_be_chosen():
         "--dtypes",
         "float32",
     ]
-    plan, _ = bench_gpu.settings_of(bench_gpu._parse([*flags, "--methods", "pallas_gpu", "softmax, xla"])).rates
+    plan = bench_gpu.settings_of(bench_gpu._parse([*flags, "--methods", "pallas_gpu", "softmax, xla"])).rates
     assert [(row.length, row.band, row.method) for row in plan] == [
         (length, *of) for length in (8, 16) for of in ((4, "pallas_gpu"), (None, "pallas_gpu"), (None, "softmax, xla"))
     ]
-    assert bench_gpu.settings_of(bench_gpu._parse(["--stages", "rates", "--stage=rates"])).rates is None
-    assert set(bench_gpu._METHODS) == set(gpu_rates.METHODS)
+    assert bench_gpu.settings_of(bench_gpu._parse(["--stages", "rates", "--stage=rates"])).rates == ()
 
 
 # ---- stages that start programs ----
@@ -291,14 +293,14 @@ def test_alignments_are_as_many_as_there_is_time_for(seconds, many, tmp_path, mo
         clock[0] += 7.0
         return {"what": what, "pairs": number}
 
-    monkeypatch.setattr(gpu_stages.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(gpu_stages, "_aligned", aligned)
-    rows = list(gpu_stages.alignments(Settings(seconds, tmp_path, tmp_path)))
+    monkeypatch.setattr(gpu_programs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(gpu_programs, "_aligned", aligned)
+    rows = list(gpu_programs.alignments(Settings(seconds, tmp_path, tmp_path)))
     assert [row["pairs"] for row in rows] == [2048, *([many] if many else [])]
 
 
 def test_pairs_are_random_proteins_in_the_format_of_align(tmp_path):
-    gpu_stages.write_pairs(tmp_path / "pairs.tsv", 50, 30)
+    gpu_programs.write_pairs(tmp_path / "pairs.tsv", 50, 30)
     lines = [line.split("\t") for line in (tmp_path / "pairs.tsv").read_text().splitlines()]
     assert [line[0] for line in lines] == list(map(str, range(50)))
     assert len({residues for line in lines for residues in line[1:]}) == 100
@@ -312,14 +314,14 @@ def test_training_is_told_to_stop_before_it_is_ended():
         command = [sys.executable, "-c", program]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         process.stdout.readline()  # the handler stands
-        status, errors = gpu_stages.stop_softly(
+        status, errors = gpu_programs.stop_softly(
             process, 1.0 if expected != 1 else 60.0, 60.0 if expected == 75 else 1.0
         )
         assert status == expected and (expected != 1 or "no data" in errors)
 
 
 def test_a_program_that_fails_is_quoted():
-    assert gpu_stages.run_script("scripts/align.py", "--pairs=/nowhere.tsv").startswith("align.py: align.py: ")
+    assert gpu_programs.run_script("scripts/align.py", "--pairs=/nowhere.tsv").startswith("align.py: align.py: ")
 
 
 def test_numbers_above_what_is_allowed_fail_a_stage(tmp_path, monkeypatch):
@@ -329,7 +331,7 @@ def test_numbers_above_what_is_allowed_fail_a_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "against_reference", lambda *_, **__: found)
     monkeypatch.setattr(gpu_kernels, "INTERPRET", False)  # a stage's own process switches it on: undone at the end
     assert bench_gpu.main(["--all", "--tiny", "--stage=conformance", f"--output={tmp_path}"]) == 0
-    (row,) = bench_gpu.read_rows(tmp_path / "rows.jsonl")
+    (row,) = harness.read_rows(tmp_path / "rows.jsonl")
     assert row["failed"] == "above what is allowed: dk, dq" and (row["worst"], row["error"]) == ("dk", "nan")
     assert "- failed: above what is allowed: dk, dq" in bench_gpu.tables([row])
     assert scheduled(tmp_path / "rest", monkeypatch, "--all", rows=[row])[1] == ["conformance"]
@@ -369,12 +371,12 @@ def test_random_pairs_of_training_are_padded_and_aligned():
 
 
 def test_every_requirement_is_carried_or_there():
-    def names(lines):
-        return {re.split(r"[^\w-]", line.lower())[0] for line in lines if line.strip() and line[0] not in "#-"}
-
-    required = names((ROOT / "requirements.txt").read_text().splitlines()) - {"wandb"}
-    assert required <= names(gpu_wheels.WHEELS) | set(gpu_wheels.THERE)
-    assert not names(gpu_wheels.WHEELS) & set(gpu_wheels.THERE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = project["dependencies"] + project["optional-dependencies"]["train"]
+    wheels = [Requirement(line).name for line in gpu_wheels.wanted()]
+    assert {Requirement(line).name for line in required} - {"wandb"} <= {*wheels, *gpu_wheels.THERE}
+    assert not set(wheels) & gpu_wheels.THERE and len(wheels) == len(set(wheels))
+    assert {"flax", "tabulate", "dm-tree"} <= set(wheels) and "wandb" not in wheels
 
 
 def test_too_many_wheels_and_wheels_of_this_machine_are_refused(tmp_path):
@@ -398,7 +400,6 @@ def test_pip_that_fails_is_explained(tmp_path, monkeypatch, capsys):
 def test_tilings_are_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
     monkeypatch.setattr(tune_gpu, "_CALLS", 1)
-    monkeypatch.setattr(tune_gpu, "_WARM_UP", 0.0)
     problem, tiling = tune_gpu.Problem(40, 8, 16, "float32"), tune_gpu.Tiling(16, 4, 1, True)
     monkeypatch.setattr(tune_gpu, "variants", lambda kind: [tune_gpu.Variant(kind, problem, tiling, block=32)])
     tune_gpu.main(["--kinds", "sum", "gradient", "--residues=80", "--rounds=1", f"--output={tmp_path / 'rows.jsonl'}"])

@@ -1,0 +1,249 @@
+"""Named problems of attention, and the methods that scripts/bench_attention.py compares on them.
+
+A method is made of a case and the name of an implementation. It is a function of q, k, v, lengths and dustbin scores
+that returns the output.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import harness
+from benchmarks.harness import Row
+from ot_attention import SinkhornSpec, sinkhorn_attention, sparse
+from ot_attention.backends.xla import Band
+
+STEPS = SinkhornSpec().base_steps + SinkhornSpec().tail_steps
+HAS_OTT = importlib.util.find_spec("ott") is not None
+_MOST_ORACLE_CELLS = 4 * 2048 * 2048  # dense in float64; larger problems are judged by the banded code in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem: q, k, v [batch, length, heads, width], normal, with scores of standard deviation sd."""
+
+    batch: int
+    heads: int
+    length: int
+    band: int | None
+    methods: tuple[str, ...] = ()
+    width: int = 64
+    dustbin: Literal["none", "unit", "full"] = "none"
+    ragged: bool = False
+    sd: float = 1.0
+    epsilon: float = 1.0
+
+    def arguments(self, dtype: str = "float32", seed: int = 0) -> tuple:
+        """Draw q, k, v, lengths, dustbin scores and a cotangent of the output, equal in every dtype up to rounding."""
+        shape = self.batch, self.length, self.heads, self.width
+        keys = jax.random.split(jax.random.key(seed), 4)
+        q, k, v, cotangent = (jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys)
+        least, rng = self.length // 3 if self.ragged else self.length, np.random.default_rng(seed)
+        lengths = tuple(jnp.asarray(rng.integers(least, self.length + 1, self.batch), jnp.int32) for _ in range(2))
+        score = None if self.dustbin == "none" else jnp.zeros(self.heads, dtype)
+        return q * self.sd, k, v, lengths, score, cotangent
+
+    def cells(self) -> int:
+        """Count the scores in the support of all heads, if sequences have no padding."""
+        band = self.length - 1 if self.band is None else min(self.band, self.length - 1)
+        return self.batch * self.heads * ((2 * band + 1) * self.length - band * (band + 1))
+
+
+_OURS = ("softmax", "softmax head by head", "tail", "newton, tail", "newton, implicit")
+_PEERS = ("softmax", "tail", "dense unrolled", "ott unrolled", "ott implicit", "ott kernel mode")
+CASES = {
+    "long": Case(1, 4, 2048, 256, _OURS),
+    "long, dustbin": Case(1, 4, 2048, 256, _OURS, dustbin="full"),
+    "long, sharp": Case(1, 4, 2048, 256, _OURS[:3], sd=30.0),
+    "long, epsilon .05": Case(1, 4, 2048, 256, _OURS[:3], epsilon=0.05),
+    "short": Case(32, 4, 192, 64, _OURS),
+    "short, ragged, dustbin": Case(32, 4, 192, 64, _OURS, dustbin="full", ragged=True),
+    "peers, full support": Case(1, 4, 1024, None, _PEERS),
+    "peers, band 64": Case(1, 4, 1024, 64, ("softmax", "tail", "newton, implicit", "dense unrolled")),
+}
+_SCALING = "softmax", "tail", "newton, implicit"
+_SPARSE = "softmax, dense", "sparse sinkhorn", "sparse sinkhorn, sortcut"
+SERIES = {  # cases of growing length, of which slopes and a figure are made
+    "scaling": {f"scaling {1024 << n}": Case(1, 1, 1024 << n, 256, _SCALING) for n in range(6)},
+    "sparse": {f"sparse {1024 << n}": Case(1, 1, 1024 << n, None, _SPARSE) for n in range(5)},
+}
+
+
+# ---- methods ----
+
+
+def sinkhorn(case: Case, implementation: str, **changes) -> Callable:
+    """Make Sinkhorn attention of one implementation."""
+    spec = SinkhornSpec(band=case.band, dustbin=case.dustbin, epsilon=case.epsilon, **changes)
+
+    def attend(q, k, v, lengths, score):
+        return sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)[0]
+
+    return attend
+
+
+def softmax(case: Case, head_by_head: bool) -> Callable:
+    """Make banded softmax attention with automatic differentiation, over the blocks that Sinkhorn attention uses."""
+
+    def attend_heads(q, k, v, n_q, n_k):
+        band = Band.create(n_q, n_k, q.shape[1], k.shape[1], case.band)
+        scores = band.mask(band.outer(q / (q.shape[-1] ** 0.5 * case.epsilon), k), -jnp.inf)
+        top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(q.dtype).min))
+        weights = jnp.exp(scores - top)
+        total = band.put_rows(weights.sum(-1))
+        return band.times(weights, v) / jnp.where(total > 0, total, 1)[..., None]
+
+    def attend(q, k, v, lengths, score):
+        batch, length, heads, _ = q.shape
+        values = (x.swapaxes(1, 2).reshape(batch * heads, length, -1) for x in (q, k, v))
+        arrays = (*values, *(jnp.repeat(n, heads) for n in lengths))
+        if head_by_head:
+            out = jax.lax.map(lambda one: attend_heads(*(x[None] for x in one))[0], arrays)
+        else:
+            out = attend_heads(*arrays)
+        return out.reshape(batch, heads, length, -1).swapaxes(1, 2)
+
+    return attend
+
+
+def ott(case: Case, implicit: bool, lse_mode: bool = True) -> Callable:
+    """Make attention of ott-jax at full support. It updates columns first, so it gets the transposed problem."""
+    from ott.geometry import geometry
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import implicit_differentiation, sinkhorn
+
+    steps: dict = dict.fromkeys(("inner_iterations", "min_iterations", "max_iterations"), STEPS)
+    differentiation = implicit_differentiation.ImplicitDiff() if implicit else None
+    solver = sinkhorn.Sinkhorn(lse_mode=lse_mode, threshold=-1.0, implicit_diff=differentiation, **steps)
+
+    def one_head(q, k, v):
+        cost = -(k @ q.T) / q.shape[-1] ** 0.5
+        marginals = jnp.ones(len(k), q.dtype), jnp.ones(len(q), q.dtype)
+        return (
+            solver(linear_problem.LinearProblem(geometry.Geometry(cost, epsilon=case.epsilon), *marginals)).matrix.T @ v
+        )
+
+    def attend(q, k, v, lengths, score):
+        return jax.vmap(jax.vmap(one_head, 1, 1))(q, k, v)
+
+    return attend
+
+
+def dense_softmax(q, k, v, lengths, score):
+    """Compute softmax attention at full support."""
+    return sparse.softmax_attention(q, k, v, causal=False, lengths=lengths[0])
+
+
+def sparse_sinkhorn(**changes) -> Callable:
+    """Make Sparse Sinkhorn Attention whose sort network is the identity on the mean queries and keys of blocks."""
+    spec = sparse.SparseSpec(block=64, **changes)
+
+    def attend(q, k, v, lengths, score):
+        batch, length, heads, width = q.shape
+        places, _ = sparse.pooled(q.reshape(batch, length, -1), spec, lengths[0])
+        _, blocks = sparse.pooled(k.reshape(batch, length, -1), spec, lengths[0])
+        places, blocks = (x.reshape(batch, -1, heads, width) / spec.block for x in (places, blocks))
+        scores = jnp.einsum("bihd,bjhd->bhij", places, blocks)
+        return sparse.sparse_sinkhorn_attention(q, k, v, scores, spec, lengths[0])
+
+    return attend
+
+
+_NEWTON: dict = {"base_steps": 10, "solver": "newton"}
+METHODS: dict[str, Callable[[Case, str], Callable]] = {
+    "softmax": lambda case, _: softmax(case, head_by_head=False),
+    "softmax head by head": lambda case, _: softmax(case, head_by_head=True),
+    "tail": sinkhorn,
+    "newton, tail": functools.partial(sinkhorn, **_NEWTON),
+    "newton, implicit": functools.partial(sinkhorn, gradient="implicit", **_NEWTON),
+    "softmax, dense": lambda *_: dense_softmax,
+    "sparse sinkhorn": lambda *_: sparse_sinkhorn(),
+    "sparse sinkhorn, sortcut": lambda *_: sparse_sinkhorn(sortcut=2),
+    "dense unrolled": lambda case, _: sinkhorn(case, "reference", gradient="unrolled"),
+    "ott unrolled": lambda case, _: ott(case, implicit=False),
+    "ott implicit": lambda case, _: ott(case, implicit=True),
+    "ott kernel mode": lambda case, _: ott(case, implicit=False, lse_mode=False),
+}
+# Methods that are compared with another method in float64 instead of their own computation.
+_SAME_AS = {"softmax": "softmax head by head"} | {m: "dense unrolled" for m in METHODS if m.startswith("ott")}
+
+
+def parts(attend: Callable) -> dict[str, Callable]:
+    """Make the timed functions of `Case.arguments`: the output, and the output with gradients of q, k and v."""
+
+    def forward_backward(q, k, v, lengths, score, cotangent):
+        out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, lengths, score), q, k, v)
+        return out, *pull_back(cotangent)
+
+    return {"forward": lambda *given: attend(*given[:-1]), "forward_backward": forward_backward}
+
+
+# ---- errors, against float64 ----
+
+
+@functools.lru_cache(maxsize=4)
+def exact(method: str, case: Case) -> tuple:
+    """Compute output and gradients of a method in float64, dense where that fits into memory."""
+    cells = case.batch * case.heads * case.length**2
+    return _in_float64(METHODS[method](case, "reference" if cells <= _MOST_ORACLE_CELLS else "xla"), case)
+
+
+@functools.lru_cache(maxsize=1)
+def converged(case: Case) -> tuple:
+    """Compute output and gradients at Sinkhorn's fixed point in float64."""
+    spec = {"base_steps": 20, "solver": "newton", "newton_steps": 8, "cg_steps": 60, "gradient": "implicit"}
+    return _in_float64(sinkhorn(case, "xla", **spec), case)
+
+
+def _in_float64(attend: Callable, case: Case) -> tuple:
+    with jax.enable_x64(True):
+        return jax.jit(parts(attend)["forward_backward"])(*case.arguments("float64"))
+
+
+def errors(method: str, case: Case, actual: tuple) -> dict[str, float]:
+    """Compute relative errors of output and gradients, and the gradient's distance to the fixed point's gradient.
+
+    Args:
+      method: Name of the method.
+      case: The problem.
+      actual: Output and gradients of q, k and v in float32.
+    """
+    expected = exact(_SAME_AS.get(method, method), case)
+    with jax.enable_x64(True):
+        off = [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(actual, expected, strict=True)]
+        found = {"out": off[0], "gradient": max(off[1:])}
+        if not method.startswith(("softmax", "sparse")):
+            pairs = zip(actual[1:3], converged(case)[1:3], strict=True)
+            found["gradient_to_converged"] = max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
+    return found
+
+
+# ---- measuring ----
+
+
+def measure(name: str, case: Case, implementation: str, rounds: int) -> list[Row]:
+    """Measure error, compile time, memory and time of every method of a case; ott-jax only where it is installed."""
+    arguments, rows, calls = case.arguments(), {}, {}
+    methods = [method for method in case.methods if HAS_OTT or not method.startswith("ott")]
+    for method in tqdm(methods, desc=name, unit=" methods"):
+        row: Row = {}
+        for part, function in parts(METHODS[method](case, implementation)).items():
+            program, facts = harness.compile_program(function, *arguments)
+            row |= {f"{part}_{fact}": value for fact, value in facts.items()}
+            calls[method, part] = functools.partial(program, *arguments)
+        error = errors(method, case, calls[method, "forward_backward"]())
+        rows[method] = {"case": name, "method": method, "error": error} | row
+    medians = {key: statistics.median(of) for key, of in harness.clock(calls, rounds).items()}
+    for (method, part), seconds in medians.items():
+        softmax = min(t for (m, p), t in medians.items() if p == part and m.startswith("softmax"))
+        rows[method] |= {f"{part}_ms": 1e3 * seconds, f"{part}_to_softmax": seconds / softmax}
+    shared = dataclasses.asdict(case) | {"implementation": implementation} | harness.machine()
+    return [row | shared for row in rows.values()]
