@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ot_attention.backends.tpu_tiles import TILE, Group, Head, Ref, Sizes, dot, flat, iota, ratio, shifted, upright
+from ot_attention.backends import tpu_tiles
+from ot_attention.backends.tpu_tiles import TILE, Group, Head, Ref, dot, flat, iota, ratio, shifted, upright
 from ot_attention.spec import SinkhornSpec
 
 
@@ -50,7 +51,7 @@ class Scratch(NamedTuple):
 
 
 def backward_kernel(
-    integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes: Sizes, spec: SinkhornSpec, dtype
+    integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec: SinkhornSpec, dtype
 ):
     head, zero = Head(integers, scalars, inputs.q, inputs.k, sizes, spec, dtype), jnp.zeros((1, 1), dtype)
     for x in (outputs.dq, scratch.dk_sum, scratch.dv_sum, scratch.f_bar, scratch.x_rows):
@@ -73,19 +74,16 @@ class _Gradient:
             head.each_group(self._make_scores)
 
     def _make_scores(self, group: Group) -> None:
-        queries, (strip, *_, tiles) = self.head.queries(group), self.scratch
+        queries, (tiles, start) = self.head.queries(group), tpu_tiles.tiles_of(self.scratch, group)
 
         def put(n, columns):
-            if tiles is None:
-                strip[n] = self.head.scores(group, queries, n, columns)
-            else:
-                tiles[group.base + n] = self.head.scores(group, queries, n, columns)
+            tiles[start + n] = self.head.scores(group, queries, n, columns)
 
         self.head.each_tile(group, put)
 
     def _scores(self, group: Group, n):
-        strip, *_, tiles = self.scratch
-        return strip[n] if tiles is None else tiles[group.base + n]
+        tiles, start = tpu_tiles.tiles_of(self.scratch, group)
+        return tiles[start + n]
 
     def _fold_groups(self, body, carry):
         """Run `carry = body(group, carry)` for every group, whose scores are there."""

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from ot_attention.backends.tpu_tiles import TILE, Group, Head, Ref, Sizes, dot, flat, iota, log, ratio, shifted, upright
+from ot_attention.backends import tpu_tiles
+from ot_attention.backends.tpu_tiles import TILE, Group, Head, Ref, dot, flat, iota, log, ratio, shifted, upright
 from ot_attention.spec import SinkhornSpec
 
 # Scalings are absorbed into the potentials before they leave this range.
@@ -70,12 +71,17 @@ class _Progress(NamedTuple):
 
 
 def forward_kernel(
-    integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes: Sizes, spec: SinkhornSpec, dtype
+    integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec: SinkhornSpec, dtype
 ):
     head = Head(integers, scalars, inputs.q, inputs.k, sizes, spec, dtype)
     for x in (*outputs[:3], scratch.f, scratch.g):
         x[...] = jnp.zeros_like(x)
-    _Iteration(head, spec, inputs.b, outputs, scratch).run()
+    start, end = jnp.array(0, jnp.int32), spec.base_steps + spec.tail_steps
+    if scratch.tiles is not None and scratch.tiles.dtype != dtype:
+        # Rounded tiles serve the base steps only: the backward pass is exact for the tail's potentials.
+        start = _Iteration(head, spec, inputs.b, outputs, scratch).run(start, spec.base_steps)
+        scratch = scratch._replace(tiles=None)
+    _Iteration(head, spec, inputs.b, outputs, scratch).run(start, end)
     _finish(head, spec, inputs, outputs)
 
 
@@ -83,30 +89,25 @@ class _Iteration:
     """Sinkhorn steps of one head. They leave f and g of every tail step in the outputs."""
 
     def __init__(self, head: Head, spec: SinkhornSpec, b: Ref, outputs: Outputs, scratch: Scratch):
-        self.head, self.spec, self.b = head, spec, b
+        self.head, self.spec, self.b, self.scratch = head, spec, b, scratch
         self.f_tail, self.g_tail = outputs.f_tail, outputs.g_tail
-        self.strip, self.top, self.f, self.g, self.weight, self.mass, self.tiles = scratch
+        self.strip, self.top, self.f, self.g, self.weight, self.mass, _ = scratch
+        self.holds_tiles = scratch.tiles is not None
 
-    def run(self) -> None:
-        steps = self.spec.base_steps + self.spec.tail_steps
-        # Rounded tiles serve the base steps only: the backward pass is exact for the tail's potentials.
-        rounded = self.tiles is not None and self.tiles.dtype != self.head.dtype
-        first_end = self.spec.base_steps if rounded else steps
-        step = self._run_until(first_end, jnp.array(0, jnp.int32), self.tiles is not None)
-        if rounded:
-            self._run_until(steps, step, False)
+    def run(self, step, end: int):
+        """Make all steps before `end`. Returns the number of steps done."""
+        return jax.lax.while_loop(lambda step: step < end, functools.partial(self._absorb, end=end), step)
 
-    def _run_until(self, end: int, step, held: bool):
-        """Make steps until `end`. `held`: K is kept in `tiles`."""
-        return jax.lax.while_loop(lambda step: step < end, lambda step: self._absorb(step, end, held), step)
-
-    def _absorb(self, step, end: int, held: bool):
+    def _absorb(self, step, end: int):
         """Make K from the g reached, scale it while scalings stay in range, and absorb them into g."""
-        if held:
-            self.head.each_group(lambda group: self._make_tiles(group, held))
+        if self.holds_tiles:
+            self.head.each_group(self._make_tiles)
         self.weight[...] = jnp.where(self.b[...] > 0, jnp.ones_like(self.weight), 0)
-        sweep, progress = functools.partial(self._sweep, held=held), _Progress(step, jnp.array(True))
-        progress = jax.lax.while_loop(lambda x: (x.step < end) & x.fine, sweep, progress) if held else sweep(progress)
+        progress = _Progress(step, jnp.array(True))
+        if self.holds_tiles:
+            progress = jax.lax.while_loop(lambda x: (x.step < end) & x.fine, self._sweep, progress)
+        else:  # the next K is made from the potentials reached anyway
+            progress = self._sweep(progress)
         self.g[...] += log(self.weight[...])
         return jax.lax.cond(progress.fine, lambda step: step, self._log_step, progress.step)
 
@@ -130,25 +131,21 @@ class _Iteration:
         self.top[:, group.rows] = flat(highest)
         return highest
 
-    def _make_tiles(self, group: Group, held: bool) -> None:
-        highest = self._gather(group)
+    def _make_tiles(self, group: Group) -> None:
+        highest, (tiles, start) = self._gather(group), tpu_tiles.tiles_of(self.scratch, group)
 
         def scale(n, _):
-            tile = jnp.exp(self.strip[n] - highest)
-            if held:
-                self.tiles[group.base + n] = tile.astype(self.tiles.dtype)
-            else:
-                self.strip[n] = tile
+            tiles[start + n] = jnp.exp(self.strip[n] - highest).astype(tiles.dtype)
 
         self.head.each_tile(group, scale)
 
-    def _sweep(self, progress: _Progress, held: bool) -> _Progress:
+    def _sweep(self, progress: _Progress) -> _Progress:
         """Make one step, `u = 1 / (K v)` and `v = b / (K^T u)`, unless a scaling would leave its range."""
         head, b, dtype = self.head, self.b, self.head.dtype
         recorded = progress.step + 1 >= self.spec.base_steps
         self.mass[...] = jnp.zeros_like(self.mass)
         reached = _Range(jnp.ones((), dtype), jnp.zeros((), dtype))
-        reached = head.fold_groups(functools.partial(self._scale_group, recorded=recorded, held=held), reached)
+        reached = head.fold_groups(functools.partial(self._scale_group, recorded=recorded), reached)
         if head.dustbin:
             reached = self._scale_bin_row(reached)
         new = ratio(b[...], self.mass[...])
@@ -167,14 +164,14 @@ class _Iteration:
 
         return _Progress(progress.step + fine.astype(jnp.int32), fine)
 
-    def _scale_group(self, group: Group, reached: _Range, recorded, held: bool) -> _Range:
+    def _scale_group(self, group: Group, reached: _Range, recorded) -> _Range:
         """Compute u of the group's rows, and add their share to the column sums."""
-        head = self.head
-        if not held:
-            self._make_tiles(group, held)
+        head, (tiles, start) = self.head, tpu_tiles.tiles_of(self.scratch, group)
+        if not self.holds_tiles:
+            self._make_tiles(group)
 
         def tile(n):
-            return self.tiles[group.base + n].astype(head.dtype) if held else self.strip[n]
+            return tiles[start + n].astype(head.dtype)
 
         total = head.row_sums(group, lambda n, columns: tile(n) * self.weight[:, columns])
         u = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)  # the target of a row with support is 1

@@ -214,6 +214,11 @@ class Head:
         return jnp.zeros((TILE, TILE), self.dtype)
 
 
+def tiles_of(scratch, group: Group) -> tuple[Ref, Array | int]:
+    """Return the array that holds the group's tiles, and the place of the first one."""
+    return (scratch.strip, 0) if scratch.tiles is None else (scratch.tiles, group.base)
+
+
 def compute_dtype(heads: Heads):
     """Return the dtype of potentials and marginals, at least float32."""
     return jnp.promote_types(jnp.result_type(heads.q, heads.k, heads.v), jnp.float32)
