@@ -19,6 +19,7 @@ from ot_attention.backends import tpu_backward, tpu_forward
 from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, compute_dtype, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
 
+platform = "tpu"  # see `backends.Backend`
 _MIB = 2**20
 # VMEM of one core. For other chips, and where the chip is not known, the smallest supported VMEM is assumed.
 _VMEM = dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128 * _MIB)
