@@ -83,7 +83,7 @@ def float64():
 
 def small_memory(monkeypatch, mib: float) -> None:
     """Kernels believe in a chip of so little memory."""
-    monkeypatch.setattr(pallas_tpu, "_vmem_capacity", lambda: int(mib * 2**20))
+    monkeypatch.setattr(tpu, "_vmem_capacity", lambda: int(mib * 2**20))
 
 
 @pytest.fixture(autouse=True)
