@@ -61,8 +61,8 @@ class Asap:
     ) -> "Asap":
         """Create the map to f = 0, from which one step starts at the columns."""
         heads, projections, _ = directions.shape
-        weights = jnp.zeros((heads, design_size(features, projections)))
-        return cls(directions, weights, tuple(features), two_sided)
+        empty = cls(directions, jnp.zeros((heads, 0)), tuple(features), two_sided)  # checks the features' names
+        return dataclasses.replace(empty, weights=jnp.zeros((heads, design_size(features, projections))))
 
     def of_every_head(self, batch: int, heads: Heads) -> "Asap":
         """Repeat the map for the heads of a batch. Raises ValueError unless it is of such a layer."""
