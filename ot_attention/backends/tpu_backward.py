@@ -103,28 +103,29 @@ class _Gradient:
 
     def _bin_row(self, r: int, s: int):
         """Compute `exp(S + f_r + g_s)` of the dustbin's row."""
-        (_, _, _, b, f, g, *_), sizes = self.inputs, self.head.sizes
-        f_bin = f[:, r * sizes.all_rows - TILE : r * sizes.all_rows][:, :1]
-        return jnp.exp(self.head.bin_row(b[...]) + f_bin + g[:, s * sizes.all_columns : (s + 1) * sizes.all_columns])
+        inputs, sizes = self.inputs, self.head.sizes
+        f_bin = inputs.f[:, r * sizes.all_rows - TILE : r * sizes.all_rows][:, :1]
+        g = inputs.g[:, s * sizes.all_columns : (s + 1) * sizes.all_columns]
+        return jnp.exp(self.head.bin_row(inputs.b[...]) + f_bin + g)
 
     def start(self) -> None:
         """Compute dv, and the cotangents of the last f and g: row and column sums of P * G, with `G = d_out v^T`."""
-        head, tail, (*_, v, b, _, _, d_out, d_f, d_g), scratch = self.head, self.tail, self.inputs, self.scratch
-        scratch.g_bar[...] = jnp.where(b[...] > 0, d_g[...], 0)
+        head, inputs, scratch = self.head, self.inputs, self.scratch
+        scratch.g_bar[...] = jnp.where(inputs.b[...] > 0, inputs.d_g[...], 0)
 
         def of_group(group, carry):
-            d_rows, f = head.rows_of(d_out, group), self._f(tail, group)
+            d_rows, f = head.rows_of(inputs.d_out, group), self._f(self.tail, group)
             transposed = d_rows.T
 
             def weighted_plan(n, columns):
-                plan = jnp.exp(self._scores(group, n) + f + self._g(tail, columns))
+                plan = jnp.exp(self._scores(group, n) + f + self._g(self.tail, columns))
                 scratch.dv_sum[:, columns] += dot(d_rows, plan, (1, 0)).astype(head.dtype)
-                weighted = plan * dot(transposed, head.columns_of(v, columns), (1, 0)).astype(head.dtype)
+                weighted = plan * dot(transposed, head.columns_of(inputs.v, columns), (1, 0)).astype(head.dtype)
                 scratch.g_bar[:, columns] += weighted.sum(0, keepdims=True)
                 return weighted
 
             total = head.row_sums(group, weighted_plan, dustbin=False)
-            scratch.f_bar[:, group.rows] = d_f[:, group.rows] + flat(total)
+            scratch.f_bar[:, group.rows] = inputs.d_f[:, group.rows] + flat(total)
             return carry
 
         self._fold_groups(of_group, 0)
@@ -175,23 +176,22 @@ class _Gradient:
 
     def write(self, outputs: Outputs, score_bar) -> None:
         """Write the gradients of q, k, v and the dustbin score."""
-        head, dtype, dk_sum = self.head, self.head.dtype, self.scratch.dk_sum
-        (q, k, v, *_, d_out, _, _), dq = self.inputs, outputs.dq
+        head, dtype, inputs, dk_sum = self.head, self.head.dtype, self.inputs, self.scratch.dk_sum
 
         def of_group(group, score_bar):
-            d_rows, q_rows = head.rows_of(d_out, group), head.rows_of(q, group)
+            d_rows, q_rows = head.rows_of(inputs.d_out, group), head.rows_of(inputs.q, group)
             transposed, f = d_rows.T, [self._f(r, group) for r in range(1, self.tail + 1)]
             d_tail = self._tail_cotangent(group, f)
 
             def pull_back(n, columns, total):
                 plan = jnp.exp(self._scores(group, n) + f[-1] + self._g(self.tail, columns))
-                d = d_tail(n, columns) + plan * dot(transposed, head.columns_of(v, columns), (1, 0)).astype(dtype)
-                d *= head.scale
+                d_plan = dot(transposed, head.columns_of(inputs.v, columns), (1, 0)).astype(dtype)
+                d = (d_tail(n, columns) + plan * d_plan) * head.scale
                 dk_sum[:, columns] += dot(q_rows, d, (1, 0)).astype(dtype)
-                return total + dot(head.columns_of(k, columns), d, (1, 1)).astype(dtype)
+                return total + dot(head.columns_of(inputs.k, columns), d, (1, 1)).astype(dtype)
 
-            total = head.fold_tiles(group, pull_back, jnp.zeros((q.shape[0], TILE), dtype), dustbin=False)
-            dq[:, group.rows] = total.astype(dq.dtype)
+            total = head.fold_tiles(group, pull_back, jnp.zeros((inputs.q.shape[0], TILE), dtype), dustbin=False)
+            outputs.dq[:, group.rows] = total.astype(outputs.dq.dtype)
             if head.dustbin:
                 score_bar += d_tail(group.number, head.bin_columns).sum(1, keepdims=True).sum(0, keepdims=True)
             return score_bar
