@@ -1,18 +1,18 @@
-"""Sparse Sinkhorn Attention (Tay et al., arXiv 2002.11296): blocks of keys and values are sorted, attention is local.
+"""Sparse Sinkhorn Attention (Tay et al., arXiv 2002.11296; docs/math.md, section 11).
 
-A sort network scores every place against every block; balanced, the scores are a soft permutation, by which keys and
-values move. A query attends, in one softmax, to the block that came to its place and to its own.
+A sort network scores every place against every block of keys and values. Sinkhorn steps balance the scores into a soft
+permutation, by which blocks move to places. A query attends, in one softmax, to the block at its place and to its own.
 
 Where the paper leaves room, we chose:
 
-- The sort network is the caller's (`models/attention.py`); here are what it reads (`pooled`) and what becomes of its
-  scores. The paper's has one output for every place and so one length; scores of places against blocks fit any number.
-- A step of balancing sums columns, then rows, so that every place holds a mean of blocks however few steps there are.
-- Blocks that reach over the end of a sequence: the key that comes to a place is the mean over real residues, and its
-  weight in the softmax is the share of them.
-- Causal: a block moves to later places only, never stays, since its own place may not see all of it; and column sums
-  run over places up to the one at hand, since later ones depend on what it may not see. The only doubly stochastic
-  matrix on that triangle is the shift by one place, and the balance tends to it: after k steps any other block has at
+- The caller brings the sort network (`models/attention.py`), which reads `pooled`. The paper's network has one output
+  for every place, and so one length; scores of places against blocks fit any length.
+- A balancing step normalises columns, then rows: every place holds a mean of blocks after any number of steps.
+- The last block may reach over the end of a sequence. The key that comes to a slot is the mean over real residues, and
+  its weight in the softmax is the share of real residues.
+- Causal: a block moves to later places only, since its own place may not see all of it. Column sums run over places up
+  to the current one, since later places depend on residues that it may not see. The only doubly stochastic matrix on
+  that triangle is the shift by one place, and balancing tends to it: after k steps any other block has a share of at
   most about 1 / k. Take few steps.
 """
 
@@ -25,10 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ot_attention import reference, support
 
-_LEAST_SHARE = (
-    1e-6  # of real residues in what comes to a place; with less nothing came, or the mean's gradient overflows
-)
-_NEVER = -1e30  # a score: finite, because cumulative sums of minus infinities have no gradient
+_LEAST_SHARE = 1e-6  # Smaller shares of real residues count as 0: the gradient of their mean would overflow.
+_NEVER = -1e30  # Score of a forbidden block: finite, because cumulative sums of minus infinities have no gradient.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +34,10 @@ class SparseSpec:
     """Settings of one layer; hashable.
 
     block: residues in a block.
-    steps: of balancing, columns then rows.
-    temperature: scores, with Gumbel noise if there is any, are divided by it.
+    steps: number of balancing steps, each of columns, then rows.
+    temperature: divides the scores, Gumbel noise included.
     causal: a query sees no later residue.
-    sortcut: queries attend to so many sorted blocks, the first ones, and to nothing else; None for sorted and own.
+    sortcut: number of sorted blocks, from the first, to which all queries attend; None for the sorted and own blocks.
     mixture: adds dense softmax attention to the output.
 
     Raises ValueError for values out of range.
@@ -63,16 +61,16 @@ class SparseSpec:
             raise ValueError(f"sortcut={self.sortcut} with causal=True: the first places would see later blocks")
 
     def blocks(self, length: int) -> int:
-        """How many there are in a sequence of (padded) `length`."""
+        """Return the number of blocks in a sequence of (padded) `length`."""
         return -(-length // self.block)
 
 
 def pooled(
     x: Float[Array, "batch length width"], spec: SparseSpec, lengths: Int[Array, "batch"]
 ) -> tuple[Float[Array, "batch blocks width"], Float[Array, "batch blocks width"]]:
-    """What a sort network may know of places and of blocks: sums over blocks, padding left out.
+    """Sum over each block, padding left out: a sort network's inputs for places and for blocks.
 
-    Causal, a place knows the sum over all blocks before it.
+    With `spec.causal` a place's input is the sum over all earlier blocks.
     """
     blocks = _cut(support.zero_padding(x, lengths), spec.block).sum(2)
     places = jnp.cumsum(blocks, 1) - blocks if spec.causal else blocks
@@ -85,9 +83,9 @@ def soft_permutation(
     lengths: Int[Array, "batch"],
     noise: Key[Array, "batch"] | None = None,
 ) -> Float[Array, "batch heads places blocks"]:
-    """How much of each block comes to each place: scores balanced in the log domain; 0 where there is no block.
+    """Balance scores in the log domain: the share of each block that comes to each place, 0 where there is no block.
 
-    noise: random keys, one an example; Gumbel noise from them is added to the scores, as in training.
+    noise: random keys, one for each example, for Gumbel noise added to the scores; None when not training.
     """
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if noise is not None:
@@ -129,12 +127,12 @@ def sparse_sinkhorn_attention(
     lengths: Int[Array, "batch"] | None = None,
     noise: Key[Array, "batch"] | None = None,
 ) -> Float[Array, "batch length heads value"]:
-    """Softmax attention to the sorted and the own block; the output has the dtype of v, and is 0 at padding.
+    """Attend by softmax to the sorted and the own block. The output has the dtype of v, and is 0 at padding.
 
-    scores: of the sort network, `spec.blocks(length)` places against as many blocks; float32 is best.
-    noise: as of `soft_permutation`; None when not training.
+    scores: the sort network's, places against blocks, `spec.blocks(length)` of each; float32 is best.
+    noise: as in `soft_permutation`.
 
-    Raises ValueError: shapes that do not fit, naming the argument.
+    Raises ValueError for shapes that do not fit, naming the argument.
     """
     q, k, v, lengths = _checked(q, k, v, lengths)
     blocks = spec.blocks(q.shape[1])
@@ -158,7 +156,7 @@ def local_attention(
     spec: SparseSpec,
     lengths: Int[Array, "batch"] | None = None,
 ) -> Float[Array, "batch length heads value"]:
-    """Softmax attention to the own block alone, which `spec.block` and `spec.causal` describe. Raises ValueError."""
+    """Attend by softmax to the own block alone; only `spec.block` and `spec.causal` are read. Raises ValueError."""
     q, k, v, lengths = _checked(q, k, v, lengths)
     return support.zero_padding(_attend_to_blocks(q, k, v, None, spec, lengths), lengths)
 
@@ -171,24 +169,17 @@ def softmax_attention(
     causal: bool,
     lengths: Int[Array, "batch"] | None = None,
 ) -> Float[Array, "batch length heads value"]:
-    """Dense softmax attention, 0 at padding. Raises ValueError."""
+    """Attend by dense softmax; 0 at padding. Raises ValueError for shapes that do not fit."""
     q, k, v, lengths = _checked(q, k, v, lengths)
-    logits = _logits("bshd,bthd->bhst", q, k)
-    place = jnp.arange(q.shape[1])
-    allowed = (place < lengths[:, None])[:, None, None]
-    if causal:
-        allowed &= place <= place[:, None]
-    out = jnp.einsum("bhst,bthd->bshd", _softmax(logits, allowed).astype(v.dtype), v)
-    return support.zero_padding(out, lengths)
+    one_block = SparseSpec(block=q.shape[1], causal=causal)
+    return support.zero_padding(_attend_to_blocks(q, k, v, None, one_block, lengths), lengths)
 
 
 def _checked(q, k, v, lengths):
-    """The arrays, with 0 as padding. Raises ValueError."""
+    """Return the arrays with 0 as padding, and lengths. Raises ValueError for shapes that do not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if jnp.ndim(x) != 4 or 0 in jnp.shape(x):
-            raise ValueError(
-                f"{name} has shape {jnp.shape(x)}; it must be [batch, length, heads, width], none of them 0"
-            )
+            raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be [batch, length, heads, width], none 0")
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"k and v have shapes {k.shape} and {v.shape}; with q they must be {(*q.shape[:3], 'any')}")
     if lengths is None:
@@ -204,8 +195,9 @@ def _cut(x: Float[Array, "batch length ..."], block: int) -> Float[Array, "batch
 
 
 def _sorted(permutation, k, v, spec: SparseSpec, lengths):
-    """Keys and values `[batch, place, slot, heads, width]` as they come to each place, and the share that is real of
-    each `[batch, heads, place, slot]`.
+    """Move blocks of keys and values to places, `[batch, place, slot, heads, width]`.
+
+    The third result is the share of real residues in each slot, `[batch, heads, place, slot]`.
     """
     k, v = _cut(k, spec.block), _cut(v, spec.block)
     place = jnp.arange(k.shape[1] * spec.block)
@@ -222,7 +214,7 @@ def _sorted(permutation, k, v, spec: SparseSpec, lengths):
 
 
 def _attend_to_blocks(q, k, v, moved, spec: SparseSpec, lengths):
-    """In one softmax to the own block and, if given, the sorted one."""
+    """Attend in one softmax to the own block and, if given, the sorted one: `moved` as `_sorted` returns it."""
     length = q.shape[1]
     q, k, v = (_cut(x, spec.block) for x in (q, k, v))
     slot = jnp.arange(spec.block)
@@ -241,7 +233,7 @@ def _attend_to_blocks(q, k, v, moved, spec: SparseSpec, lengths):
 
 
 def _attend_to_first(q, moved_k, moved_v, share, blocks: int):
-    """SortCut: `softmax(Q psi(K)[:n]^T) psi(V)[:n]`, all queries to the same n sorted blocks."""
+    """Attend by SortCut, `softmax(Q psi(K)[:n]^T) psi(V)[:n]`: all queries to the same n sorted blocks."""
     k, v = (x[:, :blocks].reshape(x.shape[0], -1, *x.shape[3:]) for x in (moved_k, moved_v))
     share = share[:, :, :blocks].reshape(*share.shape[:2], 1, -1)
     logits = _logits("bshd,bthd->bhst", q, k) + jnp.log(jnp.where(share > 0, share, 1))
@@ -254,7 +246,7 @@ def _logits(product: str, q, k):
 
 
 def _softmax(logits, allowed):
-    """0 in rows where nothing is allowed."""
+    """Compute softmax over allowed entries; 0 in rows without any."""
     top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True, initial=_NEVER, where=allowed))
     weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, logits - top, 0)), 0)
     return support.divide(weights, jnp.broadcast_to(weights.sum(-1, keepdims=True), weights.shape))

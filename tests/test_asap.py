@@ -1,4 +1,4 @@
-"""ot_attention/asap.py: one-dimensional duals, the map and its fit, and plans, against SciPy and dense NumPy."""
+"""ot_attention/asap/: one-dimensional duals, the map and its fit, and plans, against SciPy and dense NumPy."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from scipy.special import logsumexp
 
 from ot_attention import SinkhornSpec, asap, sinkhorn_attention, support, transport_plan
-from ot_attention.asap import Asap, Sample
+from ot_attention.asap import Asap, Sample, transport
 from tests.support import tiny
 
 BATCH, HEADS, WIDTH = 3, 2, 8
@@ -99,7 +99,7 @@ def test_uniform_masses_need_no_search():
     x, y = (jnp.asarray(z, jnp.float32) for z in rng.normal(size=(2, 50)))
     for n_x, n_y in ((50, 50), (50, 20), (7, 45), (30, 40)):
         counts = jnp.array(n_x), jnp.array(n_y)
-        f = asap._uniform(x, y, *counts, *asap._uniform_staircase(*counts, 50))
+        f = transport.uniform(x, y, *counts, *transport.uniform_staircase(*counts, 50))
         masses = ((jnp.arange(50) < n).astype(jnp.float32) for n in (n_x, n_y))
         np.testing.assert_allclose(f[:n_x], asap.kantorovich(x, y, *masses)[0][:n_x], atol=1e-4)
 

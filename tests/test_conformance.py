@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention, support, transport_plan
 from ot_attention.api import by_head
 from ot_attention.backends import gpu_kernels, tpu
-from ot_attention.backends.tpu_tiles import Problem, Sizes
+from ot_attention.backends.tpu_tiles import HeadTables, Sizes
 from ot_attention.spec import Heads
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_gpu"]
@@ -83,7 +83,7 @@ def float64():
 
 def small_memory(monkeypatch, mib: float) -> None:
     """Kernels believe in a chip of so little memory."""
-    monkeypatch.setattr(pallas_tpu, "_vmem_capacity", lambda: int(mib * 2**20))
+    monkeypatch.setattr(tpu, "_vmem_capacity", lambda: int(mib * 2**20))
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ def test_tiles_of_any_lengths_fit_the_memory_that_is_laid_out(dustbin):
         @jax.jit
         def told_and_windows(q, k, n_q, n_k, row, sizes=sizes, spec=spec):
             heads = Heads(q, k, k, jnp.zeros(number_of), n_q, n_k)
-            return Problem.create(heads, spec, sizes).whole, support.row_windows(row, n_q, n_k, spec.band)
+            return HeadTables.create(heads, spec, sizes).integers, support.row_windows(row, n_q, n_k, spec.band)
 
         told, windows = jax.device_get(told_and_windows(q, k, n_q, n_k, row))
         told = told.reshape(number_of, -1)[:, 2:].reshape(number_of, sizes.groups, 4)

@@ -1,12 +1,12 @@
 """One head's problem in tiles of 128 x 128 scores, as the TPU kernels see it.
 
-A group of 128 rows meets the tiles from its first row's first column to its last row's last; those and no others are
-visited, so neither padding nor what the band leaves out costs anything, and only tiles on an edge of the band are
-masked. The dustbin is one column more, in a last tile of its own.
+Rows are taken in groups of 128. A group visits only the tiles between the first column of its first row and the last
+column of its last row, so padding and columns outside the band cost nothing. Only tiles on an edge of the band are
+masked. The dustbin is one more column, in a last tile of its own.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,15 @@ from ot_attention import support
 from ot_attention.spec import Heads, SinkhornSpec
 
 TILE = 128
+Ref = Any  # a reference to VMEM inside a kernel; outside, its `jax.ShapeDtypeStruct`
 
 
 class Sizes(NamedTuple):
-    """Of one head's problem, in tiles."""
+    """Numbers of tiles in one head's problem."""
 
-    groups: int  # of rows
-    chunks: int  # of columns
-    tiles: int  # at most so many meet the band, with those of the dustbin
+    groups: int  # of 128 rows
+    chunks: int  # of 128 columns
+    tiles: int  # bound on the tiles that all groups visit, the dustbin's included
     dustbin: bool
 
     @property
@@ -37,7 +38,7 @@ class Sizes(NamedTuple):
 
     @property
     def all_rows(self) -> int:
-        """With one tile more, whose first entry is the dustbin, if there is one."""
+        """Rows, and one more tile whose first entry is the dustbin, if there is one."""
         return self.rows + self.dustbin * TILE
 
     @property
@@ -55,60 +56,60 @@ class Sizes(NamedTuple):
         return cls(groups, chunks, tiles + dustbin * groups, dustbin)
 
 
-class Problem(NamedTuple):
-    """What the kernels are told about every head, beside q, k and v."""
+class HeadTables(NamedTuple):
+    """Tables of all heads that the kernels read, beside q, k and v."""
 
-    whole: Array  # int32, for each head its lengths and for each group the four numbers of `Group`
+    integers: Array  # int32; for each head n_q, n_k, then for each group `first`, `number`, `inner`, `inner_end`
     scalars: Array  # for each head the dustbin's score and the target of its row
     b: Array  # [N, 1, all columns], targets of columns
 
     @classmethod
-    def create(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "Problem":
+    def create(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "HeadTables":
         n_q, n_k, dtype = heads.n_q, heads.n_k, compute_dtype(heads)
         start = jnp.broadcast_to(jnp.arange(0, sizes.rows, TILE, dtype=jnp.int32), (len(n_q), sizes.groups))
         end = jnp.minimum(start + TILE, n_q[:, None])
-        # Windows move forwards: the first row's bound all others' from below, the last row's from above.
+        # Windows move forward with the row: no window starts before the first row's or ends after the last row's.
         least_first, least_last = support.row_windows(start, n_q, n_k, spec.band)
         largest_first, largest_last = support.row_windows(end - 1, n_q, n_k, spec.band)
-        some = (start < n_q[:, None]) & (n_k[:, None] > 0)
-        first = jnp.where(some, least_first // TILE, 0)
-        number = jnp.where(some, jnp.maximum(largest_last // TILE + 1 - first, 0), 0)
-        # Tiles without an edge: every row exists, and has every column.
+        exists = (start < n_q[:, None]) & (n_k[:, None] > 0)
+        first = jnp.where(exists, least_first // TILE, 0)
+        number = jnp.where(exists, jnp.maximum(largest_last // TILE + 1 - first, 0), 0)
+        # Tiles without an edge of the support: every row exists, and its window holds every column.
         inner, inner_end = -(-largest_first // TILE), (least_last + 1) // TILE
         inner_end = jnp.where(start + TILE <= n_q[:, None], inner_end, inner)
         groups = jnp.stack([first, number, inner, inner_end], -1)
-        whole = jnp.concatenate([jnp.stack([n_q, n_k], -1), groups.reshape(len(n_q), -1)], -1).reshape(-1)
+        integers = jnp.concatenate([jnp.stack([n_q, n_k], -1), groups.reshape(len(n_q), -1)], -1).reshape(-1)
         a, b = support.targets(n_q, n_k, heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype)
         scalars = jnp.stack([heads.dustbin_score.astype(dtype), a[:, -1]], -1).reshape(-1)
-        return cls(whole, scalars, with_dustbin(b, sizes.columns, sizes.all_columns))
+        return cls(integers, scalars, with_dustbin(b, sizes.columns, sizes.all_columns))
 
 
 class Group(NamedTuple):
-    """128 rows: which, where their tiles begin among all, and the tiles that they meet."""
+    """A group of 128 rows and the tiles that it visits."""
 
     rows: pl.Slice
-    base: Array
-    first: Array
-    number: Array
-    inner: Array  # first tile without an edge
+    base: Array  # place of the group's first tile among the tiles of all groups
+    first: Array  # chunk of columns of the first tile
+    number: Array  # of tiles, without the dustbin's
+    inner: Array  # chunk of the first tile without an edge of the support
     inner_end: Array
 
 
 class Head:
-    """One head inside a kernel: its rows and tiles, and scores made from them."""
+    """One head inside a kernel: loops over its groups and tiles, scores, and masked slices."""
 
-    def __init__(self, whole, scalars, q, k, sizes: Sizes, spec: SinkhornSpec, dtype):
+    def __init__(self, integers: Ref, scalars: Ref, q: Ref, k: Ref, sizes: Sizes, spec: SinkhornSpec, dtype):
         self.q, self.k, self.sizes, self.dtype = q, k, sizes, dtype
         self.dustbin, self.band = spec.dustbin != "none", spec.band
         self.scale = 1 / (math.sqrt(q.shape[0]) * spec.epsilon)
         start = pl.program_id(0) * (2 + 4 * sizes.groups)
-        self.n_q, self.n_k = whole[start], whole[start + 1]
-        self._of_group = lambda group: [whole[start + 2 + 4 * group + i] for i in range(4)]
+        self.n_q, self.n_k = integers[start], integers[start + 1]
+        self._of_group = lambda group: [integers[start + 2 + 4 * group + i] for i in range(4)]
         self.score, self.a_bin = (jnp.full((1, 1), scalars[2 * pl.program_id(0) + i]) for i in range(2))
         self.bin_columns = pl.ds(sizes.columns, TILE)
 
-    def groups(self, body, carry):
-        """Runs `body(group, carry)` for every group that has rows; there are none where y has no columns."""
+    def fold_groups(self, body, carry):
+        """Run `carry = body(group, carry)` for every group that has rows, unless there are no columns."""
 
         def step(number, carry):
             base, carry = carry
@@ -118,8 +119,12 @@ class Head:
         end = jnp.where(self.n_k > 0, jax.lax.div(self.n_q + TILE - 1, jnp.int32(TILE)), 0)
         return jax.lax.fori_loop(0, end, step, (jnp.array(0, jnp.int32), carry))[1]
 
-    def tiles(self, group: Group, body, carry, dustbin: bool = True):
-        """Runs `body(n, columns, carry)` for the group's tiles, n counting from 0, the dustbin's last."""
+    def each_group(self, body):
+        """Run `body(group)` for every group that has rows."""
+        self.fold_groups(lambda group, carry: body(group) or carry, 0)
+
+    def fold_tiles(self, group: Group, body, carry, dustbin: bool = True):
+        """Run `carry = body(n, columns, carry)` for the group's tiles n = 0, 1, ...; the dustbin's is the last."""
         with_bin = self.dustbin and dustbin
 
         def step(n, carry):
@@ -130,11 +135,27 @@ class Head:
 
         return jax.lax.fori_loop(0, group.number + with_bin, step, carry)
 
+    def each_tile(self, group: Group, body):
+        """Run `body(n, columns)` for the group's tiles, the dustbin's included."""
+        self.fold_tiles(group, lambda n, columns, carry: body(n, columns) or carry, 0)
+
+    def row_sums(self, group: Group, tile, dustbin: bool = True):
+        """Sum `tile(n, columns)` over the columns of the group's tiles, `[128, 1]`."""
+
+        def add(n, columns, total):
+            return total + tile(n, columns)
+
+        return self.fold_tiles(group, add, self.zeros(), dustbin).sum(1, keepdims=True)
+
+    def queries(self, group: Group):
+        """Return the group's queries, `[128, width]`."""
+        return self.q[:, group.rows].T
+
     def scores(self, group: Group, queries, n, columns):
-        """A tile, minus infinity outside the support; `queries` are the group's, `[128, width]`."""
+        """Compute the group's n-th tile of scores, minus infinity outside the support."""
 
         def residues():
-            # The last tile of y may be followed by the dustbin's, where there are no keys.
+            # The dustbin's tile lies past the last key: clipped, so that this branch stays in bounds for it too.
             start = pl.multiple_of(jnp.minimum(columns.start, self.sizes.columns - TILE), TILE)
             s = self.scale * dot(queries, self.k[:, pl.ds(start, TILE)], (1, 0)).astype(self.dtype)
             inner = (columns.start >= group.inner * TILE) & (columns.start < group.inner_end * TILE)
@@ -152,13 +173,13 @@ class Head:
         return jnp.where((column >= first) & (column <= last), s, -jnp.inf)
 
     def _windows(self, row):
-        """`support.row_windows` without a division of integers, which the chip has not."""
+        """Compute `support.row_windows` without dividing integers, which the chip cannot."""
         exists = row < self.n_q
         if self.band is None:
             first, last = jnp.zeros_like(row), jnp.full_like(row, self.n_k - 1)
         else:
-            # c(i) + 1/2 = odd n_k / (2 n_q). An estimate in floats is off by one at most; products wrap around, but
-            # what is left over is small and exact.
+            # c(i) + 1/2 = odd n_k / (2 n_q). The estimate in floats is off by at most 1. Products may wrap around, but
+            # the remainder is small and exact.
             odd, denominator = 2 * row + 1, 2 * self.n_q
             estimate = odd.astype(jnp.float32) * self.n_k.astype(jnp.float32) / denominator.astype(jnp.float32)
             whole = estimate.astype(jnp.int32)
@@ -170,42 +191,50 @@ class Head:
         return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
 
     def supported(self, group: Group):
-        """Which of the group's rows have any score, `[1, 128]`."""
+        """Mark the group's rows that have any support, `[1, 128]`."""
         row = group.rows.start + iota(1, (1, TILE))
         first, last = self._windows(row)
         return ((first <= last) | self.dustbin) & (row < self.n_q)
 
     def bin_row(self, b):
-        """Scores of the dustbin's row, `[1, all columns]`; its corner is 0."""
+        """Return the scores of the dustbin's row, `[1, all columns]`; its corner is 0."""
         column = iota(1, (1, self.sizes.all_columns))
         score = jnp.where(column < self.sizes.columns, self.score, 0)
         return jnp.where((b > 0) & (self.a_bin > 0), score, -jnp.inf)
 
     def rows_of(self, ref, group: Group):
-        """The group's part of `[width, rows]`, 0 beyond the true length, whatever stands there."""
+        """Read the group's slice of `[width, rows]`, with 0 as padding, whatever stands there."""
         return _zero_unless(group.rows.start + iota(1, (1, TILE)) < self.n_q, ref[:, group.rows])
 
     def columns_of(self, ref, columns):
-        """A tile's part of `[width, columns]`."""
+        """Read a tile's slice of `[width, columns]`, with 0 as padding."""
         return _zero_unless(columns.start + iota(1, (1, TILE)) < self.n_k, ref[:, columns])
 
     def zeros(self):
         return jnp.zeros((TILE, TILE), self.dtype)
 
 
+def tiles_of(scratch, group: Group) -> tuple[Ref, Array | int]:
+    """Return the array that holds the group's tiles, and the place of the first one."""
+    return (scratch.strip, 0) if scratch.tiles is None else (scratch.tiles, group.base)
+
+
 def compute_dtype(heads: Heads):
-    """Of potentials and sums."""
+    """Return the dtype of potentials and marginals, at least float32."""
     return jnp.promote_types(jnp.result_type(heads.q, heads.k, heads.v), jnp.float32)
 
 
-def with_dustbin(x: Array, length: int, all_of_it: int) -> Array:
-    """`[N, n + 1]`, the dustbin last, as `[N, 1, all_of_it]`, the dustbin at `length` if that is within."""
+def with_dustbin(x: Array, length: int, padded: int) -> Array:
+    """Pad `[N, n + 1]`, the dustbin last, to `[N, 1, padded]`, the dustbin at `length` if that is within."""
     x = jnp.concatenate([jnp.pad(x[:, :-1], ((0, 0), (0, length - x.shape[1] + 1))), x[:, -1:]], 1)
-    return jnp.pad(x, ((0, 0), (0, TILE - 1)))[:, None, :all_of_it]
+    return jnp.pad(x, ((0, 0), (0, TILE - 1)))[:, None, :padded]
 
 
 def dot(x, y, contract: tuple[int, int]):
-    """A product that is as exact as its less exact factor; bfloat16 takes one pass of the matrix unit, float32 six."""
+    """Multiply matrices as exactly as the less exact factor allows.
+
+    bfloat16 takes one pass of the matrix unit, float32 six.
+    """
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     if jnp.bfloat16 in (x.dtype, y.dtype):
         x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
@@ -222,33 +251,24 @@ def shifted(part, by: int):
 
 
 def upright(x):
-    """`[1, 128]` to `[128, 1]`."""
+    """Transpose `[1, 128]` to `[128, 1]`."""
     return jnp.where(iota(0) == iota(1), jnp.broadcast_to(x, (TILE, TILE)), 0).sum(1, keepdims=True)
 
 
 def flat(x):
-    """`[128, 1]` to `[1, 128]`."""
+    """Transpose `[128, 1]` to `[1, 128]`."""
     return jnp.where(iota(0) == iota(1), jnp.broadcast_to(x, (TILE, TILE)), 0).sum(0, keepdims=True)
-
-
-def lanes(x, dtype):
-    """`[1, 1]` as the first of 128 lanes."""
-    return jnp.where(iota(1, (1, TILE)) == 0, x, 0).astype(dtype)
 
 
 def _zero_unless(condition, x):
     return jnp.where(condition, x, jnp.zeros_like(x))
 
 
-def finite(x):
-    return jnp.where(x > -jnp.inf, x, 0)
-
-
 def ratio(x, y, where=None):
-    """x / y where x is above 0 (or `where`), else 0; far out of range where y is 0 and x is not."""
+    """Return x / y where x > 0 (or `where`), else 0; far out of any range where y is 0 and x is not."""
     return jnp.where(x > 0 if where is None else where, x / jnp.maximum(y, 1e-30), 0)
 
 
 def log(x):
-    """0 where x is 0: potentials without support are 0."""
+    """Return log x, 0 where x is 0: potentials without support are 0."""
     return jnp.log(jnp.where(x > 0, x, 1))

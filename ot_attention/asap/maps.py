@@ -1,0 +1,229 @@
+"""The map of ASAP, linear for each head, from cheap features of the rows to the log-potential f; attention by it.
+
+Potentials have a gauge, with a dustbin too: `f + c`, `g - c` is the same plan. Features and targets are taken relative
+to their mean over a problem's residues, and so are errors. The dustbin's row has features of its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ot_attention import sinkhorn, support
+from ot_attention.api import by_head, checked, cleaned
+from ot_attention.asap.transport import uniform, uniform_staircase
+from ot_attention.sinkhorn import Problem, column_potentials, row_potentials
+from ot_attention.spec import Heads, SinkhornInfo, SinkhornSpec
+
+# kantorovich: f of one-dimensional transport along every direction, squared cost.
+# squares: of the projections; with them the potentials of the cost -xy, the cost of scores, are in reach.
+# position: place along the sequence, its square, and log of the number of columns in the band.
+# mass: Sinkhorn's own first f, at the price of one product more.
+Feature = Literal["kantorovich", "squares", "position", "mass"]
+Direction = Literal["random", "principal", "keys"]
+
+einsum = functools.partial(jnp.einsum, precision="highest")  # float32 products stay float32 on every device
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["directions", "weights"], meta_fields=["features", "two_sided"]
+)
+@dataclasses.dataclass(frozen=True)
+class Asap:
+    """The map of one layer. Made by `create`, filled in by `fit`.
+
+    two_sided: whether a half step renews f from g, so that row sums are exact; else f stays as predicted, and column
+    sums are exact.
+
+    Raises ValueError for unknown features.
+    """
+
+    directions: Float[Array, "*heads projections width"]
+    weights: Float[Array, "*heads design"]
+    features: tuple[str, ...] = ("kantorovich",)
+    two_sided: bool = True
+
+    def __post_init__(self):
+        if wrong := [name for name in self.features if name not in get_args(Feature)]:
+            raise ValueError(f"features={wrong} must be among {', '.join(get_args(Feature))}")
+
+    @classmethod
+    def create(
+        cls,
+        directions: Float[Array, "heads projections width"],
+        features: Sequence[str] = ("kantorovich",),
+        two_sided: bool = True,
+    ) -> "Asap":
+        """Create the map to f = 0, from which one step starts at the columns."""
+        heads, projections, _ = directions.shape
+        empty = cls(directions, jnp.zeros((heads, 0)), tuple(features), two_sided)  # checks the features' names
+        return dataclasses.replace(empty, weights=jnp.zeros((heads, design_size(features, projections))))
+
+    def of_every_head(self, batch: int, heads: Heads) -> "Asap":
+        """Repeat the map for the heads of a batch. Raises ValueError unless it is of such a layer."""
+        (number, _, width), of_layer = self.directions.shape, len(heads.q) // batch
+        if (number, width) != (of_layer, heads.q.shape[2]):
+            raise ValueError(
+                f"asap is a map of {number} heads of width {width}; q has {of_layer} of {heads.q.shape[2]}"
+            )
+        tiled = jax.tree.map(lambda x: jnp.tile(x, (batch,) + (1,) * (x.ndim - 1)).astype(heads.q.dtype), self)
+        return support.varying_like(heads.q, tiled)
+
+
+class Sample(NamedTuple):
+    """Inputs of a frozen layer, and its potentials."""
+
+    q: Float[Array, "batch rows heads width"]
+    k: Float[Array, "batch columns heads width"]
+    q_lengths: Int[Array, "batch"]
+    k_lengths: Int[Array, "batch"]
+    dustbin_score: Float[Array, "heads"] | None
+    f: Float[Array, "batch heads all_rows"]
+
+
+def design_size(features: Sequence[str], projections: int) -> int:
+    """Return the number of weights of a head: features of residues, then of the dustbin's row."""
+    sizes = {"kantorovich": projections, "squares": projections, "position": 3, "mass": 1}
+    return sum(sizes[name] for name in features) + 3 + ("mass" in features)
+
+
+def directions(
+    kind: str, samples: Sequence[Sample], number: int, seed: int = 0
+) -> Float[Array, "heads projections width"]:
+    """Return unit vectors to project q and k on.
+
+    kind: "random"; "principal", the axes along which queries and keys vary most; "keys", the same of keys alone.
+
+    Raises ValueError for an unknown kind, and for more axes than there are.
+    """
+    heads, width = samples[0].q.shape[2:]
+    if kind not in get_args(Direction):
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(get_args(Direction))}")
+    if number < 0 or (kind != "random" and number > width):
+        raise ValueError(f"number={number} must be from 0 to {width}, the width of q and k; 'random' may be more")
+    if kind == "random":
+        vectors = np.random.default_rng(seed).normal(size=(heads, number, width))
+        return jnp.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), jnp.float32)
+    sides = [(x.k, x.k_lengths) for x in samples]
+    if kind == "principal":
+        sides += [(x.q, x.q_lengths) for x in samples]
+    rows = np.concatenate([np.asarray(x, float)[np.arange(x.shape[1]) < np.asarray(n)[:, None]] for x, n in sides])
+    rows -= rows.mean(0)
+    _, axes = np.linalg.eigh(np.einsum("nhd,nhe->hde", rows, rows))
+    return jnp.asarray(axes.swapaxes(1, 2)[:, ::-1][:, :number], jnp.float32)
+
+
+def design(asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, "N all_rows design"]:
+    """Compute the features of every row: of residues relative to their mean, then of the dustbin's row.
+
+    first_f: Sinkhorn's first f, `log a - LSE_j(S)`; not read without the feature "mass".
+    """
+    real = problem.a[:, :-1, None] > 0
+    nothing = jnp.zeros((*heads.q.shape[:2], 0), heads.q.dtype)
+    of_residues = jnp.concatenate(
+        [nothing, *(_features(name, asap, heads, problem, first_f) for name in asap.features)], -1
+    )
+    of_residues = jnp.where(real, of_residues - _mean(of_residues, real)[:, None], 0)
+    logs = (jnp.log(jnp.maximum(n, 1).astype(of_residues.dtype)) for n in (heads.n_q, heads.n_k))
+    of_bin = [jnp.ones_like(problem.a[:, -1]), *logs]
+    if "mass" in asap.features:
+        of_bin.append(relative(first_f, problem)[:, -1])
+    last = jnp.where(problem.a[:, -1:] > 0, jnp.stack(of_bin, -1), 0)[:, None]
+    first = jnp.pad(of_residues, ((0, 0), (0, 0), (0, last.shape[-1])))
+    return jnp.concatenate([first, jnp.pad(last, ((0, 0), (0, 0), (of_residues.shape[-1], 0)))], 1)
+
+
+def relative(f: Float[Array, "N all_rows"], problem: Problem) -> Float[Array, "N all_rows"]:
+    """Take a potential, the dustbin's too, relative to its mean over residues; 0 where there is no row."""
+    mean = _mean(f[:, :-1], problem.a[:, :-1] > 0)
+    return jnp.where(problem.a > 0, f - mean[:, None], 0)
+
+
+def _mean(x: Float[Array, "N rows ..."], real) -> Float[Array, "N ..."]:
+    return support.divide(jnp.where(real, x, 0).sum(1), real.sum(1).astype(x.dtype))
+
+
+def _features(name: str, asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, "N rows _"]:
+    """Compute one feature of residues; at padding it may be anything."""
+    n_q, n_k, rows = heads.n_q, heads.n_k, heads.q.shape[1]
+    if name == "mass":
+        return first_f[:, :-1, None]
+    if name == "position":
+        place = (jnp.arange(rows) + 0.5) / jnp.maximum(n_q, 1)[:, None].astype(heads.q.dtype)
+        columns = problem.scores.band.last - problem.scores.band.first + 1
+        return jnp.stack([place, place**2, jnp.log(jnp.maximum(columns, 1).astype(place.dtype))], -1)
+    x, y = (einsum("nld,nmd->nml", z, asap.directions) for z in (heads.q, heads.k))
+    if name == "squares":
+        return (x * x).swapaxes(1, 2)
+
+    def of_head(x, y, n_x, n_y):
+        stairs = uniform_staircase(n_x, n_y, rows)
+        return jax.vmap(lambda x, y: uniform(x, y, n_x, n_y, *stairs))(x, y)
+
+    return jax.vmap(of_head)(x, y, n_q, n_k).swapaxes(1, 2)
+
+
+@checked
+def apply(
+    asap: Asap,
+    q: Float[Array, "batch rows heads width"],
+    k: Float[Array, "batch columns heads width"],
+    v: Float[Array, "batch columns heads value"],
+    spec: SinkhornSpec,
+    q_lengths: Int[Array, "batch"] | None = None,
+    k_lengths: Int[Array, "batch"] | None = None,
+    dustbin_score: Float[Array, "heads"] | None = None,
+) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
+    """Return what `sinkhorn_attention` returns, by two half steps from the predicted f (docs/math.md, section 10).
+
+    `spec` gives epsilon, band and dustbin; its steps and gradient belong to the teacher and are not read. The residual
+    is of the sums that are not exact: of columns, or of rows if the map is one-sided. Runs on the XLA backend on every
+    device; no other implementation is offered. Differentiable by JAX, which keeps the band for it.
+
+    Raises:
+        ValueError: as `sinkhorn_attention` does; a map of other heads or widths.
+    """
+    heads = cleaned(by_head(q, k, v, dustbin_score, q_lengths, k_lengths))
+    attend = functools.partial(_attend, spec=spec)
+    solved = sinkhorn.by_group(attend, (heads, asap.of_every_head(q.shape[0], heads)), spec)
+    out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in solved)
+    if spec.dustbin == "none":
+        f, g = f[..., :-1], g[..., :-1]
+    return out.swapaxes(1, 2).astype(v.dtype), SinkhornInfo(f, g, residual)
+
+
+def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, Array, Array, Array]:
+    """Return output, f, g and residual of a group of heads. `K = exp(S)` is made once and scaled."""
+    heads, asap = arguments
+    problem = Problem.create(heads, spec)
+    a, b, scores = problem.a, problem.b, problem.scores
+    one_row, one_column = jnp.ones_like(a), jnp.ones_like(b)
+    top = sinkhorn.row_tops(problem, heads, jnp.zeros_like(b))
+    kernel = scores.shift(-top, jnp.zeros_like(b)).exp()
+    first_f = sinkhorn.log(support.divide(a, kernel.times(one_column))) - top if "mass" in asap.features else None
+    predicted = einsum("nif,nf->ni", design(asap, heads, problem, first_f), asap.weights)
+    start = jnp.where(a > 0, predicted + top, -jnp.inf)
+    u = jnp.exp(start - jnp.maximum(start.max(-1, keepdims=True), jnp.finfo(start.dtype).min))
+    v = support.divide(b, kernel.transpose_times(u))
+    if asap.two_sided:
+        u = support.divide(a, kernel.times(v))
+
+    def scaled():
+        f, g = jnp.where(a > 0, sinkhorn.log(u) - top, 0), sinkhorn.log(v)
+        out = u[:, :-1, None] * kernel.band.times(kernel.tiles, v[:, :-1, None] * heads.v)
+        off = v * kernel.transpose_times(u) - b if asap.two_sided else u * kernel.times(v) - a
+        return out, f, g, jnp.abs(off).max(-1)
+
+    def in_logarithms():
+        g = column_potentials(problem, predicted)
+        f = row_potentials(problem, g) if asap.two_sided else predicted
+        plan = scores.shift(f, g).exp()
+        off = plan.transpose_times(one_row) - b if asap.two_sided else plan.times(one_column) - a
+        return plan.band.times(plan.tiles, heads.v), f, g, jnp.abs(off).max(-1)
+
+    return jax.lax.cond(sinkhorn.in_range(u, a) & sinkhorn.in_range(v, b), scaled, in_logarithms)
