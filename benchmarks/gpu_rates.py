@@ -75,7 +75,11 @@ class Size(NamedTuple):
 def sinkhorn(case: Case, implementation: str) -> Callable:
     """Sinkhorn attention of one of the library's implementations."""
     spec = SinkhornSpec(band=case.band, dustbin=case.dustbin)
-    return lambda q, k, v, lengths, score: sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)[0]
+
+    def attend(q, k, v, lengths, score):
+        return sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)[0]
+
+    return attend
 
 
 def softmax(case: Case, implementation: str) -> Callable:

@@ -232,7 +232,8 @@ def _features(name: str, asap: Asap, heads: Heads, problem: Problem, first_f) ->
         return first_f[:, :-1, None]
     if name == "position":
         place = (jnp.arange(rows) + 0.5) / jnp.maximum(n_q, 1)[:, None].astype(heads.q.dtype)
-        columns = problem.scores.band.last - problem.scores.band.first + 1
+        first, last = problem.scores.band.row_windows()
+        columns = last - first + 1
         return jnp.stack([place, place**2, jnp.log(jnp.maximum(columns, 1).astype(place.dtype))], -1)
     x, y = (jnp.einsum("nld,nmd->nml", z, asap.directions, precision="highest") for z in (heads.q, heads.k))
     if name == "squares":

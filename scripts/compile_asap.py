@@ -37,6 +37,7 @@ from evaluation import runs, scoring, tasks
 from models.attention import Asap, SinkhornSpec
 from ot_attention import SinkhornInfo, asap, sinkhorn_attention
 from ot_attention.asap import Deviation, Direction, Feature, Sample
+from ot_attention.spec import Implementation
 from scripts.bench_attention import clock
 
 _SCORED = 3  # steps, up to which the models with truncated steps are scored too
@@ -206,9 +207,8 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
-def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: str | None) -> tuple:
-    q, k, *rest = sample[:-1]
-    return sinkhorn_attention(q, k, v, spec, *rest, implementation)
+def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Implementation | None) -> tuple:
+    return sinkhorn_attention(sample.q, sample.k, v, spec, *sample[2:5], implementation)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

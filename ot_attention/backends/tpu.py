@@ -19,6 +19,7 @@ from ot_attention.backends.tpu_kernels import backward_kernel, forward_kernel
 from ot_attention.backends.tpu_tiles import TILE, Problem, Sizes, compute_dtype, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
 
+platform = "tpu"  # see `backends.Backend`
 _MIB = 2**20
 # Of one core. Elsewhere, and where it is not known what is compiled for, the smallest of those supported is assumed.
 _VMEM = dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128 * _MIB)
