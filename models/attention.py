@@ -131,7 +131,7 @@ class BlockSelfAttention(_Heads):
     def _sort_scores(self, h, lengths) -> Float[Array, "batch heads places blocks"]:
         places, blocks = map(self.sort_norm, sparse.pooled(h.astype(jnp.float32), self.spec.sparse, lengths))
         places, blocks = self.sort_place(places), self.sort_block(blocks)
-        return jnp.einsum("bihd,bjhd->bhij", places, blocks) / math.sqrt(places.shape[-1])
+        return jnp.einsum("bihd,bjhd->bhij", places, blocks, precision="highest") / math.sqrt(places.shape[-1])
 
 
 def self_attention(

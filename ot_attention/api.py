@@ -47,10 +47,8 @@ def sinkhorn_attention(
             inside `jit`, are clipped to the padded length instead.
         UnsupportedError: the named implementation cannot do this; the message says what to change.
     """
+    _check_implementation(implementation)
     batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
-    if implementation is not None and implementation not in get_args(Implementation):
-        known = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation={implementation!r} must be None or one of {known}")
     backend = registry.BACKENDS[registry.choose(implementation, heads, spec)]
     out, *info = (x.reshape(batch, -1, *x.shape[1:]) for x in backend.attend(heads, spec))
     f, g, residual = info
@@ -92,20 +90,27 @@ class Arguments(NamedTuple):
 
 
 def laid_out(q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score) -> tuple[int, Heads]:
-    """Check arguments and lay them out for backends: batch size and inputs by head.
+    """Check arguments, and return the batch size and the inputs of a backend.
 
-    v: k takes its place if it is None. Raises ValueError.
+    v: values; None for problems that need only the plan. Raises ValueError.
     """
     arguments = _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
     return arguments.q.shape[0], by_head(*arguments)
 
 
 def only_xla(implementation: Implementation | None, what: str) -> None:
-    """Raise UnsupportedError if an implementation is named that is not "xla": `what` runs in XLA alone."""
+    """Raise UnsupportedError for a named implementation other than "xla", for `what` that runs in XLA alone."""
+    _check_implementation(implementation)
     if implementation not in (None, "xla"):
         raise UnsupportedError(
             f"implementation {implementation!r} cannot do this: {what} run in XLA; use implementation='xla' or None"
         )
+
+
+def _check_implementation(implementation: str | None) -> None:
+    if implementation is not None and implementation not in get_args(Implementation):
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation={implementation!r} must be None or one of {known}")
 
 
 def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:

@@ -1,6 +1,6 @@
 """Matrices over the augmented support, as the band's tiles and the dustbin's vectors, and their products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
@@ -30,50 +30,43 @@ class Kernel(NamedTuple):
 
     def shift(self, f: Float[Array, "N all_rows"], g: Float[Array, "N all_columns"]) -> "Kernel":
         """Return `S + f_i + g_j`."""
-        tiles = self.band.shift(self.tiles, f, g)
-        if self.bin is None:
-            return Kernel(self.band, tiles, None)
-        column, row, corner = self.bin
         f_bin, g_bin = f[:, -1:], g[:, -1:]
-        shifted = DustbinEntries(column + f[:, :-1] + g_bin, row + f_bin + g[:, :-1], corner + f_bin + g_bin)
-        return Kernel(self.band, tiles, shifted)
+
+        def of_bin(column, row, corner):
+            return column + f[:, :-1] + g_bin, row + f_bin + g[:, :-1], corner + f_bin + g_bin
+
+        return self._remade(self.band.shift(self.tiles, f, g), of_bin)
 
     def map(self, function: Callable[[Array], Array]) -> "Kernel":
         """Apply a function to every entry, also outside the support. For bands whose tiles are arrays."""
-        return Kernel(self.band, function(self.tiles), self.bin and DustbinEntries(*map(function, self.bin)))
+        return self._remade(function(self.tiles), lambda *entries: map(function, entries))
 
     def exp(self) -> "Kernel":
-        return Kernel(self.band, self.band.exp(self.tiles), self.bin and DustbinEntries(*map(jnp.exp, self.bin)))
+        return self._remade(self.band.exp(self.tiles), lambda *entries: map(jnp.exp, entries))
 
     def scale(self, u: Float[Array, "N all_rows"], v: Float[Array, "N all_columns"]) -> "Kernel":
         """Return `u_i K v_j`."""
-        tiles = self.band.scale_by(self.tiles, u[:, :-1], v[:, :-1])
-        if self.bin is None:
-            return Kernel(self.band, tiles, None)
-        column, row, corner = self.bin
         u_bin, v_bin = u[:, -1:], v[:, -1:]
-        return Kernel(
-            self.band,
-            tiles,
-            DustbinEntries(column * u[:, :-1] * v_bin, row * u_bin * v[:, :-1], corner * u_bin * v_bin),
-        )
+
+        def of_bin(column, row, corner):
+            return column * u[:, :-1] * v_bin, row * u_bin * v[:, :-1], corner * u_bin * v_bin
+
+        return self._remade(self.band.scale_by(self.tiles, u[:, :-1], v[:, :-1]), of_bin)
 
     def modulate(self, *fields: tuple[Float[Array, "N all_rows _"], Float[Array, "N all_columns _"]]) -> "Kernel":
         """Return `K_ij` times the sum of fields `x_i . y_j`, each of low rank."""
-        tiles = self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields))
-        if self.bin is None:
-            return Kernel(self.band, tiles, None)
-        x, y = (jnp.concatenate(side, -1) for side in zip(*fields, strict=True))
-        column, row, corner = self.bin
-        x_bin, y_bin = x[:, -1:], y[:, -1:]
-        of_bin = (x[:, :-1] * y_bin).sum(-1), (x_bin * y[:, :-1]).sum(-1), (x_bin * y_bin).sum(-1)
-        return Kernel(self.band, tiles, DustbinEntries(column * of_bin[0], row * of_bin[1], corner * of_bin[2]))
+
+        def of_bin(column, row, corner):
+            x, y = (jnp.concatenate(side, -1) for side in zip(*fields, strict=True))
+            x_bin, y_bin = x[:, -1:], y[:, -1:]
+            column, row = column * (x[:, :-1] * y_bin).sum(-1), row * (x_bin * y[:, :-1]).sum(-1)
+            return column, row, corner * (x_bin * y_bin).sum(-1)
+
+        return self._remade(self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields)), of_bin)
 
     def minus(self, other: "Kernel") -> "Kernel":
-        tiles = self.band.minus(self.tiles, other.tiles)
-        if self.bin is None or other.bin is None:
-            return Kernel(self.band, tiles, None)
-        return Kernel(self.band, tiles, DustbinEntries(*map(jnp.subtract, self.bin, other.bin)))
+        entries = self.bin and other.bin and DustbinEntries(*map(jnp.subtract, self.bin, other.bin))
+        return Kernel(self.band, self.band.minus(self.tiles, other.tiles), entries)
 
     def multiplied(self, other: "Kernel") -> "Kernel":
         """Multiply entry by entry; 0 where this kernel is 0."""
@@ -81,10 +74,8 @@ class Kernel(NamedTuple):
         def product(x, y):
             return jnp.where(x == 0, 0, x * y)
 
-        tiles = product(self.tiles, other.tiles)
-        if self.bin is None or other.bin is None:
-            return Kernel(self.band, tiles, None)
-        return Kernel(self.band, tiles, DustbinEntries(*map(product, self.bin, other.bin)))
+        entries = self.bin and other.bin and DustbinEntries(*map(product, self.bin, other.bin))
+        return Kernel(self.band, product(self.tiles, other.tiles), entries)
 
     def times(self, x: Float[Array, "N all_columns ..."]) -> Float[Array, "N all_rows ..."]:
         """Return `K x`, for a vector or several columns at once."""
@@ -131,3 +122,7 @@ class Kernel(NamedTuple):
             return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
         return jnp.concatenate([jnp.maximum(residues, row), jnp.maximum(column.max(-1, keepdims=True), corner)], 1)
+
+    def _remade(self, tiles: PyTree[Array], of_bin: Callable[..., Iterable[Array]]) -> "Kernel":
+        """Return a kernel of new tiles, with `of_bin(column, row, corner)` as the dustbin's entries if there is one."""
+        return Kernel(self.band, tiles, self.bin and DustbinEntries(*of_bin(*self.bin)))

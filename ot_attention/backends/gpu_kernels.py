@@ -159,7 +159,7 @@ def _run(operands: _Operands, static: _Static, interpret: bool) -> Array:
         out_shape=jax.ShapeDtypeStruct(
             (number, blocks * block, *width),  # whole blocks: a store beyond the end would not be caught
             own.shift.dtype,
-            manual_axis_type=jax.typeof(own.x).manual_axis_type,  # under shard_map, those that the heads vary over
+            manual_axis_type=jax.typeof(own.x).manual_axis_type,  # axes that heads vary over in shard_map
         ),
         grid=(blocks, number),
         in_specs=(jax.tree.map(whole_head, operands),),

@@ -125,7 +125,7 @@ def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple
     strip_count, groups, reach = operands.strips.row.shape[1], operands.strips.met_start.shape[1], cut.tiles * _TILE
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
-        varying = jax.typeof(operands.rows.x).manual_axis_type  # under shard_map, axes that the heads vary over
+        varying = jax.typeof(operands.rows.x).manual_axis_type  # axes that heads vary over in shard_map
         return jax.ShapeDtypeStruct((number, *sizes), operands.rows.shift.dtype, manual_axis_type=varying)
 
     u, shares = pl.pallas_call(
