@@ -44,7 +44,7 @@ class _Support(NamedTuple):
         index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (len(n_q), rows))
         return cls(*support.row_windows(index, n_q, n_k, spec.band))
 
-    def holds(self, columns: Int[Array, "N rows _"]) -> Bool[Array, "N rows _"]:
+    def holds(self, columns: Int[Array, "#N #rows _"]) -> Bool[Array, "N rows _"]:
         return (self.first[..., None] <= columns) & (columns <= self.last[..., None])
 
 
