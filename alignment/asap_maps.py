@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from alignment import weights
-from models.attention import Asap, Compiled
+from models.attention import Asap, AsapPotentials
 
 
 def save(path: Path, maps: Mapping[str, Asap], params: PyTree, step: int, provenance: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ def into(graph: nnx.GraphDef, params: PyTree, maps: Mapping[str, Asap]) -> nnx.G
     if unknown := sorted(maps.keys() - layers.keys()):
         raise ValueError(f"the model has no {', '.join(unknown)}; it has {', '.join(layers)}")
     for layer, of in maps.items():
-        layers[layer].implementation = Compiled(of)
+        layers[layer].implementation = AsapPotentials(of)
     return nnx.graphdef(model)
 
 

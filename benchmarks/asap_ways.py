@@ -23,6 +23,7 @@ from evaluation import runs, scoring
 from models.attention import Asap, SinkhornSpec
 from ot_attention import SinkhornInfo, asap, sinkhorn_attention
 from ot_attention.asap import Deviation, Sample
+from ot_attention.spec import Implementation
 
 _COMPARED = 4  # samples of a padded length, batches of one side, whose plans are compared entry by entry
 
@@ -71,9 +72,8 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
-def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: str | None = None) -> tuple:
-    q, k, *rest = sample[:-1]
-    return sinkhorn_attention(q, k, v, spec, *rest, implementation)
+def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Implementation | None = None) -> tuple:
+    return sinkhorn_attention(sample.q, sample.k, v, spec, *sample[2:5], implementation)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -162,12 +162,12 @@ class Aligner(nnx.Module):
 
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec, *, encoder: BlockSpec | None = None, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
-        self.implementation: str | attention.Compiled = config.implementation  # of the plan
+        self.implementation: str | attention.AsapPotentials = config.implementation  # of the plan
         self.encoder = Encoder(config, encoder or spec, rngs=rngs)
         spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
         self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
         self.value_projection = nnx.Linear(config.width, config.value_width, rngs=rngs)
-        self.dustbin = attention.Dustbin(1, spec)
+        self.dustbin = attention.DustbinScore(1, spec)
         self.decoder_in = nnx.Linear(config.value_width, config.width, rngs=rngs)
         self.decoder_out = nnx.Linear(config.width, len(vocab.RESIDUES), rngs=rngs)
         if config.refinement:

@@ -1,4 +1,4 @@
-"""Multi-head attention by optimal transport: the only module of the models that knows `ot_attention`."""
+"""Multi-head attention by optimal transport: the only module of the models that imports `ot_attention`."""
 
 import dataclasses
 import math
@@ -12,22 +12,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from models import mesh as mesh_axes
-from ot_attention import SinkhornInfo, SinkhornSpec, asap, sinkhorn_attention, sparse, support, transport_plan
+from ot_attention import SinkhornInfo, SinkhornSpec, asap, plans, sinkhorn_attention, sparse, transport_plan
 from ot_attention.asap import Asap
 from ot_attention.certificates import contraction, posterior_bias
+from ot_attention.plans import BandedPlan, Potentials
 from ot_attention.sparse import SparseSpec
 from ot_attention.spec import Implementation
 
-_PLAN_ROWS = 32  # of a banded plan made at a time
 _BLOCK_KINDS = "sparse_sinkhorn", "local", "softmax"
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """Self-attention by softmax: over a sorted block and the own one (arXiv 2002.11296), over the own one alone, or
-    over all residues.
-    """
+    """Self-attention by softmax over a sorted and the own block (arXiv 2002.11296), the own block, or all residues."""
 
     kind: str
     sparse: SparseSpec
@@ -39,12 +37,14 @@ class BlockSpec:
 
 
 def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]:
-    """Of a run's `attention` and `sparse`: of plans, and of the self-attention if it is of another kind.
+    """Return the settings of plans, and of the self-attention if it is of another kind.
+
+    config: a run's configuration, of which `attention` and `sparse` are read.
 
     Raises ValueError or TypeError: values out of range, misspelt keys.
     """
     values = dict(config["attention"])
-    kind = values.pop("kind", "sinkhorn")  # runs of earlier versions know no other
+    kind = values.pop("kind", "sinkhorn")  # runs of earlier versions lack the key
     if values.get("band") == -1:  # a flag cannot say None
         values["band"] = None
     if kind == "sinkhorn":
@@ -55,7 +55,7 @@ def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]
 
 
 class _Heads(nnx.Module):
-    """Projections of self-attention, with rotary positions."""
+    """Projections of self-attention with rotary positions."""
 
     def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         if width % heads or (width // heads) % 2:
@@ -79,8 +79,8 @@ class SelfAttention(_Heads):
     ):
         super().__init__(width, heads, dtype=dtype, rngs=rngs)
         self.spec = spec
-        self.implementation: str | Compiled = implementation
-        self.dustbin = Dustbin(heads, spec)
+        self.implementation: str | AsapPotentials = implementation
+        self.dustbin = DustbinScore(heads, spec)
 
     def __call__(
         self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]
@@ -89,7 +89,7 @@ class SelfAttention(_Heads):
         return self.out(out)
 
     def inputs(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> "Inputs":
-        """What a call with the same arguments attends to."""
+        """Return the arguments of the attention that a call makes."""
         q, k, v = self._project(h)
         return Inputs(q, k, v, self.spec, (lengths, lengths), self.dustbin.score)
 
@@ -97,7 +97,7 @@ class SelfAttention(_Heads):
 class BlockSelfAttention(_Heads):
     """Self-attention of a `BlockSpec` with rotary positions.
 
-    The sort network scores place i for block j by a product of what it knows of each, normalised sums of residues.
+    The sort network scores block j for place i by a product of projections of their pooled, normalised residues.
     """
 
     def __init__(self, width: int, heads: int, spec: BlockSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -115,7 +115,10 @@ class BlockSelfAttention(_Heads):
         lengths: Int[Array, "batch"],
         noise: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch length width"]:
-        """noise: random keys of the examples while training."""
+        """Return the attention's output.
+
+        noise: random keys of the examples while training.
+        """
         q, k, v = self._project(h)
         kind, spec = self.spec.kind, self.spec.sparse
         if kind == "softmax":
@@ -128,25 +131,25 @@ class BlockSelfAttention(_Heads):
     def _sort_scores(self, h, lengths) -> Float[Array, "batch heads places blocks"]:
         places, blocks = map(self.sort_norm, sparse.pooled(h.astype(jnp.float32), self.spec.sparse, lengths))
         places, blocks = self.sort_place(places), self.sort_block(blocks)
-        return jnp.einsum("bihd,bjhd->bhij", places, blocks) / math.sqrt(places.shape[-1])
+        return jnp.einsum("bihd,bjhd->bhij", places, blocks, precision="highest") / math.sqrt(places.shape[-1])
 
 
 def self_attention(
     width: int, heads: int, spec: SinkhornSpec | BlockSpec, implementation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> SelfAttention | BlockSelfAttention:
-    """What the spec describes."""
+    """Make the self-attention that the spec describes."""
     if isinstance(spec, BlockSpec):
         return BlockSelfAttention(width, heads, spec, dtype=dtype, rngs=rngs)
     return SelfAttention(width, heads, spec, implementation, dtype=dtype, rngs=rngs)
 
 
 def of_layer(noise: Key[Array, "batch"] | None, layer: int) -> Key[Array, "batch"] | None:
-    """Random keys for one of the layers that share some."""
+    """Derive the random keys of one layer from keys that layers share."""
     return None if noise is None else jax.vmap(lambda key: jax.random.fold_in(key, layer))(noise)
 
 
 class Inputs(NamedTuple):
-    """Of one attention: queries, keys and values, and the problem that they pose."""
+    """Arguments of one attention call."""
 
     q: Float[Array, "batch rows heads width"]
     k: Float[Array, "batch columns heads width"]
@@ -157,8 +160,8 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Compiled:
-    """Stands where a layer's implementation stands: its plans come from a map fitted to it, not from steps.
+class AsapPotentials:
+    """Replacement for `implementation`: potentials come from a fitted ASAP map.
 
     Hashable by identity, so that it is part of a model's structure and not of its parameters.
     """
@@ -166,20 +169,19 @@ class Compiled:
     map: Asap
 
 
-def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled):
-    """`sinkhorn_attention` or its compiled map, on a mesh of each device's examples and, where they can be shared
-    evenly, heads.
+def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials):
+    """Attend by `sinkhorn_attention` or `asap.apply`; on a mesh each device takes its examples and, if even, heads.
 
     XLA cannot cut a kernel, and would have to guess how to cut the loops.
     """
-    compiled = implementation.map if isinstance(implementation, Compiled) else None
+    fitted = implementation.map if isinstance(implementation, AsapPotentials) else None
     # "auto" of config.model stands for None.
-    name = None if compiled or implementation == "auto" else cast(Implementation, implementation)
+    name = None if fitted or implementation == "auto" else cast(Implementation, implementation)
 
-    def attend(q, k, v, lengths, score, compiled):
-        if compiled:
-            return asap.apply(compiled, q, k, v, spec, *lengths, score)
-        return sinkhorn_attention(q, k, v, spec, *lengths, score, name)
+    def attend(q, k, v, lengths, score, fitted):
+        if fitted:
+            return asap.apply(fitted, q, k, v, spec, *lengths, score)
+        return sinkhorn_attention(q, k, v, spec, *lengths, dustbin_score=score, implementation=name)
 
     if mesh := mesh_axes.current():
         heads = None if q.shape[2] % mesh.shape[mesh_axes.MODEL] else mesh_axes.MODEL
@@ -189,11 +191,11 @@ def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation:
             in_specs=(by_length, by_length, by_length, P(mesh_axes.DATA), P(heads), P(heads)),
             out_specs=(by_length, by_head),
         )
-    return attend(q, k, v, lengths, dustbin_score, compiled)
+    return attend(q, k, v, lengths, dustbin_score, fitted)
 
 
-class Dustbin(nnx.Module):
-    """A learned dustbin score for every head; none where the spec has no dustbin."""
+class DustbinScore(nnx.Module):
+    """Learned dustbin score of every head; None where the spec has no dustbin."""
 
     def __init__(self, heads: int, spec: SinkhornSpec):
         self._score = None if spec.dustbin == "none" else nnx.Param(jnp.zeros(heads))
@@ -204,7 +206,7 @@ class Dustbin(nnx.Module):
 
 
 def rotate(x: Float[Array, "batch length heads width"], position: Float[Array, "_ length"]):
-    """Rotary positions: products of rotated vectors depend on the difference of their positions (in residues)."""
+    """Turn vectors by rotary positions in residues: their products depend on the difference of positions."""
     half = x.shape[-1] // 2
     angle = position[:, :, None, None] * _ROTARY_BASE ** (-jnp.arange(half) / half)
     sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
@@ -213,14 +215,14 @@ def rotate(x: Float[Array, "batch length heads width"], position: Float[Array, "
 
 
 class Transported(NamedTuple):
-    """What one plan brings from y to x."""
+    """Results of sending values of y to x along one plan."""
 
     values: Float[Array, "batch x_length value"]  # sum_j P_ij v_j; small where x_i is mostly gap
     mass: Float[Array, "batch x_length"]  # sum_j P_ij over residues of y
     barycenter: Float[Array, "batch x_length"]  # sum_j P_ij j / mass, in residues
     log_target: Float[Array, "batch x_length"]  # log P_i,t(i); minus infinity outside the band and without a target
     residual: Float[Array, "batch"]
-    log_plan: Float[Array, "batch x_length y_length"] | None = None  # where asked for; minus infinity outside the band
+    log_plan: Float[Array, "batch x_length y_length"] | None = None  # if `dense`; minus infinity outside the band
 
 
 def transport(
@@ -231,13 +233,13 @@ def transport(
     spec: SinkhornSpec,
     lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]],
     dustbin_score: Float[Array, "1"] | None,
-    implementation: str | Compiled,
+    implementation: str | AsapPotentials,
     *,
     dense: bool = False,
 ) -> Transported:
-    """Sends values of y to x along one head's plan; nothing of the plan's size is made, unless it is asked for.
+    """Send values of y to x along one head's plan. Only `dense` makes an array of the plan's size.
 
-    Positions travel as two more values, and the plan at the reference alignment comes from the potentials.
+    Positions travel as two more values, and the plan at `target`, a column of y or -1, comes from the potentials.
     """
     position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=values.dtype), k.shape[:2])
     carried = jnp.concatenate([values, jnp.ones_like(position)[..., None], position[..., None]], -1)
@@ -245,74 +247,40 @@ def transport(
     out, info = _attend(*heads, spec, lengths, dustbin_score, implementation)
     values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
     barycenter = moment / jnp.where(mass > 0, mass, 1)
-    at_target = _log_plan_at(q, k, info, target, spec, lengths)
-    log_plan = _log_plan(q, k, info, spec, lengths) if dense else None
-    return Transported(values, mass, barycenter, at_target, info.residual[:, 0], log_plan)
+    solved = q, k, _only_head(info), lengths, spec
+    log_plan = plans.log_plan(*solved) if dense else None
+    return Transported(values, mass, barycenter, plans.log_plan_at(target, *solved), info.residual[:, 0], log_plan)
 
 
-class BandedPlan(NamedTuple):
-    """A plan by the windows of its band: `values[n, i, c]` is P_ij for j = first[n, i] + c, 0 where there is none."""
-
-    values: Float[Array, "batch x_length window"]
-    first: Int[Array, "batch x_length"]
-
-
-def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled) -> BandedPlan:
-    """The plan over residues from q to k `[batch, length, width]`; nothing larger than a few of its rows is dense."""
-    info = _potentials(q, k, spec, lengths, dustbin_score, implementation)
-    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    first, last = support.row_windows(rows, lengths[0].astype(jnp.int32), lengths[1].astype(jnp.int32), spec.band)
-    columns = k.shape[1]
-    window = jnp.arange(columns if spec.band is None else min(2 * spec.band + 1, columns))
-    g = info.g[:, 0, None, :columns]
-
-    def some_rows(of_rows):
-        q, f, first, last = of_rows
-        log_plan = jnp.einsum("bid,bjd->bij", q, k) / (math.sqrt(q.shape[-1]) * spec.epsilon) + g
-        place = first[..., None] + window
-        log_plan = jnp.take_along_axis(log_plan, jnp.minimum(place, columns - 1), axis=2) + f[..., None]
-        return jnp.where(place <= last[..., None], jnp.exp(log_plan), 0)
-
-    step = math.gcd(q.shape[1], _PLAN_ROWS)
-    parts = tuple(
-        x.reshape(len(q), -1, step, *x.shape[2:]).swapaxes(0, 1) for x in (q, info.f[:, 0, : q.shape[1]], first, last)
-    )
-    values = jax.lax.map(some_rows, parts).swapaxes(0, 1)
-    return BandedPlan(values.reshape(len(q), q.shape[1], -1), first)
+def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials) -> BandedPlan:
+    """Return the plan over residues from q to k `[batch, length, width]` by the windows of its band."""
+    potentials = _potentials(q, k, spec, lengths, dustbin_score, implementation)
+    return plans.banded_plan(q, k, potentials, lengths, spec)
 
 
-def _potentials(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled) -> SinkhornInfo:
+def plan(
+    q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials
+) -> Float[Array, "batch x_length y_length"]:
+    """Return the plan over residues, dense, for decoding and pictures."""
+    if isinstance(implementation, AsapPotentials):
+        potentials = _potentials(q, k, spec, lengths, dustbin_score, implementation)
+        return jnp.exp(plans.log_plan(q, k, potentials, lengths, spec))
+    dense = transport_plan(q[:, :, None], k[:, :, None], spec, *lengths, dustbin_score=dustbin_score)
+    return dense[:, 0, : q.shape[1], : k.shape[1]]
+
+
+def _potentials(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials) -> Potentials:
     nothing = jnp.zeros((*k.shape[:2], 1, 1), k.dtype)
-    return _attend(q[:, :, None], k[:, :, None], nothing, spec, lengths, dustbin_score, implementation)[1]
+    _, info = _attend(q[:, :, None], k[:, :, None], nothing, spec, lengths, dustbin_score, implementation)
+    return _only_head(info)
 
 
-def _log_plan(q, k, info: SinkhornInfo, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length y_length"]:
-    """`log P_ij = S + f + g`, minus infinity outside the support."""
-    scores = jnp.einsum("bid,bjd->bij", q.astype(jnp.float32), k.astype(jnp.float32))
-    f, g = info.f[:, 0, : q.shape[1], None], info.g[:, 0, None, : k.shape[1]]
-    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    first, last = support.row_windows(rows, lengths[0], lengths[1], spec.band)
-    columns = jnp.arange(k.shape[1])
-    inside = (first[..., None] <= columns) & (columns <= last[..., None])
-    inside &= (rows < lengths[0][:, None])[..., None]
-    log_plan = jnp.where(inside, scores / (math.sqrt(q.shape[-1]) * spec.epsilon) + f + g, 0)
-    return jnp.where(inside, log_plan, -jnp.inf)
-
-
-def _log_plan_at(q, k, info: SinkhornInfo, target, spec: SinkhornSpec, lengths) -> Float[Array, "batch x_length"]:
-    """`log P_i,t(i)`, minus infinity outside the support."""
-    column = jnp.maximum(target, 0)
-    k_target = jnp.take_along_axis(k, column[..., None], axis=1)
-    score = (q.astype(jnp.float32) * k_target.astype(jnp.float32)).sum(-1) / (math.sqrt(q.shape[-1]) * spec.epsilon)
-    f, g = info.f[:, 0, : q.shape[1]], jnp.take_along_axis(info.g[:, 0], column, axis=1)
-    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), target.shape)
-    first, last = support.row_windows(rows, lengths[0], lengths[1], spec.band)
-    inside = (target >= 0) & (first <= column) & (column <= last)
-    return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
+def _only_head(info: SinkhornInfo) -> Potentials:
+    return Potentials(info.f[:, 0], info.g[:, 0])
 
 
 class Certificate(NamedTuple):
-    """How near to convergence plans are: `ot_attention.certificates`, whose bounds are infinite where none is known."""
+    """Distances of plans from convergence, see `ot_attention.certificates`; bounds are infinite if unknown."""
 
     residual: Float[Array, "batch heads"]
     contraction: Float[Array, "batch heads"]
@@ -323,18 +291,7 @@ class Certificate(NamedTuple):
 
 
 def certify(given: Inputs) -> Certificate:
-    """Of the plans of Sinkhorn's steps."""
+    """Certify the plans of Sinkhorn's steps: the residual of the chosen implementation, and bounds computed in XLA."""
     arguments = given.q, given.k, given.spec, *given.lengths, given.dustbin_score
     _, info = _attend(given.q, given.k, given.k, *given[3:], "auto")
     return Certificate(info.residual, contraction(*arguments), *posterior_bias(*arguments))
-
-
-def plan(
-    q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | Compiled
-) -> Float[Array, "batch x_length y_length"]:
-    """The plan over residues, dense, for decoding and pictures."""
-    if isinstance(implementation, Compiled):
-        info = _potentials(q, k, spec, lengths, dustbin_score, implementation)
-        return jnp.exp(_log_plan(q, k, info, spec, lengths))
-    dense = transport_plan(q[:, :, None], k[:, :, None], spec, *lengths, dustbin_score)
-    return dense[:, 0, : q.shape[1], : k.shape[1]]

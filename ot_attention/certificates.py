@@ -1,13 +1,14 @@
-"""How far a plan and its gradient can be from the converged ones: bounds, not estimates (contract, section 5).
+"""Bounds on the distance of a plan and its gradient from convergence (docs/math.md, section 7). They run in XLA.
 
 Distances of potentials are oscillations, `osc(x) = max x - min x`, since a constant moves from f to g for free. A half
-step, g -> f or f -> g, never increases them. How much it decreases them is known in two ways:
+step, g -> f or f -> g, never increases them. Two bounds on its contraction are known:
 
-- at once for all potentials, where every row meets every column: by `tanh(Delta / 4)`, Delta the projective diameter of
-  `exp(S)` (Birkhoff 1957, Hopf 1963; Franklin and Lorenz 1989 for Sinkhorn's iteration);
-- near given potentials, also in a band, where some columns meet every row, as a dustbin's does: the derivative of
-  g -> f is minus the matrix of row shares `P_ij / a_i`, whose rows agree in `delta = sum_j min_i P_ij / a_i` of their
-  mass, so that it contracts by `1 - delta` (Dobrushin 1956). Shares change by at most e^-r within a distance r.
+- For all potentials, where every row meets every column: `tanh(Delta / 4)`, Delta the projective diameter of `exp(S)`
+  (Birkhoff 1957, Hopf 1963; Franklin and Lorenz 1989 for Sinkhorn's iteration).
+- Near given potentials, where some columns meet every row, as a dustbin's column does in a band: the derivative of
+  g -> f is minus the matrix of row shares `P_ij / a_i`. Its rows agree in `delta = sum_j min_i P_ij / a_i` of their
+  mass, so that it contracts by `1 - delta` (Dobrushin 1956). Shares change by a factor of at least e^-r within a
+  distance r.
 """
 
 import functools
@@ -18,20 +19,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ot_attention import sinkhorn, support
-from ot_attention.api import by_head, checked, cleaned
+from ot_attention.api import laid_out, only_xla
 from ot_attention.kernel import Kernel
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.problem import Problem
+from ot_attention.spec import Heads, Implementation, SinkhornSpec
+from ot_attention.support import cleaned
 
 
 class Bias(NamedTuple):
     """Bounds for every batch element and head; infinite where nothing is known.
 
-    rate: by which a step (both halves) decreases distances, between where the iteration stands and its fixed point.
+    rate: factor by which a step (both halves) decreases distances, from the base steps' end to the fixed point.
     potentials: `osc(g_0 - g)` and `osc(f_0 - f)`, with f_0 and g_0 after the base steps, f and g the fixed point.
     plan: relative error of any entry of the plan after the tail steps, `|P_ij / P*_ij - 1|`.
-    gradient: of `gradient="tail"`, `sum_ij |dS_ij - dS*_ij|` for the same cotangent G of the plan, over `max G - min G`
-        (in the support; the dustbin's G is 0 in attention). Relative to the mass of the plan, `sum_j b_j`.
-        Infinite for other gradients, of which it says nothing.
+    gradient: error of `gradient="tail"`, `sum_ij |dS_ij - dS*_ij|` for a cotangent G of the plan, in units of
+        `max G - min G` (over the support; the dustbin's G is 0 in attention) times the plan's mass `sum_j b_j`.
+        Infinite for other gradients.
     """
 
     rate: Float[Array, "batch heads"]
@@ -40,7 +43,6 @@ class Bias(NamedTuple):
     gradient: Float[Array, "batch heads"]
 
 
-@checked
 def contraction(
     q: Float[Array, "batch rows heads width"],
     k: Float[Array, "batch columns heads width"],
@@ -48,18 +50,19 @@ def contraction(
     q_lengths: Int[Array, "batch"] | None = None,
     k_lengths: Int[Array, "batch"] | None = None,
     dustbin_score: Float[Array, "heads"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "batch heads"]:
-    """Birkhoff and Hopf's bound `tanh(Delta / 4)^2` on the rate of a step from any potentials; 1 outside its reach.
+    """Return Birkhoff and Hopf's bound `tanh(Delta / 4)^2` on the rate of a step from any potentials.
 
-    Its reach are blocks without zeros: problems in which every row meets every column. Costs rows^2 x columns there and
-    nothing elsewhere; memory is one head's rows x min(columns, 2 W + 1). Raises as `sinkhorn_attention` does.
+    It is 1 unless every row meets every column. The cost is then rows^2 x columns, and nothing otherwise; memory is
+    one head's rows x min(columns, 2 W + 1). Runs in XLA: any other named implementation is refused. Raises errors as
+    `sinkhorn_attention` does.
     """
-    heads = cleaned(by_head(q, k, k, dustbin_score, q_lengths, k_lengths))
-    rate = jax.lax.map(functools.partial(_contraction, spec=spec), heads)
-    return (rate**2).reshape(q.shape[0], -1)
+    only_xla(implementation, "certificates")
+    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    return (_half_step_rates(heads, spec) ** 2).reshape(batch, -1)
 
 
-@checked
 def posterior_bias(
     q: Float[Array, "batch rows heads width"],
     k: Float[Array, "batch columns heads width"],
@@ -67,34 +70,41 @@ def posterior_bias(
     q_lengths: Int[Array, "batch"] | None = None,
     k_lengths: Int[Array, "batch"] | None = None,
     dustbin_score: Float[Array, "heads"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Bias:
-    """Solves the problem and bounds what is missing to convergence, `osc(g_1 - g_0) / (1 - rate)`.
+    """Solve the problem and bound its distance from convergence, `osc(g_1 - g_0) / (1 - rate)`.
 
-    Cost: the solve, two passes over the band, and `contraction`. Raises as `sinkhorn_attention` does.
+    The cost is the solve, two passes over the band, and `contraction`. Runs in XLA: any other named implementation is
+    refused. Raises errors as `sinkhorn_attention` does.
     """
-    heads = cleaned(by_head(q, k, k, dustbin_score, q_lengths, k_lengths))
-    everywhere = jax.lax.map(functools.partial(_contraction, spec=spec), heads)
-    changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), heads, spec)
-    bias = _bias(changes, overlaps, everywhere, spec)
-    return Bias(*(x.reshape(q.shape[0], -1) for x in bias))
+    only_xla(implementation, "certificates")
+    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), cleaned(heads), spec)
+    bias = _bias(changes, overlaps, _half_step_rates(heads, spec), spec)
+    return Bias(*(x.reshape(batch, -1) for x in bias))
 
 
-def _contraction(head: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
-    """Of a half step; 1 if a row does not meet a column."""
-    head = head._replace(k=head.k if spec.band is None else head.k[: 2 * spec.band + 1])  # none meets all rows beyond
+def _half_step_rates(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N"]:
+    return jax.lax.map(functools.partial(_half_step_rate, spec=spec), cleaned(heads))
+
+
+def _half_step_rate(head: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
+    """Bound the contraction of a half step of one head; 1 if a row does not meet a column."""
+    if spec.band is not None:
+        head = head._replace(k=head.k[: 2 * spec.band + 1])  # no later column meets all rows
     rows, columns = head.q.shape[0], head.k.shape[0]
     first, last = support.row_windows(jnp.arange(rows, dtype=jnp.int32), head.n_q, head.n_k, spec.band)
     exists = jnp.arange(rows) < head.n_q
     complete = jnp.all(~exists | ((first == 0) & (last == head.n_k - 1)))
 
     def half_step():
-        scores = head.q @ head.k.T / (spec.epsilon * head.q.shape[-1] ** 0.5)
-        bin_column = head.dustbin_score if spec.dustbin != "none" else scores[:, 0]  # without one, nothing new
+        scores = jnp.matmul(head.q, head.k.T, precision="highest") / (spec.epsilon * head.q.shape[-1] ** 0.5)
+        bin_column = head.dustbin_score if spec.dustbin != "none" else scores[:, 0]  # without one, a column once more
         scores = jnp.concatenate([scores, jnp.broadcast_to(bin_column, rows)[:, None]], 1)
         is_column = (jnp.arange(columns + 1) < head.n_k) | (jnp.arange(columns + 1) == columns)
 
         def oscillation(row):
-            """Of a row's difference to any other, in logarithms."""
+            """Return the largest oscillation of a row's difference to any other row."""
             highest = jnp.where(is_column, scores - row, -jnp.inf).max(-1)
             lowest = jnp.where(is_column, scores - row, jnp.inf).min(-1)
             return jnp.where(exists, highest - lowest, 0).max()
@@ -111,8 +121,8 @@ def _contraction(head: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
 
 
 def _nearby(heads: Heads, spec: SinkhornSpec) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """What the first tail step changes of f and of g, and what rows and what columns have in common there."""
-    solved, problem = sinkhorn.forward(heads, spec), sinkhorn.Problem.create(heads, spec)
+    """Return changes of f and g in the first tail step, and the overlaps of rows and of columns after it."""
+    solved, problem = sinkhorn.forward(heads, spec), Problem.create(heads, spec)
     f, g = solved.f[:, 1], solved.g[:, 0]  # f is the half step from g, so that row sums are met
     rounding = 16 * jnp.finfo(f.dtype).eps * (1 + jnp.abs(f).max(-1) + jnp.abs(g).max(-1))
     changes = _oscillation(f - solved.f[:, 0], problem.a), _oscillation(solved.g[:, 1] - g, problem.b)
@@ -121,16 +131,16 @@ def _nearby(heads: Heads, spec: SinkhornSpec) -> tuple[tuple[Array, ...], tuple[
     return tuple(x + rounding for x in changes), tuple(jnp.where(empty, 1, x) for x in overlaps)
 
 
-def _row_overlap(scores: Kernel, f, g, problem: sinkhorn.Problem) -> Float[Array, "N"]:
-    """`sum_j min_i P_ij / a_i`, over columns that meet every row."""
+def _row_overlap(scores: Kernel, f, g, problem: Problem) -> Float[Array, "N"]:
+    """Return `sum_j min_i P_ij / a_i`, over columns that meet every row."""
     rows = (problem.a > 0).astype(f.dtype)
     complete = scores.map(_exists).transpose_times(rows) == rows.sum(-1, keepdims=True)
     shares = scores.shift(f - jnp.log(jnp.where(rows > 0, problem.a, 1)), g)
     return jnp.where(complete & (problem.b > 0), jnp.exp(-shares.map(_negative).column_max()), 0).sum(-1)
 
 
-def _column_overlap(scores: Kernel, f, g, problem: sinkhorn.Problem) -> Float[Array, "N"]:
-    """`sum_i min_j P_ij / b_j`, over rows that meet every column."""
+def _column_overlap(scores: Kernel, f, g, problem: Problem) -> Float[Array, "N"]:
+    """Return `sum_i min_j P_ij / b_j`, over rows that meet every column."""
     columns = (problem.b > 0).astype(f.dtype)
     complete = scores.map(_exists).times(columns) == columns.sum(-1, keepdims=True)
     shares = scores.shift(f, g - jnp.log(jnp.where(columns > 0, problem.b, 1)))
@@ -138,9 +148,10 @@ def _column_overlap(scores: Kernel, f, g, problem: sinkhorn.Problem) -> Float[Ar
 
 
 def _bias(changes: tuple[Array, ...], overlaps: tuple[Array, ...], everywhere, spec: SinkhornSpec) -> Bias:
-    """The bounds from what a step changes of f and g. All iterates and the fixed point lie within `distance` of g_0.
+    """Return the bounds, from the changes of f and g in one step.
 
-    That holds for any distance d with `d >= change + rate(d) d`: the ball is then mapped into itself.
+    All iterates and the fixed point lie within a distance d of g_0 if `d >= change + rate(d) d`: a step then maps the
+    ball into itself.
     """
     f_change, change = changes
 
@@ -164,16 +175,16 @@ def _bias(changes: tuple[Array, ...], overlaps: tuple[Array, ...], everywhere, s
 
 
 def _tail_bias(distance, to_f, to_g, tail_steps: int):
-    """In the sum norm, for a cotangent G between -1/2 and 1/2 and a plan of mass 1.
+    """Bound the tail gradient's error in the sum norm, for a cotangent G between -1/2 and 1/2 and a plan of mass 1.
 
-    Contract, section 3: gbar_r and fbar_r are measures that the shares of columns and of rows carry to and fro, and
-    each subtracts a field of its own norm. The matrices of step r differ from those at the fixed point by factors of at
-    most `1 + off`, and the converged gradient has infinitely many steps. Measures of sum 0 lose as potentials do.
+    In docs/math.md, section 4, gbar_r and fbar_r are measures that shares of columns and rows carry to and fro; each
+    subtracts a field of its own norm. The matrices of step r differ from the fixed point's by factors of at most
+    `1 + off`, and the converged gradient has infinitely many steps. Measures of sum 0 contract as potentials do.
     """
     rate = to_f * to_g
 
     def off(r):
-        """Of `exp(S + f_r + g_r)` and of `exp(S + f_r + g_{r-1})`."""
+        """Bound the relative errors of `exp(S + f_r + g_r)` and `exp(S + f_r + g_{r-1})`."""
         return jnp.expm1(to_f * rate ** (r - 1) * distance), jnp.expm1(rate ** (r - 1) * distance)
 
     plan, _ = off(tail_steps)
@@ -199,5 +210,5 @@ def _exists(scores: Array) -> Array:
 
 
 def _negative(scores: Array) -> Array:
-    """Minus scores, so that their largest is the least; minus infinity outside the support stays."""
+    """Negate scores in the support, so that a maximum finds the least score."""
     return jnp.where(jnp.isfinite(scores), -scores, -jnp.inf)

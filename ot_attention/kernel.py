@@ -1,19 +1,17 @@
-"""A matrix over the augmented support, the band's tiles and the dustbin's vectors, and its products."""
+"""Matrices over the augmented support, as the band's tiles and the dustbin's vectors, and their products."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ot_attention import support
-from ot_attention.backends import gpu, xla
-
-AnyBand = xla.Band | gpu.Band
+from ot_attention.backends import Band, RemakingBand
 
 
-class Dustbin(NamedTuple):
-    """The last column and row of a kernel, and where they meet."""
+class DustbinEntries(NamedTuple):
+    """Last column and row of a kernel, and the entry where they meet."""
 
     column: Float[Array, "N rows"]
     row: Float[Array, "N columns"]
@@ -21,73 +19,66 @@ class Dustbin(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Scores, `exp` of scores or a plan: 0 (as scores minus infinity) outside the support.
+    """Scores, `exp` of scores or a plan: 0 (scores: minus infinity) outside the support.
 
-    Vectors always have an entry for the dustbin. Without one, it costs nothing but that entry.
+    Vectors always have an entry for the dustbin, also where there is none.
     """
 
-    band: AnyBand
-    tiles: PyTree[Array]  # as the band holds them: it alone looks inside
-    bin: Dustbin | None
+    band: Band
+    tiles: PyTree[Array]  # only the band looks inside
+    bin: DustbinEntries | None
 
     def shift(self, f: Float[Array, "N all_rows"], g: Float[Array, "N all_columns"]) -> "Kernel":
-        """`S + f_i + g_j`."""
-        tiles = self.band.shift(self.tiles, f, g)
-        if self.bin is None:
-            return Kernel(self.band, tiles, None)
-        column, row, corner = self.bin
+        """Return `S + f_i + g_j`."""
         f_bin, g_bin = f[:, -1:], g[:, -1:]
-        shifted = Dustbin(column + f[:, :-1] + g_bin, row + f_bin + g[:, :-1], corner + f_bin + g_bin)
-        return Kernel(self.band, tiles, shifted)
+
+        def of_bin(column, row, corner):
+            return column + f[:, :-1] + g_bin, row + f_bin + g[:, :-1], corner + f_bin + g_bin
+
+        return self._remade(self.band.shift(self.tiles, f, g), of_bin)
 
     def map(self, function: Callable[[Array], Array]) -> "Kernel":
-        """A function of every entry, also of those outside the support, of tiles that are arrays."""
-        return Kernel(self.band, function(self.tiles), self.bin and Dustbin(*map(function, self.bin)))
+        """Apply a function to every entry, also outside the support. For bands whose tiles are arrays."""
+        return self._remade(function(self.tiles), lambda *entries: map(function, entries))
 
     def exp(self) -> "Kernel":
-        return Kernel(self.band, self.band.exp(self.tiles), self.bin and Dustbin(*map(jnp.exp, self.bin)))
+        return self._remade(self.band.exp(self.tiles), lambda *entries: map(jnp.exp, entries))
 
     def scale(self, u: Float[Array, "N all_rows"], v: Float[Array, "N all_columns"]) -> "Kernel":
-        """`u_i K v_j`."""
-        tiles = self.band.scale_by(self.tiles, u[:, :-1], v[:, :-1])
-        if self.bin is None:
-            return Kernel(self.band, tiles, None)
-        column, row, corner = self.bin
+        """Return `u_i K v_j`."""
         u_bin, v_bin = u[:, -1:], v[:, -1:]
-        return Kernel(
-            self.band, tiles, Dustbin(column * u[:, :-1] * v_bin, row * u_bin * v[:, :-1], corner * u_bin * v_bin)
-        )
+
+        def of_bin(column, row, corner):
+            return column * u[:, :-1] * v_bin, row * u_bin * v[:, :-1], corner * u_bin * v_bin
+
+        return self._remade(self.band.scale_by(self.tiles, u[:, :-1], v[:, :-1]), of_bin)
 
     def modulate(self, *fields: tuple[Float[Array, "N all_rows _"], Float[Array, "N all_columns _"]]) -> "Kernel":
-        """`K_ij` times the sum of fields `x_i . y_j`, each of low rank."""
-        tiles = self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields))
-        if self.bin is None:
-            return Kernel(self.band, tiles, None)
-        x, y = (jnp.concatenate(side, -1) for side in zip(*fields, strict=True))
-        column, row, corner = self.bin
-        x_bin, y_bin = x[:, -1:], y[:, -1:]
-        of_bin = (x[:, :-1] * y_bin).sum(-1), (x_bin * y[:, :-1]).sum(-1), (x_bin * y_bin).sum(-1)
-        return Kernel(self.band, tiles, Dustbin(column * of_bin[0], row * of_bin[1], corner * of_bin[2]))
+        """Return `K_ij` times the sum of fields `x_i . y_j`, each of low rank."""
+
+        def of_bin(column, row, corner):
+            x, y = (jnp.concatenate(side, -1) for side in zip(*fields, strict=True))
+            x_bin, y_bin = x[:, -1:], y[:, -1:]
+            column, row = column * (x[:, :-1] * y_bin).sum(-1), row * (x_bin * y[:, :-1]).sum(-1)
+            return column, row, corner * (x_bin * y_bin).sum(-1)
+
+        return self._remade(self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields)), of_bin)
 
     def minus(self, other: "Kernel") -> "Kernel":
-        tiles = self.band.minus(self.tiles, other.tiles)
-        if self.bin is None or other.bin is None:
-            return Kernel(self.band, tiles, None)
-        return Kernel(self.band, tiles, Dustbin(*map(jnp.subtract, self.bin, other.bin)))
+        entries = self.bin and other.bin and DustbinEntries(*map(jnp.subtract, self.bin, other.bin))
+        return Kernel(self.band, self.band.minus(self.tiles, other.tiles), entries)
 
     def multiplied(self, other: "Kernel") -> "Kernel":
-        """Entry by entry; 0 where this is 0."""
+        """Multiply entry by entry; 0 where this kernel is 0."""
 
         def product(x, y):
             return jnp.where(x == 0, 0, x * y)
 
-        tiles = product(self.tiles, other.tiles)
-        if self.bin is None or other.bin is None:
-            return Kernel(self.band, tiles, None)
-        return Kernel(self.band, tiles, Dustbin(*map(product, self.bin, other.bin)))
+        entries = self.bin and other.bin and DustbinEntries(*map(product, self.bin, other.bin))
+        return Kernel(self.band, product(self.tiles, other.tiles), entries)
 
     def times(self, x: Float[Array, "N all_columns ..."]) -> Float[Array, "N all_rows ..."]:
-        """`K x`, for a vector or for several columns at once."""
+        """Return `K x`, for a vector or several columns at once."""
         residues = self.band.times(self.tiles, x[:, :-1])
         if self.bin is None:
             return support.with_dustbin(residues)
@@ -96,7 +87,7 @@ class Kernel(NamedTuple):
         return jnp.concatenate([residues + column * x[:, -1:], dustbin], 1)
 
     def transpose_times(self, x: Float[Array, "N all_rows"]) -> Float[Array, "N all_columns"]:
-        """`K^T x`."""
+        """Return `K^T x`."""
         residues = self.band.transpose_times(self.tiles, x[:, :-1])
         if self.bin is None:
             return support.with_dustbin(residues)
@@ -107,14 +98,14 @@ class Kernel(NamedTuple):
     def scale_once(
         self, a: Float[Array, "N all_rows"], b: Float[Array, "N all_columns"]
     ) -> tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]:
-        """Compute the scalings of one step, `u = a / (K 1)` and `v = b / (K^T u)`. The band remakes its entries."""
-        assert isinstance(self.band, gpu.Band)
+        """Compute the scalings of one step, `u = a / (K 1)` and `v = b / (K^T u)`, for a band that remakes entries."""
+        band = cast(RemakingBand, self.band)
         if self.bin is None:
-            u, sums = self.band.scale_once(self.tiles, a[:, :-1], None)
+            u, sums = band.scale_once(self.tiles, a[:, :-1], None)
             return support.with_dustbin(u), support.divide(b, support.with_dustbin(sums))
         column, row, corner = self.bin
         u_bin = support.divide(a[:, -1:], row.sum(1, keepdims=True) + corner)
-        u, sums = self.band.scale_once(self.tiles, a[:, :-1], column)
+        u, sums = band.scale_once(self.tiles, a[:, :-1], column)
         bin_sum = (column * u).sum(1, keepdims=True) + corner * u_bin
         return support.append(u, u_bin), support.divide(b, support.append(sums + row * u_bin, bin_sum))
 
@@ -131,3 +122,7 @@ class Kernel(NamedTuple):
             return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
         return jnp.concatenate([jnp.maximum(residues, row), jnp.maximum(column.max(-1, keepdims=True), corner)], 1)
+
+    def _remade(self, tiles: PyTree[Array], of_bin: Callable[..., Iterable[Array]]) -> "Kernel":
+        """Return a kernel of new tiles, with `of_bin(column, row, corner)` as the dustbin's entries if there is one."""
+        return Kernel(self.band, tiles, self.bin and DustbinEntries(*of_bin(*self.bin)))

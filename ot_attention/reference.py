@@ -1,7 +1,6 @@
-"""The definition, dense and plain, for any float dtype. Frozen: never optimised; all else is tested against it.
+"""Backend `reference`: the definition, dense, for any float dtype. Never optimised; all others are tested against it.
 
-The linear solve of Newton steps and implicit gradients is shared with the other implementations (contract, section 4);
-its own oracle is dense linear algebra in the tests.
+Newton steps and implicit gradients share `implicit` with the other backends; tests check it by dense linear algebra.
 """
 
 import functools
@@ -14,6 +13,8 @@ from jaxtyping import Array, Float
 from ot_attention import implicit, support
 from ot_attention.spec import Heads, SinkhornSpec
 
+platform = None  # any
+
 
 def solve(
     heads: Heads, spec: SinkhornSpec
@@ -23,7 +24,7 @@ def solve(
     Float[Array, "heads all_columns"],
     Float[Array, "heads"],
 ]:
-    """Plan, log-potentials f and g, and residual of the augmented problem (contract, section 2)."""
+    """Return plan, log-potentials f and g, and residual of the augmented problem (docs/math.md, section 3)."""
     q, k, _, dustbin_score, n_q, n_k = heads
     rows, columns = q.shape[1], k.shape[1]
     mask = support.dense_support(n_q, n_k, rows, columns, spec.band, spec.dustbin)
@@ -42,18 +43,18 @@ def solve(
         return (f, log_scaling(scores + f[:, :, None], b, axis=-2)), None
 
     potentials = support.varying_like(q, (jnp.zeros_like(a), jnp.zeros_like(b)))
-    hats = implicit.hats(n_q, n_k, rows, columns, spec.band, q.dtype)
+    basis = implicit.coarse_basis(n_q, n_k, rows, columns, spec.band, q.dtype)
     potentials, _ = jax.lax.scan(step, potentials, length=spec.base_steps)
     if spec.solver == "newton":
         for _ in range(spec.newton_steps):
             f, g = potentials
-            system = _system(jnp.exp(scores + f[:, :, None] + g[:, None, :]), hats)
+            system = _system(jnp.exp(scores + f[:, :, None] + g[:, None, :]), basis)
             potentials, _ = step((f, g + implicit.newton_correction(system, a, spec.cg_steps)))
     if spec.gradient == "tail":
         potentials = jax.lax.stop_gradient(potentials)
     (f, g), _ = jax.lax.scan(step, potentials, length=spec.tail_steps)
     if spec.gradient == "implicit":
-        f, g = _converged(scores, *jax.lax.stop_gradient((f, g)), hats, spec.cg_steps)
+        f, g = _converged(scores, *jax.lax.stop_gradient((f, g)), basis, spec.cg_steps)
     plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
     deviation = jnp.where(a > 0, jnp.abs(plan.sum(-1) - a), 0)
     return plan, f, g, jax.lax.stop_gradient(deviation.max(-1))
@@ -67,34 +68,41 @@ def attend(
     Float[Array, "heads all_columns"],
     Float[Array, "heads"],
 ]:
-    """Output, f, g and residual."""
+    """Return output, f, g and residual."""
+    heads = support.cleaned(heads)
     plan, f, g, residual = solve(heads, spec)
-    return jnp.einsum("hij,hjd->hid", plan[:, :-1, :-1], heads.v, precision="highest"), f, g, residual
+    out = jnp.einsum("hij,hjd->hid", plan[:, :-1, :-1], heads.v, precision="highest")
+    return support.zero_padding(out, heads.n_q), f, g, residual
 
 
-def _system(plan: Float[Array, "heads rows columns"], hats) -> implicit.Plan:
+def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> None:
+    """Return None: nothing is unsupported."""
+    del heads, spec
+
+
+def _system(plan: Float[Array, "heads rows columns"], basis) -> implicit.Plan:
     def times(x):
         return jnp.einsum("hij,hj...->hi...", plan, x, precision="highest")
 
     def transpose_times(x):
         return jnp.einsum("hij,hi->hj", plan, x, precision="highest")
 
-    return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), plan[:, :, -1], plan[:, -1], hats)
+    return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), plan[:, :, -1], plan[:, -1], basis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _converged(scores, f, g, hats, cg_steps):
-    """f and g, with the derivative that they have where the marginals are met (contract, section 4)."""
+def _converged(scores, f, g, basis, cg_steps):
+    """Return f and g, with the derivative of converged potentials (docs/math.md, section 5)."""
     return f, g
 
 
-def _converged_fwd(scores, f, g, hats, cg_steps):
-    return (f, g), (jnp.exp(scores + f[:, :, None] + g[:, None, :]), hats)
+def _converged_fwd(scores, f, g, basis, cg_steps):
+    return (f, g), (jnp.exp(scores + f[:, :, None] + g[:, None, :]), basis)
 
 
 def _converged_bwd(cg_steps, kept, cotangents):
-    plan, hats = kept
-    x, y = implicit.solve(_system(plan, hats), *cotangents, cg_steps)
+    plan, basis = kept
+    x, y = implicit.solve(_system(plan, basis), *cotangents, cg_steps)
     return -plan * (x[:, :, None] + y[:, None, :]), None, None, None
 
 
@@ -104,7 +112,7 @@ _converged.defvjp(_converged_fwd, _converged_bwd)
 def log_scaling(
     scores: Float[Array, "*heads rows columns"], target: Float[Array, "*heads side"], axis: int
 ) -> Float[Array, "*heads side"]:
-    """`log target - logsumexp(scores)` along an axis, 0 (with gradient 0) where there is no support."""
+    """Return `log target - logsumexp(scores)` along an axis, 0 (with gradient 0) where there is no support."""
     supported = target > 0
     top = jax.lax.stop_gradient(jnp.where(supported, scores.max(axis), 0))
     total = jnp.sum(jnp.exp(scores - jnp.expand_dims(top, axis)), axis)

@@ -1,4 +1,4 @@
-"""What a Sinkhorn attention problem is, and what solving it reports."""
+"""Settings, inputs and diagnostics of Sinkhorn attention."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
 
 class UnsupportedError(Exception):
-    """A named implementation cannot do what was asked. The message says why and what to change."""
+    """Error for a named implementation that cannot serve a call. The message says why and what to change."""
 
 
 class SinkhornInfo(NamedTuple):
     """Log-potentials of the plan `exp(S + f + g)`, 0 at padding and at empty rows or columns; the dustbin is last.
 
-    `f` and `g` are differentiable: their gradient is the surrogate's, as for the output. `residual` is the largest
-    absolute deviation of a row sum from its target over the rows that have any support; it carries no gradient.
+    `f` and `g` are differentiable, with the surrogate's gradient as the output. `residual` is the largest absolute
+    deviation of a row sum from its target, over rows with support; it carries no gradient.
     """
 
     f: Float[jax.Array, "batch heads rows"]
@@ -38,7 +38,7 @@ class SinkhornSpec:
     band: W, half-width in residues of the support around the length-scaled diagonal; None for full support.
     dustbin: "none"; "unit" (the paper's single dustbin of unit capacity); "full" (any residue may be a gap).
     gradient: "tail" (exact for the surrogate), "implicit" (of the converged plan), "unrolled" (all T + R steps).
-    solver, newton_steps: "newton" makes so many Newton steps after the base steps, each followed by one more base step.
+    solver: "newton" makes `newton_steps` Newton steps after the base steps, each followed by one more base step.
     cg_steps: conjugate gradient steps of each Newton step, and of the implicit gradient.
 
     Raises ValueError for values out of range.
@@ -56,8 +56,12 @@ class SinkhornSpec:
 
     @property
     def all_base_steps(self) -> int:
-        """Steps without gradient, the one after each Newton step included."""
+        """Number of steps without gradient, the one after each Newton step included."""
         return self.base_steps + (self.newton_steps if self.solver == "newton" else 0)
+
+    @property
+    def all_steps(self) -> int:
+        return self.all_base_steps + self.tail_steps
 
     def __post_init__(self):
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
@@ -79,7 +83,7 @@ def _check_int(name: str, value: object, least: int, hint: str = "") -> None:
 
 
 class Heads(NamedTuple):
-    """Inputs as implementations take them: batch and heads as one axis."""
+    """Inputs of a backend, with batch and heads as one axis."""
 
     q: Float[jax.Array, "heads rows width"]
     k: Float[jax.Array, "heads columns width"]

@@ -1,14 +1,14 @@
-"""Which scores exist and what rows and columns must sum to: lengths, band, dustbin. The one place that decides it.
+"""Support and targets of the plan, from lengths, band and dustbin (docs/math.md, section 2).
 
-Every problem is held with one more row and one more column, the dustbin, at the end. Without a dustbin their scores are
-minus infinity and their targets 0, so that no other code asks whether there is one.
+Every problem has one more row and one more column, the dustbin, at the end. Without a dustbin their scores are minus
+infinity and their targets 0, so that no other code asks whether there is one.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ot_attention.spec import Dustbin
+from ot_attention.spec import Dustbin, Heads
 
 # (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
 MAX_BANDED_PRODUCT = 2**31
@@ -17,7 +17,7 @@ MAX_BANDED_PRODUCT = 2**31
 def row_windows(
     rows: Int[Array, "*batch rows"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
 ) -> tuple[Int[Array, "*batch rows"], Int[Array, "*batch rows"]]:
-    """First and last column (inclusive) in the support of each given row; last < first where the row has none.
+    """Return the first and last column (inclusive) in the support of each row; last < first where there is none.
 
     The support is `|j - c(i)| <= band` with `c(i) = (i + 1/2) n_k / n_q - 1/2`, evaluated in integers: in float32 the
     edge of the band would depend on rounding, and implementations would disagree by whole cells.
@@ -37,9 +37,9 @@ def row_windows(
 def column_windows(
     columns: Int[Array, "*batch columns"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
 ) -> tuple[Int[Array, "*batch columns"], Int[Array, "*batch columns"]]:
-    """Find the first and last row (inclusive) in the support of each column; last < first where there is none.
+    """Return the first and last row (inclusive) in the support of each column; last < first where there is none.
 
-    `row_windows` seen from the columns: rows with `j - W <= c(i) <= j + W`, in integers.
+    These are the rows with `j - W <= c(i) <= j + W`, in integers as in `row_windows`.
     """
     n_q, n_k = n_q[..., None], n_k[..., None]
 
@@ -52,7 +52,7 @@ def column_windows(
     if band is None:
         first, stop = jnp.zeros_like(columns), jnp.broadcast_to(n_q, columns.shape)
     else:
-        band = min(band, MAX_BANDED_PRODUCT // 4)  # wider ones hold everything, and sums stay integers
+        band = min(band, MAX_BANDED_PRODUCT // 4)  # a wider band holds everything, and sums would overflow
         first, stop = rows(columns - band, jnp.maximum(n_k - 1, 0)), rows(columns + band, n_k)
     exists = (columns >= 0) & (columns < n_k)
     return jnp.where(exists, first, 0), jnp.where(exists, stop - 1, -1)
@@ -75,7 +75,7 @@ def diagonal(
 def dense_support(
     n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], rows: int, columns: int, band: int | None, dustbin: Dustbin
 ) -> Bool[Array, "*batch all_rows all_columns"]:
-    """Support of the augmented problem as a mask, dustbin last."""
+    """Return the support of the augmented problem as a mask, dustbin last."""
     index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
     first, last = row_windows(index, n_q, n_k, band)
     column = jnp.arange(columns, dtype=jnp.int32)
@@ -93,7 +93,7 @@ def dense_support(
 
 
 def dustbin_exists(n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], dustbin: Dustbin) -> Bool[Array, "*batch"]:
-    """Whether the dustbin's row and column are in the support: not for a problem that has no residues on one side."""
+    """Tell whether the dustbin's row and column are in the support: not where one side has no residues."""
     return (n_q > 0) & (n_k > 0) & (dustbin != "none")
 
 
@@ -106,7 +106,7 @@ def targets(
     dustbin: Dustbin,
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
-    """Row and column sums the plan must have (contract, section 1); 0 where there is no support, as at padding."""
+    """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support."""
     index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
     first, last = row_windows(index, n_q, n_k, band)
     exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
@@ -120,7 +120,7 @@ def targets(
     elif dustbin == "unit":
         row_bin, column_bin = 1 + jnp.maximum(n_k - n_q, 0), 1 + jnp.maximum(n_q - n_k, 0)
     else:
-        # The corner holds as much as is matched, so that every residue of either side may be a gap.
+        # The corner can take all the mass that residues match, so that every residue of either side may be a gap.
         row_bin, column_bin = n_k, n_q
     return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
 
@@ -128,9 +128,9 @@ def targets(
 def _reached(
     n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], columns: int, band: int | None
 ) -> Bool[Array, "*batch columns"]:
-    """Columns inside at least one row's window. A band narrower than the slope n_k / n_q leaves some outside all."""
+    """Tell which columns are in some row's window. A band narrower than the slope n_k / n_q misses some."""
     column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (*n_q.shape, columns))
-    # The rows whose diagonal is nearest: to either side of (j + 1/2) n_q / n_k - 1/2.
+    # The diagonal is nearest in the rows to either side of (j + 1/2) n_q / n_k - 1/2.
     odd = (2 * jnp.minimum(column, jnp.maximum(n_k[..., None] - 1, 0)) + 1).astype(jnp.uint32)
     after = odd * n_q[..., None].astype(jnp.uint32) // (2 * jnp.maximum(n_k[..., None], 1)).astype(jnp.uint32)
     reached = jnp.zeros(column.shape, bool)
@@ -141,33 +141,50 @@ def _reached(
 
 
 def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:
-    """Vectors over residues with one more entry, the dustbin's."""
+    """Append one number, the dustbin's entry, to vectors over residues."""
     return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2), constant_values=last)
 
 
 def append(x: Float[Array, "N length"], last: Float[Array, "N 1"]) -> Float[Array, "N all"]:
-    """Append the dustbin's entry to vectors over residues.
-
-    XLA fuses a select with what makes its operands, and not a concatenation.
-    """
+    """Append the dustbin's entries to vectors over residues."""
+    # XLA fuses a select with the code that makes its operands; it does not fuse a concatenation.
     return jnp.where(jnp.arange(x.shape[1] + 1) == x.shape[1], last, with_dustbin(x))
 
 
 def divide(x: Array, y: Array) -> Array:
-    """x / y, 0 where y is 0: nothing lies there."""
+    """Return x / y, 0 where y is 0."""
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
 
 def zero_padding(x: jax.Array, lengths: Int[Array, "*batch"]) -> jax.Array:
-    """`x [*batch, length, ...]` with 0 from its length on, whatever stood there (NaN and inf included)."""
+    """Return `x [*batch, length, ...]` with 0 in place of padding, which may hold NaN."""
     real = jnp.arange(x.shape[lengths.ndim]) < lengths[..., None]
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - real.ndim)), x, jnp.zeros((), x.dtype))
 
 
-def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
-    """Under `shard_map`, marks arrays that are alike on all devices as varying over the mesh axes that x varies over.
+def without_padding(heads: Heads) -> Heads:
+    """Return the inputs with 0 as padding."""
+    q, k, v, score, n_q, n_k = heads
+    q, k, v = (zero_padding(x, n) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
+    return Heads(q, k, v, score, n_q, n_k)
 
-    A loop must start from what its steps return, and a `custom_vjp` takes gradients of the type of its inputs.
+
+def cleaned(heads: Heads) -> Heads:
+    """Return the inputs with 0 as padding, in the dtype of the potentials."""
+    dtype = potential_dtype(*heads[:3])
+    q, k, v, score, n_q, n_k = without_padding(heads)
+    return Heads(q.astype(dtype), k.astype(dtype), v.astype(dtype), score.astype(dtype), n_q, n_k)
+
+
+def potential_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """Return the dtype of potentials and marginals, at least float32."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
+    """Mark arrays as varying over the mesh axes that x varies over, under `shard_map`.
+
+    A loop's first carry must have the type that its steps return, and gradients the type of a `custom_vjp`'s inputs.
     """
 
     def mark(y):
@@ -178,6 +195,6 @@ def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
 
 
 def platform() -> str:
-    """Of the devices that are compiled for, as far as it is known: "cpu", "gpu" or "tpu"."""
+    """Return the platform that is compiled for, as far as it is known: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()

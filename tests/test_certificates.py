@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_attention import SinkhornSpec, transport_plan
+from ot_attention import SinkhornSpec, UnsupportedError, transport_plan
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.support import dense_support, targets
 from tests.test_implicit import multipliers
@@ -171,3 +171,12 @@ def test_bounds_of_a_long_band_hold(settings):
     assert np.isfinite(bias.plan[0, 1]) == (spec.solver == "newton")
     assert np.isinf(bias.gradient).all() == (spec.gradient == "implicit")
     assert (contraction(q, k, spec, *lengths, score) == 1).all()
+
+
+@pytest.mark.parametrize("certificate", [contraction, posterior_bias])
+def test_another_implementation_than_xla_is_refused(certificate):
+    x = jnp.zeros((1, 8, 1, 4))
+    with pytest.raises(UnsupportedError, match="'pallas_gpu' cannot do this: certificates run in XLA; use "):
+        certificate(x, x, SinkhornSpec(), implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="implementation='triton' must be None or one of reference, xla"):
+        certificate(x, x, SinkhornSpec(), implementation="triton")

@@ -213,7 +213,8 @@ def test_a_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(number,
 
 def heads_of(arguments, dtype=None) -> Heads:
     (q, k, v), (n_q, n_k), score, _ = arguments
-    return by_head(*(x.astype(dtype or x.dtype) for x in (q, k, v)), jnp.zeros(2) if score is None else score, n_q, n_k)
+    q, k, v = (x.astype(dtype or x.dtype) for x in (q, k, v))
+    return by_head(q, k, v, jnp.zeros(2) if score is None else score, n_q, n_k)
 
 
 def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(monkeypatch):
@@ -488,7 +489,9 @@ def temporary_bytes(shape: tuple[int, ...], spec: SinkhornSpec) -> int:
     """Of the compiled gradient."""
     run = jax.grad(lambda x: sinkhorn_attention(x, x, x, spec, implementation="xla")[0].sum())
     compiled = jax.jit(run).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("settings", [{}, CONVERGING], ids=["plain", "converging"])

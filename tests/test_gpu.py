@@ -20,9 +20,10 @@ import pytest
 
 from configs import r2_dustbin
 from evaluation import runs
-from ot_attention import SinkhornSpec, UnsupportedError, api, sinkhorn, sinkhorn_attention, support
-from ot_attention.backends import gpu, gpu_kernels
+from ot_attention import SinkhornSpec, UnsupportedError, api, sinkhorn_attention, steps, support
+from ot_attention.backends import gpu, gpu_kernels, registry
 from ot_attention.backends.xla import Band
+from ot_attention.problem import Problem
 from ot_attention.spec import Heads
 from tests import test_conformance as conformance
 from training import sharding, state
@@ -111,7 +112,7 @@ def test_a_training_step_lowers_for_a_gpu(h100):
 def test_what_a_gpu_is_chosen_and_refused_for(h100):
     def choice(dtype="float32", width=8, implementation=None, **changes):
         x = jax.ShapeDtypeStruct((1, 8, width), dtype)
-        return api._choose(implementation, SinkhornSpec(**changes), Heads(x, x, x, None, None, None))
+        return registry.choose(implementation, Heads(x, x, x, None, None, None), SinkhornSpec(**changes))
 
     assert choice() == choice(solver="newton", gradient="implicit") == choice("bfloat16", 256) == "pallas_gpu"
     assert choice(width=257) == "xla"
@@ -134,7 +135,7 @@ def test_other_gpus_than_nvidias_are_refused(h100, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(client=client)])
     x = jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
-    assert "instructions of NVIDIA GPUs" in gpu.unsupported_reason(Heads(x, x, x, None, None, None))
+    assert "instructions of NVIDIA GPUs" in gpu.unsupported_reason(Heads(x, x, x, None, None, None), SinkhornSpec())
 
 
 def test_without_a_gpu_it_is_refused():
@@ -260,12 +261,12 @@ def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def absorbed(*arrays):
-        heads = api.cleaned(api.by_head(*arrays, jnp.zeros(2), *lengths))
-        return sinkhorn._by_absorption(heads, sinkhorn.Problem.create(heads, spec, gpu.Band))[1]
+        heads = support.cleaned(api.by_head(*arrays, jnp.zeros(2), *lengths))
+        return steps.by_absorption(heads, Problem.create(heads, spec, gpu.Band))[1]
 
     assert absorbed(*arrays) and absorbed(*with_column_at(-50.0))
     assert not absorbed(*with_column_at(-70.0)) and not absorbed(*with_column_at(-200.0))
-    monkeypatch.setattr(sinkhorn, "_LARGEST_MOVE", 0.0)
+    monkeypatch.setattr(steps, "_LARGEST_MOVE", 0.0)
     out, info = jax.jit(
         lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation="pallas_gpu"), compiler_options=QUICK
     )(*arrays)

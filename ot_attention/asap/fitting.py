@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ot_attention import sinkhorn, support
-from ot_attention.api import by_head, checked, cleaned
+from ot_attention.api import laid_out
 from ot_attention.asap.maps import Asap, Sample, design, einsum, relative
 from ot_attention.kernel import Kernel
-from ot_attention.sinkhorn import Problem, column_potentials, row_potentials
+from ot_attention.problem import Problem, column_potentials, row_potentials
 from ot_attention.spec import Heads, SinkhornSpec
 
 
@@ -87,12 +87,12 @@ def _of_sample(asap: Asap, sample: Sample, function, spec: SinkhornSpec):
     return _with_potentials(*sample[:2], spec, *sample[2:5], function=function, asap=asap, f=sample.f)
 
 
-@checked
 def _with_potentials(q, k, spec, q_lengths, k_lengths, dustbin_score, *, function, asap, f):
-    heads = cleaned(by_head(q, k, k, dustbin_score, q_lengths, k_lengths))
-    arguments = heads, asap.of_every_head(q.shape[0], heads), by_problem(f, spec)
+    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    heads = support.cleaned(heads)
+    arguments = heads, asap.of_every_head(batch, heads), by_problem(f, spec)
     found = sinkhorn.by_group(functools.partial(function, spec=spec), arguments, spec)
-    return [x.reshape(q.shape[0], -1, *x.shape[1:]) for x in found]
+    return [x.reshape(batch, -1, *x.shape[1:]) for x in found]
 
 
 def _moments(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tuple[Array, Array]:
@@ -130,7 +130,6 @@ def _divergence(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tup
     )
 
 
-@checked
 def deviation(
     q: Float[Array, "batch rows heads width"],
     k: Float[Array, "batch columns heads width"],
@@ -146,10 +145,11 @@ def deviation(
 
     Raises as `sinkhorn_attention` does.
     """
-    heads = cleaned(by_head(q, k, k, dustbin_score, q_lengths, k_lengths))
+    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    heads = support.cleaned(heads)
     potentials = [by_problem(x, spec) for x in (*teacher, *student)]
     found = sinkhorn.by_group(functools.partial(_deviation, spec=spec), (heads, *potentials), spec)
-    return Deviation(*(x.reshape(q.shape[0], -1) for x in found))
+    return Deviation(*(x.reshape(batch, -1) for x in found))
 
 
 def by_problem(potential: Float[Array, "batch heads length"], spec: SinkhornSpec) -> Float[Array, "N all"]:

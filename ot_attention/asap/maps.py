@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ot_attention import problem as problems
 from ot_attention import sinkhorn, support
-from ot_attention.api import by_head, checked, cleaned
+from ot_attention.api import laid_out
 from ot_attention.asap.transport import uniform, uniform_staircase
-from ot_attention.sinkhorn import Problem, column_potentials, row_potentials
+from ot_attention.problem import Problem, column_potentials, row_potentials
 from ot_attention.spec import Heads, SinkhornInfo, SinkhornSpec
 
 # kantorovich: f of one-dimensional transport along every direction, squared cost.
@@ -155,7 +156,8 @@ def _features(name: str, asap: Asap, heads: Heads, problem: Problem, first_f) ->
         return first_f[:, :-1, None]
     if name == "position":
         place = (jnp.arange(rows) + 0.5) / jnp.maximum(n_q, 1)[:, None].astype(heads.q.dtype)
-        columns = problem.scores.band.last - problem.scores.band.first + 1
+        first, last = problem.scores.band.row_windows()
+        columns = last - first + 1
         return jnp.stack([place, place**2, jnp.log(jnp.maximum(columns, 1).astype(place.dtype))], -1)
     x, y = (einsum("nld,nmd->nml", z, asap.directions) for z in (heads.q, heads.k))
     if name == "squares":
@@ -168,7 +170,6 @@ def _features(name: str, asap: Asap, heads: Heads, problem: Problem, first_f) ->
     return jax.vmap(of_head)(x, y, n_q, n_k).swapaxes(1, 2)
 
 
-@checked
 def apply(
     asap: Asap,
     q: Float[Array, "batch rows heads width"],
@@ -188,13 +189,14 @@ def apply(
     Raises:
         ValueError: as `sinkhorn_attention` does; a map of other heads or widths.
     """
-    heads = cleaned(by_head(q, k, v, dustbin_score, q_lengths, k_lengths))
+    batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
+    heads = support.cleaned(heads)
     attend = functools.partial(_attend, spec=spec)
-    solved = sinkhorn.by_group(attend, (heads, asap.of_every_head(q.shape[0], heads)), spec)
-    out, f, g, residual = (x.reshape(q.shape[0], -1, *x.shape[1:]) for x in solved)
+    solved = sinkhorn.by_group(attend, (heads, asap.of_every_head(batch, heads)), spec)
+    out, f, g, residual = (x.reshape(batch, -1, *x.shape[1:]) for x in solved)
     if spec.dustbin == "none":
         f, g = f[..., :-1], g[..., :-1]
-    return out.swapaxes(1, 2).astype(v.dtype), SinkhornInfo(f, g, residual)
+    return out.swapaxes(1, 2).astype(jnp.result_type(v)), SinkhornInfo(f, g, residual)
 
 
 def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, Array, Array, Array]:
@@ -203,9 +205,9 @@ def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, A
     problem = Problem.create(heads, spec)
     a, b, scores = problem.a, problem.b, problem.scores
     one_row, one_column = jnp.ones_like(a), jnp.ones_like(b)
-    top = sinkhorn.row_tops(problem, heads, jnp.zeros_like(b))
+    top = problems.row_tops(problem, heads, jnp.zeros_like(b))
     kernel = scores.shift(-top, jnp.zeros_like(b)).exp()
-    first_f = sinkhorn.log(support.divide(a, kernel.times(one_column))) - top if "mass" in asap.features else None
+    first_f = problems.log(support.divide(a, kernel.times(one_column))) - top if "mass" in asap.features else None
     predicted = einsum("nif,nf->ni", design(asap, heads, problem, first_f), asap.weights)
     start = jnp.where(a > 0, predicted + top, -jnp.inf)
     u = jnp.exp(start - jnp.maximum(start.max(-1, keepdims=True), jnp.finfo(start.dtype).min))
@@ -214,7 +216,7 @@ def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, A
         u = support.divide(a, kernel.times(v))
 
     def scaled():
-        f, g = jnp.where(a > 0, sinkhorn.log(u) - top, 0), sinkhorn.log(v)
+        f, g = jnp.where(a > 0, problems.log(u) - top, 0), problems.log(v)
         out = u[:, :-1, None] * kernel.band.times(kernel.tiles, v[:, :-1, None] * heads.v)
         off = v * kernel.transpose_times(u) - b if asap.two_sided else u * kernel.times(v) - a
         return out, f, g, jnp.abs(off).max(-1)
@@ -226,4 +228,4 @@ def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, A
         off = plan.transpose_times(one_row) - b if asap.two_sided else plan.times(one_column) - a
         return plan.band.times(plan.tiles, heads.v), f, g, jnp.abs(off).max(-1)
 
-    return jax.lax.cond(sinkhorn.in_range(u, a) & sinkhorn.in_range(v, b), scaled, in_logarithms)
+    return jax.lax.cond(problems.in_range(u, a) & problems.in_range(v, b), scaled, in_logarithms)

@@ -1,16 +1,14 @@
-"""The band on a GPU: a matrix that is never stored, for the loop of `sinkhorn`.
+"""Backend `pallas_gpu`: a band whose matrix is never stored.
 
-`banded_xla.Band` holds the tiles of K and streams them from memory for every product. Here K exists only as q, k, the
-potentials and fields of low rank, and every product makes it anew, tile by tile, in `gpu_kernels`: one matrix product
-on tensor cores and one exp a cell, and q, k and vectors in memory. Where the band is narrow, `gpu_sweep` makes K once
-for both half steps. Newton steps, implicit gradients and every dustbin come from `sinkhorn`; this module has no loop of
-its own.
+`xla.Band` holds the tiles of K and streams them from memory for every product. Here K exists only as q, k, the
+potentials and fields of low rank. Every product makes it anew, tile by tile, in `gpu_kernels`, by one matrix product on
+tensor cores and one exp a cell. Where the band is narrow, `gpu_sweep` makes K once for both half steps.
 
 Compiler: Pallas Triton. It alone lowers through `pl.pallas_call` on jax 0.10 to 0.12, and all of them interpret it on
-a CPU (Mosaic GPU from 0.12 on). jax 0.11 deprecates it in favour of Mosaic GPU. Figures of an H200 (docs/gpu.md) speak
-for keeping it at full support, where a pass over the cells is faster than cuDNN's attention. In narrow bands programs
-wait more than they compute; there the asynchronous copies and specialised warps of Mosaic GPU could help, which was not
-measured. Nothing but `gpu_kernels` and `gpu_sweep` would change.
+a CPU (Mosaic GPU: from 0.12 on). jax 0.11 deprecates it in favour of Mosaic GPU. At full support a pass over the cells
+is faster than cuDNN's attention on an H200 (docs/gpu.md). In narrow bands programs wait more than they compute: there
+the asynchronous copies and specialised warps of Mosaic GPU could help (not measured). Only `gpu_kernels` and
+`gpu_sweep` would change.
 """
 
 import functools
@@ -24,14 +22,15 @@ from ot_attention import support
 from ot_attention.backends import gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Field, Matrix, Reach, Side
 from ot_attention.backends.gpu_sweep import Strips
-from ot_attention.spec import Heads
+from ot_attention.spec import Heads, SinkhornSpec
 
 _MOST_WIDTH = 256
 _MOST_HEADS = 65535  # blocks along the second axis of a grid
 
 
-def unsupported_reason(heads: Heads) -> str | None:
-    """Why the kernels cannot do this and what to change, or None."""
+def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
+    """Return why the kernels cannot do this and what to change, or None."""
+    del spec  # all settings are supported
     if gpu_kernels.INTERPRET:
         return None
     if support.platform() != "gpu":
@@ -49,7 +48,7 @@ def unsupported_reason(heads: Heads) -> str | None:
 
 
 class Scores(NamedTuple):
-    """`scale q_i . k_j + f_i + g_j`. Potentials keep their entry for the dustbin: to cut it off would copy them."""
+    """Scores `scale q_i . k_j + f_i + g_j`. Potentials keep their dustbin entry: to cut it off would copy them."""
 
     q: Float[Array, "N rows width"]
     k: Float[Array, "N columns width"]
@@ -58,7 +57,7 @@ class Scores(NamedTuple):
 
 
 class Term(NamedTuple):
-    """`exp` of scores times the sum of fields, if there are any: pairs x and y of `x_i . y_j`."""
+    """Matrix `exp(scores)`, times the sum of fields `x_i . y_j` if there are any."""
 
     scores: Scores
     fields: tuple[Field, ...]
@@ -73,9 +72,7 @@ Terms = tuple[Term, ...]  # their sum
     meta_fields=["cut", "scale", "most", "block"],
 )
 class Band:
-    """Which cells exist. What it calls tiles are `Scores`, and after `exp` a sum of `Terms`: nothing of their size."""
-
-    remakes = True  # its entries: potentials cost nothing to change, and products nothing to prepare
+    """Cells of the support. Its tiles are `Scores`, and after `exp` a sum of `Terms`: nothing of the band's size."""
 
     def __init__(self, windows, reach: tuple[Reach, Reach], strips: Strips | None, cut, scale, most: int, block: int):
         self.windows = windows  # first and last of every row, and of every column
@@ -93,7 +90,7 @@ class Band:
         band: int | None,
         scale: float,
     ) -> tuple["Band", Scores]:
-        """Make the scores `scale q_i . k_j` and the band that they lie in."""
+        """Return the band and the scores `scale q_i . k_j` in it."""
         (number, rows, _), columns = q.shape, k.shape[1]
         q, k = (x.astype(jnp.result_type(q, k)) for x in (q, k))
         index = (jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (number, length)) for length in (rows, columns))
@@ -107,25 +104,17 @@ class Band:
         cut = gpu_sweep.cut_for(columns, band) if block == gpu_sweep.ROWS else None
         strips = cut and gpu_sweep.strips(n_q, n_k, rows, columns, cut)
         q, k = map(gpu_kernels.pad_width, (q, k))
-        dtype = jnp.promote_types(q.dtype, jnp.float32)
-        zeros = support.varying_like(q, [jnp.zeros((number, length + 1), dtype) for length in (rows, columns)])
+        zeros = [jnp.zeros((number, length + 1), support.potential_dtype(q)) for length in (rows, columns)]
+        zeros = support.varying_like(q, zeros)
         return cls((of_rows, of_columns), reach, strips, cut, scale, most, block), Scores(q, k, *zeros)
 
-    @property
-    def first(self) -> Int[Array, "N rows"]:
-        """First column in the support of each row."""
-        return self.windows[0][0]
-
-    @property
-    def last(self) -> Int[Array, "N rows"]:
-        """Last column in the support of each row, inclusive."""
-        return self.windows[0][1]
+    def row_windows(self) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]:
+        return self.windows[0]
 
     @staticmethod
     def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int) -> int:
-        """All: nothing is stored that grows with the band."""
         del rows, columns, band, itemsize
-        return number
+        return number  # nothing is stored that grows with the band
 
     def shift(self, scores: Scores, row: Float[Array, "N all_rows"], column: Float[Array, "N all_columns"]) -> Scores:
         return scores._replace(f=scores.f + row, g=scores.g + column)
@@ -137,8 +126,7 @@ class Band:
         return self.modulate(terms, (row[..., None], column[..., None]))
 
     def modulate(self, terms: Terms, *fields: Field) -> Terms:
-        """Times the sum of fields, once."""
-        assert not any(term.fields for term in terms), "a product of fields has no place in a term"
+        assert not any(term.fields for term in terms), "a term cannot hold a product of fields"
         return tuple(Term(scores, fields) for scores, _ in terms)
 
     def minus(self, terms: Terms, others: Terms) -> Terms:
@@ -146,11 +134,9 @@ class Band:
         return (*terms, *negative)
 
     def times(self, terms: Terms, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
-        """`K x`, for a vector or for several columns at once."""
         return functools.reduce(jnp.add, (self._product(term, x, by_rows=True) for term in terms))
 
     def transpose_times(self, terms: Terms, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
-        """`K^T x`."""
         return functools.reduce(jnp.add, (self._product(term, x, by_rows=False) for term in terms))
 
     def sums(self, terms: Terms, *, by_rows: bool) -> Array:
@@ -158,7 +144,7 @@ class Band:
         return functools.reduce(jnp.add, (self._product(term, None, by_rows) for term in terms))
 
     def apply(self, terms: Terms, u: Float[Array, "N rows"], v: Float[Array, "N columns"], values) -> Array:
-        """`u_i K v_j values`: the scalings become potentials, so that values may stay bfloat16."""
+        # The scalings become potentials, so that values may stay bfloat16.
         f, g = (support.with_dustbin(_log(x)) for x in (u, v))
         shifted = (Term(self.shift(scores, f, g), fields) for scores, fields in terms)
         return self.times(tuple(shifted), values)
@@ -166,7 +152,7 @@ class Band:
     def scale_once(
         self, terms: Terms, a: Float[Array, "N rows"], bin_column: Float[Array, "N rows"] | None
     ) -> tuple[Float[Array, "N rows"], Float[Array, "N columns"]]:
-        """Compute scalings `u = a / (K 1 + bin_column)` of rows, and `K^T u`; K is `exp` of scores, without fields.
+        """Return scalings `u = a / (K 1 + bin_column)` of rows, and `K^T u`; K is `exp` of scores, without fields.
 
         a: targets of residues' rows, 1 where a row has support, else 0.
         """
@@ -177,7 +163,9 @@ class Band:
             return jnp.where(a > 0, u, 0), sums
         sums = self.sums(terms, by_rows=True)
         u = support.divide(a, sums if bin_column is None else sums + bin_column)
-        scaled = scores._replace(f=scores.f + support.with_dustbin(_log(u)))  # spares a product of every entry with u
+        scaled = scores._replace(
+            f=scores.f + support.with_dustbin(_log(u))
+        )  # cheaper than a product of every entry with u
         return u, self.sums((Term(scaled, ()),), by_rows=False)
 
     def row_max(self, scores: Scores) -> Float[Array, "N rows"]:
@@ -196,12 +184,11 @@ class Band:
         return sides[own], sides[1 - own], self.reach[own], Matrix(by_rows, self.scale, self.most, self.block)
 
     def _sides(self, scores: Scores) -> tuple[Side, Side]:
-        """Rows and columns."""
         return Side(scores.q, scores.f, *self.windows[0]), Side(scores.k, scores.g, *self.windows[1])
 
 
 def _reach(first: Int[Array, "N length"], last: Int[Array, "N length"], n: Int[Array, "N"], block: int) -> Reach:
-    """Find the parts that blocks of positions meet, from the positions' windows.
+    """Return the parts of the other side that blocks of positions meet, from the positions' windows.
 
     Windows never move back from one real position to the next. A block that holds padding has no common part.
     """
@@ -215,5 +202,5 @@ def _reach(first: Int[Array, "N length"], last: Int[Array, "N length"], n: Int[A
 
 
 def _log(scaling: Array) -> Array:
-    """Of what is scaled by 0 nothing is in the support."""
+    # A scaling of 0 belongs to a row or column without support.
     return jnp.log(jnp.where(scaling == 0, 1, scaling))

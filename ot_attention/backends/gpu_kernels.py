@@ -1,16 +1,16 @@
-"""Kernels of `pallas_gpu`: products with, and maxima of, a matrix that is made tile by tile and never stored.
+"""Kernels of `pallas_gpu`: products and maxima of a matrix that is made tile by tile and never stored.
 
 An entry is `exp(S_ij + f_i + g_j)` times a field of low rank. A program owns a block of rows of one head and visits the
 columns that the block meets; for products with the transpose it owns columns and visits rows. Nothing is exchanged
 between programs, so the same call gives the same bits. A whole Sinkhorn step in one visit of each entry is in
 `gpu_sweep`.
 
-Tiles inside the support are neither masked nor checked: where rows meet many columns, a program visits the tiles at one
-edge of its support, those inside and those at the other edge in three loops of the same body.
+Tiles inside the support need no mask: where rows meet many columns, a program visits the tiles at one edge of its
+support, the tiles inside and the tiles at the other edge in three loops of the same body.
 
 Microseconds of a call for 262,144 rows on an H200 (heads of 64 in bfloat16, 2,048 residues; float32: heads of 32,
-384 residues, W = 64), by `scripts/tune_gpu.py`. In brackets other numbers of stages; after the semicolon, where there
-is one, blocks of 128. "gradient" is a product with a matrix and fields.
+384 residues, W = 64), by `scripts/tune_gpu.py`. In brackets other numbers of stages; after a semicolon blocks of 128.
+"gradient" is a product with a matrix and fields.
 
 | | W = 64 | W = 128 | W = 256 | full | float32 |
 |---|---|---|---|---|---|
@@ -35,7 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-INTERPRET = False  # set by tests: kernels are interpreted, in any dtype, on any device
+INTERPRET = False  # set by tests: interpret the kernels, in any dtype, on any device
 
 _WIDE = 128  # from this width on heads are wide
 _LEAST_WIDTH = 16  # of a matrix product
@@ -55,10 +55,7 @@ class Side(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Part of the other side that each block of positions meets. Ends are exclusive.
-
-    All cells of a block from `inner_start` to `inner_stop` are in the support.
-    """
+    """Part of the other side that each block meets, and the part that all its positions meet. Ends are exclusive."""
 
     start: Int[Array, "N blocks"]
     stop: Int[Array, "N blocks"]
@@ -71,18 +68,12 @@ Field = tuple[Float[Array, "N own _"], Float[Array, "N other _"]]
 
 
 class Tiling(NamedTuple):
-    """Settings of a kernel that change its speed, not its results.
+    """Settings of a kernel that change its speed, not its results."""
 
-    tile: positions of the other side that a program visits at a time.
-    warps: of a program.
-    stages: tiles that are in flight; 1 loads none ahead.
-    split: whether tiles inside the support have a loop of their own, without masks.
-    """
-
-    tile: int
-    warps: int
-    stages: int
-    split: bool
+    tile: int  # positions of the other side that a program visits at a time
+    warps: int  # of a program
+    stages: int  # tiles in flight; 1 loads none ahead
+    split: bool  # whether tiles inside the support have a loop of their own, without masks
 
 
 class _Operands(NamedTuple):
@@ -94,18 +85,12 @@ class _Operands(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Static properties of the matrix K.
+    """Static properties of the matrix K."""
 
-    by_rows: whether rows are the own side.
-    scale: of the scores, `S_ij = scale x_i . x_j`.
-    reach: columns that a row meets, at most.
-    block: positions that a program owns.
-    """
-
-    by_rows: bool
-    scale: float
-    reach: int
-    block: int
+    by_rows: bool  # whether rows are the own side
+    scale: float  # of the scores, `S_ij = scale x_i . x_j`
+    reach: int  # most columns that a row meets
+    block: int  # positions that a program owns
 
 
 class _Static(NamedTuple):
@@ -117,11 +102,7 @@ class _Static(NamedTuple):
 def product(
     own: Side, other: Side, reach: Reach, fields: tuple[Field, ...], vector: Array | None, matrix: Matrix
 ) -> Array:
-    """Multiply K by a vector `[N, other]` or a matrix `[N, other, m]`; K has a row for each position of the own side.
-
-    reach: of blocks of the own side.
-    vector: None for the sums of rows, `K 1`.
-    """
+    """Multiply K by a vector `[N, other]` or a matrix `[N, other, m]`, or sum its rows, `K 1`, if `vector` is None."""
     if vector is None or vector.ndim == 2:
         return _call("sum" if vector is None else "vector", _Operands(own, other, reach, fields, vector), matrix)
     out = _call("matrix", _Operands(own, other, reach, fields, pad_width(vector)), matrix)
@@ -139,10 +120,7 @@ def block_for(dtype: jnp.dtype, width: int) -> int:
 
 
 def tiling_for(kind: str, dtype: jnp.dtype, width: int, reach: int) -> Tiling:
-    """Choose the fastest tiling measured for rows of this reach (see the table above).
-
-    width: of the widest operand.
-    """
+    """Choose the fastest tiling measured for rows of this reach (table above); `width` is the widest operand's."""
     split = reach >= 256
     if width >= _WIDE:
         few = dtype == jnp.float32  # registers, and shared memory for the parts of products
@@ -153,7 +131,7 @@ def tiling_for(kind: str, dtype: jnp.dtype, width: int, reach: int) -> Tiling:
 
 
 def padded_width(width: int) -> int:
-    """The next width that a tile can have: a power of 2."""
+    """Return the next width that a tile can have, a power of 2."""
     return max(_LEAST_WIDTH, 1 << (width - 1).bit_length())
 
 
@@ -181,7 +159,7 @@ def _run(operands: _Operands, static: _Static, interpret: bool) -> Array:
         out_shape=jax.ShapeDtypeStruct(
             (number, blocks * block, *width),  # whole blocks: a store beyond the end would not be caught
             own.shift.dtype,
-            manual_axis_type=jax.typeof(own.x).manual_axis_type,  # under shard_map, those that the heads vary over
+            manual_axis_type=jax.typeof(own.x).manual_axis_type,  # axes that heads vary over in shard_map
         ),
         grid=(blocks, number),
         in_specs=(jax.tree.map(whole_head, operands),),
@@ -223,7 +201,7 @@ def _kernel(operands: _Operands, out, *, static: _Static):
             weights = weights * axes.of_other(at.load(vector))
         return total + (_times(weights, at.load(vector)) if kind == "matrix" else weights)
 
-    # But for products with a matrix, what crosses threads is summed at the end.
+    # Except in products with a matrix, sums across threads are made once, at the end.
     shape = (size, vector.shape[1]) if kind == "matrix" and vector is not None else (tile, size)
     total = jnp.full(shape, -jnp.inf if kind == "maximum" else 0, dtype)
     for first, last, is_inner in _tiles(met, static.tiling):
@@ -235,11 +213,10 @@ def _kernel(operands: _Operands, out, *, static: _Static):
 
 
 class Axes(NamedTuple):
-    """Axes of a tile along which the own and the other side's positions are counted.
+    """Axes of a tile along which the own and the other side's positions lie.
 
     Tensor cores leave a thread with 2 places along the first axis and 16 along the second. For vectors the second is
-    the own side's: what belongs to it is loaded once, and 2 numbers for each vector of the other side. A product with a
-    matrix sums over the second axis, which must be the other side's.
+    the own side's, which is loaded once. A product with a matrix sums over the second axis: the other side's.
     """
 
     own: int
@@ -273,7 +250,7 @@ class Axes(NamedTuple):
 
 
 def _tiles(met: Reach, tiling: Tiling) -> list[tuple[Any, Any, bool]]:
-    """List ranges of tiles, counted from `start`, and whether they lie inside the support: edge, inside, edge."""
+    """Return ranges of tiles, counted from `start`, and whether they lie inside the support: edge, inside, edge."""
     div, rest = functools.partial(jax.lax.div, y=jnp.int32(tiling.tile)), tiling.tile - 1
     number = div(jnp.maximum(met.stop - met.start, 0) + rest)
     if not tiling.split:
@@ -284,9 +261,9 @@ def _tiles(met: Reach, tiling: Tiling) -> list[tuple[Any, Any, bool]]:
 
 
 class Place(NamedTuple):
-    """Consecutive positions of one side; of those that need not exist, a mask."""
+    """Consecutive positions of one side, with a mask if some may not exist."""
 
-    where: Any  # a slice of references, or the positions themselves, which may be negative where they do not exist
+    where: Any  # a slice of references, or positions, which may be negative where they do not exist
     position: Int[Array, "size"]
     exists: Array | None
 
@@ -341,9 +318,9 @@ def _sum(terms: Iterable[Array]) -> Array:
 
 
 def _times(weights, matrix) -> Array:
-    """`weights @ matrix`. For bfloat16, weights are split into two such parts, which hold 16 bits of them.
+    """Return `weights @ matrix`. For bfloat16, two bfloat16 parts hold 16 bits of the weights.
 
-    The first part is cut off, not rounded: rounding a number that is needed again takes the unit that makes exp, too.
+    The first part is cut off, not rounded: rounding would occupy the unit that makes exp.
     """
     if matrix.dtype != jnp.bfloat16:
         return _dot(weights, matrix, (1, 0), weights.dtype)
@@ -354,20 +331,15 @@ def _times(weights, matrix) -> Array:
 
 
 def _dot(x, y, contract: tuple[int, int], dtype) -> Array:
-    """A product of matrices, added up in `dtype`. Products of bfloat16 are exact.
+    """Multiply matrices and add up in `dtype`. Products of bfloat16 are exact.
 
-    float32 is split into three TF32 products, which keep 21 bits of each factor: tensor cores make them, where exact
-    products would be multiply-adds of single numbers.
+    float32 becomes three TF32 products, which keep 21 bits of each factor and run on tensor cores.
     """
     if x.dtype != y.dtype:
         x, y = x.astype(dtype), y.astype(dtype)
-    precision: Any
+    precision: Any = jax.lax.Precision.HIGHEST if INTERPRET else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     if x.dtype == jnp.bfloat16:
         precision = None
-    elif INTERPRET:
-        precision = jax.lax.Precision.HIGHEST
-    else:
-        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return jax.lax.dot_general(
         x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=dtype
     )

@@ -1,13 +1,13 @@
-"""A whole Sinkhorn step on a GPU in one visit of each entry: row sums first, then column sums from the same entries.
+"""Sinkhorn step on a GPU in one visit of each entry: row sums, then column sums from the same entries.
 
 The half steps `u = a / (K 1)` and `v = b / (K^T u)` make K twice if each is a product of its own: a matrix product and
 an exp for every entry, each time. Here a program owns a strip, up to 64 rows and all columns that they meet, and keeps
 the strip's entries in registers. Row sums give u, the same entries give the strip's share of the column sums, and a
 second kernel adds up the shares of the strips that meet a column.
 
-Strips are cut along the longer of the two sequences, as the blocks of `banded_xla` are: their windows begin within 64
-columns of each other, and `64 + 2 W` columns hold all of them. So it is known beforehand which tiles lie inside the
-support. How many tiles fit into registers decides where this pays (`cut_for`).
+Strips are cut along the longer of the two sequences, like the blocks of `xla.Band`: windows of a strip begin within 64
+columns of each other, and `64 + 2 W` columns hold all of them. So the tiles inside the support are known beforehand.
+The number of tiles that fit into registers decides where this pays (`cut_for`).
 
 Microseconds of a full step of 262,144 rows on an H200, heads of 64 in bfloat16 (of 32 in float32: 384 residues), by
 `scripts/tune_gpu.py`, with 4 warps unless said; two sweeps are the kernels `sum` and `vector` of `gpu_kernels`.
@@ -112,14 +112,9 @@ def strips(n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, 
 def scale_once(
     rows: Side, columns: Side, strips: Strips, bin_column: Float[Array, "N rows"] | None, *, scale: float, cut: Cut
 ) -> tuple[Float[Array, "N rows"], Float[Array, "N columns"]]:
-    """Compute the scalings that make the sums of rows 1, and the column sums of the rows so scaled.
+    """Return `u = 1 / (K 1 + bin_column)` and `K^T u` for the matrix `K = exp(scale x_i . x_j + f_i + g_j)`.
 
-    Args:
-      rows, columns: of K, whose entries are `exp(scale x_i . x_j + f_i + g_j)`.
-      bin_column: what the dustbin's column adds to the sums of rows, or None.
-
-    Returns:
-      `u = 1 / (K 1 + bin_column)`, 0 where that sum is 0 and without meaning beyond the length; and `K^T u`.
+    u is 0 where that sum is 0, and has no meaning beyond the length.
     """
     return _call(_Operands(rows, columns, strips, bin_column), scale, cut, gpu_kernels.INTERPRET)
 
@@ -130,7 +125,7 @@ def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple
     strip_count, groups, reach = operands.strips.row.shape[1], operands.strips.met_start.shape[1], cut.tiles * _TILE
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
-        varying = jax.typeof(operands.rows.x).manual_axis_type  # under shard_map, axes that the heads vary over
+        varying = jax.typeof(operands.rows.x).manual_axis_type  # axes that heads vary over in shard_map
         return jax.ShapeDtypeStruct((number, *sizes), operands.rows.shift.dtype, manual_axis_type=varying)
 
     u, shares = pl.pallas_call(
@@ -163,8 +158,8 @@ def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple
 def _strip_kernel(operands: _Operands, u_out, shares_out, *, scale: float, cut: Cut):
     """Make one strip's entries, the scalings of its rows and its share of the column sums.
 
-    Tiles have columns along the first axis: row sums then cross threads once, not once for every tile. All is loaded
-    before anything is computed.
+    Tiles have columns along the first axis: row sums then cross threads once, not once for every tile. All loads come
+    before all computation.
     """
     rows, columns, strips, bin_column = operands
     strip, axes = pl.program_id(0), Axes.of(is_matrix=False)
@@ -196,7 +191,7 @@ def _strip_kernel(operands: _Operands, u_out, shares_out, *, scale: float, cut: 
 
 
 def _add_kernel(shares, strips: Strips, out, *, reach: int):
-    """Add up what strips have in a group of columns."""
+    """Add up the shares of strips in a group of columns."""
     group = pl.program_id(0)
     position = group * _ADDED + jnp.arange(_ADDED, dtype=jnp.int32)
 

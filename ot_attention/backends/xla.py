@@ -1,8 +1,8 @@
-"""The band in blocks, in plain XLA, for any device.
+"""Backend `xla`: the band in blocks, for any device.
 
-The longer of the two sequences is cut into blocks of `block` positions; a block holds the rows whose length-scaled
-diagonal falls into it, at most `block` of them, and the `block + 2 W` columns that their windows can reach. Nothing
-else of the L x L matrix is computed. On short sequences, where blocks would cover nearly all, there is one block.
+The longer of the two sequences is cut into blocks of `block` positions. A block holds the rows whose length-scaled
+diagonal falls into it, at most `block` of them, and the `block + 2 W` columns that their windows can reach. Short
+sequences, of which blocks would cover nearly all, have one block.
 
 Vectors over rows or columns stay flat, `[N, L]`; `N` counts batch elements and heads.
 """
@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from ot_attention import support
 
 _MIB = 2**20
-# Of tiles at a time. A CPU's cache holds so much. On a GPU a product over them must outlast starting it, some 10
-# microseconds, and fill the machine: 256 MiB are 80 microseconds of an H100's memory (by arithmetic, not measured).
+# Tiles at a time. 4 MiB fit a CPU's cache. On a GPU a product over the tiles must outlast its launch, some 10
+# microseconds, and fill the machine: an H100 reads 256 MiB in 80 microseconds (by arithmetic, not measured).
 _GROUP_BYTES = {"cpu": 4 * _MIB, "gpu": 256 * _MIB}
 _PRECISION = "highest"  # float32 products stay float32 on devices that would round them to bfloat16
 
@@ -29,9 +29,7 @@ _PRECISION = "highest"  # float32 products stay float32 on devices that would ro
     meta_fields=["rows", "columns"],
 )
 class Band:
-    """Which cells exist and where they lie in tiles `[N, blocks, block rows, block columns]`."""
-
-    remakes = False  # its tiles: they are in memory
+    """Cells of the support, and their places in tiles `[N, blocks, block rows, block columns]`."""
 
     def __init__(self, first, last, row_index, slot, column_index, in_block, rows, columns):
         self.first, self.last = first, last  # [N, Lq], windows of all rows
@@ -70,23 +68,26 @@ class Band:
         band: int | None,
         scale: float,
     ) -> tuple["Band", Float[Array, "N blocks block reach"]]:
-        """`scale q_i . k_j`, minus infinity outside the support, and the band that they lie in."""
+        """Return the band and the scores `scale q_i . k_j` in it, minus infinity outside the support."""
         created = cls.create(n_q, n_k, q.shape[1], k.shape[1], band)
         return created, created.mask(created.outer(q * scale, k), -jnp.inf)
 
     @staticmethod
     def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int) -> int:
-        """The largest divisor of their number whose tiles fit `_GROUP_BYTES`, at least 1."""
+        """Return the largest divisor of `number` heads whose tiles fit `_GROUP_BYTES`, at least 1."""
         block, width, blocks = block_shape(rows, columns, band)
         at_most = max(1, _GROUP_BYTES.get(support.platform(), 4 * _MIB) // (block * width * blocks * itemsize))
         return max(size for size in range(1, min(number, at_most) + 1) if number % size == 0)
+
+    def row_windows(self) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]:
+        return self.first, self.last
 
     @property
     def _whole(self) -> bool:
         return self.row_index.shape[1] == 1
 
     def take_rows(self, x: Shaped[Array, "N rows ..."]) -> Shaped[Array, "N blocks block ..."]:
-        """Rows in tile order; a slot without a row of its own repeats another block's, or is 0."""
+        """Put rows in tile order; a slot without a row of its own repeats another block's row, or is 0."""
         return x[:, None] if self._whole else _take(x, self.row_index)
 
     def take_columns(self, x: Float[Array, "N columns ..."]) -> Float[Array, "N blocks reach ..."]:
@@ -97,7 +98,7 @@ class Band:
         return flat if self._whole else _take(flat, self.slot)
 
     def add_columns(self, tiles: Float[Array, "N blocks reach ..."]) -> Float[Array, "N columns ..."]:
-        """Sums what several blocks say about the same column."""
+        """Sum the entries of several blocks for the same column."""
         if self._whole:
             return tiles[:, 0]
         zeros = jnp.zeros((tiles.shape[0], self.columns, *tiles.shape[3:]), tiles.dtype)
@@ -112,7 +113,7 @@ class Band:
     def outer(
         self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]
     ) -> Float[Array, "N blocks block reach"]:
-        """`x_i . y_j` for every cell of the tiles, in the support or not."""
+        """Return `x_i . y_j` for every cell of the tiles, in the support or not."""
         return jnp.einsum("nbid,nbjd->nbij", self.take_rows(x), self.take_columns(y), precision=_PRECISION)
 
     def mask(self, tiles: Float[Array, "N blocks block reach"], fill: float) -> Float[Array, "N blocks block reach"]:
@@ -124,7 +125,6 @@ class Band:
         return jnp.exp(tiles)
 
     def modulate(self, tiles, *fields: tuple[Float[Array, "N rows _"], Float[Array, "N columns _"]]):
-        """Times the sum of fields `x_i . y_j`."""
         return tiles * self.outer(*(jnp.concatenate(side, -1) for side in zip(*fields, strict=True)))
 
     def minus(self, tiles, others):
@@ -134,19 +134,16 @@ class Band:
         return tiles * self.take_rows(row)[..., None] * self.take_columns(column)[:, :, None, :]
 
     def shift(self, tiles, row: Float[Array, "N all_rows"], column: Float[Array, "N all_columns"]):
-        """`S + f_i + g_j`; the dustbin's entries are left out."""
         return tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
 
     def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
-        """`K x`, for a vector or for several columns at once."""
         return self.put_rows(jnp.einsum("nbij,nbj...->nbi...", tiles, self.take_columns(x), precision=_PRECISION))
 
     def apply(self, tiles, u: Float[Array, "N rows"], v: Float[Array, "N columns"], values) -> Array:
-        """`u_i K v_j values`."""
         return u[..., None] * self.times(tiles, v[..., None] * values)
 
     def transpose_times(self, tiles, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
-        """`K^T x`. Cells outside the support must be 0: slots without a row hold another row's `x`."""
+        # Cells outside the support must be 0: slots without a row hold another row's x.
         return self.add_columns(jnp.einsum("nbij,nbi...->nbj...", tiles, self.take_rows(x), precision=_PRECISION))
 
     def row_max(self, tiles) -> Float[Array, "N rows"]:
@@ -157,7 +154,7 @@ class Band:
 
 
 def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and the number of tiles."""
+    """Return the rows and columns of a tile, and the number of tiles."""
     if band is None:
         return rows, columns, 1
     block = 64
@@ -171,7 +168,7 @@ def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, in
 def first_row_at(
     position: Int[Array, "blocks"], n_q: Int[Array, "N 1"], n_k: Int[Array, "N 1"]
 ) -> Int[Array, "N blocks"]:
-    """First row at or after a position along the longer sequence: least i with `(i + 1/2) longer / n_q >= position`."""
+    """Return the least row i with `(i + 1/2) longer / n_q >= position`, a position along the longer sequence."""
     twice_longer = 2 * jnp.maximum(jnp.maximum(n_q, n_k), 1).astype(jnp.uint32)
     product = (2 * position).astype(jnp.uint32) * n_q.astype(jnp.uint32)
     # i >= y - 1/2 with y = product / (2 longer) = whole + rest / (2 longer)
@@ -180,5 +177,5 @@ def first_row_at(
 
 
 def _take(x: Shaped[Array, "N length ..."], index: Int[Array, "N *tiles"]) -> Shaped[Array, "..."]:
-    """`x[n, index[n]]`, 0 where the index runs past the end."""
+    """Return `x[n, index[n]]`, 0 where the index runs past the end."""
     return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="fill", fill_value=0))(x, index)

@@ -1,0 +1,58 @@
+"""The backends there are, and the choice of one for a call.
+
+A new backend is a module that satisfies `Backend` or `Band`, a line in `BACKENDS` and its name in `Implementation`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ot_attention import reference, sinkhorn, support
+from ot_attention.backends import Attended, Backend, Band, gpu, tpu, xla
+from ot_attention.spec import Heads, Implementation, SinkhornSpec, UnsupportedError
+
+
+class Loop(NamedTuple):
+    """Backend made of a band and the loop of `sinkhorn`.
+
+    one_dtype: whether q, k and v must be in the dtype of the potentials.
+    """
+
+    band: type[Band]
+    unsupported_reason: Callable[[Heads, SinkhornSpec], str | None] = lambda heads, spec: None
+    platform: str | None = None
+    one_dtype: bool = True
+
+    def attend(self, heads: Heads, spec: SinkhornSpec, /) -> Attended:
+        heads = support.cleaned(heads) if self.one_dtype else support.without_padding(heads)
+        out, *info = sinkhorn.attend(heads, spec, self.band)
+        # The output is already 0 at padding; masking again also zeroes the incoming cotangents there.
+        return support.zero_padding(out, heads.n_q), *info
+
+
+# `implementation=None` takes the first that serves the platform and the call.
+BACKENDS: dict[Implementation, Backend] = {
+    "pallas_tpu": tpu,
+    "pallas_gpu": Loop(gpu.Band, gpu.unsupported_reason, platform="gpu", one_dtype=False),
+    "xla": Loop(xla.Band),
+    "reference": reference,
+}
+
+
+def choose(name: Implementation | None, heads: Heads, spec: SinkhornSpec) -> Implementation:
+    """Return the named backend, or without a name the one to use. Raises UnsupportedError if it cannot do this."""
+    candidates = [name] if name else [n for n, b in BACKENDS.items() if b.platform in (None, support.platform())]
+    for candidate in candidates:
+        if not (reasons := _unsupported_reasons(candidate, heads, spec)):
+            return candidate
+    raise UnsupportedError(f"implementation {candidates[-1]!r} cannot do this: " + "; ".join(reasons))
+
+
+def _unsupported_reasons(name: Implementation, heads: Heads, spec: SinkhornSpec) -> list[str]:
+    reasons = [BACKENDS[name].unsupported_reason(heads, spec)]
+    if spec.gradient == "unrolled" and spec.solver == "newton":
+        reasons.append(
+            "gradient='unrolled' goes through plain steps only; use solver='sinkhorn' or gradient='implicit'"
+        )
+    if spec.gradient == "unrolled" and name != "reference":
+        reasons.append("gradient='unrolled' keeps every step; use implementation='reference' or gradient='tail'")
+    return [reason for reason in reasons if reason]

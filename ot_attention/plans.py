@@ -1,0 +1,110 @@
+"""Plans from queries, keys and log-potentials, `log P_ij = S_ij + f_i + g_j`: dense, at chosen columns, or by windows.
+
+Scores are products in the dtype and at the precision in which the potentials were solved for.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ot_attention import support
+from ot_attention.spec import SinkhornSpec
+
+_ROWS = 32  # of a banded plan, made at a time
+
+Lengths = tuple[Int[Array, "N"], Int[Array, "N"]]
+
+
+class Potentials(NamedTuple):
+    """Log-potentials of rows and columns; entries beyond the length, as the dustbin's, are ignored."""
+
+    f: Float[Array, "N _"]
+    g: Float[Array, "N _"]
+
+
+class BandedPlan(NamedTuple):
+    """Plan by the windows of its band: `values[n, i, c]` is P_ij for j = first[n, i] + c, 0 outside the support."""
+
+    values: Float[Array, "N rows window"]
+    first: Int[Array, "N rows"]
+
+
+class _Support(NamedTuple):
+    """First and last column (inclusive) in the support of each row."""
+
+    first: Int[Array, "N rows"]
+    last: Int[Array, "N rows"]
+
+    @classmethod
+    def of(cls, rows: int, lengths: Lengths, spec: SinkhornSpec) -> "_Support":
+        n_q, n_k = (n.astype(jnp.int32) for n in lengths)
+        index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (len(n_q), rows))
+        return cls(*support.row_windows(index, n_q, n_k, spec.band))
+
+    def holds(self, columns: Int[Array, "#N #rows _"]) -> Bool[Array, "N rows _"]:
+        return (self.first[..., None] <= columns) & (columns <= self.last[..., None])
+
+
+def _scores(q: Float[Array, "N rows width"], k: Float[Array, "N columns width"], spec: SinkhornSpec):
+    q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, k))
+    return jnp.einsum("nid,njd->nij", q, k, precision="highest") / (math.sqrt(q.shape[-1]) * spec.epsilon)
+
+
+def log_plan(
+    q: Float[Array, "N rows width"],
+    k: Float[Array, "N columns width"],
+    potentials: Potentials,
+    lengths: Lengths,
+    spec: SinkhornSpec,
+) -> Float[Array, "N rows columns"]:
+    """Return `log P_ij`, dense, minus infinity outside the support."""
+    f, g = potentials.f[:, : q.shape[1], None], potentials.g[:, None, : k.shape[1]]
+    inside = _Support.of(q.shape[1], lengths, spec).holds(jnp.arange(k.shape[1])[None, None])
+    # The inner `where` keeps gradients finite.
+    return jnp.where(inside, jnp.where(inside, _scores(q, k, spec) + f + g, 0), -jnp.inf)
+
+
+def log_plan_at(
+    target: Int[Array, "N rows"],
+    q: Float[Array, "N rows width"],
+    k: Float[Array, "N columns width"],
+    potentials: Potentials,
+    lengths: Lengths,
+    spec: SinkhornSpec,
+) -> Float[Array, "N rows"]:
+    """Return `log P_i,target(i)`, minus infinity outside the support and for negative targets."""
+    column = jnp.maximum(target, 0)
+    q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, jnp.take_along_axis(k, column[..., None], axis=1)))
+    score = (q * k).sum(-1) / (math.sqrt(q.shape[-1]) * spec.epsilon)
+    f, g = potentials.f[:, : q.shape[1]], jnp.take_along_axis(potentials.g, column, axis=1)
+    inside = (target >= 0) & _Support.of(q.shape[1], lengths, spec).holds(column[..., None])[..., 0]
+    return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
+
+
+def banded_plan(
+    q: Float[Array, "N rows width"],
+    k: Float[Array, "N columns width"],
+    potentials: Potentials,
+    lengths: Lengths,
+    spec: SinkhornSpec,
+) -> BandedPlan:
+    """Return the plan by windows of `2 band + 1` columns; only a few rows at a time are dense."""
+    rows, columns = q.shape[1], k.shape[1]
+    band = _Support.of(rows, lengths, spec)
+    window = jnp.arange(columns if spec.band is None else min(2 * spec.band + 1, columns))
+
+    def some_rows(part):
+        q, f, band = part
+        place = band.first[..., None] + window
+        log_plan = _scores(q, k, spec) + potentials.g[:, None, :columns]
+        log_plan = jnp.take_along_axis(log_plan, jnp.minimum(place, columns - 1), axis=2) + f[..., None]
+        return jnp.where(band.holds(place), jnp.exp(log_plan), 0)
+
+    step = math.gcd(rows, _ROWS)
+    given = q, potentials.f[:, :rows], band
+    parts = jax.tree.map(lambda x: x.reshape(len(q), -1, step, *x.shape[2:]).swapaxes(0, 1), given)
+    values = jax.lax.map(some_rows, parts).swapaxes(0, 1)
+    return BandedPlan(values.reshape(len(q), rows, -1), band.first)

@@ -1,0 +1,127 @@
+"""The augmented problem of a group of heads over a band: scores, targets, half steps and the linear system."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ot_attention import implicit, support
+from ot_attention.backends import Band
+from ot_attention.backends.xla import Band as XlaBand
+from ot_attention.kernel import DustbinEntries, Kernel
+from ot_attention.spec import Heads, SinkhornSpec
+
+# Scalings beyond it are absorbed into the potentials. A row's largest kernel entry is 1, or at least e^-16 where the
+# row maximum is skipped: entries too small for float32 hold under 1e-10 of a row or column.
+_SCALING_RANGE = 1e10
+# `exp(S)` needs no row maximum below this score.
+_LARGEST_PLAIN_SCORE = 16.0
+
+
+class Problem(NamedTuple):
+    """Scores of a group of heads, and the targets of row and column sums."""
+
+    scores: Kernel
+    a: Float[Array, "N all_rows"]
+    b: Float[Array, "N all_columns"]
+    spec: SinkhornSpec
+    lengths: tuple[Int[Array, "N"], Int[Array, "N"]]
+
+    @classmethod
+    def create(cls, heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand) -> "Problem":
+        q, k, v, bin_score, n_q, n_k = heads
+        dtype = support.potential_dtype(q, k, v)
+        a, b = support.targets(n_q, n_k, q.shape[1], k.shape[1], spec.band, spec.dustbin, dtype)
+        dustbin = None
+        if spec.dustbin != "none":
+            exists = support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None]
+            bin_score = bin_score.astype(dtype)[:, None]
+            dustbin = DustbinEntries(
+                column=jnp.where(exists & (a[:, :-1] > 0), bin_score, -jnp.inf),
+                row=jnp.where(exists & (b[:, :-1] > 0), bin_score, -jnp.inf),
+                corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf),
+            )
+        created, tiles = band.scores(q, k, n_q, n_k, spec.band, score_scale(heads, spec))
+        return cls(Kernel(created, tiles, dustbin), a, b, spec, (n_q, n_k))
+
+    def linear_system(
+        self, kernel: Kernel, u: Float[Array, "N all_rows"], v: Float[Array, "N all_columns"]
+    ) -> implicit.Plan:
+        """Return the linear system of Newton steps and implicit gradients at `diag(u) K diag(v)`.
+
+        Assumes that the plan's column sums are b.
+        """
+        bin_column, bin_row = jnp.zeros_like(self.a), jnp.zeros_like(self.b)
+        if kernel.bin is not None:
+            column, row, corner = kernel.bin
+            bin_column = u * jnp.concatenate([column, corner], -1) * v[:, -1:]
+            bin_row = u[:, -1:] * jnp.concatenate([row, corner], -1) * v
+        sizes = self.a.shape[1] - 1, self.b.shape[1] - 1
+        return implicit.Plan(
+            times=lambda x: _scaled(u, kernel.times(_scaled(v, x))),
+            transpose_times=lambda x: v * kernel.transpose_times(u * x),
+            row_sums=u * kernel.times(v),
+            column_sums=self.b,
+            bin_column=bin_column,
+            bin_row=bin_row,
+            coarse_basis=implicit.coarse_basis(*self.lengths, *sizes, self.spec.band, self.a.dtype),
+        )
+
+
+def score_scale(heads: Heads, spec: SinkhornSpec) -> float:
+    return 1 / (math.sqrt(heads.q.shape[-1]) * spec.epsilon)
+
+
+def row_tops(
+    problem: Problem, heads: Heads, g: Float[Array, "N all_columns"], plain: Bool[Array, ""] | bool = True
+) -> Float[Array, "N all_rows"]:
+    """Return the row maxima to subtract from `S + g` before exp; zeros if g = 0 and scores are below 16.
+
+    plain: whether g is 0.
+    """
+    f = jnp.zeros_like(problem.a)
+    return jax.lax.cond(
+        plain & (_largest_score(heads, problem.spec) < _LARGEST_PLAIN_SCORE),
+        lambda: f,
+        lambda: jnp.where(problem.a > 0, problem.scores.shift(f, g).row_max(), 0),
+    )
+
+
+def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
+    """Bound the absolute scores by the Cauchy-Schwarz inequality."""
+    q, k = (x.astype(support.potential_dtype(*heads[:3])) for x in heads[:2])
+    longest_q, longest_k = (jnp.sqrt((x * x).sum(-1).max()) for x in (q, k))
+    return jnp.maximum(longest_q * longest_k * score_scale(heads, spec), jnp.abs(heads.dustbin_score).max())
+
+
+def row_potentials(problem: Problem, g: Float[Array, "N all_columns"]) -> Float[Array, "N all_rows"]:
+    """Compute the half step `f = log a - LSE_j(S + g)` in the log domain."""
+    a, b = problem.a, problem.b
+    shifted = problem.scores.shift(jnp.zeros_like(a), g)
+    top = jnp.where(a > 0, shifted.row_max(), 0)
+    return log(support.divide(a, shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b)))) - top
+
+
+def column_potentials(problem: Problem, f: Float[Array, "N all_rows"]) -> Float[Array, "N all_columns"]:
+    """Compute the half step `g = log b - LSE_i(S + f)` in the log domain."""
+    a, b = problem.a, problem.b
+    shifted = problem.scores.shift(f, jnp.zeros_like(b))
+    top = jnp.where(b > 0, shifted.column_max(), 0)
+    return log(support.divide(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
+
+
+def log(scaling: Array) -> Array:
+    """Return the logarithm of a scaling, 0 where it is 0: potentials without support are 0."""
+    return jnp.log(jnp.where(scaling == 0, 1, scaling))
+
+
+def in_range(scaling: Array, target: Array) -> Bool[Array, ""]:
+    """Tell whether all scalings that have a target can go on without absorption."""
+    return jnp.all(((scaling > 1 / _SCALING_RANGE) & (scaling < _SCALING_RANGE)) | (target == 0))
+
+
+def _scaled(scaling: Array, x: Array) -> Array:
+    """Return `diag(scaling) x` for a vector or several columns."""
+    return scaling.reshape(scaling.shape + (1,) * (x.ndim - 2)) * x
