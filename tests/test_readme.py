@@ -10,7 +10,11 @@ import pytest
 from configs import base
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {str(path.relative_to(ROOT)): path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for pattern in ("*.md", "docs/*.md", "weights/*.md")
+    for path in ROOT.glob(pattern)
+}
 TEXTS = {name: path.read_text() for name, path in PAGES.items() if name != "CHANGELOG.md"}  # which tells of old names
 ALL = "\n".join(TEXTS.values())
 COMMANDS = [
