@@ -1,4 +1,4 @@
-"""README and docs are true: their Python runs, and the files, options, anchors and tests that they name exist."""
+"""README and docs are true: their Python runs, and what they name exists: files, options, anchors, tests."""
 
 import re
 import runpy
@@ -85,6 +85,13 @@ def test_tests_that_are_named_exist():
     written = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", ALL)) - {"test_iid", "test_ood"}  # which are splits
     assert [name for name in named if f"def {name}(" not in written] == []
+
+
+def test_sections_of_the_mathematics_that_the_source_cites_exist():
+    sources = "\n".join(path.read_text() for path in ROOT.glob("*/**/*.py") if ".venv" not in str(path))
+    cited = re.findall(r"docs/math\.md, sections? (\d+)(?: (?:to|and) (\d+))?", sources)
+    sections = set(re.findall(r"^## (\d+)\.", TEXTS["docs/math.md"], re.MULTILINE))
+    assert {number for pair in cited for number in pair if number} <= sections
 
 
 def test_the_readme_is_short():
