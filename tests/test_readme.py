@@ -59,8 +59,9 @@ def test_flags_exist(script, capsys, monkeypatch):
     assert used <= known | {"--config"}
 
 
-FOLDERS = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "runs")
-NAMED = sorted(set(re.findall(rf"(?<![\w/.=-])((?:{FOLDERS})/[\w/.-]+\.(?:py|md|png|ipynb|fasta|safetensors))", ALL)))
+FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "runs"]
+NAMES = "|".join(path.name for path in FOLDERS)
+NAMED = sorted(set(re.findall(rf"(?<![\w/.=-])((?:{NAMES})/[\w/.-]+\.(?:py|md|png|ipynb|fasta|safetensors))", ALL)))
 
 
 @pytest.mark.parametrize("path", NAMED)
@@ -88,7 +89,7 @@ def test_tests_that_are_named_exist():
 
 
 def test_sections_of_the_mathematics_that_the_source_cites_exist():
-    sources = "\n".join(path.read_text() for path in ROOT.glob("*/**/*.py") if ".venv" not in str(path))
+    sources = "\n".join(path.read_text() for folder in FOLDERS for path in folder.rglob("*.py"))
     cited = re.findall(r"docs/math\.md, sections? (\d+)(?: (?:to|and) (\d+))?", sources)
     sections = set(re.findall(r"^## (\d+)\.", TEXTS["docs/math.md"], re.MULTILINE))
     assert {number for pair in cited for number in pair if number} <= sections
