@@ -2,7 +2,7 @@
 
     python train.py --config=configs/r2_dustbin.py --config.data.dir=runs/pfam --config.total_steps=400
 
-took 7 to 10 minutes with compilation on 2 busy CPU cores (shards of 4,761 training families; docs/results.md).
+took 7 to 10 minutes with compilation on 2 busy CPU cores (shards of 4,761 training families; README, Results).
 test_ood, step 0 -> 400: reconstruction 3.03 -> 1.88 nats, masked 3.03 -> 2.17, sparse CE 3.27 -> 1.12
 nats, barycenter MAE 9.48 -> 2.32 residues (scaled diagonal 2.76), F1 0.74 -> 0.79 (scaled diagonal 0.42,
 Needleman-Wunsch 0.91).
