@@ -22,7 +22,7 @@ lint: $(VENV)/dev.done
 	$(BIN)/mypy
 
 test: lint
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist=loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/dev.done
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
