@@ -1,4 +1,4 @@
-"""eval.py: the contract's report for a run, its table and its figures."""
+"""eval.py: the report of a run, its table and its figures."""
 
 import json
 from pathlib import Path

@@ -97,5 +97,5 @@ def test_an_unknown_metric_lists_the_known_ones(tmp_path):
 
 
 def test_pyplot_with_its_global_state_is_never_imported():
-    code = "import sys, models.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, evaluation.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
