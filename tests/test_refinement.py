@@ -103,8 +103,9 @@ def test_every_parameter_of_the_votes_learns():
 
 
 def test_without_positions_a_plan_does_not_know_where_it_is():
-    """Equal residues everywhere: only positions could tell the columns apart. Without padding the encoder is blind at
-    neither end here: its convolutions reach 2 residues.
+    """Equal residues everywhere: only positions could tell the columns apart.
+
+    Columns near the ends are left out: the encoder's convolutions see the ends 2 residues away.
     """
     x = jnp.ones((1, 20), jnp.int32)
     length = (jnp.array([20]), jnp.array([20]))
