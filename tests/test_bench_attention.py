@@ -6,7 +6,6 @@ import pytest
 
 from scripts import bench_attention
 from scripts.bench_attention import Case
-from tests.support import tiny
 
 PEERS = "softmax", "tail", "ott unrolled", "ott implicit"
 TINY = {
@@ -25,7 +24,7 @@ def measured(tmp_path_factory):
     pytest.importorskip("ott", reason="ott-jax is not installed (requirements-dev.txt)")
     folder = tmp_path_factory.mktemp("bench")
     output, figure = folder / "new" / "rows.jsonl", folder / "new" / "scaling.png"
-    with pytest.MonkeyPatch.context() as patch, tiny.quick_compilation():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_attention, "CASES", TINY)
         patch.setattr(bench_attention, "SCALING", GROWING)
         patch.setattr(bench_attention, "SPARSE", SPARSE)

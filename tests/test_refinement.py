@@ -11,17 +11,10 @@ from flax import nnx
 from models import refinement
 from models.aligner import Aligner, AlignerConfig
 from ot_attention import SinkhornSpec
-from tests.support import tiny
 
 SPEC = SinkhornSpec(base_steps=4, band=None, dustbin="full")
 SMALL = AlignerConfig(width=16, depth=1, attention_every=0, plan_width=8, value_width=8)
 X_LENGTHS, Y_LENGTHS = jnp.array([20, 13]), jnp.array([18, 20])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with tiny.quick_compilation():
-        yield
 
 
 def make_model(**changes) -> Aligner:

@@ -1,7 +1,6 @@
 """A configuration that trains in seconds on the data that ship, and a run of it that several test modules read."""
 
 import atexit
-import contextlib
 import fcntl
 import functools
 import json
@@ -75,8 +74,3 @@ def config_of(workdir: Path, **overrides: object) -> ConfigDict:
     with config.ignore_type():
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
     return config
-
-
-def quick_compilation():
-    """Do nothing: tests/conftest.py sets the flags of the compiler for all tests."""
-    return contextlib.nullcontext()
