@@ -58,7 +58,7 @@ def ceilings(settings: Settings) -> Iterator[Row]:
 
 # ---- numbers ----
 
-# Case of tests/test_conformance.py, dustbin, settings, dtype. Between them: steps in one sweep, every kind of product,
+# Case of tests/support/conformance.py, dustbin, settings, dtype. Between them: steps in one sweep, every product,
 # every dustbin, band and full support, empty rows and problems, ragged lengths, scores that leave the range of exp,
 # Newton steps and implicit gradients. Their heads are narrow: wide ones are interpreted in tests/test_gpu.py.
 CONFORMANCE = [
@@ -79,14 +79,14 @@ CONFORMANCE = [
 
 def conformance(settings: Settings) -> Iterator[Row]:
     """Compare the kernels with the reference in float64: error as a share of what the tests allow."""
-    from tests import test_conformance
+    from tests.support import conformance as suite
 
-    cases = {case.name: case for case in test_conformance.CASES}
-    kinds: dict[str, dict[str, Any]] = {"plain": {}, "converging": test_conformance.CONVERGING}
+    cases = {case.name: case for case in suite.CASES}
+    kinds: dict[str, dict[str, Any]] = {"plain": {}, "converging": suite.CONVERGING}
 
     def compare(name: str, dustbin: str, kind: str, dtype: str) -> Row:
         start, changes = time.perf_counter(), kinds[kind] | ({"base_steps": 2} if settings.tiny else {})
-        found = test_conformance.against_reference("pallas_gpu", cases[name], dustbin, dtype, **changes)
+        found = suite.against_reference("pallas_gpu", cases[name], dustbin, dtype, **changes)
         ratios = {of: error / allowed for of, (error, allowed) in found.items()}
         worst = max(ratios, key=lambda of: ratios[of] if np.isfinite(ratios[of]) else np.inf)
         row = {"worst": worst, "error": found[worst][0], "error_to_allowed": ratios[worst]}

@@ -9,7 +9,7 @@
 The stages run in this order. Each is a process of its own that is killed at its limit; rows it wrote until then count:
 
   ceilings      nvidia-smi, versions, a large copy, a large bfloat16 product
-  conformance   12 cases of tests/test_conformance.py on the card, against the reference in float64
+  conformance   12 cases of tests/support/conformance.py on the card, against the reference in float64
   rates         picoseconds a cell and half-iteration, beside xla and cuDNN attention (benchmarks/gpu_rates.py)
   training      examples a second of the update of aligner and r2_dustbin, and the GPU's utilisation
   alignments    pairs a second of scripts/align.py

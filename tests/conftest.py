@@ -1,10 +1,24 @@
-"""Checks shapes and types of every public signature while the tests run (jaxtyping + beartype)."""
+"""Set-up of every test session: quick compilation, a shared folder, checked signatures and the order of modules."""
 
 import os
+import shutil
+import tempfile
+
+# Programs here run once or twice: optimising them takes longer than running them. Child processes inherit the flags;
+# flags of the user come later and win.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # the controller has set the environment of the workers
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not _IS_WORKER:
+    os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+    os.environ["OT_TEST_FOLDER"] = tempfile.mkdtemp(prefix="ot_attention_tests_")
+    # Equal programs of different processes are compiled once.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["OT_TEST_FOLDER"], "compiled"))  # noqa: PTH118
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from jaxtyping import install_import_hook
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Not ot_attention.spec and api, which check their arguments themselves, with messages that tests look for.
 _NAMES = ("asap", "backends.xla", "plans", "problem", "reference", "sinkhorn", "steps", "support")
@@ -12,3 +26,77 @@ _CHECKED = [f"ot_attention.{name}" for name in _NAMES]
 install_import_hook(
     [*_CHECKED, "data", "models", "training", "alignment", "evaluation"], "beartype.beartype"
 ).__enter__()
+
+# Modules by processor time, longest first. `--dist=loadfile` hands them out in this order, so that no long one is left
+# to a single worker at the end.
+_LONGEST_FIRST = [
+    "test_training_step",
+    "test_models",
+    "test_attention",
+    "test_conformance",
+    "test_eval",
+    "test_bench_attention",
+    "test_sorting",
+    "test_bench_gpu",
+    "test_sharding",
+    "test_compile_asap",
+    "test_asap",
+    "test_nonfinite",
+    "test_report",
+    "test_weights",
+    "test_reliability",
+    "test_tpu_tiles",
+    "test_tpu",
+    "test_gpu",
+    "test_precision",
+    "test_align",
+    "test_train",
+    "test_notebook",
+    "test_certificates",
+    "test_implicit",
+    "test_sparse",
+    "test_decode",
+    "test_refinement",
+    "test_pfam",
+    "test_aot_report",
+    "test_hostile",
+    "test_gpu_stages",
+    "test_damaged_data",
+    "test_launch_screen",
+]
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: n for n, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_unconfigure():
+    if not _IS_WORKER:
+        shutil.rmtree(os.environ["OT_TEST_FOLDER"], ignore_errors=True)
+
+
+@pytest.fixture
+def float64():
+    import jax
+
+    jax.config.update("jax_enable_x64", True)  # for all threads: interpreted kernels have their own
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def kernels_are_interpreted(request, capfd, monkeypatch):
+    """Interpret Pallas kernels, and fail if the TPU's have a data race."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    from ot_attention.backends import gpu_kernels
+
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("implementation") == "pallas_gpu":  # TPUs' interpreter would take these too
+        monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
+        yield
+        return
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())

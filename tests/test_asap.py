@@ -11,17 +11,10 @@ from scipy.special import logsumexp
 
 from ot_attention import SinkhornSpec, asap, sinkhorn_attention, support, transport_plan
 from ot_attention.asap import Asap, Sample, transport
-from tests.support import tiny
 
 BATCH, HEADS, WIDTH = 3, 2, 8
 LENGTHS = np.array([40, 33, 7], np.int32), np.array([31, 36, 20], np.int32)
 CASES = [(None, "none"), (12, "none"), (12, "full"), (None, "unit")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compilation():
-        yield
 
 
 def problem(seed: int = 0, dustbin: str = "none", scale: float = 1.0, rows: int = 40, columns: int = 36):

@@ -7,7 +7,6 @@ import pytest
 from benchmarks import attention
 from benchmarks.attention import Case
 from scripts import bench_attention
-from tests.support import tiny
 
 PEERS = "softmax", "tail", "ott unrolled", "ott implicit"
 TINY = {
@@ -26,7 +25,7 @@ def measured(tmp_path_factory):
     pytest.importorskip("ott", reason="ott-jax is not installed (requirements-dev.txt)")
     folder = tmp_path_factory.mktemp("bench")
     output, figure = folder / "new" / "rows.jsonl", folder / "new" / "scaling.png"
-    with pytest.MonkeyPatch.context() as patch, tiny.quick_compilation():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "CASES", TINY)
         patch.setattr(attention, "SERIES", {"scaling": GROWING, "sparse": SPARSE})
         bench_attention.main(

@@ -10,7 +10,7 @@ import pytest
 from ot_attention import SinkhornSpec, UnsupportedError, transport_plan
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.support import dense_support, targets
-from tests.test_implicit import multipliers
+from tests.support.dense import multipliers
 
 PROBLEMS, ROWS, COLUMNS, WIDTH = 100, 18, 15, 4
 EPS = {"float32": 1e-5, "float64": 1e-10}

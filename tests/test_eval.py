@@ -1,4 +1,4 @@
-"""Test eval.py: the report of a run, its table and its figures."""
+"""eval.py: the report of a run, its table and its figures."""
 
 import json
 from pathlib import Path

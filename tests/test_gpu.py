@@ -3,13 +3,8 @@
 Their numbers are tested by interpretation in test_conformance.py; on a machine with a card by the last test here.
 """
 
-import functools
-import importlib.metadata
 import math
-import os
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -25,23 +20,11 @@ from ot_attention.backends import gpu, gpu_kernels, registry
 from ot_attention.backends.xla import Band
 from ot_attention.problem import Problem
 from ot_attention.spec import Heads
-from tests import test_conformance as conformance
+from tests.support import conformance
+from tests.support.gpu_programs import KERNEL, arguments, forward_and_backward
 from training import sharding, state
 
 ROOT = Path(__file__).parents[1]
-KERNEL = "__gpu$xla.gpu.triton"
-QUICK = conformance.QUICK
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98  device_memory_size: 84929347584  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-runtime_version { major: 12 minor: 8 }  platform_name: "CUDA"  dnn_version_info { major: 9 minor: 7 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @pytest.fixture
@@ -54,28 +37,6 @@ def h100():
 
 def lowered(function, *arguments) -> str:
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def forward_and_backward(spec: SinkhornSpec):
-    """Of q, k, v, dustbin scores, lengths and the cotangents of output and potentials."""
-
-    def run(q, k, v, score, lengths, *cotangents):
-        def attend(q, k, v, score):
-            score = None if spec.dustbin == "none" else score
-            out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, "pallas_gpu")
-            return out, info.f, info.g
-
-        results, pull_back = jax.vjp(attend, q, k, v, score)
-        return results, pull_back(cotangents)
-
-    return run
-
-
-def arguments(batch: int, length: int, heads: int, width: int, dustbin: str, dtype: str) -> tuple:
-    x = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
-    potential = jax.ShapeDtypeStruct((batch, heads, length + (dustbin != "none")), "float32")
-    lengths = (jax.ShapeDtypeStruct((batch,), "int32"),) * 2
-    return x, x, x, jax.ShapeDtypeStruct((heads,), "float32"), lengths, x, potential, potential
 
 
 @pytest.mark.parametrize(
@@ -216,7 +177,7 @@ def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch):
         terms = band_.exp(band_.shift(scores, f, g))
         return band_.scale_once(terms, jnp.asarray(mass), bins), band_.scale_once(terms, jnp.asarray(mass), None)
 
-    found = jax.device_get(jax.jit(step, compiler_options=QUICK)(q, k, f, g, n_q, n_k, bins))
+    found = jax.device_get(jax.jit(step)(q, k, f, g, n_q, n_k, bins))
     inside = support.dense_support(jnp.asarray(n_q), jnp.asarray(n_k), rows, columns, band, "none")[:, :-1, :-1]
     scores = 0.5 * np.einsum("nid,njd->nij", q, k) + f[:, :-1, None] + g[:, None, :-1]
     entries = np.where(inside, np.exp(scores), 0)
@@ -242,7 +203,7 @@ def test_wide_heads_of_float32_have_blocks_of_their_own(band, monkeypatch):
             )
             return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum() + info.g.sum()
 
-        return jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)(q, k, v)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
     for found, expected in zip(run("pallas_gpu"), run("xla"), strict=True):
         assert conformance.error(found, expected) < 1e-5
@@ -259,7 +220,7 @@ def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
         """Scores near 0, but for those of one column."""
         return q, (0.1 * arrays[1]).at[:, 5, :, 1].set(score * 8**0.5 / 5.0), arrays[2]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def absorbed(*arrays):
         heads = support.cleaned(api.by_head(*arrays, jnp.zeros(2), *lengths))
         return steps.by_absorption(heads, Problem.create(heads, spec, gpu.Band))[1]
@@ -267,9 +228,7 @@ def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
     assert absorbed(*arrays) and absorbed(*with_column_at(-50.0))
     assert not absorbed(*with_column_at(-70.0)) and not absorbed(*with_column_at(-200.0))
     monkeypatch.setattr(steps, "_LARGEST_MOVE", 0.0)
-    out, info = jax.jit(
-        lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation="pallas_gpu"), compiler_options=QUICK
-    )(*arrays)
+    out, info = jax.jit(lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation="pallas_gpu"))(*arrays)
     expected, expected_info = sinkhorn_attention(*arrays, spec, *lengths, implementation="xla")
     assert conformance.error(out, expected) < 1e-5
     assert conformance.error(info.f, expected_info.f) < 1e-5 and conformance.error(info.g, expected_info.g) < 1e-5
@@ -283,9 +242,7 @@ def test_fewer_checks_on_a_gpu_change_no_step(number, monkeypatch):
     spec = case.spec(base_steps=11)  # 13 steps: two times seven, the last for nothing
 
     def run():
-        attend = jax.jit(
-            lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation="xla"), compiler_options=QUICK
-        )
+        attend = jax.jit(lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation="xla"))
         out, info = attend(*arrays)
         return {"out": out, "f": info.f, "g": info.g, "residual": info.residual}
 
@@ -307,86 +264,6 @@ def test_a_gpu_checks_seldom_and_takes_many_heads_at_once(h100):
         elsewhere = jax.make_jaxpr(attend)(x)
     assert "length=11" in str(on_gpu) and "length=11" not in str(elsewhere)
     assert Band.heads_at_once(1024, 384, 384, 64, 4) == 512  # of 295 KB, in 256 MiB
-
-
-COMPILE = """
-import jax
-from jax.experimental import topologies
-from tests import test_gpu
-from ot_attention import SinkhornSpec
-
-devices = topologies.get_topology_desc(
-    platform="cuda", topology_name="h100", target_config=test_gpu.H100, topology="1x1x1"
-).devices
-mesh = jax.sharding.Mesh(devices, ("data",))
-
-def bytes_a_row(batch, length, heads, width, band, dustbin, dtype, **settings):
-    given = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P())),
-        test_gpu.arguments(batch, length, heads, width, dustbin, dtype),
-    )
-    with jax.set_mesh(mesh):
-        run = test_gpu.forward_and_backward(SinkhornSpec(band=band, dustbin=dustbin, **settings))
-        compiled = jax.jit(run).lower(*given).compile()
-    assert compiled.as_text().count(test_gpu.KERNEL) >= 8
-    return compiled.memory_analysis().temp_size_in_bytes / (batch * length * heads)
-
-for shape in {shapes}:
-    print(bytes_a_row(*shape), flush=True)
-"""
-TRAIN_STEP = """
-import jax
-from jax.experimental import topologies
-from tests import test_gpu
-from evaluation import runs
-from configs import r2_dustbin
-from training import sharding, state
-
-devices = topologies.get_topology_desc(
-    platform="cuda", topology_name="h100", target_config=test_gpu.H100, topology="{devices}x1x1"
-).devices
-config = r2_dustbin.get_config()
-config.model.implementation = "pallas_gpu"
-trainer = runs.make_trainer(config)
-mesh = sharding.make_mesh(sharding.MeshConfig(), config.batch_size, devices)
-batch = state.abstract_batch(config.batch_size, 128, mesh)
-compiled = trainer.compiled_update(mesh).lower(trainer.abstract_state(mesh), batch).compile()
-print(compiled.as_text().count(test_gpu.KERNEL), compiled.memory_analysis().temp_size_in_bytes)
-"""
-CONFIGURED = [(64, 384, 4, 32, 64, "full", "float32"), (32, 384, 1, 64, 64, "none", "bfloat16")]
-LONG = [(1, 8192, 2, 64, band, "full", "bfloat16") for band in (128, 512)] + [
-    (1, 8192, 2, 128, None, "none", "float32")
-]
-
-
-def compiled(program: str) -> list[str]:
-    """What a program prints that compiles for an H100, in a process of its own. No card is needed, nor a driver."""
-    if not any(
-        importlib.metadata.packages_distributions().get(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    ):
-        pytest.skip("jax's CUDA plugin is not installed (docs/gpu.md)")
-    settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command, environment = [sys.executable, "-c", program], os.environ | settings
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-@pytest.mark.slow
-def test_kernels_compile_for_an_h100_and_leave_nothing_of_the_bands_size_in_memory():
-    shapes = CONFIGURED + LONG
-    found = dict(zip(shapes, map(float, compiled(COMPILE.format(shapes=shapes))), strict=True))
-    # The narrower band makes steps in strips, whose column sums are a few numbers a row.
-    assert found[LONG[0]] == pytest.approx(found[LONG[1]], rel=1e-3), "memory grows with the band"
-    assert all(size < 12 * 4 * shape[3] for shape, size in found.items()), found  # arrays of a head's width, float32
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
-def test_a_training_step_compiles_for_h100s(devices):
-    kernels, temporary = map(int, compiled(TRAIN_STEP.format(devices=devices))[-1].split())
-    assert kernels >= 16
-    assert temporary < 10e9
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here (JAX_PLATFORMS=cuda,cpu on one)")

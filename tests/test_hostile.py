@@ -31,7 +31,7 @@ from configs import base
 from data import families, pfam, stockholm
 from data.transforms import Pair
 from evaluation import report, runs, scoring
-from tests import test_sharding as several
+from tests.support import processes as several
 from tests.support import tiny
 from tests.support.stockholm_text import written
 from training import checkpoints, run_folder

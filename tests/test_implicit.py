@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ot_attention import SinkhornSpec, sinkhorn_attention
+from tests.support.dense import multipliers
 
 SPEC = SinkhornSpec(base_steps=10, solver="newton", gradient="implicit")
 WIDTH = 16
@@ -106,13 +107,6 @@ def converge(scores, a, b):
         f = np.log(a) - np.logaddexp.reduce(scores + g, axis=1)
         g = np.log(b) - np.logaddexp.reduce(scores + f[:, None], axis=0)
     return np.exp(scores + f[:, None] + g)
-
-
-def multipliers(plan, f_bar, g_bar):
-    """x, y with `[diag(row sums), P; P^T, diag(column sums)] (x, y) = (f_bar, g_bar)`, the first x being 0."""
-    system = np.block([[np.diag(plan.sum(1)), plan], [plan.T, np.diag(plan.sum(0))]])
-    solution = np.linalg.solve(system[1:, 1:], np.concatenate([f_bar, g_bar])[1:])
-    return np.split(np.concatenate([[0], solution]), [len(f_bar)])
 
 
 def errors(actual, expected) -> dict[str, float]:

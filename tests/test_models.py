@@ -14,53 +14,19 @@ from data.transforms import Pair
 from evaluation import metrics
 from models import attention, objectives
 from models.aligner import Aligner, AlignerConfig
-from models.attention import BlockSpec, SparseSpec
-from models.objectives import AlignmentObjective, LossConfig
+from models.objectives import LossConfig
 from ot_attention import SinkhornSpec
-from tests.support import tiny
-from training.state import OptimizerConfig, Trainer
-
-SMALL = AlignerConfig(width=16, depth=1, heads=2, attention_every=1, plan_width=8, value_width=8)
-SPECS = {
-    "balanced": SinkhornSpec(base_steps=4, band=5),
-    "dustbin": SinkhornSpec(base_steps=4, band=5, dustbin="full"),
-}
-X_LENGTHS, Y_LENGTHS = np.array([20, 13, 17, 12], np.int32), np.array([18, 20, 12, 15], np.int32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with tiny.quick_compilation():
-        yield
-
-
-def make_model(spec: SinkhornSpec, **changes) -> Aligner:
-    """A model of small widths whose plan is far from uniform, as a trained one's is."""
-    model = Aligner(AlignerConfig(**(vars(SMALL) | changes)), spec, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
-    params["plan_projection"]["kernel"] *= 2.0
-    return nnx.merge(graph, params)
-
-
-def tokens(rng: np.random.Generator, lengths: np.ndarray, padded: int) -> np.ndarray:
-    drawn = rng.integers(1, 21, (len(lengths), padded), dtype=np.int32)
-    return np.where(np.arange(padded) < lengths[:, None], drawn, vocab.PAD)
-
-
-def make_batch(padded: int = 20, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random pairs; targets rise, and some lie outside the band."""
-    rng = np.random.default_rng(seed)
-    target = np.full((4, padded), -1, np.int32)
-    for row, x_length, y_length in zip(target, X_LENGTHS, Y_LENGTHS, strict=True):
-        aligned = min(x_length, y_length) - 3
-        row[np.sort(rng.choice(x_length, aligned, replace=False))] = np.sort(
-            rng.choice(y_length, aligned, replace=False)
-        )
-    x, y = tokens(rng, X_LENGTHS, padded), tokens(rng, Y_LENGTHS, padded)
-    target[0, :2], target[0, 2:4] = -1, (13, 15)
-    batch = {"x": x, "y": y, "target": target, "x_length": X_LENGTHS, "y_length": Y_LENGTHS}
-    return batch | {"x_seen": x, "query_mask": x != vocab.PAD}
+from tests.support.small_aligner import (
+    SMALL,
+    SPECS,
+    X_LENGTHS,
+    Y_LENGTHS,
+    make_batch,
+    make_model,
+    make_trainer,
+    tokens,
+)
+from training.state import OptimizerConfig
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -240,30 +206,6 @@ def _centred(scores):
     return scores - scores.mean(1, keepdims=True) - scores.mean(2, keepdims=True) + scores.mean((1, 2), keepdims=True)
 
 
-def make_trainer(model=SMALL, loss_config=None, **settings):
-    # Warm-up begins at a rate of 0; without it the first update already changes something.
-    optimizer = OptimizerConfig(**({"warmup_steps": 0} | settings))
-    loss_config = loss_config or LossConfig(sparse_ce=0.5)
-    trainer = Trainer.create(
-        AlignmentObjective(model, SPECS["dustbin"], loss_config), optimizer, total_steps=10, seed=1
-    )
-    return trainer, trainer.initial()
-
-
-def test_the_likelihood_of_the_alignment_is_learned():
-    """Of the very batch: it falls, and the gap model takes part in it."""
-    model = AlignerConfig(**(vars(SMALL) | {"gap_model": True, "attention_every": 0}))
-    trainer, state = make_trainer(model, LossConfig(reconstruction=0.0, alignment=1.0), learning_rate=0.01)
-    update, batch, before = jax.jit(trainer.update), training_batch(), state.params["gaps"]
-    told = []
-    for _ in range(8):
-        state, metrics_of_step = update(state, batch)
-        told.append(float(metrics_of_step["alignment"]))
-        assert float(metrics_of_step["loss"]) == pytest.approx(told[-1], rel=1e-5)
-    assert told[-1] < 0.9 * told[0]
-    assert all(abs(float(state.params["gaps"][name] - value)) > 0.01 for name, value in before.items())
-
-
 def test_the_dense_logarithm_is_that_of_the_plan():
     spec, batch = SPECS["dustbin"], make_batch()
     model = make_model(spec, gap_model=True)
@@ -271,117 +213,6 @@ def test_the_dense_logarithm_is_that_of_the_plan():
     transported, _ = model(*arguments)
     plan = model.plan(*(arguments[k] for k in (0, 1, 3, 4)))
     np.testing.assert_allclose(jnp.exp(transported.log_plan), plan, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "kind", ["sparse_sinkhorn", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("local", "softmax"))]
-)
-def test_self_attention_of_another_kind_is_trained(kind):
-    """Padding changes nothing, every parameter learns, and only the sorted kind is noisy while training."""
-    model = AlignerConfig(**(vars(SMALL) | {"attention_every": 1, "depth": 1}))
-    spec, blocks = SPECS["dustbin"], BlockSpec(kind, SparseSpec(block=6))
-    trainer = Trainer.create(
-        AlignmentObjective(model, spec, LossConfig(sparse_ce=0.5), blocks),
-        OptimizerConfig(warmup_steps=0),
-        total_steps=9,
-        seed=1,
-    )
-    state, batch = trainer.initial(), training_batch()
-    totals = jax.jit(lambda batch: trainer.objective.totals(trainer.model(state.params), batch))
-    seen = trainer.objective.augment(batch, jax.random.key(3))
-    other = seen | {"noise": seen["noise"][::-1]}
-    assert (float(totals(seen)["sparse_ce"]) != float(totals(other)["sparse_ce"])) == (kind == "sparse_sinkhorn")
-    longer = {name: jnp.pad(x, ((0, 0), (0, 7))) if x.ndim == 2 else x for name, x in seen.items()}
-    longer["target"] = jnp.pad(seen["target"], ((0, 0), (0, 7)), constant_values=-1)
-    if kind != "sparse_sinkhorn":  # whose noise is drawn by block
-        np.testing.assert_allclose(totals(longer)["sparse_ce"], totals(seen)["sparse_ce"], rtol=1e-5)
-    after, _ = jax.jit(trainer.update)(state, batch)
-    for path, old in jax.tree_util.tree_leaves_with_path(state.params):
-        new = functools.reduce(lambda tree, key: tree[key.key], path, after.params)
-        assert (np.asarray(old) != np.asarray(new)).any(), path
-
-
-def training_batch() -> dict[str, jax.Array]:
-    batch = make_batch()
-    return {name: jnp.asarray(batch[name]) for name in ("x", "y", "target", "x_length", "y_length")}
-
-
-@pytest.fixture(scope="module")
-def update():
-    return jax.jit(make_trainer()[0].update)
-
-
-@pytest.fixture(scope="module")
-def updated(update):
-    _, state = make_trainer()
-    return state, *update(state, training_batch())
-
-
-def test_update_changes_every_parameter_and_counts(updated):
-    before, after, measured = updated
-    assert int(after.step) == 1
-    same = [
-        jax.tree_util.keystr(path)
-        for (path, old), new in zip(
-            jax.tree_util.tree_leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True
-        )
-        if (np.asarray(old) == np.asarray(new)).all()
-    ]
-    assert same == []
-    assert {"loss", "gradient_norm", "learning_rate", "reconstruction", "sparse_ce", "residual"} <= measured.keys()
-
-
-def test_the_average_follows_slowly_and_at_first_faster(update, updated):
-    before, _, _ = updated
-    for step, decay in ((0, 1 / 10), (7, 8 / 17), (10_000, 0.99)):
-        after, _ = update(before._replace(step=jnp.array(step, jnp.int32)), training_batch())
-        expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before.ema, after.params)  # noqa: B023
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.ema, expected)
-
-
-def test_accumulation_gives_the_update_of_the_whole_batch(updated):
-    """Parts hold different numbers of aligned residues, so their means must not simply be averaged."""
-    _, whole, of_whole = updated
-    trainer, state = make_trainer(accumulate=2)
-    parts, of_parts = jax.jit(trainer.update)(state, training_batch())
-    for name, value in of_whole.items():
-        np.testing.assert_allclose(of_parts[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-    # Adam's first step is the sign of the gradient where that is above its epsilon: its moments are what to compare.
-    for a, b in zip(jax.tree.leaves(parts.optimizer), jax.tree.leaves(whole.optimizer), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
-    with pytest.raises(ValueError, match=r"optimizer\.accumulate=3 must divide the batch of 4 examples"):
-        make_trainer(accumulate=3)[0].update(state, training_batch())
-
-
-def test_bfloat16_computes_in_it_and_keeps_float32(updated):
-    trainer, state = make_trainer(AlignerConfig(**(vars(SMALL) | {"dtype": "bfloat16"})))
-    after, measured = jax.jit(trainer.update)(state, training_batch())
-    kept = jax.tree.leaves((after.params, after.ema, after.optimizer))
-    assert {str(x.dtype) for x in kept} == {"float32", "int32"}
-    assert all(np.isfinite(x).all() for x in [*kept, *measured.values()])
-    _, _, in_float32 = updated
-    difference = abs(float(measured["loss"] - in_float32["loss"]))
-    assert 0 < difference < 0.05, "0: nothing was computed in bfloat16"
-
-
-def test_loss_is_the_weighted_sum(updated):
-    _, _, measured = updated  # reconstruction 1, sparse CE 0.5, two of whose targets lie outside the band
-    totals = {"reconstruction": 6.0, "reconstruction/count": 3.0, "sparse_ce_unfloored": 12.0, "sparse_ce/count": 4.0}
-    totals = {name: jnp.asarray(value) for name, value in totals.items()}
-    for weights, expected in (({"reconstruction": 0.5, "sparse_ce": 2.0}, 0.5 * 2 + 2 * 3), ({}, 2)):
-        objective = AlignmentObjective(SMALL, SinkhornSpec(), LossConfig(**weights))
-        assert float(objective.value(totals)) == pytest.approx(expected)
-    assert float(measured["reconstruction"]) < float(measured["loss"])
-    assert float(measured["loss"]) < float(measured["reconstruction"] + 0.5 * measured["sparse_ce"])
-
-
-def test_learning_rate_warms_up_and_decays():
-    settings = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, final_fraction=0.1)
-    rate = settings.schedule(20)
-    assert [float(rate(step)) for step in (0, 2, 4, 20, 100)] == pytest.approx([0, 5e-3, 1e-2, 1e-3, 1e-3])
-    rates = [float(rate(step)) for step in range(4, 21)]
-    assert rates == sorted(rates, reverse=True)
-    assert float(settings.schedule(3)(2)) == pytest.approx(1e-2), "a run shorter than its warm-up must reach the top"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """data/pipeline.py: a stream of batches that depends on (seed, step) alone, and evaluation that loses no pair."""
 
 import dataclasses
-import itertools
 import json
 import os
 import pickle
@@ -15,62 +14,19 @@ import orbax.checkpoint as ocp
 import pytest
 
 from data.families import Family
-from data.pipeline import PairStream, PipelineConfig, evaluation_batches, train_iterator, unbatch
+from data.pipeline import PairStream, PipelineConfig, evaluation_batches, train_iterator
 from data.sampling import LengthIndex, _rank, _unrank
-from data.transforms import NO_TARGET, pair
-from data.vocab import RESIDUES, is_residue
+from data.transforms import NO_TARGET
+from data.vocab import is_residue
+from tests.support.small_families import CONFIG, FAMILIES, check_examples, make_family, take
 
 ROOT = Path(__file__).parents[1]
-CONFIG = PipelineConfig(buckets=(16, 32, 64), batch_size=8, seed=3, pairs_per_family=50)
-
-
-def make_family(accession: str, lengths: list[int], pairs: int = 0) -> Family:
-    """Rows with the given numbers of residues, gaps anywhere; the first `pairs` pairs of rows are evaluation pairs."""
-    rng = np.random.default_rng(list(accession.encode()))
-    alignment = np.full((len(lengths), max(lengths) + 4), ord("-"), np.uint8)
-    for row, length in zip(alignment, lengths, strict=True):
-        columns = rng.choice(row.size, length, replace=False)
-        row[columns] = rng.choice(np.frombuffer(RESIDUES.encode(), np.uint8), length)
-    rows = tuple(f"{accession}/{i}" for i in range(len(lengths)))
-    chosen = list(itertools.islice(itertools.combinations(range(len(lengths)), 2), pairs))
-    return Family(accession, accession, "", rows, alignment, np.array(chosen, np.int32).reshape(-1, 2))
-
-
-FAMILIES = [
-    make_family("short", [8, 9, 10, 11, 12, 13], pairs=15),
-    make_family("mixed", [0, 10, 14, 16, 17, 30, 31, 33, 50, 64, 65, 90], pairs=15),
-    make_family("alone", [20]),
-    make_family("longer", [40, 41, 42, 43, 44], pairs=7),
-    make_family("pair", [24, 60], pairs=1),
-]
-
-
-def take(iterator, count):
-    batches = list(itertools.islice(iterator, count))
-    iterator.close()
-    return batches
 
 
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def check_examples(batch, families):
-    """Every row of a batch is the pair its id names, padded; every row without id is empty."""
-    pairs = dict(zip(np.flatnonzero(batch["id"][:, 0] >= 0).tolist(), unbatch(batch), strict=True))
-    for n in range(len(batch["id"])):
-        if n in pairs:
-            (family, i, j), got = pairs[n]
-            expected = pair(families[family].alignment, i, j)
-            for name in ("x", "y", "target"):
-                np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
-            assert i != j
-        assert not batch["x"][n, batch["x_length"][n] :].any()
-        assert not batch["y"][n, batch["y_length"][n] :].any()
-        assert (batch["target"][n, batch["x_length"][n] :] == NO_TARGET).all()
-        assert n in pairs or (batch["x_length"][n] == batch["y_length"][n] == 0 and (batch["id"][n] == -1).all())
 
 
 def test_batches_hold_the_pairs_their_ids_name():
@@ -251,7 +207,7 @@ WORKERS_SCRIPT = """
 import dataclasses, itertools, pickle
 from absl import app
 from data.pipeline import train_iterator
-from tests.test_pipeline import CONFIG, FAMILIES
+from tests.support.small_families import CONFIG, FAMILIES
 
 def main(argv):
     iterator = train_iterator(FAMILIES, dataclasses.replace(CONFIG, workers=2, prefetch=1), start_step=2)
@@ -278,50 +234,6 @@ def test_worker_processes_give_the_same_batches_and_state(tmp_path):
     for a, b in zip(batches, take(train_iterator(FAMILIES, CONFIG, start_step=2), 5), strict=True):
         assert_same(a, b)
     assert_same(next(one_process), PairStream(FAMILIES, CONFIG)[7])
-
-
-def test_evaluation_yields_every_pair_exactly_once():
-    batches = list(evaluation_batches(FAMILIES, 4, (16, 32)))
-    ids = [i for batch in batches for i, _ in unbatch(batch)]
-    assert sorted(ids) == [(f, *map(int, p)) for f, family in enumerate(FAMILIES) for p in family.pairs]
-    for batch in batches:
-        check_examples(batch, FAMILIES)
-
-
-def test_evaluation_shapes_are_few_and_hold_the_longest_in_the_same_memory():
-    def shapes(**kwargs):
-        return sorted({b["x"].shape[::-1] for b in evaluation_batches(FAMILIES, 4, (16, 32), **kwargs)})
-
-    assert shapes() == [(16, 4), (32, 4), (64, 2), (128, 1)]
-    assert shapes(divisible_by=2) == [(16, 4), (32, 4), (64, 2), (128, 2)]
-
-
-def test_evaluation_pads_to_the_smallest_bucket():
-    lengths = []
-    for batch in evaluation_batches(FAMILIES, 4, (16, 32)):
-        longer = np.maximum(batch["x_length"], batch["y_length"])[batch["id"][:, 0] >= 0]
-        lengths.append(batch["x"].shape[1])
-        assert (longer <= lengths[-1]).all()
-        assert lengths[-1] == 16 or (longer > lengths[-1] // 2).all()
-    assert lengths == sorted(lengths)
-
-
-def test_evaluation_limit_is_spread_over_families_and_stable():
-    def chosen(limit):
-        return [i for batch in evaluation_batches(FAMILIES, 4, (64,), limit=limit) for i, _ in unbatch(batch)]
-
-    assert sorted(family for family, _, _ in chosen(4)) == [0, 1, 3, 4]
-    assert chosen(4) == chosen(4)
-    assert set(chosen(4)) < set(chosen(9))
-    assert len(chosen(9)) == 9
-    everything = [
-        i for batch in evaluation_batches(FAMILIES, 4, (64,)) if batch["x"].shape[1] == 64 for i, _ in unbatch(batch)
-    ]
-    many = [make_family(f"PF{n}", [9, 9], pairs=1) for n in range(40)]
-    of_many = [i[0] for batch in evaluation_batches(many, 10, (16,), limit=10) for i, _ in unbatch(batch)]
-    assert len(set(of_many)) == 10
-    assert max(of_many) >= 20, "not just the first families"
-    assert chosen(1000) == everything, "pairs beyond the largest bucket are left out"
 
 
 @pytest.mark.parametrize(
@@ -356,22 +268,6 @@ def test_bad_configuration_names_the_field(fields, message):
 def test_bad_training_arguments_are_named(families, kwargs, message):
     with pytest.raises(ValueError, match=message):
         train_iterator(families, CONFIG, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("families", "kwargs", "message"),
-    [
-        ([], {}, "families: none of the 0 families"),
-        ([make_family("train", [10, 10])], {}, "families: none of the 1 families"),
-        (FAMILIES, {"limit": 0}, "limit: 0"),
-        (FAMILIES, {"limit": 5, "buckets": (4,)}, "limit: none of the 38 evaluation pairs fits the"),
-        (FAMILIES, {"divisible_by": 3}, "divisible_by: 3 was given, allowed are divisors of batch_size = 4"),
-        (FAMILIES, {"buckets": (32, 16)}, "buckets: "),
-    ],
-)
-def test_bad_evaluation_arguments_are_named_before_the_first_batch(families, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        evaluation_batches(families, 4, **{"buckets": (16,), **kwargs})
 
 
 def test_default_data_trains_and_evaluates():

@@ -11,17 +11,10 @@ from flax import nnx
 from models import refinement
 from models.aligner import Aligner, AlignerConfig
 from ot_attention import SinkhornSpec
-from tests.support import tiny
 
 SPEC = SinkhornSpec(base_steps=4, band=None, dustbin="full")
 SMALL = AlignerConfig(width=16, depth=1, attention_every=0, plan_width=8, value_width=8)
 X_LENGTHS, Y_LENGTHS = jnp.array([20, 13]), jnp.array([18, 20])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with tiny.quick_compilation():
-        yield
 
 
 def make_model(**changes) -> Aligner:
@@ -103,8 +96,9 @@ def test_every_parameter_of_the_votes_learns():
 
 
 def test_without_positions_a_plan_does_not_know_where_it_is():
-    """Equal residues everywhere: only positions could tell the columns apart. Without padding the encoder is blind at
-    neither end here: its convolutions reach 2 residues.
+    """Equal residues everywhere: only positions could tell the columns apart.
+
+    Columns near the ends are left out: the encoder's convolutions see the ends 2 residues away.
     """
     x = jnp.ones((1, 20), jnp.int32)
     length = (jnp.array([20]), jnp.array([20]))

@@ -1,12 +1,9 @@
 """Training on several devices and in several processes is training on one, to rounding; nothing waits for ever."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,28 +12,23 @@ import numpy as np
 import pytest
 
 import train
-from configs import base as base_config
-from data import pfam, pipeline
 from evaluation import runs
 from tests.support import tiny
+from tests.support.processes import EIGHT, PATIENCE, SHARED, config, finish, free_port, start, steps, stream
 from training import run_folder, sharding
 from training.checkpoints import Checkpoints
 from training.processes import join
 
 CONFIG = tiny.ROOT / "configs/r2_dustbin.py"
-# Heads, widths and the batch can be shared by 2, 4 and 8 devices.
-SHARED = {"model__attention_every": 1, "model__heads": 4, "attention__band": 8, "attention__base_steps": 2}
-EIGHT = SHARED | {"batch_size": 8, "data__buckets": (64,), "optimizer__warmup_steps": 0}
 # Sums over the batch are added in another order: a few ulps of float32 (6e-8) a step, which later steps amplify.
 # Measured: 2e-7 after 4 steps.
 ROUNDING = 5e-6
-PATIENCE = 900  # seconds, on a machine with much other work
 
 ON_EIGHT_DEVICES = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from tests import test_sharding as shared
+from tests.support import processes as shared
 from evaluation import runs
 from training import run_folder
 from training import sharding
@@ -69,7 +61,7 @@ print(json.dumps(losses))
 
 THE_ALIGNER = """
 import json
-from tests import test_sharding as shared
+from tests.support import processes as shared
 from configs import aligner
 
 def measured(mesh_of):
@@ -83,7 +75,7 @@ print(json.dumps([measured(mesh_of) for mesh_of in ((1, 1), (2, 2))]))
 TWO_PROCESSES = """
 import json, sys
 import jax, numpy as np
-from tests import test_sharding as shared
+from tests.support import processes as shared
 from jax.experimental import multihost_utils
 from training import sharding
 from training.processes import gather, in_all_processes, join
@@ -110,69 +102,6 @@ print(json.dumps([told, ids, gather("é" * (process + 1))]))
 """
 
 
-def config(base=None, **overrides):
-    """The tiny configuration with what these tests change."""
-    if base is None:
-        base = base_config.get_config()
-        base.attention.dustbin = "full"
-    changes = tiny.OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
-    with base.ignore_type():
-        base.update_from_flattened_dict(changes)
-    return base
-
-
-def stream(shard_index: int = 0, shard_count: int = 1) -> pipeline.PairStream:
-    families = pfam.open_split(tiny.ROOT / "data/default", "train")
-    settings = pipeline.PipelineConfig(batch_size=8, buckets=(64,))
-    return pipeline.PairStream(families, settings, shard_index=shard_index, shard_count=shard_count)
-
-
-def steps(mesh_of: tuple[int, int], base=None):
-    """Initial values, and losses and gradient norms of three steps; trainer, mesh and last state."""
-    trainer = runs.make_trainer(config(base, **EIGHT))
-    mesh = sharding.make_mesh(sharding.MeshConfig(*mesh_of), 8)
-    state, update, batches = trainer.initial_state(mesh), trainer.compiled_update(mesh), stream()
-    initial, measured = jax.device_get(jax.tree.leaves(state)), []
-    for step in range(3):
-        batch = {name: x for name, x in batches[step].items() if name != "id"}
-        state, metrics = jax.block_until_ready(update(state, sharding.from_hosts(batch, mesh)))
-        measured.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
-    return initial, measured, trainer, mesh, state
-
-
-def start(*arguments: object, devices: int = 1, **environment: str) -> subprocess.Popen:
-    """A Python program in a process of its own."""
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}",
-        # Small programs run once: optimising them takes longer than running them.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-    }
-    command = [sys.executable, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=os.environ | settings | environment, text=True, **pipes)
-
-
-def finish(*processes: subprocess.Popen, patience: float = PATIENCE) -> list[str]:
-    """What they print; fails if one fails or takes too long."""
-    deadline = time.monotonic() + patience
-    try:
-        ended = [process.communicate(timeout=max(deadline - time.monotonic(), 1)) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    lines = [printed.splitlines(keepends=True) for printed, _ in ended]
-    return ["".join(line for line in of_one if not line.startswith("[Gloo]")) for of_one in lines]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def on_eight(tmp_path_factory) -> tuple[Path, dict]:
     """Folder of a checkpoint, and the losses by mesh."""
@@ -182,8 +111,7 @@ def on_eight(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_eight_devices_train_as_one(on_eight):
-    with tiny.quick_compilation():
-        _, expected, *_ = steps((1, 1))
+    _, expected, *_ = steps((1, 1))
     _, losses = on_eight
     assert list(losses) == ["(8, 1)", "(4, 2)", "(2, 4)"]
     for mesh_of, measured in losses.items():
@@ -236,20 +164,11 @@ TRAINING = SHARED | {
 }
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Of compiled programs, which are the same in all these runs."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-def train_together(workdir: Path, processes: int, cache: Path) -> list[subprocess.Popen]:
+def train_together(workdir: Path, processes: int) -> list[subprocess.Popen]:
     address = f"localhost:{free_port()}"
     command = [tiny.ROOT / "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *tiny.flags(**TRAINING)]
     together = [f"--coordinator={address}", f"--processes={processes}"] if processes > 1 else []
-    return [
-        start(*command, *together, *([f"--process={n}"] if together else []), JAX_COMPILATION_CACHE_DIR=str(cache))
-        for n in range(processes)
-    ]
+    return [start(*command, *together, *([f"--process={n}"] if together else [])) for n in range(processes)]
 
 
 def logged(workdir: Path) -> dict[int, dict]:
@@ -279,14 +198,13 @@ def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path, cache):
+def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path):
     alone, killed, as_one = tmp_path / "alone", tmp_path / "killed", tmp_path / "as_one"
-    with tiny.quick_compilation():
-        train.train(config(**TRAINING), alone)
-    kill_after(2, killed, train_together(killed, 2, cache))
+    train.train(config(**TRAINING), alone)
+    kill_after(2, killed, train_together(killed, 2))
     assert max(logged(killed)) < TOTAL, "killed too late to show anything"
     shutil.copytree(killed, as_one)
-    outputs = finish(*train_together(killed, 2, cache), *train_together(as_one, 1, cache))
+    outputs = finish(*train_together(killed, 2), *train_together(as_one, 1))
     assert outputs[1] == "", "only the first process tells anything"
     assert all("step 0 of" not in output for output in outputs), "they started anew"
     expected = logged(alone)
@@ -303,9 +221,9 @@ def test_two_processes_are_killed_and_go_on_as_two_and_as_one(tmp_path, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_of_two_processes_is_killed_the_other_stops_and_both_go_on(tmp_path, victim, cache):
+def test_when_one_of_two_processes_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     workdir = tmp_path / "run"
-    processes = train_together(workdir, 2, cache)
+    processes = train_together(workdir, 2)
     survivor = processes[1 - victim]
     try:
         wait_for_step(3, workdir, processes)
@@ -319,14 +237,14 @@ def test_when_one_of_two_processes_is_killed_the_other_stops_and_both_go_on(tmp_
     assert "train.py: another process is gone; start all of them again" in told or "another task died" in told, told
     assert survivor.returncode in (train.STOPPED, -signal.SIGABRT)
     assert max(logged(workdir)) < TOTAL, "killed too late to show anything"
-    finish(*train_together(workdir, 2, cache))
+    finish(*train_together(workdir, 2))
     assert list(logged(workdir)) == list(range(TOTAL + 1))
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path, cache):
+def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path):
     workdir = tmp_path / "run"
-    processes = train_together(workdir, 2, cache)
+    processes = train_together(workdir, 2)
     try:
         wait_for_step(3, workdir, processes)
         processes[1].terminate()
@@ -338,7 +256,7 @@ def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path, cache):
     last = max(logged(workdir))
     assert last < TOTAL and f"stopped by SIGTERM, step {last} is saved" in told[0]
     assert (workdir / "checkpoints" / str(last)).exists()
-    finish(*train_together(workdir, 2, cache))
+    finish(*train_together(workdir, 2))
     assert list(logged(workdir)) == list(range(TOTAL + 1))
 
 

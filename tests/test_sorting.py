@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import eval as eval_program
 from data import sorting
 from data.sorting import SortingConfig, SortingStream
 from evaluation import sorting as sorting_scores
 from models.attention import BlockSpec, SparseSpec
 from models.sorter import Sorter, SorterConfig, SortingObjective
+from scripts import align
 from tests.support import tiny
 
 CONFIG = SortingConfig(batch_size=8, sequences=50, test_sequences=20, symbols=5, longest=6)
@@ -122,7 +124,7 @@ def test_settings_out_of_range(make, message):
         make()
 
 
-def test_a_run_sorts_and_is_scored(tmp_path):
+def test_a_run_sorts_and_is_scored(tmp_path, capsys):
     """Two symbols are sorted after a few steps; eval.py finds what train.py logged on the same split."""
     options = {
         "total_steps": 120, "batch_size": 32, "data.sequences": 320, "data.symbols": 2, "data.longest": 3,
@@ -134,16 +136,15 @@ def test_a_run_sorts_and_is_scored(tmp_path):
     command = "train.py", f"--config={tiny.ROOT}/configs/sort_sinkhorn.py", f"--workdir={tmp_path}", *flags
     trained = tiny.program(*command)
     assert trained.returncode == 0, trained.stderr
-    scored = tiny.program("eval.py", f"--workdir={tmp_path}", "--split=validation")
-    assert scored.returncode == 0, scored.stderr
-    assert "exact match, length 1-5" in scored.stdout
+    eval_program.main([f"--workdir={tmp_path}", "--split=validation"])
+    assert "exact match, length 1-5" in capsys.readouterr().out
     report = json.loads((tmp_path / "eval_validation.json").read_text())
     overall = report["splits"]["validation"]["model"]["overall"]
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
     assert overall["exact_match"]["value"] == logged["validation/exact_match"] > 0.9
     assert overall["edit_distance"]["value"] == pytest.approx(logged["validation/edit_distance"])
     (tmp_path / "a.fasta").write_text(">x\nMKV\n>y\nMKV\n")
-    aligned = tiny.program("scripts/align.py", f"--workdir={tmp_path}", tmp_path / "a.fasta")
-    assert aligned.returncode == 1 and "was trained to sort" in aligned.stderr
-    page = tiny.program("eval.py", f"--workdir={tmp_path}", "--split=validation", "--report", tmp_path / "page")
-    assert page.returncode == 1 and "--report" in page.stderr
+    assert align.main([f"--workdir={tmp_path}", str(tmp_path / "a.fasta")]) == 1
+    assert "was trained to sort" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--report"):
+        eval_program.main([f"--workdir={tmp_path}", "--split=validation", f"--report={tmp_path / 'page'}"])

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from configs import r2_dustbin
+from evaluation import runs
 from ot_attention import SinkhornSpec, UnsupportedError, sinkhorn_attention
+from training import sharding, state
 
 ROOT = Path(__file__).parents[1]
 COMPILE = """
@@ -94,7 +98,9 @@ def run(program: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("topology", ["v6e:2x4", pytest.param("v5e:2x4", marks=pytest.mark.slow), "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    "topology", ["v6e:2x4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5e:2x4", "v5p:2x2x1"))]
+)
 def test_kernels_compile_for_the_chip_and_leave_nothing_but_vectors_in_main_memory(topology):
     """Three potentials a row and three a column, a target, and what the cotangents are padded to: 64 bytes."""
     shapes = CONFIGURED + LONG + (NARROW if topology == "v6e:2x4" else [])
@@ -103,7 +109,21 @@ def test_kernels_compile_for_the_chip_and_leave_nothing_but_vectors_in_main_memo
     assert all(found[narrow] == found[LONG[0]] for narrow in NARROW if narrow in found), "memory grows with the band"
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), pytest.param((4, 2), marks=pytest.mark.slow)])
+def test_a_training_step_lowers_for_a_tpu():
+    config = r2_dustbin.get_config()
+    config.model.implementation = "pallas_tpu"
+    trainer = runs.make_trainer(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 1), config.batch_size, jax.devices()[:1])
+    given = trainer.abstract_state(mesh), state.abstract_batch(config.batch_size, 128, mesh)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    chip = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1), ("data", "model"), abstract_device=chip)):
+        text = jax.jit(trainer.update).trace(*given).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 6  # two self-attentions and the plan, forward and backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2)])
 def test_a_training_step_compiles_for_eight_chips(mesh):
     program = TRAIN_STEP.format(topology="v6e:2x4", config="r2_dustbin", mesh=mesh, bucket=128)
     kernels, peak, exchanges = map(int, run(program).split()[-3:])

@@ -1,16 +1,16 @@
 """A configuration that trains in seconds on the data that ship, and a run of it that several test modules read."""
 
 import atexit
-import contextlib
+import fcntl
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from benchmarks.gpu_stages import TINY
@@ -48,13 +48,18 @@ def program(*arguments: object) -> subprocess.CompletedProcess:
 
 @functools.cache
 def trained() -> Path:
-    """Folder of a finished run, made by the command line once in a session; do not change it."""
+    """Return this process's copy of a run that the command line trains once in a session; do not change it."""
+    shared = Path(os.environ["OT_TEST_FOLDER"])
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        if not (shared / "trained").exists():
+            workdir = shared / "being_trained" / "tiny"
+            done = program("train.py", f"--config={ROOT / 'configs/r2_dustbin.py'}", f"--workdir={workdir}", *flags())
+            assert done.returncode == 0, done.stderr
+            workdir.parent.rename(shared / "trained")
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    workdir = Path(folder.name) / "tiny"
-    done = program("train.py", f"--config={ROOT / 'configs/r2_dustbin.py'}", f"--workdir={workdir}", *flags())
-    assert done.returncode == 0, done.stderr
-    return workdir
+    return shutil.copytree(shared / "trained" / "tiny", Path(folder.name) / "tiny")
 
 
 def evaluated(workdir: Path, split: str, *, step: int | None = None, **options: object) -> dict:
@@ -69,16 +74,3 @@ def config_of(workdir: Path, **overrides: object) -> ConfigDict:
     with config.ignore_type():
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
     return config
-
-
-@contextlib.contextmanager
-def quick_compilation():
-    """Small programs run once: optimising them takes longer than running them."""
-    option = "jax_disable_most_optimizations"
-    before = jax.config.values.get(option)
-    if before is None:  # gone since jax 0.12
-        yield
-        return
-    jax.config.update(option, True)
-    yield
-    jax.config.update(option, before)

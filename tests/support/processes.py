@@ -1,0 +1,82 @@
+"""Training steps on several devices, and programs in processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+
+from configs import base as base_config
+from data import pfam, pipeline
+from evaluation import runs
+from tests.support import tiny
+from training import sharding
+
+# Heads, widths and the batch can be shared by 2, 4 and 8 devices.
+SHARED = {"model__attention_every": 1, "model__heads": 4, "attention__band": 8, "attention__base_steps": 2}
+EIGHT = SHARED | {"batch_size": 8, "data__buckets": (64,), "optimizer__warmup_steps": 0}
+PATIENCE = 900  # seconds, on a machine with much other work
+
+
+def config(base=None, **overrides):
+    """The tiny configuration with what these tests change."""
+    if base is None:
+        base = base_config.get_config()
+        base.attention.dustbin = "full"
+    changes = tiny.OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
+    with base.ignore_type():
+        base.update_from_flattened_dict(changes)
+    return base
+
+
+def stream(shard_index: int = 0, shard_count: int = 1) -> pipeline.PairStream:
+    families = pfam.open_split(tiny.ROOT / "data/default", "train")
+    settings = pipeline.PipelineConfig(batch_size=8, buckets=(64,))
+    return pipeline.PairStream(families, settings, shard_index=shard_index, shard_count=shard_count)
+
+
+def steps(mesh_of: tuple[int, int], base=None):
+    """Initial values, and losses and gradient norms of three steps; trainer, mesh and last state."""
+    trainer = runs.make_trainer(config(base, **EIGHT))
+    mesh = sharding.make_mesh(sharding.MeshConfig(*mesh_of), 8)
+    state, update, batches = trainer.initial_state(mesh), trainer.compiled_update(mesh), stream()
+    initial, measured = jax.device_get(jax.tree.leaves(state)), []
+    for step in range(3):
+        batch = {name: x for name, x in batches[step].items() if name != "id"}
+        state, metrics = jax.block_until_ready(update(state, sharding.from_hosts(batch, mesh)))
+        measured.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    return initial, measured, trainer, mesh, state
+
+
+def start(*arguments: object, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """A Python program in a process of its own."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'tests'}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=os.environ | settings | environment, text=True, **pipes)
+
+
+def finish(*processes: subprocess.Popen, patience: float = PATIENCE) -> list[str]:
+    """What they print; fails if one fails or takes too long."""
+    deadline = time.monotonic() + patience
+    try:
+        ended = [process.communicate(timeout=max(deadline - time.monotonic(), 1)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    lines = [printed.splitlines(keepends=True) for printed, _ in ended]
+    return ["".join(line for line in of_one if not line.startswith("[Gloo]")) for of_one in lines]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

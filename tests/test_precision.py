@@ -1,0 +1,64 @@
+"""Errors of float32 and bfloat16 in relation to the dense reference in float64."""
+
+import jax.numpy as jnp
+import pytest
+
+from ot_attention import sinkhorn_attention
+from tests.support.conformance import (
+    CASES,
+    DUSTBINS,
+    EPS,
+    IMPLEMENTATIONS,
+    Case,
+    attend_and_pull_back,
+    error,
+    few_steps,
+    inputs,
+)
+
+pytestmark = pytest.mark.usefixtures("float64", "kernels_are_interpreted")
+
+
+@pytest.mark.parametrize("dustbin", DUSTBINS)
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [pytest.param("xla", CASES[i], id=f"xla-{CASES[i].name}") for i in (0, 1, 5)]
+    + [pytest.param("pallas_tpu", CASES[5], id="pallas_tpu-blocks", marks=pytest.mark.slow)],
+)
+def test_float32_error_is_that_of_the_dense_reference(implementation, dustbin, case):
+    """At most 2 x the dense reference's own float32 error, plus a few units in the last place."""
+    spec = case.spec(dustbin=dustbin, **few_steps(implementation))
+    exact = attend_and_pull_back("reference", spec, *inputs(case, dustbin))
+    dense, actual = (
+        attend_and_pull_back(name, spec, *inputs(case, dustbin, "float32"), optimised=True)
+        for name in ("reference", implementation)
+    )
+    for name in exact.keys() - {"residual"}:
+        assert error(actual[name], exact[name]) <= 2 * error(dense[name], exact[name]) + 32 * EPS["float32"], name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_inputs_are_computed_in_float32(implementation):
+    case, spec = CASES[1], CASES[1].spec(dustbin="full", **few_steps(implementation))
+    arrays, lengths, score, cotangent = inputs(case, "full", "bfloat16")
+    actual = attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent)
+    assert actual["out"].dtype == actual["dq"].dtype == jnp.bfloat16
+    assert actual["f"].dtype == jnp.float32
+    exact = attend_and_pull_back("reference", spec, [x.astype("float64") for x in arrays], lengths, score, cotangent)
+    for name in ("f", "g"):
+        assert error(actual[name], exact[name]) < 64 * EPS["float32"], name
+    for name in ("out", "dq", "dk", "dv"):
+        assert error(actual[name], exact[name]) < 2.0**-7, name
+
+
+def test_sharp_scores_in_float32_stay_exact():
+    """Scores of sd 30 and epsilon 0.05: scalings leave float32's range and are folded into the potentials."""
+    for case, epsilon in ((Case("sd 30", 256, 256, 16, sd=30.0), 1.0), (Case("epsilon", 256, 250, 16, sd=1.5), 0.05)):
+        arrays, lengths, score, _ = inputs(case, "full")
+        spec = case.spec(dustbin="full", epsilon=epsilon)
+        exact, _ = sinkhorn_attention(*arrays, spec, *lengths, score, "reference")
+        single = [[x.astype("float32") for x in arrays], score.astype("float32")]
+        dense, banded = (
+            sinkhorn_attention(*single[0], spec, *lengths, single[1], name)[0] for name in ("reference", "xla")
+        )
+        assert error(banded, exact) <= 2 * error(dense, exact) + 32 * EPS["float32"]
