@@ -53,25 +53,28 @@ def plan_heatmap(
     scale: int = 1,
     title: str = "",
     label: str = "plan $P_{ij}$",
+    posterior: Float[np.ndarray, "x_length y_length"] | None = None,
 ) -> None:
     """Draw a plan, and over it the reference alignment and the decoded one.
 
     Alignments hold the position in y of each residue of x, or -1. One value of the plan stands for `scale` residues of
-    either sequence; `label` is the name of the values.
+    either sequence; `label` is the name of the values. A posterior gets a panel of its own, and then the alignments.
     """
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    axes = figure.subplots()
-    # The square root shows mass spread thinly over a band beside the peaks of a sharp row.
-    edges = np.array([0, plan.shape[1], plan.shape[0], 0]) * scale - 0.5
-    norm = PowerNorm(0.5, vmin=0, vmax=max(float(plan.max(initial=0)), 1e-12))
-    image = axes.imshow(plan, cmap="Greys", norm=norm, extent=tuple(edges))
+    panels = [(plan, label)] if posterior is None else [(plan, label), (posterior, "posterior")]
+    figure = Figure(figsize=(6.4 * len(panels), 5.6), layout="constrained")
+    figure.suptitle(title)
+    for axes, (values, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        # The square root shows mass spread thinly over a band beside the peaks of a sharp row.
+        edges = np.array([0, values.shape[1], values.shape[0], 0]) * scale - 0.5
+        norm = PowerNorm(0.5, vmin=0, vmax=max(float(values.max(initial=0)), 1e-12))
+        image = axes.imshow(values, cmap="Greys", norm=norm, extent=tuple(edges))
+        axes.set(xlabel="position in y (residues)", ylabel="position in x (residues)")
+        figure.colorbar(image, ax=axes, label=f"{name} (square-root scale)", shrink=0.85)
     size = max(1.0, min(6.0, 600 / max(plan.shape)))
     if target is not None:
         _points(axes, target, "reference", marker="s", markersize=size, color=_COLOURS[1], markerfacecolor="none")
     if match is not None:
         _points(axes, match, "decoded (MEA)", marker=".", markersize=size, color=_COLOURS[0])
-    axes.set(xlabel="position in y (residues)", ylabel="position in x (residues)", title=title)
-    figure.colorbar(image, ax=axes, label=f"{label} (square-root scale)", shrink=0.85)
     if target is not None or match is not None:
         axes.legend(loc="upper right", markerscale=8 / (size + 2))
     figure.savefig(path, dpi=_DPI)

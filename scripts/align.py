@@ -142,7 +142,10 @@ def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> No
 
     ((_, found),) = model.predict([_tokens(pair)], decoder=args.decoder, band=args.band)
     plan, scale = found.plan.picture(_LONGEST_PICTURE)
-    figures.plan_heatmap(plan, args.plot, match=found.match, scale=scale, title=f"x: {pair.x.id}, y: {pair.y.id}")
+    decoded = args.decoder or model.decoder
+    panel = {"posterior": found.posterior.picture(_LONGEST_PICTURE)[0]} if decoded == "posterior" else {}
+    title = f"x: {pair.x.id}, y: {pair.y.id}"
+    figures.plan_heatmap(plan, args.plot, match=found.match, scale=scale, title=title, **panel)
 
 
 @contextlib.contextmanager
@@ -166,7 +169,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all-pairs", action="store_true", help="align each sequence of one file with each other")
     parser.add_argument("--format", choices=formats.FORMATS, default="text", help="default: text")
     parser.add_argument("--output", metavar="FILE", default="-", help="in place of stdout; .gz compresses")
-    parser.add_argument("--plot", metavar="FILE.png", help="heat map of one pair's plan, and the alignment in it")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw one pair: plan, posterior, alignment")
     model_options.add_model_options(parser, default=f"{WEIGHTS.relative_to(ROOT)}, which ships")
     parser.add_argument(
         "--decoder",

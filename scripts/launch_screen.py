@@ -4,7 +4,7 @@
   python scripts/launch_screen.py --data=runs/pfam --steps=500       # on larger shards
   python scripts/launch_screen.py --configs supervised --out=runs/supervised -- --config.batch_size=16
   python scripts/launch_screen.py --dry-run                          # only prints the commands
-  python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # on a v6e-8: docs/tpu.md
+  python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # on a v6e-8: docs/distributed.md
 
 Start it again after any stop: finished runs are not trained again, and interrupted runs continue. Exits with 75 if a
 signal stopped a run, which is then saved.
@@ -134,7 +134,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("overrides", nargs="*", help="after --: further options for train.py")
     parser.add_argument("--target", choices=("local", "tpu"), default="local", help="where; default: local")
-    tpu = parser.add_argument_group("with --target=tpu (docs/tpu.md)")
+    tpu = parser.add_argument_group("with --target=tpu (docs/distributed.md)")
     tpu.add_argument("--project", help="Google Cloud project")
     tpu.add_argument("--zone", help="zone with TPUs of the kind, for example us-east5-b")
     tpu.add_argument("--bucket", metavar="gs://BUCKET", help="code, data and runs are kept in BUCKET/NAME")

@@ -1,4 +1,4 @@
-"""Run the screen on a Cloud TPU: `python scripts/launch_screen.py --target=tpu` (docs/tpu.md).
+"""Run the screen on a Cloud TPU: `python scripts/launch_screen.py --target=tpu` (docs/distributed.md).
 
 The TPU's machine runs the same launch_screen.py on its own disk. Every few minutes it puts all runs into the bucket as
 one object, `runs.tar`, which is there whole or not at all, whatever happens to the machine meanwhile. The archive is
@@ -196,7 +196,7 @@ def _until_finished(tpu: Tpu, folder: Path) -> None:
             return
         if state == "FAILED":
             raise LaunchError(
-                f"no TPU to be had: `{shlex.join(tpu.describe()[:-1])}` says why. Quota and zones: docs/tpu.md"
+                f"no TPU to be had: `{shlex.join(tpu.describe()[:-1])}` says why. Quota and zones: docs/distributed.md"
             )
         if state == "SUSPENDED":
             _gcloud(tpu.delete())
