@@ -27,6 +27,7 @@ from ot_attention.spec import Implementation
 
 _COMPARED = 4  # samples of a padded length, batches of one side, whose plans are compared entry by entry
 
+_deviation = jax.jit(asap.deviation, static_argnames="spec")
 Way = Callable[[Sample, Float[Array, "batch columns heads value"]], tuple]
 
 
@@ -60,11 +61,10 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
     for batch in tqdm(list(batches), desc=progress, unit=" batches"):
         pair = (jnp.asarray(batch[name]) for name in ("x", "y", "x_length", "y_length"))
         for name, of in inputs(run.params, *pair).items():
-            layer = layers[name]
             for q, k, v, *rest in of:
                 sample = Sample(q, k, *rest, f=jnp.zeros((0, 0, 0)))
-                _, info = _attend(sample, v, layer.spec)
-                layer.inputs.setdefault(q.shape[1], []).append(Given(sample._replace(f=info.f), v, info))
+                _, info = _attend(sample, v, layers[name].spec)
+                layers[name].inputs.setdefault(q.shape[1], []).append(Given(sample._replace(f=info.f), v, info))
     return layers
 
 
@@ -77,26 +77,20 @@ def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Implementatio
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _apply(sample: Sample, v, of: Asap, spec: SinkhornSpec) -> tuple:
-    q, k, *rest = sample[:-1]
-    return asap.apply(of, q, k, v, spec, *rest)
-
-
-def map_way(spec: SinkhornSpec, of: Asap) -> Way:
-    """Make the way of a fitted map."""
-    return functools.partial(_apply, of=of, spec=spec)
+def apply(sample: Sample, v, of: Asap, spec: SinkhornSpec) -> tuple:
+    """Take the way of a fitted map."""
+    return asap.apply(of, sample.q, sample.k, v, spec, *sample[2:5])
 
 
 def ways(spec: SinkhornSpec, of: Asap, steps: Iterable[int]) -> dict[str, Way]:
     """Make all ways to the outputs of a layer: the map `of`, Sinkhorn as trained, and with few steps."""
-    heads, _, width = of.directions.shape
-    zero = Asap.create(jnp.zeros((heads, 0, width)), ())
+    zero = Asap.create(jnp.zeros_like(of.directions[:, :0]), ())
     truncated = {k: dataclasses.replace(spec, base_steps=k - 1, tail_steps=1, solver="sinkhorn") for k in steps}
     return {
         "teacher": functools.partial(_attend, spec=spec),
         "log domain": functools.partial(_attend, spec=spec, implementation="reference"),
-        "asap": map_way(spec, of),
-        "zero": map_way(spec, zero),
+        "asap": functools.partial(apply, of=of, spec=spec),
+        "zero": functools.partial(apply, of=zero, spec=spec),
         **{f"sinkhorn {k}": functools.partial(_attend, spec=of) for k, of in truncated.items()},
     }
 
@@ -125,18 +119,13 @@ def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]
     found = []
     for sample, v, teacher in inputs[:_COMPARED]:
         real = np.asarray(sample.q_lengths) > 0  # not a pair that fills up a batch
-        off = _deviation(sample, spec, teacher[:2], way(sample, v)[1][:2])
+        q, k, *rest = sample[:-1]
+        off = _deviation(q, k, spec, *rest, teacher=teacher[:2], student=way(sample, v)[1][:2])
         found.append([np.asarray(x)[real] for x in off])
     return {
         name: {"median": float(np.median(x)), "worst": float(x.max()), "heads": np.median(x, axis=0).tolist()}
         for name, x in zip(Deviation._fields, map(np.concatenate, zip(*found, strict=True)), strict=True)
     }
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _deviation(sample: Sample, spec: SinkhornSpec, teacher, student) -> Deviation:
-    q, k, *rest = sample[:-1]
-    return asap.deviation(q, k, spec, *rest, teacher=teacher, student=student)
 
 
 def metrics(
@@ -148,9 +137,8 @@ def metrics(
         config = run.config.copy_and_resolve_references()
         config.attention.update(base_steps=k - 1, tail_steps=1, solver="sinkhorn")
         compared[f"sinkhorn {k}"] = run._replace(config=config, trainer=runs.make_trainer(config))
-    return {name: _scores(of, families, batches) for name, of in tqdm(compared.items(), desc="scoring", unit=" models")}
-
-
-def _scores(run: runs.Run, families: pipeline.Families, batches: list[pipeline.Batch]) -> dict:
-    scores = scoring.score_split(run.pretrained(), families, batches)
-    return {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
+    scored = {}
+    for name, of in tqdm(compared.items(), desc="scoring", unit=" models"):
+        scores = scoring.score_split(of.pretrained(), families, batches)
+        scored[name] = {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
+    return scored

@@ -91,12 +91,8 @@ def count(function: Callable, *arguments: Any) -> Parts:
     whole function as its memory traffic), and one for each Pallas kernel by name. Elementwise operations are taken to
     be fused: only matrix products, reductions, gathers and kernels move bytes.
 
-    Args:
-      function: A function of arrays.
-      *arguments: Shapes, or values that may steer loops.
-
-    Raises:
-      ValueError: A loop does not end, as far as is known here.
+    Arguments are shapes, or values that may steer loops. Raises ValueError if a loop does not end, as far as is known
+    here.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     counter = _Counter()
@@ -115,7 +111,7 @@ class _Counter:
 
     def run(self, body: core.ClosedJaxpr | core.Jaxpr, values: Sequence, part: str, times: int, kernel: bool) -> list:
         """Run a body once in place of `times` runs; return the values of its results."""
-        jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
+        jaxpr, consts = _open(body), getattr(body, "consts", ())
         environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
 
         def read(variable):
@@ -145,9 +141,8 @@ class _Counter:
             return self.run(parameters["branches"][branch], values[1:], part, times, kernel)
         elif name == "shard_map":
             body, devices = parameters["jaxpr"], math.prod(parameters["mesh"].shape.values())
-            first = [_first_part(*x) for x in zip(values, body.invars, strict=True)]
-            results = self.run(body, first, part, times * devices, kernel)
-            return [_all_parts(*x) for x in zip(results, equation.outvars, strict=True)]
+            results = self.run(body, [*map(_resized, values, body.invars)], part, times * devices, kernel)
+            return [*map(_resized, results, equation.outvars)]
         elif not name.startswith("scatter") and (bodies := list(_bodies(equation))):
             for body in bodies:
                 inputs = len(_open(body).invars)
@@ -155,7 +150,9 @@ class _Counter:
                 results = self.run(body, given, part, times, kernel)
             return results if len(results) == len(unknown) else unknown
         else:
-            self.parts[part].add(self._cost(equation, kernel), times)
+            if id(equation) not in self._costs:
+                self._costs[id(equation)] = _cost(equation, kernel)
+            self.parts[part].add(self._costs[id(equation)], times)
             return _value(equation, values, kernel) or unknown
         return unknown
 
@@ -163,10 +160,9 @@ class _Counter:
         parameters, grid = equation.params, equation.params["grid_mapping"]
         name = str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
         self.parts[name].hbm += times * sum(map(_bytes, (*equation.invars, *equation.outvars)))
-        body = parameters["jaxpr"]
-        known = values[: grid.num_index_operands]
-        known += [None] * (len(body.invars) - len(known))
-        self.run(body, known, name, times * math.prod(grid.grid), kernel=True)
+        known, inputs = values[: grid.num_index_operands], len(parameters["jaxpr"].invars)
+        known += [None] * (inputs - len(known))
+        self.run(parameters["jaxpr"], known, name, times * math.prod(grid.grid), kernel=True)
 
     def _while(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
         of_condition, of_body = parameters["cond_nconsts"], parameters["body_nconsts"]
@@ -185,8 +181,10 @@ class _Counter:
         """Return the last carries. Scanned inputs and stacked outputs have one axis more outside than inside."""
         parameters, body = equation.params, _open(equation.params["jaxpr"])
         length = parameters["length"]
-        pairs = (equation.invars, body.invars), (equation.outvars, body.outvars)
-        scanned, stacked = (sum(_shape(x) != _shape(y) for x, y in zip(*of, strict=True)) for of in pairs)
+        scanned, stacked = (
+            sum(map(operator.ne, map(_shape, outside), map(_shape, inside)))
+            for outside, inside in ((equation.invars, body.invars), (equation.outvars, body.outvars))
+        )
         end = len(values) - scanned
         constants = end - (len(body.outvars) - stacked)
         carry = values[constants:end]
@@ -196,11 +194,6 @@ class _Counter:
             results = self.run(parameters["jaxpr"], [*values[:constants], *carry, *first], part, each, kernel)
             carry = results[: len(carry)]
         return carry
-
-    def _cost(self, equation: core.JaxprEqn, kernel: bool) -> Operations:
-        if id(equation) not in self._costs:
-            self._costs[id(equation)] = _cost(equation, kernel)
-        return self._costs[id(equation)]
 
 
 def _cost(equation: core.JaxprEqn, kernel: bool) -> Operations:
@@ -237,8 +230,8 @@ def _convolution(equation: core.JaxprEqn) -> Matmul:
 def _passes(equation: core.JaxprEqn) -> int:
     if _dtype(equation.invars[0]).itemsize < 4:
         return 1
-    found = re.search(r"HIGHEST|HIGH", str(equation.params["precision"]))
-    return _PASSES[found.group()] if found else 1
+    precision = str(equation.params["precision"])
+    return next((passes for name, passes in _PASSES.items() if name in precision), 1)
 
 
 def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
@@ -266,16 +259,11 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
     return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
 
 
-def _first_part(value, variable):
-    """Return the first device's part of a value; all examples are alike."""
-    return None if value is None else np.asarray(value)[tuple(slice(n) for n in _shape(variable))]
-
-
-def _all_parts(value, variable):
-    """Return the value over all devices, given the first device's part."""
-    if value is None:
-        return None
-    return np.tile(value, [n // of_one for n, of_one in zip(_shape(variable), np.shape(value), strict=True)])
+def _resized(value, variable):
+    """Return the first device's part of a value, or what its parts on all devices are together; all are alike."""
+    for axis, size in enumerate(() if value is None else _shape(variable)):
+        value = np.take(value, np.arange(size), axis, mode="wrap")
+    return value
 
 
 def _part(equation: core.JaxprEqn, outer: str) -> str:
@@ -306,8 +294,7 @@ def _size(variable) -> int:
 
 
 def _dtype(variable) -> Any:
-    """Return the dtype, or None for semaphores and the like."""
-    return getattr(variable.aval, "dtype", None)
+    return getattr(variable.aval, "dtype", None)  # semaphores and the like have none
 
 
 def _shape(variable) -> tuple[int, ...]:

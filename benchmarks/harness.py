@@ -29,11 +29,9 @@ FAILURES = (UnsupportedError, RuntimeError, ValueError, TypeError, ImportError)
 
 
 def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Compiled, Row]:
-    """Compile a function; return the program, its compile time (s) and its temporary memory (bytes).
+    """Compile a function, which keeps its options if it is jitted, for arrays or their shapes and dtypes.
 
-    Args:
-      function: Any function that `jax.jit` takes; a jitted one keeps its options.
-      *arguments: Arrays, or their shapes and dtypes.
+    Returns the program, its compile time (s) and its temporary memory (bytes).
     """
     start = time.perf_counter()
     jitted = function if hasattr(function, "lower") else jax.jit(function)
@@ -47,15 +45,10 @@ def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Com
 def clock(
     calls: Mapping[Key, Callable[[], Any]], rounds: int, *, seconds: float = 0.0, warm_up: float = 0.0
 ) -> dict[Key, list[float]]:
-    """Measure the seconds of calls that take turns.
+    """Measure the seconds of calls that take turns, up to the end of their results.
 
-    A call is also made untimed at the beginning, and whenever another call came before it.
-
-    Args:
-      calls: Functions whose results are waited for.
-      rounds: Timed calls of each function; up to ten times more until all timed calls have taken `seconds`.
-      seconds: Least time of all timed calls together.
-      warm_up: Least seconds of untimed calls at the beginning.
+    Each is called `rounds` times, or up to ten times more until all timed calls have taken `seconds`. A call is also
+    made untimed whenever another call came before it, and at the beginning, there for at least `warm_up` seconds.
     """
     times: dict[Key, list[float]] = {key: [] for key in calls}
     begin = time.perf_counter()
@@ -127,12 +120,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def table(rows: list[Row], columns: str) -> str:
-    """Return some columns of rows as a Markdown table, numbers in three digits.
-
-    Args:
-      rows: Rows, each with some of the columns.
-      columns: Names separated by spaces; columns without any value are left out.
-    """
+    """Return columns (names separated by spaces; those without any value are left out) of rows as a Markdown table."""
     shown = [column for column in columns.split() if any(column in row for row in rows)]
     cells = [[_shown(column, row) for column in shown] for row in rows]
     titles = [column.replace("_", " ") for column in shown]
@@ -140,13 +128,11 @@ def table(rows: list[Row], columns: str) -> str:
 
 
 def _shown(column: str, row: Row) -> str:
-    value = row.get(column)
-    if column == "band" and "band" in row and value is None:
-        return "all"
-    if isinstance(value, float):
+    value = row.get(column, "")
+    if isinstance(value, float):  # in three digits
         small = column.startswith("error") and "_to_" not in column
         return f"{value:.0e}" if small else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return str(value) if value is not None else "all" if column == "band" else ""
 
 
 def parser(description: str | None, output: str, rounds: int | None = None) -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ os.environ |= {
 
 import argparse
 import collections
+import functools
 import importlib.util
 import json
 import re
@@ -30,7 +31,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -71,12 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict:
-    """Report every bucket, and the speed that the model gives the configuration.
-
-    Raises:
-      ValueError: An unknown topology, or a mesh that does not fit it.
-      UnsupportedError: The named attention cannot do what the configuration asks for.
-    """
+    """Report every bucket, and the speed that the model gives the configuration."""
     mesh = make_mesh(config, topology)
     chip = CHIPS[topology.partition(":")[0]]
     resolved = _resolved(config, mesh)
@@ -102,10 +98,10 @@ def make_mesh(config: ConfigDict, topology: str) -> Mesh:
 
 
 def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
-    """Compile the step at one padded length; return the compiler's figures and the model's."""
-    arguments = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
+    """Compile the step at one padded length; return the compiler's figures (bytes of a chip) and the model's."""
+    state, batch = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
     begin = time.perf_counter()
-    lowered = trainer.compiled_update(mesh).lower(*arguments)
+    lowered = trainer.compiled_update(mesh).lower(state, batch)
     lowering = time.perf_counter() - begin
     row: dict[str, Any] = {"bucket": length, "lower_seconds": lowering, "failure": None}
     try:
@@ -115,27 +111,19 @@ def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, ch
             raise
         return row | {"failure": f"does not fit: {str(error).strip()[:400]}"}
     row["compile_seconds"] = time.perf_counter() - begin - lowering
-    program = str(compiled.as_text())
-    row["memory"], row["kernels"] = memory_of(compiled), kernels(program)
-    if row["memory"]["peak"] > chip.memory:
-        row["failure"] = f"takes {row['memory']['peak']} bytes a chip, there are {chip.memory}"
+    program, found = str(compiled.as_text()), cast(Any, compiled.memory_analysis())
+    row["memory"] = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
+    row["memory"]["peak"] = peak = found.peak_memory_in_bytes  # outputs lie where the arguments were
+    if peak > chip.memory:
+        row["failure"] = f"takes {peak} bytes a chip, there are {chip.memory}"
+    calls = re.findall(r"%?([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program)
+    row["kernels"] = dict(collections.Counter(re.sub(r"[.\d]+$", "", name) for name in calls))
     exchanged = roofline.collectives(program, mesh.size)
     row["collectives"] = [of._asdict() for of in exchanged]
-    return row | model(_count(trainer, arguments, length, mesh), exchanged, chip, mesh, batch_size)
-
-
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Return bytes a chip. Outputs lie where the arguments were, as the state is given away."""
-    found: Any = compiled.memory_analysis()
-    sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
-    return sizes | {"peak": found.peak_memory_in_bytes}
-
-
-def _count(trainer: Trainer, arguments: tuple, length: int, mesh: Mesh) -> counting.Parts:
-    """Count the operations of the step over all chips, for sequences of the padded length."""
-    state, batch = arguments
     longest = np.full(batch["x_length"].shape, length, np.int32)
-    return counting.count(sharding.on(mesh, trainer.update), state, batch | {"x_length": longest, "y_length": longest})
+    known = {**batch, "x_length": longest, "y_length": longest}
+    parts = counting.count(sharding.on(mesh, trainer.update), state, known)
+    return row | model(parts, exchanged, chip, mesh, batch_size)
 
 
 def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chip, mesh: Mesh, batch_size: int) -> dict:
@@ -154,21 +142,9 @@ def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chi
     }
 
 
-def kernels(program: str) -> dict[str, int]:
-    """Count the calls of each Pallas kernel in a compiled program's text."""
-    calls = re.findall(r"%?([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program)
-    return dict(collections.Counter(re.sub(r"[.\d]+$", "", name) for name in calls))
-
-
-def bucket_shares(config: ConfigDict) -> list[float]:
-    """Compute how often training draws each bucket of the configuration."""
-    families = pfam.open_split(tasks.resolve_data_dir(config.data.dir), "train")
-    mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
-    return (mass / mass.sum()).tolist()
-
-
 def text(report: dict) -> str:
     """Return the report as Markdown tables."""
+    table = functools.partial(tabulate, headers="keys", tablefmt="github", disable_numparse=True)
     rows = [row for row in report["buckets"] if "memory" in row]
     mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
     pairs = report["config"]["batch_size"]
@@ -176,10 +152,11 @@ def text(report: dict) -> str:
     if rows:
         compiled = [_compiled(row) | {"limit MiB": f"{report['memory'] / _MIB:.0f}"} for row in rows]
         passes = [(name, " and ".join(map(str, of["passes"]))) for name, of in rows[0]["counted"].items()]
-        parts += ["Compiled; memory of a chip:", _table(compiled)]
         parts += [
+            "Compiled; memory of a chip:",
+            table(compiled),
             "MODEL, an upper bound of speed and not a measurement; microseconds a step, and the unit that is busy:",
-            _table([_modelled(row) for row in rows]),
+            table([_modelled(row) for row in rows]),
             f"Products take bfloat16 passes: {'; '.join(f'{name} {number}' for name, number in passes if number)}.",
         ]
     if report["model_examples_per_second"]:
@@ -206,16 +183,17 @@ def _modelled(row: dict) -> dict[str, str]:
     return {"bucket": str(row["bucket"])} | parts | speed
 
 
-def _table(rows: list[dict[str, str]]) -> str:
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-
-
 def _speed(rows: list[dict], config: ConfigDict) -> dict:
-    """Model the speed of the whole configuration, the mean over buckets, if all of its buckets were compiled."""
+    """Model the speed of the whole configuration: the mean over buckets, as often as training draws them.
+
+    It is None unless all of its buckets were compiled.
+    """
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
-    shares = dict(zip(config.data.buckets, bucket_shares(config), strict=True))
+    families = pfam.open_split(tasks.resolve_data_dir(config.data.dir), "train")
+    mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
+    shares = dict(zip(config.data.buckets, (mass / mass.sum()).tolist(), strict=True))
     mean = sum(share * found[bucket] for bucket, share in shares.items())
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 
@@ -235,12 +213,9 @@ def _resolved(config: ConfigDict, mesh: Mesh) -> ConfigDict:
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="aot_report.py --config=FILE [--config.KEY=VALUE ...] [options]",
-        allow_abbrev=False,
-    )
+    usage = "aot_report.py --config=FILE [--config.KEY=VALUE ...] [options]"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--topology", default="v6e:2x4", help=f"name in libtpu; default: v6e:2x4; also {_EXAMPLES}")
     parser.add_argument("--bucket", type=int, nargs="+", help="padded lengths; default: all of the configuration")
     parser.add_argument("--output", type=Path, help="JSON file to write as well")

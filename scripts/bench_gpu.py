@@ -26,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -55,8 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    args.output.mkdir(parents=True, exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage too
+    for folder in (args.output, args.work):
+        folder.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, LOG):
         (args.output / name).write_text("")
     failed = schedule(args, given)
@@ -112,29 +112,15 @@ def command_of(name: str, limit: float, args: argparse.Namespace, given: list[st
 
 def run_limited(command: list[str], environment: dict[str, str], limit: float, log: IO[str]) -> str:
     """Run a command in a process group of its own, which does not outlive the limit or this process."""
-    with ended_by_sigterm():
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return "stopped at its limit"
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # of a group that has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "done" if status == 0 else "failed"
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that the stage is ended too."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     try:
-        yield
+        return "done" if process.wait(limit) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        return "stopped at its limit"
     finally:
-        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ProcessLookupError):  # of a group that has ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def shorten(log: Path) -> None:
@@ -166,14 +152,9 @@ def run_stage(name: str, args: argparse.Namespace) -> int:
 
 
 def check_backend(here: bool) -> None:
-    """Raise RuntimeError unless JAX computes on the card: without it JAX falls back to the CPU in silence.
-
-    Args:
-      here: Ask in this process, which then holds the card's memory; else in another one.
-    """
-    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    elsewhere = None if here else subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
-    found = jax.default_backend() if elsewhere is None else elsewhere
+    """Raise RuntimeError unless JAX computes on the card: without it JAX falls back to the CPU in silence."""
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asked here, JAX holds the card's memory
+    found = jax.default_backend() if here else subprocess.run(ask, stdout=subprocess.PIPE, text=True).stdout.strip()
     if found != "gpu":
         raise RuntimeError(
             f"JAX computes on {found or 'nothing'} here, not on a GPU: install jax[cuda13] of the version of jax, and "
@@ -183,16 +164,11 @@ def check_backend(here: bool) -> None:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Collect the settings of the stages."""
-    settings = Settings(args.seconds, args.output, args.work, args.tiny, args.config, args.data, tuple(args.override))
-    if not any((args.lengths, args.bands, args.dtypes, args.methods)):
-        return settings
-    plan = gpu_rates.product(
-        args.lengths or [1024, 4096],
-        args.bands or [64, None, 256],
-        args.methods or ["pallas_gpu", "softmax, cudnn"],
-        args.dtypes or ["bfloat16"],
-    )
-    return settings._replace(rates=tuple(plan))
+    chosen = args.lengths, args.bands, args.methods, args.dtypes
+    usual: tuple = [1024, 4096], [64, None, 256], ["pallas_gpu", "softmax, cudnn"], ["bfloat16"]
+    plan = gpu_rates.product(*(x or y for x, y in zip(chosen, usual, strict=True))) if any(chosen) else ()
+    about = args.tiny, args.config, args.data, tuple(args.override)
+    return Settings(args.seconds, args.output, args.work, *about, rates=tuple(plan))
 
 
 # ---- results ----
@@ -207,10 +183,6 @@ def tables(rows: list[Row]) -> str:
             lines += [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
             parts.append("\n".join([f"## {name}", "", *lines]))
     return "\n\n".join(parts) + "\n"
-
-
-def _band(text: str) -> int | None:
-    return None if text == "full" else int(text)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -228,7 +200,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     rates = parser.add_argument_group("rates", "all combinations of these, in place of the usual rows")
     rates.add_argument("--lengths", nargs="+", type=int, help="residues")
-    rates.add_argument("--bands", nargs="+", type=_band, help="half-widths; full for all")
+    rates.add_argument(
+        "--bands", nargs="+", type=lambda x: None if x == "full" else int(x), help="half-widths; or full"
+    )
     rates.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"])
     rates.add_argument("--methods", nargs="+", choices=list(gpu_rates.METHODS))
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)  # of the process that runs it

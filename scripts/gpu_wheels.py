@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 PYTHON = "3.12"
-PLATFORMS = "manylinux_2_28_x86_64", "manylinux2014_x86_64"
+PLATFORMS = "--platform=manylinux_2_28_x86_64", "--platform=manylinux2014_x86_64"
 ROOT = Path(__file__).resolve().parent.parent
 THERE = {
     "jax", "optax", "orbax-checkpoint", "jaxtyping", "numpy", "scipy", "matplotlib", "jinja2", "safetensors", "tqdm",
@@ -42,7 +42,10 @@ SOURCES = ["promise>=2.3"]  # has no wheel: a pure Python package, built here
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(".wheels"), help="folder; default: %(default)s")
+    parser.add_argument("--limit", type=float, default=45, metavar="MIB", help="of all wheels; default: %(default)s")
+    args = parser.parse_args(argv)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         download(args.output)
@@ -58,31 +61,22 @@ def main(argv: list[str] | None = None) -> int:
 def wanted() -> list[str]:
     """List the requirements of the wheels: FURTHER, and what pyproject.toml requires beside it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = {
-        Requirement(line).name: line for line in project["dependencies"] + project["optional-dependencies"]["train"]
-    }
+    required = project["dependencies"] + project["optional-dependencies"]["train"]
     left_out = THERE | NOT_NEEDED | {Requirement(line).name for line in FURTHER}
-    return FURTHER + [line for name, line in required.items() if name not in left_out]
+    return FURTHER + [line for line in required if Requirement(line).name not in left_out]
 
 
 def download(folder: Path) -> None:
-    """Replace the wheels in a folder. Raise ValueError if pip fails."""
+    """Replace the wheels in a folder, without resolving dependencies: all are named. ValueError if pip fails."""
     for old in folder.glob("*.whl"):
         old.unlink()
-    target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
-    target += [f"--platform={platform}" for platform in PLATFORMS]
-    run_pip("download", *target, f"--dest={folder}", *wanted())
-    run_pip("wheel", f"--wheel-dir={folder}", *SOURCES)
-
-
-def run_pip(command: str, *arguments: str) -> None:
-    """Run pip without resolving dependencies: all are named."""
-    done = subprocess.run([sys.executable, "-m", "pip", command, "--no-deps", "--quiet", *arguments], check=False)
-    if done.returncode:
-        raise ValueError(
-            f"pip {command} ended with status {done.returncode}, see above; this Python ({sys.executable}) needs pip "
-            "and a package index that pip is configured for"
-        )
+    target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp", *PLATFORMS]
+    for command in ["download", *target, f"--dest={folder}", *wanted()], ["wheel", f"--wheel-dir={folder}", *SOURCES]:
+        if status := subprocess.run([sys.executable, "-m", "pip", *command, "--no-deps", "--quiet"]).returncode:
+            raise ValueError(
+                f"pip {command[0]} ended with status {status}, see above; this Python ({sys.executable}) needs pip "
+                "and a package index that pip is configured for"
+            )
 
 
 def check(wheels: list[Path], limit: float) -> None:
@@ -100,13 +94,6 @@ def check(wheels: list[Path], limit: float) -> None:
 def megabytes(paths: list[Path]) -> float:
     """Return the total size of files in MiB."""
     return sum(path.stat().st_size for path in paths) / 2**20
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(".wheels"), help="folder; default: %(default)s")
-    parser.add_argument("--limit", type=float, default=45, metavar="MIB", help="of all wheels; default: %(default)s")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
