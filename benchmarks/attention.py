@@ -83,11 +83,9 @@ SERIES = {  # cases of growing length, of which slopes and a figure are made
 def sinkhorn(case: Case, implementation: str, **changes) -> Callable:
     """Make Sinkhorn attention of one implementation."""
     spec = SinkhornSpec(band=case.band, dustbin=case.dustbin, epsilon=case.epsilon, **changes)
-
-    def attend(q, k, v, lengths, score):
-        return sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)[0]
-
-    return attend
+    return lambda q, k, v, lengths, score: sinkhorn_attention(
+        q, k, v, spec, lengths[0], lengths[1], score, implementation
+    )[0]
 
 
 def softmax(case: Case, head_by_head: bool) -> Callable:
@@ -125,16 +123,11 @@ def ott(case: Case, implicit: bool, lse_mode: bool = True) -> Callable:
     solver = sinkhorn.Sinkhorn(lse_mode=lse_mode, threshold=-1.0, implicit_diff=differentiation, **steps)
 
     def one_head(q, k, v):
-        cost = -(k @ q.T) / q.shape[-1] ** 0.5
+        cost = geometry.Geometry(-(k @ q.T) / q.shape[-1] ** 0.5, epsilon=case.epsilon)
         marginals = jnp.ones(len(k), q.dtype), jnp.ones(len(q), q.dtype)
-        return (
-            solver(linear_problem.LinearProblem(geometry.Geometry(cost, epsilon=case.epsilon), *marginals)).matrix.T @ v
-        )
+        return solver(linear_problem.LinearProblem(cost, *marginals)).matrix.T @ v
 
-    def attend(q, k, v, lengths, score):
-        return jax.vmap(jax.vmap(one_head, 1, 1))(q, k, v)
-
-    return attend
+    return lambda q, k, v, lengths, score: jax.vmap(jax.vmap(one_head, 1, 1))(q, k, v)
 
 
 def dense_softmax(q, k, v, lengths, score):
@@ -148,8 +141,7 @@ def sparse_sinkhorn(**changes) -> Callable:
 
     def attend(q, k, v, lengths, score):
         batch, length, heads, width = q.shape
-        places, _ = sparse.pooled(q.reshape(batch, length, -1), spec, lengths[0])
-        _, blocks = sparse.pooled(k.reshape(batch, length, -1), spec, lengths[0])
+        (places, _), (_, blocks) = (sparse.pooled(x.reshape(batch, length, -1), spec, lengths[0]) for x in (q, k))
         places, blocks = (x.reshape(batch, -1, heads, width) / spec.block for x in (places, blocks))
         scores = jnp.einsum("bihd,bjhd->bhij", places, blocks)
         return sparse.sparse_sinkhorn_attention(q, k, v, scores, spec, lengths[0])
@@ -189,39 +181,27 @@ def parts(attend: Callable) -> dict[str, Callable]:
 # ---- errors, against float64 ----
 
 
+_CONVERGED: dict = {"base_steps": 20, "solver": "newton", "newton_steps": 8, "cg_steps": 60, "gradient": "implicit"}
+
+
 @functools.lru_cache(maxsize=4)
-def exact(method: str, case: Case) -> tuple:
-    """Compute output and gradients of a method in float64, dense where that fits into memory."""
-    cells = case.batch * case.heads * case.length**2
-    return _in_float64(METHODS[method](case, "reference" if cells <= _MOST_ORACLE_CELLS else "xla"), case)
-
-
-@functools.lru_cache(maxsize=1)
-def converged(case: Case) -> tuple:
-    """Compute output and gradients at Sinkhorn's fixed point in float64."""
-    spec = {"base_steps": 20, "solver": "newton", "newton_steps": 8, "cg_steps": 60, "gradient": "implicit"}
-    return _in_float64(sinkhorn(case, "xla", **spec), case)
-
-
-def _in_float64(attend: Callable, case: Case) -> tuple:
+def exact(method: str | None, case: Case) -> tuple:
+    """Compute output and gradients in float64, dense where that fits into memory; None: at Sinkhorn's fixed point."""
+    dense = case.batch * case.heads * case.length**2 <= _MOST_ORACLE_CELLS
+    at_fixed_point = functools.partial(sinkhorn, implementation="xla", **_CONVERGED)
+    attend = METHODS[method](case, "reference" if dense else "xla") if method else at_fixed_point(case)
     with jax.enable_x64(True):
         return jax.jit(parts(attend)["forward_backward"])(*case.arguments("float64"))
 
 
 def errors(method: str, case: Case, actual: tuple) -> dict[str, float]:
-    """Compute relative errors of output and gradients, and the gradient's distance to the fixed point's gradient.
-
-    Args:
-      method: Name of the method.
-      case: The problem.
-      actual: Output and gradients of q, k and v in float32.
-    """
+    """Compute relative errors of output and gradients, and the gradient's distance to the fixed point's gradient."""
     expected = exact(_SAME_AS.get(method, method), case)
     with jax.enable_x64(True):
         off = [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(actual, expected, strict=True)]
         found = {"out": off[0], "gradient": max(off[1:])}
         if not method.startswith(("softmax", "sparse")):
-            pairs = zip(actual[1:3], converged(case)[1:3], strict=True)
+            pairs = zip(actual[1:3], exact(None, case)[1:3], strict=True)
             found["gradient_to_converged"] = max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
     return found
 

@@ -90,9 +90,8 @@ def write_pairs(path: Path, number: int, length: int) -> None:
     """Write random pairs of proteins in the format of align.py --pairs."""
     letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)
     residues = letters[np.random.default_rng(number).integers(0, len(letters), (number, 2, length))]
-    with path.open("w") as file:
-        for n, (x, y) in enumerate(residues):
-            file.write(f"{n}\t{x.tobytes().decode()}\t{y.tobytes().decode()}\n")
+    pairs = (f"{n}\t{x.tobytes().decode()}\t{y.tobytes().decode()}\n" for n, (x, y) in enumerate(residues))
+    path.write_text("".join(pairs))
 
 
 # ---- a run of training ----
@@ -103,17 +102,19 @@ def training_run(settings: Settings) -> Iterator[Row]:
     workdir, name = settings.work / "run", settings.config.stem
     shutil.rmtree(workdir, ignore_errors=True)
     flags = {"data.dir": settings.data, "log.wandb": "disabled", "log.eval_every": 0}
-    flags |= TINY if settings.tiny else {}
-    flags |= dict(override.split("=", 1) for override in settings.overrides)
+    flags |= (TINY if settings.tiny else {}) | dict(override.split("=", 1) for override in settings.overrides)
     command = [sys.executable, ROOT / "train.py", f"--config={settings.config}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     margin = min(50.0, settings.seconds / 3)  # to save, and to export
     status, errors = stop_softly(process, settings.seconds - margin, 0.5 * margin)
     row: Row = {"config": name, "status": status, "stopped": status == 75}
-    if (workdir / "metrics.jsonl").exists():
-        shutil.copy(workdir / "metrics.jsonl", settings.output)
-        row |= _course(workdir / "metrics.jsonl")
+    if (metrics := workdir / "metrics.jsonl").exists():
+        shutil.copy(metrics, settings.output)
+        if rows := [line for line in harness.read_rows(metrics) if "loss" in line]:
+            speed = statistics.median(line["examples_per_second"] for line in rows[-10:])
+            row |= {"steps": rows[-1]["step"], "examples_per_second": speed}
+            row |= {"first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
     if status not in (0, 75):
         row["failed"] = f"train.py ended with {status}: {_last_line(errors)}"
     yield row
@@ -125,25 +126,14 @@ def training_run(settings: Settings) -> Iterator[Row]:
 
 def stop_softly(process: subprocess.Popen, seconds: float, patience: float) -> tuple[int, str]:
     """Send SIGTERM after some seconds, and SIGKILL if that is not heeded; return the exit status and stderr."""
-    for limit, number in (seconds, signal.SIGTERM), (patience, signal.SIGKILL):
+    for limit, number in (seconds, signal.SIGTERM), (patience, signal.SIGKILL), (None, 0):
         try:
             _, errors = process.communicate(timeout=limit)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(number)
-    else:
-        _, errors = process.communicate()
     sys.stderr.write(errors or "")
     return process.returncode, errors or ""
-
-
-def _course(metrics: Path) -> Row:
-    rows = [row for row in harness.read_rows(metrics) if "loss" in row]
-    if not rows:
-        return {}
-    speed = statistics.median(row["examples_per_second"] for row in rows[-10:])
-    course = {"steps": rows[-1]["step"], "examples_per_second": speed}
-    return course | {"first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
 
 
 def run_script(script: str, *arguments: str) -> str | None:

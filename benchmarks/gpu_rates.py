@@ -15,10 +15,9 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import attention, harness
@@ -60,23 +59,15 @@ class Entry(NamedTuple):
         return dataclasses.replace(self.case(), batch=1, heads=min(self.heads, _FEW_HEADS))
 
 
-def softmax(case: Case, implementation: str) -> Callable:
-    """Make dense softmax attention."""
-
-    def attend(q, k, v, lengths, score):
-        # cuDNN has no float64, which only the check of numbers asks for.
-        chosen = "xla" if q.dtype == jnp.float64 else implementation
-        return jax.nn.dot_product_attention(q, k, v, implementation=chosen)
-
-    return attend
+def method(name: str, case: Case) -> Callable:
+    """Make a method, as those of benchmarks/attention.py are; softmax is dense."""
+    if not name.startswith("softmax"):
+        return attention.sinkhorn(case, name)
+    implementation: Any = name.removeprefix("softmax, ")
+    return lambda q, k, v, lengths, score: jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
-METHODS: dict[str, Callable[[Case], Callable]] = {  # as in benchmarks/attention.py
-    "pallas_gpu": functools.partial(attention.sinkhorn, implementation="pallas_gpu"),
-    "xla": functools.partial(attention.sinkhorn, implementation="xla"),
-    "softmax, cudnn": functools.partial(softmax, implementation="cudnn"),
-    "softmax, xla": functools.partial(softmax, implementation="xla"),
-}
+METHODS = "pallas_gpu", "xla", "softmax, cudnn", "softmax, xla"
 # The most informative first: what is not reached in time is lost. xla is slow and softmax, cudnn has no float32.
 PLAN = [
     *(Entry(length, band) for length in (1024, 4096) for band in (64, None, 256)),
@@ -119,7 +110,7 @@ def _about(entry: Entry) -> Row:
 
 def _program(case: Case, entry: Entry, part: str) -> tuple[Callable, Row]:
     shapes = jax.eval_shape(functools.partial(case.arguments, entry.dtype))
-    return harness.compile_program(attention.parts(METHODS[entry.method](case))[part], *shapes)
+    return harness.compile_program(attention.parts(method(entry.method, case))[part], *shapes)
 
 
 def _oracle_of(entry: Entry) -> Entry:

@@ -38,9 +38,7 @@ def ceilings(settings: Settings) -> Iterator[Row]:
     yield {"what": "machine"} | harness.machine() | about
     side, words, calls = (64, 2**10, 2) if settings.tiny else (8192, 2**30, 10)
 
-    def seconds_of(function: Callable, sets: list[tuple]) -> float:
-        program = jax.jit(lambda *x: function(*x))
-
+    def seconds_of(program: Callable, sets: list[tuple]) -> float:
         def back_to_back(*given):  # launching all but the first is hidden
             for _ in range(calls):
                 out = program(*given)  # not kept: large arrays would pile up
@@ -49,10 +47,12 @@ def ceilings(settings: Settings) -> Iterator[Row]:
         return statistics.median(gpu_rates.clock(back_to_back, sets, 1.0)) / calls
 
     keys = jax.random.split(jax.random.key(0), 5)
-    seconds = seconds_of(jnp.copy, [(jax.random.normal(key, (words,), jnp.float32),) for key in keys[:2]])
+    seconds = seconds_of(
+        jax.jit(lambda x: jnp.copy(x)), [(jax.random.normal(key, (words,), jnp.float32),) for key in keys[:2]]
+    )
     yield {"what": "copy", "bytes": 8 * words, "GB_a_second": 8e-9 * words / seconds}  # read and written
     sets = [tuple(jax.random.normal(key, (2, side, side), jnp.bfloat16)) for key in keys[2:]]
-    seconds = seconds_of(jnp.matmul, sets)
+    seconds = seconds_of(jax.jit(lambda x, y: x @ y), sets)
     yield {"what": "bfloat16 product", "side": side, "TFLOP_a_second": 2e-12 * side**3 / seconds}
 
 
@@ -121,12 +121,9 @@ class Step(NamedTuple):
     batch: int | None = None
 
 
-TRAINING = [
-    Step(config, dtype, implementation)
-    for dtype, config, implementation in itertools.product(
-        ("float32", "bfloat16"), ("r2_dustbin", "aligner"), ("pallas_gpu", "xla")
-    )
-] + [Step(config, "bfloat16", "pallas_gpu", 256) for config in ("r2_dustbin", "aligner")]
+_CONFIGS, _BACKENDS = ("r2_dustbin", "aligner"), ("pallas_gpu", "xla")
+TRAINING = [Step(*of) for dtype in ("float32", "bfloat16") for of in itertools.product(_CONFIGS, [dtype], _BACKENDS)]
+TRAINING += [Step(config, "bfloat16", "pallas_gpu", 256) for config in _CONFIGS]
 _TRAINED_LENGTH = 192  # padded; real lengths are two thirds of it and more
 _WAVE = 4  # programs that are compiled together, before any of them is timed
 _GROUP = 5  # steps between which the host does not wait, as in training
@@ -167,16 +164,11 @@ def _pairs(number: int, length: int) -> dict[str, np.ndarray]:
     from data import vocab
 
     rng = np.random.default_rng(0)
-    x_length, y_length = rng.integers(2 * length // 3, length + 1, (2, number)).astype(np.int32)
+    lengths = rng.integers(2 * length // 3, length + 1, (2, number)).astype(np.int32)
     i = np.arange(length, dtype=np.int32)
-    x, y = rng.integers(1, vocab.X, (2, number, length)).astype(np.int32)
-    return {
-        "x": np.where(i < x_length[:, None], x, vocab.PAD),
-        "y": np.where(i < y_length[:, None], y, vocab.PAD),
-        "x_length": x_length,
-        "y_length": y_length,
-        "target": np.where(i < np.minimum(x_length, y_length)[:, None], i, -1).astype(np.int32),
-    }
+    x, y = np.where(i < lengths[..., None], rng.integers(1, vocab.X, (2, number, length)), vocab.PAD).astype(np.int32)
+    target = np.where(i < lengths.min(0)[:, None], i, -1)
+    return {"x": x, "y": y, "x_length": lengths[0], "y_length": lengths[1], "target": target}
 
 
 def _timed_steps(program: Row, seconds: float, samples: list[tuple[float, float]]) -> Row:
@@ -203,12 +195,10 @@ def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
     """Fill a list with times and the GPU's utilisation in percent; without nvidia-smi it stays empty."""
     samples: list[tuple[float, float]] = []
     over = threading.Event()
+    query = "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"
 
     def sample() -> None:
-        while not over.wait(0.2):
-            percent = nvidia_smi("--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0")
-            if percent is None:
-                return
+        while not over.wait(0.2) and (percent := nvidia_smi(*query)) is not None:
             with contextlib.suppress(ValueError):  # "[N/A]"
                 samples.append((time.perf_counter(), float(percent)))
 

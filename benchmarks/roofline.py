@@ -60,9 +60,12 @@ def collectives(text: str, chips: int) -> list[Collective]:
     found: dict[str, list[tuple[int, float]]] = {}
     for match in _COLLECTIVE.finditer(text):
         kind, line = match["kind"], text[match.start() : text.index("\n", match.end())]
-        size = _result_bytes(match["result"], kind, bool(match["start"]))
-        found.setdefault(kind, []).append((size, _sent(kind, size, _group_size(line, chips))))
-    return [Collective(kind, len(of), sum(x for x, _ in of), sum(x for _, x in of)) for kind, of in found.items()]
+        size, group = _result_bytes(match["result"], kind, bool(match["start"])), _group_size(line, chips)
+        # Each chip of a ring sends `share` (all-reduce: a reduce-scatter, then an all-gather).
+        share = (group - 1) / group * size
+        others = {"all-reduce": 2 * share, "reduce-scatter": (group - 1) * size, "collective-permute": size}
+        found.setdefault(kind, []).append((size, others.get(kind, share)))
+    return [Collective(kind, len(of), *map(sum, zip(*of, strict=True))) for kind, of in found.items()]
 
 
 def _result_bytes(result: str, kind: str, started: bool) -> int:
@@ -87,13 +90,6 @@ def _group_size(line: str, chips: int) -> int:
     return len(listed.split(",")) if listed else int(size)
 
 
-def _sent(kind: str, size: int, group: int) -> int | float:
-    """Return the bytes that each chip of a ring sends (all-reduce: a reduce-scatter, then an all-gather)."""
-    share = (group - 1) / group * size
-    of_kind = {"all-reduce": 2 * share, "reduce-scatter": (group - 1) * size, "collective-permute": size}
-    return of_kind.get(kind, share)
-
-
 # ---- time ----
 
 
@@ -104,23 +100,21 @@ class PartTime(NamedTuple):
     bound: str
 
 
-def _part_time(work: Operations, chips: int, chip: Chip) -> PartTime:
-    seconds = {
-        "matrix unit": work.flops(chip.side) / chip.flops,
-        "vector unit": work.vector / chip.vector,
-        "transcendental unit": work.transcendental / chip.transcendental,
-        "memory": work.hbm / chip.hbm,
-        "links": work.ici / chip.ici,
-    }
-    return max(PartTime(time / chips, unit) for unit, time in seconds.items())
-
-
 def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: int, model: int) -> dict[str, PartTime]:
     """Compute the time of each part of a step on a mesh of `data` x `model` chips; the step is their sum.
 
     Work on the batch is divided by all chips, which for `model` assumes a perfect split. The update is the same on
     every chip of the data axis.
     """
-    chips = {name: model if name == "update" else data * model for name in parts}
-    times = {name: _part_time(of, chips[name], chip) for name, of in parts.items()}
-    return times | {"exchange": _part_time(Operations(ici=sum(of.sent for of in exchanged)), 1, chip)}
+    times = {}
+    for name, work in (parts | {"exchange": Operations(ici=sum(of.sent for of in exchanged))}).items():
+        seconds = {
+            "matrix unit": work.flops(chip.side) / chip.flops,
+            "vector unit": work.vector / chip.vector,
+            "transcendental unit": work.transcendental / chip.transcendental,
+            "memory": work.hbm / chip.hbm,
+            "links": work.ici / chip.ici,
+        }
+        chips = {"update": model, "exchange": 1}.get(name, data * model)
+        times[name] = max(PartTime(time / chips, unit) for unit, time in seconds.items())
+    return times

@@ -11,7 +11,6 @@ in float64, relative to its largest value. Gradients are also compared with the 
 ott-jax is measured where it is installed (pip install ott-jax).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -30,7 +29,13 @@ _TITLES = {"scaling": "W = 256", "sparse": "blocks of 64"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parse(arguments)
+    parser = harness.parser(__doc__, "runs/bench/rows.jsonl", rounds=9)
+    names = [*attention.CASES, *attention.SERIES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {names}")
+    parser.add_argument("--implementation", default="xla", help="of ours: xla, pallas_tpu, pallas_gpu; default: xla")
+    figure = Path("runs/bench/scaling.png")
+    parser.add_argument("--figure", type=Path, default=figure, help="default: %(default)s; _sparse beside it")
+    args = parser.parse_args(arguments)
     cases = {name: case for name, case in attention.CASES.items() if name in args.cases}
     for name, series in attention.SERIES.items():
         cases |= series if name in args.cases else {}
@@ -57,9 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def table(rows: list[Row]) -> str:
     """Return errors, times and memory of all methods as a Markdown table."""
-    errors = [{f"error_{of}": value for of, value in row["error"].items()} for row in rows]
-    sizes = [{"temporary_MB": row["forward_backward_temporary_bytes"] / 1e6} for row in rows]
-    return harness.table([row | error | size for row, error, size in zip(rows, errors, sizes, strict=True)], _COLUMNS)
+    flat = [row | {f"error_{of}": value for of, value in row["error"].items()} for row in rows]
+    sized = [row | {"temporary_MB": row["forward_backward_temporary_bytes"] / 1e6} for row in flat]
+    return harness.table(sized, _COLUMNS)
 
 
 def exponents(rows: list[Row]) -> str:
@@ -93,16 +98,6 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     figure.suptitle(f"one head, {title}, forward + backward, temporary memory of the compiled program")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = harness.parser(__doc__, "runs/bench/rows.jsonl", rounds=9)
-    names = [*attention.CASES, *attention.SERIES]
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {names}")
-    parser.add_argument("--implementation", default="xla", help="of ours: xla, pallas_tpu, pallas_gpu; default: xla")
-    figure = Path("runs/bench/scaling.png")
-    parser.add_argument("--figure", type=Path, default=figure, help="default: %(default)s; _sparse beside it")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
