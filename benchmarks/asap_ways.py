@@ -68,9 +68,6 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
     return layers
 
 
-# ---- ways to the outputs ----
-
-
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
 def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Implementation | None = None) -> tuple:
     return sinkhorn_attention(sample.q, sample.k, v, spec, *sample[2:5], implementation)
@@ -93,9 +90,6 @@ def ways(spec: SinkhornSpec, of: Asap, steps: Iterable[int]) -> dict[str, Way]:
         "zero": functools.partial(apply, of=zero, spec=spec),
         **{f"sinkhorn {k}": functools.partial(_attend, spec=of) for k, of in truncated.items()},
     }
-
-
-# ---- comparing ----
 
 
 def compare(layer: Layer, ways: Mapping[str, Way], rounds: int) -> dict[str, dict]:

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import statistics
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +77,7 @@ SERIES = {  # cases of growing length, of which slopes and a figure are made
 }
 
 
-# ---- methods ----
-
-
-def sinkhorn(case: Case, implementation: str, **changes) -> Callable:
+def sinkhorn(case: Case, implementation: Any, **changes) -> Callable:
     """Make Sinkhorn attention of one implementation."""
     spec = SinkhornSpec(band=case.band, dustbin=case.dustbin, epsilon=case.epsilon, **changes)
     return lambda q, k, v, lengths, score: sinkhorn_attention(
@@ -178,9 +175,6 @@ def parts(attend: Callable) -> dict[str, Callable]:
     return {"forward": lambda *given: attend(*given[:-1]), "forward_backward": forward_backward}
 
 
-# ---- errors, against float64 ----
-
-
 _CONVERGED: dict = {"base_steps": 20, "solver": "newton", "newton_steps": 8, "cg_steps": 60, "gradient": "implicit"}
 
 
@@ -204,9 +198,6 @@ def errors(method: str, case: Case, actual: tuple) -> dict[str, float]:
             pairs = zip(actual[1:3], exact(None, case)[1:3], strict=True)
             found["gradient_to_converged"] = max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
     return found
-
-
-# ---- measuring ----
 
 
 def measure(name: str, case: Case, implementation: str, rounds: int) -> list[Row]:

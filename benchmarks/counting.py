@@ -12,7 +12,7 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -143,7 +143,7 @@ class _Counter:
             body, devices = parameters["jaxpr"], math.prod(parameters["mesh"].shape.values())
             results = self.run(body, [*map(_resized, values, body.invars)], part, times * devices, kernel)
             return [*map(_resized, results, equation.outvars)]
-        elif not name.startswith("scatter") and (bodies := list(_bodies(equation))):
+        elif not name.startswith("scatter") and (bodies := _bodies(equation)):
             for body in bodies:
                 inputs = len(_open(body).invars)
                 given = values if inputs == len(values) else [None] * inputs
@@ -274,11 +274,9 @@ def _part(equation: core.JaxprEqn, outer: str) -> str:
     return "forward" if "jvp(" in stack else outer
 
 
-def _bodies(equation: core.JaxprEqn) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:
-    for value in equation.params.values():
-        for body in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(body, (core.ClosedJaxpr, core.Jaxpr)):
-                yield body
+def _bodies(equation: core.JaxprEqn) -> list[core.ClosedJaxpr | core.Jaxpr]:
+    parameters = jax.tree.leaves([*equation.params.values()])
+    return [x for x in parameters if isinstance(x, (core.ClosedJaxpr, core.Jaxpr))]
 
 
 def _open(body: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:

@@ -49,8 +49,6 @@ def nvidia_smi(*options: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-# ---- alignments ----
-
 _SOME_PAIRS, _MOST_PAIRS = 2048, 100_000
 _LEAST_RATE = 2500  # pairs a second, so that the run ends in time
 _START = 10  # seconds of a command, before its first pair
@@ -92,9 +90,6 @@ def write_pairs(path: Path, number: int, length: int) -> None:
     residues = letters[np.random.default_rng(number).integers(0, len(letters), (number, 2, length))]
     pairs = (f"{n}\t{x.tobytes().decode()}\t{y.tobytes().decode()}\n" for n, (x, y) in enumerate(residues))
     path.write_text("".join(pairs))
-
-
-# ---- a run of training ----
 
 
 def training_run(settings: Settings) -> Iterator[Row]:

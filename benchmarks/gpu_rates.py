@@ -54,6 +54,12 @@ class Entry(NamedTuple):
         number = max(1, self.residues // self.length)
         return Case(number, self.heads, self.length, self.band, width=self.width)
 
+    def about(self) -> Row:
+        return self._asdict() | {"batch": self.case().batch} | harness.machine()
+
+    def oracle(self) -> "Entry":
+        return self._replace(method="softmax, xla" if self.is_softmax else "xla", dtype="float64")
+
     def few(self) -> Case:
         """Return the part of the case that is checked: one example, at most two heads."""
         return dataclasses.replace(self.case(), batch=1, heads=min(self.heads, _FEW_HEADS))
@@ -93,19 +99,15 @@ def measured(plan: Sequence[Entry]) -> Iterator[Row]:
     for start in range(0, len(plan), _WAVE):
         wave = plan[start : start + _WAVE]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            oracles = {of: pool.submit(_oracle, of) for of in dict.fromkeys(map(_oracle_of, wave))}
+            oracles = {of: pool.submit(_oracle, of) for of in dict.fromkeys(map(Entry.oracle, wave))}
             programs = {of: [pool.submit(_program, of.case(), of, part) for part in _PARTS] for of in wave}
         for entry in wave:
-            run = functools.partial(measure, entry, programs[entry], oracles[_oracle_of(entry)])
-            yield _about(entry) | harness.or_failure(run)
+            run = functools.partial(measure, entry, programs[entry], oracles[entry.oracle()])
+            yield entry.about() | harness.or_failure(run)
     if importlib.util.find_spec("flash_sinkhorn"):
         for length in _FLASH_LENGTHS:
             entry = Entry(length, None, "flash-sinkhorn", "float32")
-            yield _about(entry) | harness.or_failure(functools.partial(measure_flash_sinkhorn, entry))
-
-
-def _about(entry: Entry) -> Row:
-    return entry._asdict() | {"batch": entry.case().batch} | harness.machine()
+            yield entry.about() | harness.or_failure(functools.partial(measure_flash_sinkhorn, entry))
 
 
 def _program(case: Case, entry: Entry, part: str) -> tuple[Callable, Row]:
@@ -113,16 +115,9 @@ def _program(case: Case, entry: Entry, part: str) -> tuple[Callable, Row]:
     return harness.compile_program(attention.parts(method(entry.method, case))[part], *shapes)
 
 
-def _oracle_of(entry: Entry) -> Entry:
-    return entry._replace(method="softmax, xla" if entry.is_softmax else "xla", dtype="float64")
-
-
 def _oracle(entry: Entry) -> Callable:
     with jax.enable_x64(True):  # of this thread
         return _program(entry.few(), entry, "forward_backward")[0]
-
-
-# ---- measuring ----
 
 
 def measure(entry: Entry, programs: list[Future], oracle: Future) -> Row:
@@ -161,20 +156,15 @@ def clock(run: Callable, sets: Sequence[tuple], seconds: float) -> list[float]:
 
 
 def rates(seconds: float, cells: int, passes: int) -> dict[str, float]:
-    """Compute picoseconds a cell, for one pass and for one full step (row and column), and cells a second.
-
-    Passes are the half-iterations of a Sinkhorn method; softmax makes 1, and no steps.
-    """
+    """Compute picoseconds a cell for a pass (half-iteration) and for a step of two; softmax has one pass, no steps."""
     each = 1e12 * seconds / (cells * passes)
     steps = {"ps_a_cell_and_step": 2 * each} if passes > 1 else {}
     return {"ps_a_cell_and_half_iteration": each, "Tcell_a_second": 1 / each} | steps
 
 
 def measure_flash_sinkhorn(entry: Entry) -> Row:
-    """Time flash-sinkhorn for the same number of alternating steps at full support, with its default TF32 products.
-
-    Its cost is the squared distance. With `eps = 2 sqrt(d)` the norms go into the potentials, and plans are ours.
-    """
+    """Time flash-sinkhorn for the same number of alternating steps at full support, with its default TF32 products."""
+    # Its cost is the squared distance. With `eps = 2 sqrt(d)` the norms go into the potentials, and plans are ours.
     import torch
     from flash_sinkhorn.sinkhorn_solvers import sinkhorn_flashstyle_alternating as solve
 

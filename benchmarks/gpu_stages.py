@@ -10,8 +10,8 @@ import importlib
 import importlib.metadata
 import itertools
 import os
+import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +25,10 @@ from benchmarks import gpu_rates, harness
 from benchmarks.gpu_programs import TINY, Settings, alignments, nvidia_smi, training_run
 from benchmarks.harness import Row
 
-# ---- what the machine can do ----
-
 
 def ceilings(settings: Settings) -> Iterator[Row]:
     """Describe the machine, then measure a large copy and a large bfloat16 product."""
-    versions = {"python": sys.version.split()[0]}
+    versions = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "numpy", "flax", "triton", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -55,8 +53,6 @@ def ceilings(settings: Settings) -> Iterator[Row]:
     seconds = seconds_of(jax.jit(lambda x, y: x @ y), sets)
     yield {"what": "bfloat16 product", "side": side, "TFLOP_a_second": 2e-12 * side**3 / seconds}
 
-
-# ---- numbers ----
 
 # Case of tests/support/conformance.py, dustbin, settings, dtype. Between them: steps in one sweep, every product,
 # every dustbin, band and full support, empty rows and problems, ragged lengths, scores that leave the range of exp,
@@ -99,17 +95,11 @@ def conformance(settings: Settings) -> Iterator[Row]:
         yield dict(zip(("case", "dustbin", "settings", "dtype"), about, strict=True)) | row
 
 
-# ---- rates of attention ----
-
-
 def rates(settings: Settings) -> Iterator[Row]:
     """Yield the rows of gpu_rates."""
     small = functools.partial(gpu_rates.Entry, 40, residues=40, heads=2, width=16, seconds=0.0)
     tiny = [small(8), small(None, "softmax, xla")]
     yield from gpu_rates.measured(tiny if settings.tiny else settings.rates or gpu_rates.PLAN)
-
-
-# ---- training steps ----
 
 
 class Step(NamedTuple):
@@ -211,22 +201,17 @@ def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
         thread.join()
 
 
-# ---- all stages ----
-
-
 class Stage(NamedTuple):
-    """A stage: its generator of rows, its share of 12 minutes in seconds, and the columns of its table."""
+    """A stage."""
 
     run: Callable[[Settings], Iterator[Row]]
-    share: float
-    columns: str
+    share: float  # of 12 minutes, in seconds
+    columns: str  # of its table
     on_device: bool = True  # JAX runs in the stage's own process
 
 
-_RATES = (
-    "length band method dtype error forward_ms forward_backward_ms ps_a_cell_and_half_iteration ps_a_cell_and_step "
-    "Tcell_a_second forward_compile_s forward_backward_compile_s"
-)
+_RATES = "length band method dtype error forward_ms forward_backward_ms ps_a_cell_and_half_iteration ps_a_cell_and_step"
+_RATES += " Tcell_a_second forward_compile_s forward_backward_compile_s"
 _TRAINING = "config dtype implementation batch length step_ms examples_per_second gpu_percent compile_s"
 _RUN = "config status steps examples_per_second first_loss last_loss weights bytes"
 STAGES = {

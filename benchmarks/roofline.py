@@ -35,8 +35,6 @@ CHIPS = {
 }
 
 
-# ---- collectives, which only the compiled program has ----
-
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
     r"= (?P<result>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
@@ -88,9 +86,6 @@ def _group_size(line: str, chips: int) -> int:
         sizes = dict(axis.split("=") for axis in axes.split(","))
         return math.prod(int(sizes[axis.strip()]) for axis in among.split(","))
     return len(listed.split(",")) if listed else int(size)
-
-
-# ---- time ----
 
 
 class PartTime(NamedTuple):

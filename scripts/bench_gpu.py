@@ -48,11 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.stage:
         return run_stage(args.stage, args)
     if not args.tiny and not has_card():
-        print(
-            "bench_gpu.py: there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine "
-            "with an NVIDIA card, or give --tiny to try every stage on the CPU",
-            file=sys.stderr,
+        told = (
+            "there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine with an NVIDIA"
         )
+        print(f"bench_gpu.py: {told} card, or give --tiny to try every stage on the CPU", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage too
     for folder in (args.output, args.work):
@@ -72,9 +71,6 @@ def has_card() -> bool:
     return Path("/dev/nvidia0").exists() or bool(nvidia_smi("-L"))
 
 
-# ---- stages, one after the other ----
-
-
 def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
     """Run the chosen stages; return the names of stages that failed or have a failed row."""
     start, shares = time.monotonic(), sum(STAGES[name].share for name in args.stages)
@@ -87,9 +83,8 @@ def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
         with (args.output / LOG).open("a") as log:
             print(f"===== {name} =====", file=log, flush=True)
             state = run_limited(*command_of(name, limit, args, given), limit, log) if limit > 0 else "left out, no time"
+        print(f"stage {name}: {time.monotonic() - began:.0f} s of {limit:.0f} s, {state}", file=sys.stderr, flush=True)
         rows = harness.read_rows(args.output / ROWS)
-        took = f"{time.monotonic() - began:.0f} s of {limit:.0f} s"
-        print(f"stage {name}: {took}, {state}", file=sys.stderr, flush=True)
         if state == "failed" or any("failed" in row for row in rows if row["stage"] == name):
             failed.append(name)
         (args.output / TABLE).write_text(tables(rows))
@@ -106,8 +101,13 @@ def command_of(name: str, limit: float, args: argparse.Namespace, given: list[st
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if not STAGES[name].on_device:  # the stage starts the same programs several times
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.work / "compiled"))
-    script = str(Path(__file__).resolve())
-    return [sys.executable, script, *given, f"--stage={name}", f"--seconds={limit}"], environment
+    return [
+        sys.executable,
+        str(ROOT / "scripts/bench_gpu.py"),
+        *given,
+        f"--stage={name}",
+        f"--seconds={limit}",
+    ], environment
 
 
 def run_limited(command: list[str], environment: dict[str, str], limit: float, log: IO[str]) -> str:
@@ -127,9 +127,6 @@ def shorten(log: Path) -> None:
     """Keep the end of a log."""
     if log.stat().st_size > _MOST_LOG:
         log.write_bytes(log.read_bytes()[-_MOST_LOG // 2 :])
-
-
-# ---- one stage, in a process of its own ----
 
 
 def run_stage(name: str, args: argparse.Namespace) -> int:
@@ -156,10 +153,8 @@ def check_backend(here: bool) -> None:
     ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asked here, JAX holds the card's memory
     found = jax.default_backend() if here else subprocess.run(ask, stdout=subprocess.PIPE, text=True).stdout.strip()
     if found != "gpu":
-        raise RuntimeError(
-            f"JAX computes on {found or 'nothing'} here, not on a GPU: install jax[cuda13] of the version of jax, and "
-            "look at the driver with nvidia-smi"
-        )
+        todo = "install jax[cuda13] of the version of jax, and look at the driver with nvidia-smi"
+        raise RuntimeError(f"JAX computes on {found or 'nothing'} here, not on a GPU: {todo}")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -171,16 +166,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(args.seconds, args.output, args.work, *about, rates=tuple(plan))
 
 
-# ---- results ----
-
-
 def tables(rows: list[Row]) -> str:
     """Return a Markdown table for each stage that has rows, and a list of what failed."""
     parts = []
     for name, stage in STAGES.items():
         if of_stage := [row for row in rows if row["stage"] == name]:
-            lines = [table] if (table := harness.table(of_stage, stage.columns)) else []
-            lines += [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
+            failed = [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
+            lines = filter(None, [harness.table(of_stage, stage.columns), *failed])
             parts.append("\n".join([f"## {name}", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
@@ -191,8 +183,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     which.add_argument("--all", action="store_const", dest="stages", const=list(STAGES), help="all stages")
     which.add_argument("--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--minutes", type=float, default=12, help="of all stages together; default: %(default)s")
-    work = Path("runs/bench/gpu_work")
-    parser.add_argument("--work", type=Path, default=work, help="folder of temporary files; default: %(default)s")
+    parser.add_argument(
+        "--work", type=Path, default="runs/bench/gpu_work", help="temporary files; default: %(default)s"
+    )
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at tiny sizes, kernels interpreted")
     run = parser.add_argument_group("training_run")
     run.add_argument("--config", type=Path, default=ROOT / "configs/aligner.py", help="default: configs/aligner.py")

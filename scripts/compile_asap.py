@@ -147,9 +147,6 @@ def _batches(run: runs.Run, shards: Path, split: str, buckets: Sequence[int], pa
         yield from itertools.islice(batches, max(1, pairs // batch_size))
 
 
-# ---- telling ----
-
-
 def table(report: dict) -> str:
     """Return deviations, times and metrics as text."""
     parts = []
