@@ -96,16 +96,15 @@ def compare(layer: Layer, ways: Mapping[str, Way], rounds: int) -> dict[str, dic
     """Measure the time and the deviation from the teacher of every way, at the most frequent padded length."""
     inputs = max(layer.inputs.values(), key=len)
     sample, v, _ = inputs[0]
-    seconds = harness.clock({name: functools.partial(way, sample, v) for name, way in ways.items()}, rounds)
-    return {
-        name: {
-            "shape": list(sample.q.shape),
-            "ms": 1e3 * statistics.median(seconds[name]),
-            "least_ms": 1e3 * min(seconds[name]),  # other work on the machine cannot make it less
-            "deviation": spread(layer.spec, inputs, way),
-        }
-        for name, way in ways.items()
-    }
+    found: dict[str, dict] = {}
+    for name, seconds in harness.clock(
+        {of: functools.partial(way, sample, v) for of, way in ways.items()}, rounds
+    ).items():
+        # Other work on the machine cannot make the least time less.
+        times = {"ms": 1e3 * statistics.median(seconds), "least_ms": 1e3 * min(seconds)}
+        off = spread(layer.spec, inputs, ways[name])
+        found[name] = {"shape": list(sample.q.shape), **times, "deviation": off}
+    return found
 
 
 def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]:

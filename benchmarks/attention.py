@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import harness
-from benchmarks.harness import Row
 from ot_attention import SinkhornSpec, sinkhorn_attention, sparse
 from ot_attention.backends.xla import Band
 
@@ -200,12 +199,12 @@ def errors(method: str, case: Case, actual: tuple) -> dict[str, float]:
     return found
 
 
-def measure(name: str, case: Case, implementation: str, rounds: int) -> list[Row]:
+def measure(name: str, case: Case, implementation: str, rounds: int) -> list[harness.Row]:
     """Measure error, compile time, memory and time of every method of a case; ott-jax only where it is installed."""
     arguments, rows, calls = case.arguments(), {}, {}
     methods = [method for method in case.methods if HAS_OTT or not method.startswith("ott")]
     for method in tqdm(methods, desc=name, unit=" methods"):
-        row: Row = {}
+        row: harness.Row = {}
         for part, function in parts(METHODS[method](case, implementation)).items():
             program, facts = harness.compile_program(function, *arguments)
             row |= {f"{part}_{fact}": value for fact, value in facts.items()}

@@ -74,7 +74,6 @@ class Operations:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
     def passes(self) -> list[int]:
-        """List the numbers of bfloat16 passes among the products."""
         return sorted({matmul.passes for matmul in self.matmuls})
 
     def flops(self, side: int = 1) -> int | float:
@@ -89,13 +88,10 @@ def count(function: Callable, *arguments: Any) -> Parts:
 
     Parts are "forward", "backward" (what `jax.grad` added), "update" (the rest, with the arguments and results of the
     whole function as its memory traffic), and one for each Pallas kernel by name. Elementwise operations are taken to
-    be fused: only matrix products, reductions, gathers and kernels move bytes.
-
-    Arguments are shapes, or values that may steer loops. Raises ValueError if a loop does not end, as far as is known
-    here.
+    be fused: only matrix products, reductions, gathers and kernels move bytes. Arguments are shapes, or values that may
+    steer loops. Raises ValueError if a loop does not end, as far as is known here.
     """
-    closed = jax.make_jaxpr(function)(*arguments)
-    counter = _Counter()
+    closed, counter = jax.make_jaxpr(function)(*arguments), _Counter()
     known = [x if isinstance(x, (np.ndarray, np.generic)) else None for x in jax.tree.leaves(arguments)]
     counter.run(closed, known, "update", 1, kernel=False)
     counter.parts["update"].hbm += sum(map(_bytes, (*closed.jaxpr.invars, *closed.jaxpr.outvars)))
@@ -160,8 +156,8 @@ class _Counter:
         parameters, grid = equation.params, equation.params["grid_mapping"]
         name = str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
         self.parts[name].hbm += times * sum(map(_bytes, (*equation.invars, *equation.outvars)))
-        known, inputs = values[: grid.num_index_operands], len(parameters["jaxpr"].invars)
-        known += [None] * (inputs - len(known))
+        given, inputs = grid.num_index_operands, range(len(parameters["jaxpr"].invars))
+        known = [values[n] if n < given else None for n in inputs]
         self.run(parameters["jaxpr"], known, name, times * math.prod(grid.grid), kernel=True)
 
     def _while(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
@@ -172,27 +168,21 @@ class _Counter:
             if not self.run(parameters["cond_jaxpr"], [*condition, *carry], part, times, kernel)[0]:
                 return carry
             carry = self.run(parameters["body_jaxpr"], [*body, *carry], part, times, kernel)
-        raise ValueError(
-            f"a loop does not end within {_MOST_STEPS} steps as far as is known here: its bound must follow from "
-            f"arguments that are values, {parameters['cond_jaxpr']}"
-        )
+        told = f"a loop does not end within {_MOST_STEPS} steps as far as is known here: its bound must follow from"
+        raise ValueError(f"{told} arguments that are values, {parameters['cond_jaxpr']}")
 
     def _scan(self, equation: core.JaxprEqn, values: list, part: str, times: int, kernel: bool) -> list:
         """Return the last carries. Scanned inputs and stacked outputs have one axis more outside than inside."""
-        parameters, body = equation.params, _open(equation.params["jaxpr"])
-        length = parameters["length"]
-        scanned, stacked = (
-            sum(map(operator.ne, map(_shape, outside), map(_shape, inside)))
-            for outside, inside in ((equation.invars, body.invars), (equation.outvars, body.outvars))
-        )
+        body, length = equation.params["jaxpr"], equation.params["length"]
+        pairs = (equation.invars, _open(body).invars), (equation.outvars, _open(body).outvars)
+        scanned, stacked = (sum(_shape(x) != _shape(y) for x, y in zip(*of, strict=True)) for of in pairs)
         end = len(values) - scanned
-        constants = end - (len(body.outvars) - stacked)
+        constants = end - (len(equation.outvars) - stacked)
         carry = values[constants:end]
         first = [x if x is None else x[0] for x in values[end:]]
         steps, each = (length, times) if any(x is not None for x in carry) else (1, times * length)
         for _ in range(steps):
-            results = self.run(parameters["jaxpr"], [*values[:constants], *carry, *first], part, each, kernel)
-            carry = results[: len(carry)]
+            carry = self.run(body, [*values[:constants], *carry, *first], part, each, kernel)[: len(carry)]
         return carry
 
 
@@ -205,33 +195,24 @@ def _cost(equation: core.JaxprEqn, kernel: bool) -> Operations:
         return Operations(transcendental=size)
     traffic = 0 if kernel else sum(map(_bytes, (*equation.invars, *equation.outvars)))
     if name in ("dot_general", "conv_general_dilated"):
-        matmul = _dot(equation) if name == "dot_general" else _convolution(equation)
-        return Operations(collections.Counter([matmul]), hbm=traffic)
+        return Operations(collections.Counter([_matmul(equation)]), hbm=traffic)
     if name.startswith(_REDUCTIONS):
         return Operations(vector=max(_size(x) for x in (*equation.invars, *equation.outvars)), hbm=traffic)
     return Operations(vector=size)
 
 
-def _dot(equation: core.JaxprEqn) -> Matmul:
-    (contract, _), (batch, _) = equation.params["dimension_numbers"]
+def _matmul(equation: core.JaxprEqn) -> Matmul:
+    """Return a product, of a convolution that of patches with the kernel; products with padding count too."""
     x, y = map(_shape, equation.invars)
+    precision = str(equation.params["precision"]) if _dtype(equation.invars[0]).itemsize >= 4 else ""
+    passes = next((passes for name, passes in _PASSES.items() if name in precision), 1)
+    if equation.primitive.name == "conv_general_dilated":
+        outputs = y[equation.params["dimension_numbers"].rhs_spec[0]]
+        return Matmul(1, _size(equation.outvars[0]) // outputs, math.prod(y) // outputs, outputs, passes)
+    (contract, _), (batch, _) = equation.params["dimension_numbers"]
     k, batches = (math.prod(x[i] for i in axes) for axes in (contract, batch))
     m, n = (math.prod(shape) // (k * batches) for shape in (x, y))
-    return Matmul(batches, m, k, n, _passes(equation))
-
-
-def _convolution(equation: core.JaxprEqn) -> Matmul:
-    """Return the product of patches with the kernel; products with padding count too."""
-    kernel = _shape(equation.invars[1])
-    outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    return Matmul(1, _size(equation.outvars[0]) // outputs, math.prod(kernel) // outputs, outputs, _passes(equation))
-
-
-def _passes(equation: core.JaxprEqn) -> int:
-    if _dtype(equation.invars[0]).itemsize < 4:
-        return 1
-    precision = str(equation.params["precision"])
-    return next((passes for name, passes in _PASSES.items() if name in precision), 1)
+    return Matmul(batches, m, k, n, passes)
 
 
 def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
@@ -269,9 +250,8 @@ def _resized(value, variable):
 def _part(equation: core.JaxprEqn, outer: str) -> str:
     """Name the part of an equation by the transformations that made it; a body's names are relative to its holder."""
     stack = str(equation.source_info.name_stack)
-    if outer == "backward" or "transpose(" in stack:
-        return "backward"
-    return "forward" if "jvp(" in stack else outer
+    backward = outer == "backward" or "transpose(" in stack
+    return "backward" if backward else "forward" if "jvp(" in stack else outer
 
 
 def _bodies(equation: core.JaxprEqn) -> list[core.ClosedJaxpr | core.Jaxpr]:

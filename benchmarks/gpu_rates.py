@@ -88,12 +88,6 @@ PLAN = [
 ]
 
 
-def product(lengths: list[int], bands: list[int | None], methods: list[str], dtypes: list[str]) -> list[Entry]:
-    """List the entries of every combination; dense softmax has no band."""
-    entries = itertools.starmap(Entry, itertools.product(lengths, bands, methods, dtypes))
-    return [entry for entry in entries if entry.band is None or not entry.is_softmax]
-
-
 def measured(plan: Sequence[Entry]) -> Iterator[Row]:
     """Yield one row for each entry of the plan, then the rows of flash-sinkhorn if it is installed."""
     for start in range(0, len(plan), _WAVE):

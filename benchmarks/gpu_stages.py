@@ -45,9 +45,8 @@ def ceilings(settings: Settings) -> Iterator[Row]:
         return statistics.median(gpu_rates.clock(back_to_back, sets, 1.0)) / calls
 
     keys = jax.random.split(jax.random.key(0), 5)
-    seconds = seconds_of(
-        jax.jit(lambda x: jnp.copy(x)), [(jax.random.normal(key, (words,), jnp.float32),) for key in keys[:2]]
-    )
+    sets: list[tuple] = [(jax.random.normal(key, (words,), jnp.float32),) for key in keys[:2]]
+    seconds = seconds_of(jax.jit(lambda x: jnp.copy(x)), sets)
     yield {"what": "copy", "bytes": 8 * words, "GB_a_second": 8e-9 * words / seconds}  # read and written
     sets = [tuple(jax.random.normal(key, (2, side, side), jnp.bfloat16)) for key in keys[2:]]
     seconds = seconds_of(jax.jit(lambda x, y: x @ y), sets)
@@ -58,19 +57,13 @@ def ceilings(settings: Settings) -> Iterator[Row]:
 # every dustbin, band and full support, empty rows and problems, ragged lengths, scores that leave the range of exp,
 # Newton steps and implicit gradients. Their heads are narrow: wide ones are interpreted in tests/test_gpu.py.
 CONFORMANCE = [
-    ("square", "full", "plain", "bfloat16"),
-    ("square", "none", "plain", "float32"),
-    ("blocks", "full", "plain", "bfloat16"),
-    ("full support", "full", "converging", "bfloat16"),
-    ("sharp", "full", "plain", "float32"),
-    ("blocks, x longer", "unit", "plain", "float32"),
-    ("blocks, y longer", "full", "converging", "float32"),
-    ("wide blocks", "none", "plain", "bfloat16"),
-    ("ragged", "unit", "converging", "bfloat16"),
-    ("full support", "none", "plain", "float32"),
-    ("empty problem", "none", "plain", "bfloat16"),
-    ("empty rows", "full", "plain", "float32"),
-]
+    ("square", "full", "plain", "bfloat16"), ("square", "none", "plain", "float32"),
+    ("blocks", "full", "plain", "bfloat16"), ("full support", "full", "converging", "bfloat16"),
+    ("sharp", "full", "plain", "float32"), ("blocks, x longer", "unit", "plain", "float32"),
+    ("blocks, y longer", "full", "converging", "float32"), ("wide blocks", "none", "plain", "bfloat16"),
+    ("ragged", "unit", "converging", "bfloat16"), ("full support", "none", "plain", "float32"),
+    ("empty problem", "none", "plain", "bfloat16"), ("empty rows", "full", "plain", "float32"),
+]  # fmt: skip
 
 
 def conformance(settings: Settings) -> Iterator[Row]:
@@ -99,7 +92,7 @@ def rates(settings: Settings) -> Iterator[Row]:
     """Yield the rows of gpu_rates."""
     small = functools.partial(gpu_rates.Entry, 40, residues=40, heads=2, width=16, seconds=0.0)
     tiny = [small(8), small(None, "softmax, xla")]
-    yield from gpu_rates.measured(tiny if settings.tiny else settings.rates or gpu_rates.PLAN)
+    return gpu_rates.measured(tiny if settings.tiny else settings.rates or gpu_rates.PLAN)
 
 
 class Step(NamedTuple):
@@ -114,7 +107,6 @@ class Step(NamedTuple):
 _CONFIGS, _BACKENDS = ("r2_dustbin", "aligner"), ("pallas_gpu", "xla")
 TRAINING = [Step(*of) for dtype in ("float32", "bfloat16") for of in itertools.product(_CONFIGS, [dtype], _BACKENDS)]
 TRAINING += [Step(config, "bfloat16", "pallas_gpu", 256) for config in _CONFIGS]
-_TRAINED_LENGTH = 192  # padded; real lengths are two thirds of it and more
 _WAVE = 4  # programs that are compiled together, before any of them is timed
 _GROUP = 5  # steps between which the host does not wait, as in training
 
@@ -122,7 +114,7 @@ _GROUP = 5  # steps between which the host does not wait, as in training
 def training(settings: Settings) -> Iterator[Row]:
     """Measure examples a second of compiled updates on one batch that stays on the device."""
     plan = [Step("r2_dustbin", "float32", "pallas_gpu")] if settings.tiny else TRAINING
-    seconds, length = (0.0, 32) if settings.tiny else (1.0, _TRAINED_LENGTH)
+    seconds, length = (0.0, 32) if settings.tiny else (1.0, 192)  # padded; real lengths are two thirds of it and more
     with sampled_utilisation() as samples:
         for start in range(0, len(plan), _WAVE):
             wave = plan[start : start + _WAVE]

@@ -1,8 +1,4 @@
-"""The harness that all benchmarks share: compile, take turns against the clock, write JSON rows at once.
-
-Compile time and steady time are measured apart. Programs that are compared take turns, so that other work on the
-machine slows all of them alike.
-"""
+"""The harness that all benchmarks share: compile, take turns against the clock, write JSON rows at once."""
 
 import argparse
 import concurrent.futures
@@ -29,10 +25,7 @@ FAILURES = (UnsupportedError, RuntimeError, ValueError, TypeError, ImportError)
 
 
 def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Compiled, Row]:
-    """Compile a function, which keeps its options if it is jitted, for arrays or their shapes and dtypes.
-
-    Returns the program, its compile time (s) and its temporary memory (bytes).
-    """
+    """Compile a function (jitted or not) for arrays or shapes: program, compile time (s), temporary memory (bytes)."""
     start = time.perf_counter()
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     program = jitted.lower(*arguments).compile()
@@ -45,7 +38,7 @@ def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Com
 def clock(
     calls: Mapping[Key, Callable[[], Any]], rounds: int, *, seconds: float = 0.0, warm_up: float = 0.0
 ) -> dict[Key, list[float]]:
-    """Measure the seconds of calls that take turns, up to the end of their results.
+    """Measure the seconds of calls, which take turns so that other work on the machine slows all of them alike.
 
     Each is called `rounds` times, or up to ten times more until all timed calls have taken `seconds`. A call is also
     made untimed whenever another call came before it, and at the beginning, there for at least `warm_up` seconds.

@@ -12,14 +12,8 @@ speed (benchmarks/roofline.py), and were not measured. Ends with status 1 if a s
 import os
 
 # Before JAX is imported: no TPU is looked for, and several may compile at once.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ |= {"TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 
 import argparse
 import collections
@@ -51,8 +45,7 @@ from ot_attention import UnsupportedError
 from training import sharding
 from training.state import Trainer, abstract_batch
 
-_PAPER = 8.5  # examples/s that arXiv 2605.08123 reports
-_TARGET = 850
+_PAPER, _TARGET = 8.5, 850  # examples/s: arXiv 2605.08123 reports the first
 _EXAMPLES = "v6e:2x4, v6e:1x1, v6e:4x4, v5e:2x4, v5p:2x2x1"
 _MIB = 2**20
 
@@ -73,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict:
     """Report every bucket, and the speed that the model gives the configuration."""
-    mesh = make_mesh(config, topology)
-    chip = CHIPS[topology.partition(":")[0]]
+    mesh, chip = make_mesh(config, topology), CHIPS[topology.partition(":")[0]]
     resolved = _resolved(config, mesh)
     trainer = runs.make_trainer(resolved)
     progress = tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
@@ -134,12 +126,8 @@ def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chi
     for name, of in parts.items():
         counted[name] = {"flops": of.flops(), "flops_padded": of.flops(chip.side), "passes": of.passes()}
         counted[name] |= {"vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
-    return {
-        "counted": counted,
-        "model": {name: part._asdict() for name, part in times.items()},
-        "model_step_seconds": seconds,
-        "model_examples_per_second": batch_size / seconds,
-    }
+    found = {"counted": counted, "model": {name: part._asdict() for name, part in times.items()}}
+    return found | {"model_step_seconds": seconds, "model_examples_per_second": batch_size / seconds}
 
 
 def text(report: dict) -> str:
@@ -150,44 +138,40 @@ def text(report: dict) -> str:
     pairs = report["config"]["batch_size"]
     parts = [f"{report['topology']}, mesh {mesh}, {pairs} pairs a step, attention {report['attention']}"]
     if rows:
-        compiled = [_compiled(row) | {"limit MiB": f"{report['memory'] / _MIB:.0f}"} for row in rows]
+        compiled, modelled = zip(*map(_cells, rows), strict=True)
+        limit = {"limit MiB": f"{report['memory'] / _MIB:.0f}"}
         passes = [(name, " and ".join(map(str, of["passes"]))) for name, of in rows[0]["counted"].items()]
         parts += [
             "Compiled; memory of a chip:",
-            table(compiled),
+            table([of | limit for of in compiled]),
             "MODEL, an upper bound of speed and not a measurement; microseconds a step, and the unit that is busy:",
-            table([_modelled(row) for row in rows]),
+            table(modelled),
             f"Products take bfloat16 passes: {'; '.join(f'{name} {number}' for name, number in passes if number)}.",
         ]
-    if report["model_examples_per_second"]:
+    if speed := report["model_examples_per_second"]:
         shares = ", ".join(f"{bucket}: {share:.0%}" for bucket, share in report["bucket_shares"].items())
-        parts.append(
-            f"Buckets as training draws them ({shares}): at most {report['model_examples_per_second']:,.0f} examples/s "
-            f"by the model; the paper reports {_PAPER}, the target is {_TARGET}."
-        )
+        told = f"by the model; the paper reports {_PAPER}, the target is {_TARGET}."
+        parts.append(f"Buckets as training draws them ({shares}): at most {speed:,.0f} examples/s {told}")
     return "\n\n".join(parts)
 
 
-def _compiled(row: dict) -> dict[str, str]:
-    cells = {"bucket": str(row["bucket"])}
-    cells |= {f"{what} s": f"{row[f'{what}_seconds']:.1f}" for what in ("lower", "compile")}
+def _cells(row: dict) -> tuple[dict[str, str], dict[str, str]]:
+    """Return a row of what the compiler says, and a row of the model."""
+    parts = {name: f"{part['seconds'] * 1e6:.0f} {part['bound']}" for name, part in row["model"].items()}
+    speed = {"step": f"{row['model_step_seconds'] * 1e6:.0f}", "examples/s": f"{row['model_examples_per_second']:,.0f}"}
+    bucket = {"bucket": str(row["bucket"])}
+    cells = bucket | {f"{what} s": f"{row[f'{what}_seconds']:.1f}" for what in ("lower", "compile")}
     cells |= {f"{what} MiB": f"{size / _MIB:.1f}" for what, size in row["memory"].items()}
     exchanges = [f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"]]
     calls = [f"{number} {name}" for name, number in row["kernels"].items()]
-    return cells | {"exchanges": ", ".join(exchanges) or "none", "kernels": ", ".join(calls) or "none"}
-
-
-def _modelled(row: dict) -> dict[str, str]:
-    parts = {name: f"{part['seconds'] * 1e6:.0f} {part['bound']}" for name, part in row["model"].items()}
-    speed = {"step": f"{row['model_step_seconds'] * 1e6:.0f}", "examples/s": f"{row['model_examples_per_second']:,.0f}"}
-    return {"bucket": str(row["bucket"])} | parts | speed
+    return cells | {
+        "exchanges": ", ".join(exchanges) or "none",
+        "kernels": ", ".join(calls) or "none",
+    }, bucket | parts | speed
 
 
 def _speed(rows: list[dict], config: ConfigDict) -> dict:
-    """Model the speed of the whole configuration: the mean over buckets, as often as training draws them.
-
-    It is None unless all of its buckets were compiled.
-    """
+    """Model the speed of the configuration over its buckets as training draws them, if all of them were compiled."""
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
@@ -204,9 +188,9 @@ def _resolved(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     if config.model.implementation == "auto":
         config.model.implementation = "pallas_tpu"
         trainer = runs.make_trainer(config)
-        arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
+        batch = abstract_batch(config.batch_size, max(config.data.buckets), mesh)
         try:
-            jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)
+            jax.eval_shape(sharding.on(mesh, trainer.update), trainer.abstract_state(mesh), batch)
         except UnsupportedError:
             config.model.implementation = "xla"
     return config

@@ -18,7 +18,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import attention, harness
-from benchmarks.harness import Row
 from ot_attention import UnsupportedError
 
 _COLUMNS = (
@@ -41,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         cases |= series if name in args.cases else {}
     if not attention.HAS_OTT:
         print("ott-jax is not installed and left out (pip install ott-jax)", file=sys.stderr)
-    rows: list[Row] = []
+    rows: list[harness.Row] = []
     try:
         with harness.row_writer(args.output) as write:
             for name, case in cases.items():
@@ -60,14 +59,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"rows: {args.output}")
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[harness.Row]) -> str:
     """Return errors, times and memory of all methods as a Markdown table."""
     flat = [row | {f"error_{of}": value for of, value in row["error"].items()} for row in rows]
     sized = [row | {"temporary_MB": row["forward_backward_temporary_bytes"] / 1e6} for row in flat]
     return harness.table(sized, _COLUMNS)
 
 
-def exponents(rows: list[Row]) -> str:
+def exponents(rows: list[harness.Row]) -> str:
     """Return the slopes of time and memory against length, in logarithms, for a series of cases."""
     lines = []
     for method, (lengths, times, sizes) in _against_length(rows).items():
@@ -76,13 +75,13 @@ def exponents(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _against_length(rows: list[Row]) -> dict[str, tuple[list, ...]]:
+def _against_length(rows: list[harness.Row]) -> dict[str, tuple[list, ...]]:
     keys = ("length", "forward_backward_ms", "forward_backward_temporary_bytes")
     methods = dict.fromkeys(row["method"] for row in rows)
     return {m: tuple([row[key] for row in rows if row["method"] == m] for key in keys) for m in methods}
 
 
-def draw(rows: list[Row], path: Path, title: str) -> None:
+def draw(rows: list[harness.Row], path: Path, title: str) -> None:
     """Draw time and temporary memory of forward + backward against length, on logarithmic axes."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     labels = (1, 1, "time (ms)"), (2, 1e6, "memory (MB)")

@@ -21,6 +21,7 @@ print) and, of training_run, metrics.jsonl and the averaged weights. Exit status
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -34,7 +35,6 @@ import jax
 from benchmarks import gpu_rates, harness
 from benchmarks.gpu_programs import ROOT, Settings, nvidia_smi
 from benchmarks.gpu_stages import STAGES
-from benchmarks.harness import Row
 from ot_attention.backends import gpu_kernels
 
 ROWS, TABLE, LOG = "rows.jsonl", "table.md", "stages.log"
@@ -161,12 +161,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Collect the settings of the stages."""
     chosen = args.lengths, args.bands, args.methods, args.dtypes
     usual: tuple = [1024, 4096], [64, None, 256], ["pallas_gpu", "softmax, cudnn"], ["bfloat16"]
-    plan = gpu_rates.product(*(x or y for x, y in zip(chosen, usual, strict=True))) if any(chosen) else ()
+    combined = itertools.product(*(x or y for x, y in zip(chosen, usual, strict=True))) if any(chosen) else ()
+    entries = itertools.starmap(gpu_rates.Entry, combined)
+    plan = tuple(entry for entry in entries if entry.band is None or not entry.is_softmax)  # dense softmax has no band
     about = args.tiny, args.config, args.data, tuple(args.override)
-    return Settings(args.seconds, args.output, args.work, *about, rates=tuple(plan))
+    return Settings(args.seconds, args.output, args.work, *about, rates=plan)
 
 
-def tables(rows: list[Row]) -> str:
+def tables(rows: list[harness.Row]) -> str:
     """Return a Markdown table for each stage that has rows, and a list of what failed."""
     parts = []
     for name, stage in STAGES.items():

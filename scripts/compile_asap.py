@@ -7,10 +7,10 @@ python scripts/compile_asap.py --workdir=runs/r2_dustbin --ablation         # al
 python scripts/compile_asap.py --workdir=runs/r2_dustbin --buckets 64 128   # how it carries over to longer pairs
 python eval.py --workdir=runs/r2_dustbin --asap=runs/r2_dustbin/asap.safetensors
 
-Maps are fitted on pairs of --split and measured on pairs of the validation split. Every map is compared with the
-layer's own T + R steps (`teacher`; `log domain`: dense, in the log domain), and with Sinkhorn stopped after few steps,
-which needs no fit: deviation of each plan from the teacher's, time of the same outputs, taken in turn within this
-process, and metrics of the model. `zero` is the map to f = 0: one Sinkhorn step that starts at the columns.
+Maps are fitted on pairs of --split and measured on pairs of the validation split: deviation of each plan from the
+teacher's, time of the same outputs, taken in turn, and metrics of the model. They are compared with the layer's own
+T + R steps (`teacher`; `log domain`: dense) and with Sinkhorn stopped after few steps, which needs no fit. `zero` is
+the map to f = 0: one Sinkhorn step that starts at the columns.
 """
 
 import argparse
@@ -117,18 +117,17 @@ def compile_model(args: argparse.Namespace) -> dict[str, Any]:
     for name, layer in held_out.items():
         ways = asap_ways.ways(layer.spec, maps[name], args.steps)
         report["layers"][name] = asap_ways.compare(layer, ways, args.rounds)
-        spreads = {n: asap_ways.spread(layer.spec, inputs, ways["asap"]) for n, inputs in layer.inputs.items()}
-        report["lengths"][name] = spreads
+        off = {n: asap_ways.spread(layer.spec, inputs, ways["asap"]) for n, inputs in layer.inputs.items()}
+        report["lengths"][name] = off
         write()
     if not args.no_scores:
         scored, families = [k for k in args.steps if k <= _SCORED], pfam.open_split(shards, "validation")
         report["metrics"] = asap_ways.metrics(run, args.output, families, batches, scored)
         write()
     for name, layer in held_out.items() if args.ablation else ():
-        others = {}
-        for of in tqdm(ABLATION, desc=f"{name}: others"):
-            fitted = of.fit(layers[name].samples(), layer.spec)
-            others[str(of)] = functools.partial(asap_ways.apply, of=fitted, spec=layer.spec)
+        fitting = tqdm(ABLATION, desc=f"{name}: others")
+        fitted = {str(of): of.fit(layers[name].samples(), layer.spec) for of in fitting}
+        others = {of: functools.partial(asap_ways.apply, of=x, spec=layer.spec) for of, x in fitted.items()}
         report["ablation"][name] = asap_ways.compare(layer, others, args.rounds)
         write()
     return report
@@ -149,13 +148,18 @@ def _batches(run: runs.Run, shards: Path, split: str, buckets: Sequence[int], pa
 
 def table(report: dict) -> str:
     """Return deviations, times and metrics as text."""
+
+    def row(name: str, off: dict, *times: float) -> list[str]:
+        cells = [f"{x['median']:.1e} / {x['worst']:.1e}" for x in off.values()]
+        return [name, *(f"{ms:.1f}" for ms in times), *[""] * (2 - len(times)), *cells]
+
     parts = []
     for title in ("layers", "ablation"):
         for layer, ways in report[title].items():
             shape, others = next(iter(ways.values()))["shape"], ": other maps" if title == "ablation" else ""
-            rows = [[name, f"{way['ms']:.1f}", f"{way['least_ms']:.1f}", *_cells(way)] for name, way in ways.items()]
+            rows = [row(name, way["deviation"], way["ms"], way["least_ms"]) for name, way in ways.items()]
             lengths = report["lengths"][layer].items() if title == "layers" else ()
-            rows += [[f"asap, padded to {n}", "", "", *_cells({"deviation": of})] for n, of in lengths]
+            rows += [row(f"asap, padded to {n}", off) for n, off in lengths]
             parts.append(f"{layer}{others}, ms at {shape}; median / worst of pairs and heads")
             parts.append(tabulate(rows, ["", "ms", "least", *Deviation._fields], disable_numparse=True))
     for who, of_teacher in report["metrics"].get("teacher", {}).items():
@@ -163,10 +167,6 @@ def table(report: dict) -> str:
         rows = [[name, *(scores[who][metric]["value"] for metric in of_teacher)] for name, scores in models]
         parts += [f"{who} on validation pairs", tabulate(rows, ["", *of_teacher], floatfmt=".4f")]
     return "\n\n".join(parts)
-
-
-def _cells(way: dict) -> list[str]:
-    return [f"{x['median']:.1e} / {x['worst']:.1e}" for x in way["deviation"].values()]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -27,7 +27,6 @@ from evaluation.metrics import METRICS
 from scripts import launch_tpu
 from training import run_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 75  # exit code of a train.py that a signal stopped, and of this script then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
 SPLITS = ("validation", *tasks.SPLITS["test"])
@@ -47,7 +46,7 @@ def here(args: argparse.Namespace) -> None:
     for command in (command for name in args.configs for command in commands(name, args)):
         print("$", shlex.join(command), flush=True)
         if not args.dry_run:
-            done = subprocess.run(command, cwd=ROOT, env=environment)
+            done = subprocess.run(command, cwd=launch_tpu.ROOT, env=environment)
             if done.returncode == STOPPED:
                 sys.exit(STOPPED)  # the run is saved, and has said so
             done.check_returncode()

@@ -107,15 +107,11 @@ class Tpu:
         return ["gcloud", "storage", "cp", f"{self.folder}/runs.tar", str(runs)]
 
     def startup_script(self) -> str:
-        command = ["venv/bin/python", "code/scripts/launch_screen.py"]
-        arguments = ["--data=data", *self.arguments] if self.data else self.arguments
+        command = ["venv/bin/python", "code/scripts/launch_screen.py", "--out=runs"]
+        command += ["--data=data", *self.arguments] if self.data else self.arguments
         fetch = 'mkdir -p data && gcloud storage rsync --quiet --recursive "$BUCKET/data" data || return 1'
-        return _STARTUP.format(
-            folder=shlex.quote(self.folder),
-            fetch_data=fetch if self.data else ": # the data that ship",
-            snapshot_every=self.snapshot_every,
-            command=shlex.join([*command, "--out=runs", *arguments]),
-        )
+        values = {"folder": shlex.quote(self.folder), "fetch_data": fetch if self.data else ": # the data that ship"}
+        return _STARTUP.format(**values, snapshot_every=self.snapshot_every, command=shlex.join(command))
 
     def _resources(self, verb: str, *options: str) -> list[str]:
         place = f"--project={self.project}", f"--zone={self.zone}"
@@ -124,25 +120,24 @@ class Tpu:
 
 def show(tpu: Tpu) -> None:
     """Print what `run` would do."""
+
+    def tell(title: str, *commands: list[str]) -> None:
+        print(f"# {title}:", *(f"$ {shlex.join(command)}" for command in commands), sep="\n")
+
     code, runs = Path("code.tar.gz"), Path("runs.tar")
-    every = [tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(Path("startup.sh"))]
-    parts: dict[str, list[list[str]]] = {
-        f"startup.sh, which the TPU's machine runs at every boot:\n{tpu.startup_script()}": [],
-        "the code, and runs to begin with:": tpu.upload(code, runs),
-        f"every {tpu.poll_every} s until the status is finished; a suspended resource is deleted first:": every,
-        "at the end, then the table is written as after a local screen:": [tpu.delete(), tpu.download(runs)],
-    }
-    for title, commands in parts.items():
-        print(f"# {title}", *(f"$ {shlex.join(command)}" for command in commands), sep="\n")
+    print(f"# startup.sh, which the TPU's machine runs at every boot:\n{tpu.startup_script()}")
+    tell("the code, and runs to begin with", *tpu.upload(code, runs))
+    every = tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(Path("startup.sh"))
+    tell(f"every {tpu.poll_every} s until the status is finished; a suspended resource is deleted first", *every)
+    tell("at the end, then the table is written as after a local screen", tpu.delete(), tpu.download(runs))
 
 
 def run(tpu: Tpu, out: Path) -> None:
     """Run the screen on a TPU until it is finished, and put its runs into `out`; LaunchError says why it cannot."""
     if not shutil.which("gcloud"):
-        raise LaunchError(
-            "gcloud is not installed: it comes with the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), "
-            "then run `gcloud auth login`; --dry-run shows the commands without it"
-        )
+        where = "it comes with the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
+        then = "then run `gcloud auth login`; --dry-run shows the commands without it"
+        raise LaunchError(f"gcloud is not installed: {where}, {then}")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if _status(tpu) == "finished":
@@ -185,15 +180,12 @@ def _until_finished(tpu: Tpu, folder: Path) -> None:
             if state is not None:
                 _gcloud(tpu.delete())
             if status == "failed":
-                raise LaunchError(
-                    f"the screen failed on the TPU; logs are in {tpu.folder}/logs. Start again to continue from its "
-                    "last snapshot"
-                )
+                then = f"logs are in {tpu.folder}/logs. Start again to continue from its last snapshot"
+                raise LaunchError(f"the screen failed on the TPU; {then}")
             return
         if state == "FAILED":
-            raise LaunchError(
-                f"no TPU to be had: `{shlex.join(tpu.describe()[:-1])}` says why. Quota and zones: docs/distributed.md"
-            )
+            why = shlex.join(tpu.describe()[:-1])
+            raise LaunchError(f"no TPU to be had: `{why}` says why. Quota and zones: docs/distributed.md")
         if state == "SUSPENDED":
             _gcloud(tpu.delete())
         if state in (None, "SUSPENDED"):

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from benchmarks import harness
 from benchmarks.attention import Case
-from benchmarks.harness import Row
 from ot_attention.backends import gpu, gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Tiling
 
@@ -100,10 +99,6 @@ def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]
         return jax.jit(run).lower(q, k, x, n), (q, k, x, n)
 
 
-def _compiled(program: jax.stages.Lowered) -> Row:
-    return {"run": program.compile()}
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, "runs/bench/tilings.jsonl", rounds=7)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of kernels; default: all")
@@ -112,12 +107,14 @@ def main(arguments: list[str] | None = None) -> None:
     if jax.default_backend() != "gpu" and not gpu_kernels.INTERPRET:
         sys.exit("tune_gpu.py: there is no GPU here; run it on a machine with an NVIDIA card and jax[cuda13]")
     programs = {variant: lowered(variant, args.residues) for kind in args.kinds for variant in variants(kind)}
-    compiling = {variant: functools.partial(_compiled, program) for variant, (program, _) in programs.items()}
+    compiling = {
+        variant: lambda program=program: {"run": program.compile()} for variant, (program, _) in programs.items()
+    }
     found = dict(harness.in_threads(compiling))  # all, before any is timed; a tiling can be too large
     with harness.row_writer(args.output) as write:
         for variant, (_, given) in programs.items():
             kind, problem, tiling, block = variant
-            row: Row = {"kind": kind, **problem._asdict(), "block": block, **tiling._asdict()}
+            row: harness.Row = {"kind": kind, **problem._asdict(), "block": block, **tiling._asdict()}
             if "failed" in found[variant]:
                 row |= found[variant]
             else:
