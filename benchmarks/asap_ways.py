@@ -9,7 +9,7 @@ import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from evaluation import runs, scoring
 from models.attention import Asap, SinkhornSpec
 from ot_attention import SinkhornInfo, asap, sinkhorn_attention
 from ot_attention.asap import Deviation, Sample
-from ot_attention.spec import Implementation
 
 _COMPARED = 4  # samples of a padded length, batches of one side, whose plans are compared entry by entry
 
@@ -69,7 +68,7 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
-def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Implementation | None = None) -> tuple:
+def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Any = None) -> tuple:
     return sinkhorn_attention(sample.q, sample.k, v, spec, *sample[2:5], implementation)
 
 
@@ -121,9 +120,7 @@ def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]
     }
 
 
-def metrics(
-    run: runs.Run, maps: Path, families: pipeline.Families, batches: list[pipeline.Batch], steps: Iterable[int]
-) -> dict:
+def metrics(run: runs.Run, maps: Path, families: pipeline.Families, batches: list, steps: Iterable[int]) -> dict:
     """Score the model as trained, with maps, and with truncated steps, on the same pairs."""
     compared = {"teacher": run, "asap": runs.with_asap(run, maps)}
     for k in steps:

@@ -1,7 +1,6 @@
 """Named problems of attention, and the methods that scripts/bench_attention.py compares on them.
 
-A method is made of a case and the name of an implementation. It is a function of q, k, v, lengths and dustbin scores
-that returns the output.
+A method, of a case and an implementation, is a function of q, k, v, lengths and dustbin scores that returns the output.
 """
 
 import dataclasses
@@ -126,11 +125,6 @@ def ott(case: Case, implicit: bool, lse_mode: bool = True) -> Callable:
     return lambda q, k, v, lengths, score: jax.vmap(jax.vmap(one_head, 1, 1))(q, k, v)
 
 
-def dense_softmax(q, k, v, lengths, score):
-    """Compute softmax attention at full support."""
-    return sparse.softmax_attention(q, k, v, causal=False, lengths=lengths[0])
-
-
 def sparse_sinkhorn(**changes) -> Callable:
     """Make Sparse Sinkhorn Attention whose sort network is the identity on the mean queries and keys of blocks."""
     spec = sparse.SparseSpec(block=64, **changes)
@@ -146,13 +140,14 @@ def sparse_sinkhorn(**changes) -> Callable:
 
 
 _NEWTON: dict = {"base_steps": 10, "solver": "newton"}
+_DENSE = functools.partial(sparse.softmax_attention, causal=False)
 METHODS: dict[str, Callable[[Case, str], Callable]] = {
     "softmax": lambda case, _: softmax(case, head_by_head=False),
     "softmax head by head": lambda case, _: softmax(case, head_by_head=True),
     "tail": sinkhorn,
     "newton, tail": functools.partial(sinkhorn, **_NEWTON),
     "newton, implicit": functools.partial(sinkhorn, gradient="implicit", **_NEWTON),
-    "softmax, dense": lambda *_: dense_softmax,
+    "softmax, dense": lambda *_: lambda q, k, v, lengths, score: _DENSE(q, k, v, lengths=lengths[0]),
     "sparse sinkhorn": lambda *_: sparse_sinkhorn(),
     "sparse sinkhorn, sortcut": lambda *_: sparse_sinkhorn(sortcut=2),
     "dense unrolled": lambda case, _: sinkhorn(case, "reference", gradient="unrolled"),

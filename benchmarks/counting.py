@@ -156,8 +156,8 @@ class _Counter:
         parameters, grid = equation.params, equation.params["grid_mapping"]
         name = str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
         self.parts[name].hbm += times * sum(map(_bytes, (*equation.invars, *equation.outvars)))
-        given, inputs = grid.num_index_operands, range(len(parameters["jaxpr"].invars))
-        known = [values[n] if n < given else None for n in inputs]
+        known = values[: grid.num_index_operands]
+        known += [None] * (len(parameters["jaxpr"].invars) - len(known))
         self.run(parameters["jaxpr"], known, name, times * math.prod(grid.grid), kernel=True)
 
     def _while(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
@@ -236,8 +236,7 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
     if name == "broadcast_in_dim":
         new_axes = set(range(len(shape))) - set(parameters["broadcast_dimensions"])
         return [np.broadcast_to(np.expand_dims(values[0], tuple(new_axes)), shape)]
-    results = equation.primitive.bind(*values, **parameters)
-    return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
+    return [*map(np.asarray, jax.tree.leaves(equation.primitive.bind(*values, **parameters)))]
 
 
 def _resized(value, variable):

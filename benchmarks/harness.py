@@ -35,9 +35,7 @@ def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Com
     return program, facts
 
 
-def clock(
-    calls: Mapping[Key, Callable[[], Any]], rounds: int, *, seconds: float = 0.0, warm_up: float = 0.0
-) -> dict[Key, list[float]]:
+def clock(calls: Mapping[Key, Callable], rounds: int, seconds: float = 0, warm_up: float = 0) -> dict[Key, list[float]]:
     """Measure the seconds of calls, which take turns so that other work on the machine slows all of them alike.
 
     Each is called `rounds` times, or up to ten times more until all timed calls have taken `seconds`. A call is also

@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
-    failures = [f"bucket {row['bucket']}: {row['failure']}" for row in report["buckets"] if row["failure"]]
-    if failures:
+    if failures := [f"bucket {row['bucket']}: {row['failure']}" for row in report["buckets"] if row["failure"]]:
         sys.exit("aot_report.py: " + "\n".join(failures))
 
 
@@ -89,6 +88,12 @@ def make_mesh(config: ConfigDict, topology: str) -> Mesh:
     return sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size, devices)
 
 
+def counted(of: counting.Operations, chip: Chip) -> dict:
+    """Return the counts of a part, of its products also those that the chip's array makes."""
+    products = {"flops": of.flops(), "flops_padded": of.flops(chip.side), "passes": of.passes()}
+    return products | {"vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
+
+
 def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
     """Compile the step at one padded length; return the compiler's figures (bytes of a chip) and the model's."""
     state, batch = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
@@ -115,19 +120,11 @@ def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, ch
     longest = np.full(batch["x_length"].shape, length, np.int32)
     known = {**batch, "x_length": longest, "y_length": longest}
     parts = counting.count(sharding.on(mesh, trainer.update), state, known)
-    return row | model(parts, exchanged, chip, mesh, batch_size)
-
-
-def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chip, mesh: Mesh, batch_size: int) -> dict:
-    """Return the columns of a row that do not come from the compiler."""
+    row["counted"] = {name: counted(of, chip) for name, of in parts.items()}
     times = roofline.step_time(parts, exchanged, chip, data=mesh.shape[sharding.DATA], model=mesh.shape[sharding.MODEL])
     seconds = sum(part.seconds for part in times.values())
-    counted = {}
-    for name, of in parts.items():
-        counted[name] = {"flops": of.flops(), "flops_padded": of.flops(chip.side), "passes": of.passes()}
-        counted[name] |= {"vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
-    found = {"counted": counted, "model": {name: part._asdict() for name, part in times.items()}}
-    return found | {"model_step_seconds": seconds, "model_examples_per_second": batch_size / seconds}
+    row["model"] = {name: part._asdict() for name, part in times.items()}
+    return row | {"model_step_seconds": seconds, "model_examples_per_second": batch_size / seconds}
 
 
 def text(report: dict) -> str:
@@ -135,8 +132,8 @@ def text(report: dict) -> str:
     table = functools.partial(tabulate, headers="keys", tablefmt="github", disable_numparse=True)
     rows = [row for row in report["buckets"] if "memory" in row]
     mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
-    pairs = report["config"]["batch_size"]
-    parts = [f"{report['topology']}, mesh {mesh}, {pairs} pairs a step, attention {report['attention']}"]
+    about = f"{report['config']['batch_size']} pairs a step, attention {report['attention']}"
+    parts = [f"{report['topology']}, mesh {mesh}, {about}"]
     if rows:
         compiled, modelled = zip(*map(_cells, rows), strict=True)
         limit = {"limit MiB": f"{report['memory'] / _MIB:.0f}"}

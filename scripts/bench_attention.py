@@ -1,14 +1,12 @@
 """Compare Sinkhorn attention with softmax attention, the dense reference and ott-jax: error, time, memory.
 
   python scripts/bench_attention.py                            # all cases; a table, and a JSON row for each method
-  python scripts/bench_attention.py --cases long short --rounds 15
-  python scripts/bench_attention.py --cases scaling --figure docs/bench_scaling.png
+  python scripts/bench_attention.py --cases scaling --rounds 15 --figure docs/bench_scaling.png
   python scripts/bench_attention.py --cases sparse     # Sparse Sinkhorn Attention and dense softmax, 1k to 16k residues
 
 In every round each method of a case is called once to warm up and once against the clock, in turn. Times are medians.
 Ratios are to the faster of the two softmax programs. The first error is the largest deviation from the same computation
 in float64, relative to its largest value. Gradients are also compared with the gradient at Sinkhorn's fixed point.
-ott-jax is measured where it is installed (pip install ott-jax).
 """
 
 import sys
@@ -69,9 +67,9 @@ def table(rows: list[harness.Row]) -> str:
 def exponents(rows: list[harness.Row]) -> str:
     """Return the slopes of time and memory against length, in logarithms, for a series of cases."""
     lines = []
-    for method, (lengths, times, sizes) in _against_length(rows).items():
-        slopes = (np.polyfit(np.log(lengths), np.log(y), 1)[0] for y in (times, sizes))
-        lines.append("{}: time ~ length^{:.3f}, memory ~ length^{:.3f}".format(method, *slopes))
+    for method, (lengths, *series) in _against_length(rows).items():
+        time, memory = (np.polyfit(np.log(lengths), np.log(y), 1)[0] for y in series)
+        lines.append(f"{method}: time ~ length^{time:.3f}, memory ~ length^{memory:.3f}")
     return "\n".join(lines)
 
 

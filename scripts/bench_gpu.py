@@ -73,12 +73,11 @@ def has_card() -> bool:
 
 def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
     """Run the chosen stages; return the names of stages that failed or have a failed row."""
-    start, shares = time.monotonic(), sum(STAGES[name].share for name in args.stages)
-    end, failed = start + 60 * args.minutes, []
+    shares, failed = sum(STAGES[name].share for name in args.stages), []
+    end = time.monotonic() + 60 * args.minutes
     for name in args.stages:
-        left = end - time.monotonic()
+        left = end - (began := time.monotonic())
         limit = left if name == args.stages[-1] else min(left, 60 * args.minutes * STAGES[name].share / shares)
-        began = time.monotonic()
         print(f"stage {name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
         with (args.output / LOG).open("a") as log:
             print(f"===== {name} =====", file=log, flush=True)
@@ -135,8 +134,9 @@ def run_stage(name: str, args: argparse.Namespace) -> int:
         gpu_kernels.INTERPRET = True
     with harness.row_writer(args.output / ROWS, "a") as write:
         try:
-            if not args.tiny:
-                check_backend(STAGES[name].on_device)
+            if not args.tiny and (found := backend(STAGES[name].on_device)) != "gpu":
+                todo = "install jax[cuda13] of the version of jax, and look at the driver with nvidia-smi"
+                raise RuntimeError(f"JAX computes on {found or 'nothing'} here, not on a GPU: {todo}")
             for row in STAGES[name].run(settings_of(args)):
                 write({"stage": name} | row)
         except ImportError as missing:
@@ -148,13 +148,10 @@ def run_stage(name: str, args: argparse.Namespace) -> int:
     return 0
 
 
-def check_backend(here: bool) -> None:
-    """Raise RuntimeError unless JAX computes on the card: without it JAX falls back to the CPU in silence."""
+def backend(here: bool) -> str:
+    """Ask what JAX computes on: without the card it falls back to the CPU in silence."""
     ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asked here, JAX holds the card's memory
-    found = jax.default_backend() if here else subprocess.run(ask, stdout=subprocess.PIPE, text=True).stdout.strip()
-    if found != "gpu":
-        todo = "install jax[cuda13] of the version of jax, and look at the driver with nvidia-smi"
-        raise RuntimeError(f"JAX computes on {found or 'nothing'} here, not on a GPU: {todo}")
+    return jax.default_backend() if here else subprocess.run(ask, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -103,13 +103,12 @@ def collect(names: list[str], out: Path) -> None:
 
 def markdown(of_runs: dict[str, list[dict]]) -> str:
     """Return one split as a table: every run from its first to its last step, then the baselines."""
-    rows = []
+    rows, (_, first) = [], next(iter(of_runs.values()))
     for name, reports in of_runs.items():
         start, end = (report["model"]["overall"] for report in reports)
         rows.append({"": name} | {of: f"{start[of]['value']:.2f} → {end[of]['value']:.3f}" for of in METRICS})
     for who in BASELINES:
-        overall = next(iter(of_runs.values()))[1][who]["overall"]
-        rows.append({"": who} | {of: f"{metric['value']:.3f}" for of, metric in overall.items()})
+        rows.append({"": who} | {of: f"{x['value']:.3f}" for of, x in first[who]["overall"].items()})
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
@@ -134,8 +133,7 @@ def _parse() -> argparse.Namespace:
     tpu.add_argument("--poll-every", type=int, default=30, metavar="S", help="seconds; default: 30")
     args = parser.parse_args()
     if args.target == "tpu":
-        missing = [f"--{name}" for name in ("project", "zone", "bucket") if not getattr(args, name)]
-        if missing:
+        if missing := [f"--{name}" for name in ("project", "zone", "bucket") if not getattr(args, name)]:
             parser.error(f"--target=tpu needs {', '.join(missing)}")
         if not args.bucket.startswith("gs://"):
             parser.error(f"--bucket={args.bucket} must begin with gs://")

@@ -76,18 +76,16 @@ def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]
 
         def call(_, f):
             terms, vector = band.exp(scores._replace(f=f)), f[:, :-1]
-            if kind == "step":
-                made = functools.reduce(jnp.add, band.scale_once(terms, jnp.ones_like(vector), None))
-            elif kind == "sum":
-                made = band.sums(terms, by_rows=True)
-            elif kind == "vector":
-                made = band.transpose_times(terms, vector)
-            elif kind == "matrix":
-                made = band.times(terms, x)[..., 0]
-            else:  # as the gradient of q: fields of the values and of four vectors
-                few = jnp.stack([vector] * 4, -1)
-                made = band.times(band.modulate(terms, (x, x), (few, few)), x)[..., 0]
-            return f.at[:, :-1].add(1e-6 * made)
+            few = jnp.stack([vector] * 4, -1)
+            made = {
+                "step": lambda: functools.reduce(jnp.add, band.scale_once(terms, jnp.ones_like(vector), None)),
+                "sum": lambda: band.sums(terms, by_rows=True),
+                "vector": lambda: band.transpose_times(terms, vector),
+                "matrix": lambda: band.times(terms, x)[..., 0],
+                # As the gradient of q: fields of the values and of four vectors.
+                "gradient": lambda: band.times(band.modulate(terms, (x, x), (few, few)), x)[..., 0],
+            }
+            return f.at[:, :-1].add(1e-6 * made[kind]())
 
         return jax.lax.fori_loop(0, _CALLS, call, scores.f)
 
