@@ -101,8 +101,7 @@ def compare(layer: Layer, ways: Mapping[str, Way], rounds: int) -> dict[str, dic
     ).items():
         # Other work on the machine cannot make the least time less.
         times = {"ms": 1e3 * statistics.median(seconds), "least_ms": 1e3 * min(seconds)}
-        off = spread(layer.spec, inputs, ways[name])
-        found[name] = {"shape": list(sample.q.shape), **times, "deviation": off}
+        found[name] = {"shape": list(sample.q.shape), **times, "deviation": spread(layer.spec, inputs, ways[name])}
     return found
 
 

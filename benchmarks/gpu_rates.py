@@ -54,9 +54,6 @@ class Entry(NamedTuple):
         number = max(1, self.residues // self.length)
         return Case(number, self.heads, self.length, self.band, width=self.width)
 
-    def about(self) -> Row:
-        return self._asdict() | {"batch": self.case().batch} | harness.machine()
-
     def oracle(self) -> "Entry":
         return self._replace(method="softmax, xla" if self.is_softmax else "xla", dtype="float64")
 
@@ -96,12 +93,15 @@ def measured(plan: Sequence[Entry]) -> Iterator[Row]:
             oracles = {of: pool.submit(_oracle, of) for of in dict.fromkeys(map(Entry.oracle, wave))}
             programs = {of: [pool.submit(_program, of.case(), of, part) for part in _PARTS] for of in wave}
         for entry in wave:
-            run = functools.partial(measure, entry, programs[entry], oracles[entry.oracle()])
-            yield entry.about() | harness.or_failure(run)
+            yield _row(entry, measure, programs[entry], oracles[entry.oracle()])
     if importlib.util.find_spec("flash_sinkhorn"):
         for length in _FLASH_LENGTHS:
-            entry = Entry(length, None, "flash-sinkhorn", "float32")
-            yield entry.about() | harness.or_failure(functools.partial(measure_flash_sinkhorn, entry))
+            yield _row(Entry(length, None, "flash-sinkhorn", "float32"), measure_flash_sinkhorn)
+
+
+def _row(entry: Entry, measure: Callable, *built: Any) -> Row:
+    about = entry._asdict() | {"batch": entry.case().batch} | harness.machine()
+    return about | harness.or_failure(functools.partial(measure, entry, *built))
 
 
 def _program(case: Case, entry: Entry, part: str) -> tuple[Callable, Row]:

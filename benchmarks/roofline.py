@@ -33,13 +33,10 @@ CHIPS = {
     "v5e": Chip(197e12, 128, 6.14e12, 1.54e12, 819e9, 200e9, int(15.75 * 2**30)),
     "v5p": Chip(459e12, 128, 14.3e12, 3.58e12, 2765e9, 600e9, int(95.73 * 2**30)),
 }
-
-
+_UNITS = {"vector unit": "vector", "transcendental unit": "transcendental", "memory": "hbm", "links": "ici"}
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-_COLLECTIVE = re.compile(
-    r"= (?P<result>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?P<start>-start)?\("
-)
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf"= (?P<result>\S.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 # {{0,1},{2,3}}, [4,2]<=[8] and mesh['a'=4,'b'=2] {'b'} are all groups of two.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|\S*mesh\S*\[([^\]]*)\] *\{([^}]*)\})")
 
@@ -96,20 +93,12 @@ class PartTime(NamedTuple):
 
 
 def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: int, model: int) -> dict[str, PartTime]:
-    """Compute the time of each part of a step on a mesh of `data` x `model` chips; the step is their sum.
-
-    Work on the batch is divided by all chips, which for `model` assumes a perfect split. The update is the same on
-    every chip of the data axis.
-    """
+    """Compute the time of each part of a step on a mesh of `data` x `model` chips; the step is their sum."""
+    # Work on the batch is divided by all chips: for `model`, a perfect split. The update is the same along `data`.
     times = {}
     for name, work in (parts | {"exchange": Operations(ici=sum(of.sent for of in exchanged))}).items():
-        seconds = {
-            "matrix unit": work.flops(chip.side) / chip.flops,
-            "vector unit": work.vector / chip.vector,
-            "transcendental unit": work.transcendental / chip.transcendental,
-            "memory": work.hbm / chip.hbm,
-            "links": work.ici / chip.ici,
-        }
+        seconds = {unit: getattr(work, of) / getattr(chip, of) for unit, of in _UNITS.items()}
+        seconds["matrix unit"] = work.flops(chip.side) / chip.flops
         chips = {"update": model, "exchange": 1}.get(name, data * model)
         times[name] = max(PartTime(time / chips, unit) for unit, time in seconds.items())
     return times

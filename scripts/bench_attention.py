@@ -18,10 +18,8 @@ from matplotlib.figure import Figure
 from benchmarks import attention, harness
 from ot_attention import UnsupportedError
 
-_COLUMNS = (
-    "case method error_out error_gradient error_gradient_to_converged forward_ms forward_to_softmax "
-    "forward_backward_ms forward_backward_to_softmax temporary_MB"
-)
+_COLUMNS = "case method error_out error_gradient error_gradient_to_converged forward_ms forward_to_softmax "
+_COLUMNS += "forward_backward_ms forward_backward_to_softmax temporary_MB"
 _TITLES = {"scaling": "W = 256", "sparse": "blocks of 64"}
 
 

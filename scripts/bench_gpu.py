@@ -48,10 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.stage:
         return run_stage(args.stage, args)
     if not args.tiny and not has_card():
-        told = (
-            "there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine with an NVIDIA"
-        )
-        print(f"bench_gpu.py: {told} card, or give --tiny to try every stage on the CPU", file=sys.stderr)
+        told = "there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine with an"
+        print(f"bench_gpu.py: {told} NVIDIA card, or give --tiny to try every stage on the CPU", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage too
     for folder in (args.output, args.work):
@@ -100,13 +98,8 @@ def command_of(name: str, limit: float, args: argparse.Namespace, given: list[st
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if not STAGES[name].on_device:  # the stage starts the same programs several times
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.work / "compiled"))
-    return [
-        sys.executable,
-        str(ROOT / "scripts/bench_gpu.py"),
-        *given,
-        f"--stage={name}",
-        f"--seconds={limit}",
-    ], environment
+    script, stage = str(ROOT / "scripts/bench_gpu.py"), [f"--stage={name}", f"--seconds={limit}"]
+    return [sys.executable, script, *given, *stage], environment
 
 
 def run_limited(command: list[str], environment: dict[str, str], limit: float, log: IO[str]) -> str:
@@ -182,9 +175,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     which.add_argument("--all", action="store_const", dest="stages", const=list(STAGES), help="all stages")
     which.add_argument("--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--minutes", type=float, default=12, help="of all stages together; default: %(default)s")
-    parser.add_argument(
-        "--work", type=Path, default="runs/bench/gpu_work", help="temporary files; default: %(default)s"
-    )
+    parser.add_argument("--work", type=Path, default="runs/bench/gpu_work", help="scratch files; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at tiny sizes, kernels interpreted")
     run = parser.add_argument_group("training_run")
     run.add_argument("--config", type=Path, default=ROOT / "configs/aligner.py", help="default: configs/aligner.py")
@@ -192,9 +183,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     rates = parser.add_argument_group("rates", "all combinations of these, in place of the usual rows")
     rates.add_argument("--lengths", nargs="+", type=int, help="residues")
-    rates.add_argument(
-        "--bands", nargs="+", type=lambda x: None if x == "full" else int(x), help="half-widths; or full"
-    )
+    rates.add_argument("--bands", nargs="+", type=lambda x: None if x == "full" else int(x), help="half-widths or full")
     rates.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"])
     rates.add_argument("--methods", nargs="+", choices=list(gpu_rates.METHODS))
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)  # of the process that runs it
