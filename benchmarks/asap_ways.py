@@ -9,7 +9,7 @@ import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ from evaluation import runs, scoring
 from models.attention import Asap, SinkhornSpec
 from ot_attention import SinkhornInfo, asap, sinkhorn_attention
 from ot_attention.asap import Deviation, Sample
-from ot_attention.spec import Implementation
 
 _COMPARED = 4  # samples of a padded length, batches of one side, whose plans are compared entry by entry
 
+_deviation = jax.jit(asap.deviation, static_argnames="spec")
 Way = Callable[[Sample, Float[Array, "batch columns heads value"]], tuple]
 
 
@@ -60,64 +60,49 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
     for batch in tqdm(list(batches), desc=progress, unit=" batches"):
         pair = (jnp.asarray(batch[name]) for name in ("x", "y", "x_length", "y_length"))
         for name, of in inputs(run.params, *pair).items():
-            layer = layers[name]
             for q, k, v, *rest in of:
                 sample = Sample(q, k, *rest, f=jnp.zeros((0, 0, 0)))
-                _, info = _attend(sample, v, layer.spec)
-                layer.inputs.setdefault(q.shape[1], []).append(Given(sample._replace(f=info.f), v, info))
+                _, info = _attend(sample, v, layers[name].spec)
+                layers[name].inputs.setdefault(q.shape[1], []).append(Given(sample._replace(f=info.f), v, info))
     return layers
 
 
-# ---- ways to the outputs ----
-
-
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
-def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Implementation | None = None) -> tuple:
+def _attend(sample: Sample, v, spec: SinkhornSpec, implementation: Any = None) -> tuple:
     return sinkhorn_attention(sample.q, sample.k, v, spec, *sample[2:5], implementation)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _apply(sample: Sample, v, of: Asap, spec: SinkhornSpec) -> tuple:
-    q, k, *rest = sample[:-1]
-    return asap.apply(of, q, k, v, spec, *rest)
-
-
-def map_way(spec: SinkhornSpec, of: Asap) -> Way:
-    """Make the way of a fitted map."""
-    return functools.partial(_apply, of=of, spec=spec)
+def apply(sample: Sample, v, of: Asap, spec: SinkhornSpec) -> tuple:
+    """Take the way of a fitted map."""
+    return asap.apply(of, sample.q, sample.k, v, spec, *sample[2:5])
 
 
 def ways(spec: SinkhornSpec, of: Asap, steps: Iterable[int]) -> dict[str, Way]:
     """Make all ways to the outputs of a layer: the map `of`, Sinkhorn as trained, and with few steps."""
-    heads, _, width = of.directions.shape
-    zero = Asap.create(jnp.zeros((heads, 0, width)), ())
+    zero = Asap.create(jnp.zeros_like(of.directions[:, :0]), ())
     truncated = {k: dataclasses.replace(spec, base_steps=k - 1, tail_steps=1, solver="sinkhorn") for k in steps}
     return {
         "teacher": functools.partial(_attend, spec=spec),
         "log domain": functools.partial(_attend, spec=spec, implementation="reference"),
-        "asap": map_way(spec, of),
-        "zero": map_way(spec, zero),
+        "asap": functools.partial(apply, of=of, spec=spec),
+        "zero": functools.partial(apply, of=zero, spec=spec),
         **{f"sinkhorn {k}": functools.partial(_attend, spec=of) for k, of in truncated.items()},
     }
-
-
-# ---- comparing ----
 
 
 def compare(layer: Layer, ways: Mapping[str, Way], rounds: int) -> dict[str, dict]:
     """Measure the time and the deviation from the teacher of every way, at the most frequent padded length."""
     inputs = max(layer.inputs.values(), key=len)
     sample, v, _ = inputs[0]
-    seconds = harness.clock({name: functools.partial(way, sample, v) for name, way in ways.items()}, rounds)
-    return {
-        name: {
-            "shape": list(sample.q.shape),
-            "ms": 1e3 * statistics.median(seconds[name]),
-            "least_ms": 1e3 * min(seconds[name]),  # other work on the machine cannot make it less
-            "deviation": spread(layer.spec, inputs, way),
-        }
-        for name, way in ways.items()
-    }
+    found: dict[str, dict] = {}
+    for name, seconds in harness.clock(
+        {of: functools.partial(way, sample, v) for of, way in ways.items()}, rounds
+    ).items():
+        # Other work on the machine cannot make the least time less.
+        times = {"ms": 1e3 * statistics.median(seconds), "least_ms": 1e3 * min(seconds)}
+        found[name] = {"shape": list(sample.q.shape), **times, "deviation": spread(layer.spec, inputs, ways[name])}
+    return found
 
 
 def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]:
@@ -125,7 +110,8 @@ def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]
     found = []
     for sample, v, teacher in inputs[:_COMPARED]:
         real = np.asarray(sample.q_lengths) > 0  # not a pair that fills up a batch
-        off = _deviation(sample, spec, teacher[:2], way(sample, v)[1][:2])
+        q, k, *rest = sample[:-1]
+        off = _deviation(q, k, spec, *rest, teacher=teacher[:2], student=way(sample, v)[1][:2])
         found.append([np.asarray(x)[real] for x in off])
     return {
         name: {"median": float(np.median(x)), "worst": float(x.max()), "heads": np.median(x, axis=0).tolist()}
@@ -133,24 +119,15 @@ def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]
     }
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _deviation(sample: Sample, spec: SinkhornSpec, teacher, student) -> Deviation:
-    q, k, *rest = sample[:-1]
-    return asap.deviation(q, k, spec, *rest, teacher=teacher, student=student)
-
-
-def metrics(
-    run: runs.Run, maps: Path, families: pipeline.Families, batches: list[pipeline.Batch], steps: Iterable[int]
-) -> dict:
+def metrics(run: runs.Run, maps: Path, families: pipeline.Families, batches: list, steps: Iterable[int]) -> dict:
     """Score the model as trained, with maps, and with truncated steps, on the same pairs."""
     compared = {"teacher": run, "asap": runs.with_asap(run, maps)}
     for k in steps:
         config = run.config.copy_and_resolve_references()
         config.attention.update(base_steps=k - 1, tail_steps=1, solver="sinkhorn")
         compared[f"sinkhorn {k}"] = run._replace(config=config, trainer=runs.make_trainer(config))
-    return {name: _scores(of, families, batches) for name, of in tqdm(compared.items(), desc="scoring", unit=" models")}
-
-
-def _scores(run: runs.Run, families: pipeline.Families, batches: list[pipeline.Batch]) -> dict:
-    scores = scoring.score_split(run.pretrained(), families, batches)
-    return {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
+    scored = {}
+    for name, of in tqdm(compared.items(), desc="scoring", unit=" models"):
+        scores = scoring.score_split(of.pretrained(), families, batches)
+        scored[name] = {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
+    return scored

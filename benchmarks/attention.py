@@ -1,7 +1,6 @@
 """Named problems of attention, and the methods that scripts/bench_attention.py compares on them.
 
-A method is made of a case and the name of an implementation. It is a function of q, k, v, lengths and dustbin scores
-that returns the output.
+A method, of a case and an implementation, is a function of q, k, v, lengths and dustbin scores that returns the output.
 """
 
 import dataclasses
@@ -9,7 +8,7 @@ import functools
 import importlib.util
 import statistics
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import harness
-from benchmarks.harness import Row
 from ot_attention import SinkhornSpec, sinkhorn_attention, sparse
 from ot_attention.backends.xla import Band
 
@@ -77,17 +75,12 @@ SERIES = {  # cases of growing length, of which slopes and a figure are made
 }
 
 
-# ---- methods ----
-
-
-def sinkhorn(case: Case, implementation: str, **changes) -> Callable:
+def sinkhorn(case: Case, implementation: Any, **changes) -> Callable:
     """Make Sinkhorn attention of one implementation."""
     spec = SinkhornSpec(band=case.band, dustbin=case.dustbin, epsilon=case.epsilon, **changes)
-
-    def attend(q, k, v, lengths, score):
-        return sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)[0]
-
-    return attend
+    return lambda q, k, v, lengths, score: sinkhorn_attention(
+        q, k, v, spec, lengths[0], lengths[1], score, implementation
+    )[0]
 
 
 def softmax(case: Case, head_by_head: bool) -> Callable:
@@ -125,21 +118,11 @@ def ott(case: Case, implicit: bool, lse_mode: bool = True) -> Callable:
     solver = sinkhorn.Sinkhorn(lse_mode=lse_mode, threshold=-1.0, implicit_diff=differentiation, **steps)
 
     def one_head(q, k, v):
-        cost = -(k @ q.T) / q.shape[-1] ** 0.5
+        cost = geometry.Geometry(-(k @ q.T) / q.shape[-1] ** 0.5, epsilon=case.epsilon)
         marginals = jnp.ones(len(k), q.dtype), jnp.ones(len(q), q.dtype)
-        return (
-            solver(linear_problem.LinearProblem(geometry.Geometry(cost, epsilon=case.epsilon), *marginals)).matrix.T @ v
-        )
+        return solver(linear_problem.LinearProblem(cost, *marginals)).matrix.T @ v
 
-    def attend(q, k, v, lengths, score):
-        return jax.vmap(jax.vmap(one_head, 1, 1))(q, k, v)
-
-    return attend
-
-
-def dense_softmax(q, k, v, lengths, score):
-    """Compute softmax attention at full support."""
-    return sparse.softmax_attention(q, k, v, causal=False, lengths=lengths[0])
+    return lambda q, k, v, lengths, score: jax.vmap(jax.vmap(one_head, 1, 1))(q, k, v)
 
 
 def sparse_sinkhorn(**changes) -> Callable:
@@ -148,8 +131,7 @@ def sparse_sinkhorn(**changes) -> Callable:
 
     def attend(q, k, v, lengths, score):
         batch, length, heads, width = q.shape
-        places, _ = sparse.pooled(q.reshape(batch, length, -1), spec, lengths[0])
-        _, blocks = sparse.pooled(k.reshape(batch, length, -1), spec, lengths[0])
+        (places, _), (_, blocks) = (sparse.pooled(x.reshape(batch, length, -1), spec, lengths[0]) for x in (q, k))
         places, blocks = (x.reshape(batch, -1, heads, width) / spec.block for x in (places, blocks))
         scores = jnp.einsum("bihd,bjhd->bhij", places, blocks)
         return sparse.sparse_sinkhorn_attention(q, k, v, scores, spec, lengths[0])
@@ -158,13 +140,14 @@ def sparse_sinkhorn(**changes) -> Callable:
 
 
 _NEWTON: dict = {"base_steps": 10, "solver": "newton"}
+_DENSE = functools.partial(sparse.softmax_attention, causal=False)
 METHODS: dict[str, Callable[[Case, str], Callable]] = {
     "softmax": lambda case, _: softmax(case, head_by_head=False),
     "softmax head by head": lambda case, _: softmax(case, head_by_head=True),
     "tail": sinkhorn,
     "newton, tail": functools.partial(sinkhorn, **_NEWTON),
     "newton, implicit": functools.partial(sinkhorn, gradient="implicit", **_NEWTON),
-    "softmax, dense": lambda *_: dense_softmax,
+    "softmax, dense": lambda *_: lambda q, k, v, lengths, score: _DENSE(q, k, v, lengths=lengths[0]),
     "sparse sinkhorn": lambda *_: sparse_sinkhorn(),
     "sparse sinkhorn, sortcut": lambda *_: sparse_sinkhorn(sortcut=2),
     "dense unrolled": lambda case, _: sinkhorn(case, "reference", gradient="unrolled"),
@@ -186,55 +169,37 @@ def parts(attend: Callable) -> dict[str, Callable]:
     return {"forward": lambda *given: attend(*given[:-1]), "forward_backward": forward_backward}
 
 
-# ---- errors, against float64 ----
+_CONVERGED: dict = {"base_steps": 20, "solver": "newton", "newton_steps": 8, "cg_steps": 60, "gradient": "implicit"}
 
 
 @functools.lru_cache(maxsize=4)
-def exact(method: str, case: Case) -> tuple:
-    """Compute output and gradients of a method in float64, dense where that fits into memory."""
-    cells = case.batch * case.heads * case.length**2
-    return _in_float64(METHODS[method](case, "reference" if cells <= _MOST_ORACLE_CELLS else "xla"), case)
-
-
-@functools.lru_cache(maxsize=1)
-def converged(case: Case) -> tuple:
-    """Compute output and gradients at Sinkhorn's fixed point in float64."""
-    spec = {"base_steps": 20, "solver": "newton", "newton_steps": 8, "cg_steps": 60, "gradient": "implicit"}
-    return _in_float64(sinkhorn(case, "xla", **spec), case)
-
-
-def _in_float64(attend: Callable, case: Case) -> tuple:
+def exact(method: str | None, case: Case) -> tuple:
+    """Compute output and gradients in float64, dense where that fits into memory; None: at Sinkhorn's fixed point."""
+    dense = case.batch * case.heads * case.length**2 <= _MOST_ORACLE_CELLS
+    at_fixed_point = functools.partial(sinkhorn, implementation="xla", **_CONVERGED)
+    attend = METHODS[method](case, "reference" if dense else "xla") if method else at_fixed_point(case)
     with jax.enable_x64(True):
         return jax.jit(parts(attend)["forward_backward"])(*case.arguments("float64"))
 
 
 def errors(method: str, case: Case, actual: tuple) -> dict[str, float]:
-    """Compute relative errors of output and gradients, and the gradient's distance to the fixed point's gradient.
-
-    Args:
-      method: Name of the method.
-      case: The problem.
-      actual: Output and gradients of q, k and v in float32.
-    """
+    """Compute relative errors of output and gradients, and the gradient's distance to the fixed point's gradient."""
     expected = exact(_SAME_AS.get(method, method), case)
     with jax.enable_x64(True):
         off = [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(actual, expected, strict=True)]
         found = {"out": off[0], "gradient": max(off[1:])}
         if not method.startswith(("softmax", "sparse")):
-            pairs = zip(actual[1:3], converged(case)[1:3], strict=True)
+            pairs = zip(actual[1:3], exact(None, case)[1:3], strict=True)
             found["gradient_to_converged"] = max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
     return found
 
 
-# ---- measuring ----
-
-
-def measure(name: str, case: Case, implementation: str, rounds: int) -> list[Row]:
+def measure(name: str, case: Case, implementation: str, rounds: int) -> list[harness.Row]:
     """Measure error, compile time, memory and time of every method of a case; ott-jax only where it is installed."""
     arguments, rows, calls = case.arguments(), {}, {}
     methods = [method for method in case.methods if HAS_OTT or not method.startswith("ott")]
     for method in tqdm(methods, desc=name, unit=" methods"):
-        row: Row = {}
+        row: harness.Row = {}
         for part, function in parts(METHODS[method](case, implementation)).items():
             program, facts = harness.compile_program(function, *arguments)
             row |= {f"{part}_{fact}": value for fact, value in facts.items()}

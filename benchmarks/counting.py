@@ -12,7 +12,7 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,6 @@ class Operations:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
     def passes(self) -> list[int]:
-        """List the numbers of bfloat16 passes among the products."""
         return sorted({matmul.passes for matmul in self.matmuls})
 
     def flops(self, side: int = 1) -> int | float:
@@ -89,17 +88,10 @@ def count(function: Callable, *arguments: Any) -> Parts:
 
     Parts are "forward", "backward" (what `jax.grad` added), "update" (the rest, with the arguments and results of the
     whole function as its memory traffic), and one for each Pallas kernel by name. Elementwise operations are taken to
-    be fused: only matrix products, reductions, gathers and kernels move bytes.
-
-    Args:
-      function: A function of arrays.
-      *arguments: Shapes, or values that may steer loops.
-
-    Raises:
-      ValueError: A loop does not end, as far as is known here.
+    be fused: only matrix products, reductions, gathers and kernels move bytes. Arguments are shapes, or values that may
+    steer loops. Raises ValueError if a loop does not end, as far as is known here.
     """
-    closed = jax.make_jaxpr(function)(*arguments)
-    counter = _Counter()
+    closed, counter = jax.make_jaxpr(function)(*arguments), _Counter()
     known = [x if isinstance(x, (np.ndarray, np.generic)) else None for x in jax.tree.leaves(arguments)]
     counter.run(closed, known, "update", 1, kernel=False)
     counter.parts["update"].hbm += sum(map(_bytes, (*closed.jaxpr.invars, *closed.jaxpr.outvars)))
@@ -115,7 +107,7 @@ class _Counter:
 
     def run(self, body: core.ClosedJaxpr | core.Jaxpr, values: Sequence, part: str, times: int, kernel: bool) -> list:
         """Run a body once in place of `times` runs; return the values of its results."""
-        jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
+        jaxpr, consts = _open(body), getattr(body, "consts", ())
         environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
 
         def read(variable):
@@ -145,17 +137,18 @@ class _Counter:
             return self.run(parameters["branches"][branch], values[1:], part, times, kernel)
         elif name == "shard_map":
             body, devices = parameters["jaxpr"], math.prod(parameters["mesh"].shape.values())
-            first = [_first_part(*x) for x in zip(values, body.invars, strict=True)]
-            results = self.run(body, first, part, times * devices, kernel)
-            return [_all_parts(*x) for x in zip(results, equation.outvars, strict=True)]
-        elif not name.startswith("scatter") and (bodies := list(_bodies(equation))):
+            results = self.run(body, [*map(_resized, values, body.invars)], part, times * devices, kernel)
+            return [*map(_resized, results, equation.outvars)]
+        elif not name.startswith("scatter") and (bodies := _bodies(equation)):
             for body in bodies:
                 inputs = len(_open(body).invars)
                 given = values if inputs == len(values) else [None] * inputs
                 results = self.run(body, given, part, times, kernel)
             return results if len(results) == len(unknown) else unknown
         else:
-            self.parts[part].add(self._cost(equation, kernel), times)
+            if id(equation) not in self._costs:
+                self._costs[id(equation)] = _cost(equation, kernel)
+            self.parts[part].add(self._costs[id(equation)], times)
             return _value(equation, values, kernel) or unknown
         return unknown
 
@@ -163,10 +156,9 @@ class _Counter:
         parameters, grid = equation.params, equation.params["grid_mapping"]
         name = str(getattr(parameters.get("name_and_src_info"), "name", parameters.get("name")))
         self.parts[name].hbm += times * sum(map(_bytes, (*equation.invars, *equation.outvars)))
-        body = parameters["jaxpr"]
         known = values[: grid.num_index_operands]
-        known += [None] * (len(body.invars) - len(known))
-        self.run(body, known, name, times * math.prod(grid.grid), kernel=True)
+        known += [None] * (len(parameters["jaxpr"].invars) - len(known))
+        self.run(parameters["jaxpr"], known, name, times * math.prod(grid.grid), kernel=True)
 
     def _while(self, parameters: dict, values: list, part: str, times: int, kernel: bool) -> list:
         of_condition, of_body = parameters["cond_nconsts"], parameters["body_nconsts"]
@@ -176,31 +168,22 @@ class _Counter:
             if not self.run(parameters["cond_jaxpr"], [*condition, *carry], part, times, kernel)[0]:
                 return carry
             carry = self.run(parameters["body_jaxpr"], [*body, *carry], part, times, kernel)
-        raise ValueError(
-            f"a loop does not end within {_MOST_STEPS} steps as far as is known here: its bound must follow from "
-            f"arguments that are values, {parameters['cond_jaxpr']}"
-        )
+        told = f"a loop does not end within {_MOST_STEPS} steps as far as is known here: its bound must follow from"
+        raise ValueError(f"{told} arguments that are values, {parameters['cond_jaxpr']}")
 
     def _scan(self, equation: core.JaxprEqn, values: list, part: str, times: int, kernel: bool) -> list:
         """Return the last carries. Scanned inputs and stacked outputs have one axis more outside than inside."""
-        parameters, body = equation.params, _open(equation.params["jaxpr"])
-        length = parameters["length"]
-        pairs = (equation.invars, body.invars), (equation.outvars, body.outvars)
+        body, length = equation.params["jaxpr"], equation.params["length"]
+        pairs = (equation.invars, _open(body).invars), (equation.outvars, _open(body).outvars)
         scanned, stacked = (sum(_shape(x) != _shape(y) for x, y in zip(*of, strict=True)) for of in pairs)
         end = len(values) - scanned
-        constants = end - (len(body.outvars) - stacked)
+        constants = end - (len(equation.outvars) - stacked)
         carry = values[constants:end]
         first = [x if x is None else x[0] for x in values[end:]]
         steps, each = (length, times) if any(x is not None for x in carry) else (1, times * length)
         for _ in range(steps):
-            results = self.run(parameters["jaxpr"], [*values[:constants], *carry, *first], part, each, kernel)
-            carry = results[: len(carry)]
+            carry = self.run(body, [*values[:constants], *carry, *first], part, each, kernel)[: len(carry)]
         return carry
-
-    def _cost(self, equation: core.JaxprEqn, kernel: bool) -> Operations:
-        if id(equation) not in self._costs:
-            self._costs[id(equation)] = _cost(equation, kernel)
-        return self._costs[id(equation)]
 
 
 def _cost(equation: core.JaxprEqn, kernel: bool) -> Operations:
@@ -212,33 +195,24 @@ def _cost(equation: core.JaxprEqn, kernel: bool) -> Operations:
         return Operations(transcendental=size)
     traffic = 0 if kernel else sum(map(_bytes, (*equation.invars, *equation.outvars)))
     if name in ("dot_general", "conv_general_dilated"):
-        matmul = _dot(equation) if name == "dot_general" else _convolution(equation)
-        return Operations(collections.Counter([matmul]), hbm=traffic)
+        return Operations(collections.Counter([_matmul(equation)]), hbm=traffic)
     if name.startswith(_REDUCTIONS):
         return Operations(vector=max(_size(x) for x in (*equation.invars, *equation.outvars)), hbm=traffic)
     return Operations(vector=size)
 
 
-def _dot(equation: core.JaxprEqn) -> Matmul:
-    (contract, _), (batch, _) = equation.params["dimension_numbers"]
+def _matmul(equation: core.JaxprEqn) -> Matmul:
+    """Return a product, of a convolution that of patches with the kernel; products with padding count too."""
     x, y = map(_shape, equation.invars)
+    precision = str(equation.params["precision"]) if _dtype(equation.invars[0]).itemsize >= 4 else ""
+    passes = next((passes for name, passes in _PASSES.items() if name in precision), 1)
+    if equation.primitive.name == "conv_general_dilated":
+        outputs = y[equation.params["dimension_numbers"].rhs_spec[0]]
+        return Matmul(1, _size(equation.outvars[0]) // outputs, math.prod(y) // outputs, outputs, passes)
+    (contract, _), (batch, _) = equation.params["dimension_numbers"]
     k, batches = (math.prod(x[i] for i in axes) for axes in (contract, batch))
     m, n = (math.prod(shape) // (k * batches) for shape in (x, y))
-    return Matmul(batches, m, k, n, _passes(equation))
-
-
-def _convolution(equation: core.JaxprEqn) -> Matmul:
-    """Return the product of patches with the kernel; products with padding count too."""
-    kernel = _shape(equation.invars[1])
-    outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    return Matmul(1, _size(equation.outvars[0]) // outputs, math.prod(kernel) // outputs, outputs, _passes(equation))
-
-
-def _passes(equation: core.JaxprEqn) -> int:
-    if _dtype(equation.invars[0]).itemsize < 4:
-        return 1
-    found = re.search(r"HIGHEST|HIGH", str(equation.params["precision"]))
-    return _PASSES[found.group()] if found else 1
+    return Matmul(batches, m, k, n, passes)
 
 
 def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
@@ -262,35 +236,26 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
     if name == "broadcast_in_dim":
         new_axes = set(range(len(shape))) - set(parameters["broadcast_dimensions"])
         return [np.broadcast_to(np.expand_dims(values[0], tuple(new_axes)), shape)]
-    results = equation.primitive.bind(*values, **parameters)
-    return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
+    return [*map(np.asarray, jax.tree.leaves(equation.primitive.bind(*values, **parameters)))]
 
 
-def _first_part(value, variable):
-    """Return the first device's part of a value; all examples are alike."""
-    return None if value is None else np.asarray(value)[tuple(slice(n) for n in _shape(variable))]
-
-
-def _all_parts(value, variable):
-    """Return the value over all devices, given the first device's part."""
-    if value is None:
-        return None
-    return np.tile(value, [n // of_one for n, of_one in zip(_shape(variable), np.shape(value), strict=True)])
+def _resized(value, variable):
+    """Return the first device's part of a value, or what its parts on all devices are together; all are alike."""
+    for axis, size in enumerate(() if value is None else _shape(variable)):
+        value = np.take(value, np.arange(size), axis, mode="wrap")
+    return value
 
 
 def _part(equation: core.JaxprEqn, outer: str) -> str:
     """Name the part of an equation by the transformations that made it; a body's names are relative to its holder."""
     stack = str(equation.source_info.name_stack)
-    if outer == "backward" or "transpose(" in stack:
-        return "backward"
-    return "forward" if "jvp(" in stack else outer
+    backward = outer == "backward" or "transpose(" in stack
+    return "backward" if backward else "forward" if "jvp(" in stack else outer
 
 
-def _bodies(equation: core.JaxprEqn) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:
-    for value in equation.params.values():
-        for body in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(body, (core.ClosedJaxpr, core.Jaxpr)):
-                yield body
+def _bodies(equation: core.JaxprEqn) -> list[core.ClosedJaxpr | core.Jaxpr]:
+    parameters = jax.tree.leaves([*equation.params.values()])
+    return [x for x in parameters if isinstance(x, (core.ClosedJaxpr, core.Jaxpr))]
 
 
 def _open(body: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
@@ -306,8 +271,7 @@ def _size(variable) -> int:
 
 
 def _dtype(variable) -> Any:
-    """Return the dtype, or None for semaphores and the like."""
-    return getattr(variable.aval, "dtype", None)
+    return getattr(variable.aval, "dtype", None)  # semaphores and the like have none
 
 
 def _shape(variable) -> tuple[int, ...]:

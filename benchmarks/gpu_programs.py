@@ -19,13 +19,8 @@ from benchmarks.harness import Row
 ROOT = Path(__file__).resolve().parent.parent
 # Changes of a configuration with which it trains in seconds on a CPU.
 _TINY_MODEL = {"width": 16, "depth": 1, "heads": 2, "attention_every": 0, "plan_width": 8, "value_width": 8}
-TINY = {f"model.{key}": value for key, value in _TINY_MODEL.items()} | {
-    "attention.base_steps": 3,
-    "attention.band": 16,
-    "data.buckets": (64,),
-    "batch_size": 2,
-    "total_steps": 2,
-}
+TINY: Row = {f"model.{key}": value for key, value in _TINY_MODEL.items()} | {"batch_size": 2, "total_steps": 2}
+TINY |= {"attention.base_steps": 3, "attention.band": 16, "data.buckets": (64,)}
 
 
 class Settings(NamedTuple):
@@ -49,25 +44,17 @@ def nvidia_smi(*options: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-# ---- alignments ----
-
 _SOME_PAIRS, _MOST_PAIRS = 2048, 100_000
-_LEAST_RATE = 2500  # pairs a second, so that the run ends in time
-_START = 10  # seconds of a command, before its first pair
+_LEAST_RATE, _START = 2500, 10  # pairs a second, so that the run ends in time; seconds before the first pair
 
 
 def alignments(settings: Settings) -> Iterator[Row]:
-    """Measure pairs a second of scripts/align.py, over the whole command.
-
-    First some pairs with compilation; then, with programs that are kept, as many as there should be time for.
-    """
+    """Measure pairs a second of the command align.py: with compilation, then as many as there should be time for."""
     deadline = time.perf_counter() + 0.9 * settings.seconds
-    first = _aligned(2 if settings.tiny else _SOME_PAIRS, "with compilation", settings)
-    yield first
-    if settings.tiny or "failed" in first:
-        return
+    yield (first := _aligned(2 if settings.tiny else _SOME_PAIRS, "with compilation", settings))
     left = deadline - time.perf_counter() - _START
-    if (number := int(min(_MOST_PAIRS, _LEAST_RATE * left))) > _SOME_PAIRS:
+    number = int(min(_MOST_PAIRS, _LEAST_RATE * left))
+    if number > _SOME_PAIRS and not settings.tiny and "failed" not in first:
         yield _aligned(number, "compiled before", settings)
 
 
@@ -90,12 +77,8 @@ def write_pairs(path: Path, number: int, length: int) -> None:
     """Write random pairs of proteins in the format of align.py --pairs."""
     letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)
     residues = letters[np.random.default_rng(number).integers(0, len(letters), (number, 2, length))]
-    with path.open("w") as file:
-        for n, (x, y) in enumerate(residues):
-            file.write(f"{n}\t{x.tobytes().decode()}\t{y.tobytes().decode()}\n")
-
-
-# ---- a run of training ----
+    pairs = (f"{n}\t{x.tobytes().decode()}\t{y.tobytes().decode()}\n" for n, (x, y) in enumerate(residues))
+    path.write_text("".join(pairs))
 
 
 def training_run(settings: Settings) -> Iterator[Row]:
@@ -103,17 +86,19 @@ def training_run(settings: Settings) -> Iterator[Row]:
     workdir, name = settings.work / "run", settings.config.stem
     shutil.rmtree(workdir, ignore_errors=True)
     flags = {"data.dir": settings.data, "log.wandb": "disabled", "log.eval_every": 0}
-    flags |= TINY if settings.tiny else {}
-    flags |= dict(override.split("=", 1) for override in settings.overrides)
-    command = [sys.executable, ROOT / "train.py", f"--config={settings.config}", f"--workdir={workdir}"]
+    flags |= (TINY if settings.tiny else {}) | dict(override.split("=", 1) for override in settings.overrides)
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={settings.config}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     margin = min(50.0, settings.seconds / 3)  # to save, and to export
     status, errors = stop_softly(process, settings.seconds - margin, 0.5 * margin)
     row: Row = {"config": name, "status": status, "stopped": status == 75}
-    if (workdir / "metrics.jsonl").exists():
-        shutil.copy(workdir / "metrics.jsonl", settings.output)
-        row |= _course(workdir / "metrics.jsonl")
+    if (metrics := workdir / "metrics.jsonl").exists():
+        shutil.copy(metrics, settings.output)
+        if rows := [line for line in harness.read_rows(metrics) if "loss" in line]:
+            speed = statistics.median(line["examples_per_second"] for line in rows[-10:])
+            row |= {"steps": rows[-1]["step"], "examples_per_second": speed}
+            row |= {"first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
     if status not in (0, 75):
         row["failed"] = f"train.py ended with {status}: {_last_line(errors)}"
     yield row
@@ -125,25 +110,14 @@ def training_run(settings: Settings) -> Iterator[Row]:
 
 def stop_softly(process: subprocess.Popen, seconds: float, patience: float) -> tuple[int, str]:
     """Send SIGTERM after some seconds, and SIGKILL if that is not heeded; return the exit status and stderr."""
-    for limit, number in (seconds, signal.SIGTERM), (patience, signal.SIGKILL):
+    for limit, number in (seconds, signal.SIGTERM), (patience, signal.SIGKILL), (None, 0):
         try:
             _, errors = process.communicate(timeout=limit)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(number)
-    else:
-        _, errors = process.communicate()
     sys.stderr.write(errors or "")
     return process.returncode, errors or ""
-
-
-def _course(metrics: Path) -> Row:
-    rows = [row for row in harness.read_rows(metrics) if "loss" in row]
-    if not rows:
-        return {}
-    speed = statistics.median(row["examples_per_second"] for row in rows[-10:])
-    course = {"steps": rows[-1]["step"], "examples_per_second": speed}
-    return course | {"first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
 
 
 def run_script(script: str, *arguments: str) -> str | None:

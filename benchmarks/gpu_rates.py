@@ -15,10 +15,9 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import attention, harness
@@ -55,28 +54,23 @@ class Entry(NamedTuple):
         number = max(1, self.residues // self.length)
         return Case(number, self.heads, self.length, self.band, width=self.width)
 
+    def oracle(self) -> "Entry":
+        return self._replace(method="softmax, xla" if self.is_softmax else "xla", dtype="float64")
+
     def few(self) -> Case:
         """Return the part of the case that is checked: one example, at most two heads."""
         return dataclasses.replace(self.case(), batch=1, heads=min(self.heads, _FEW_HEADS))
 
 
-def softmax(case: Case, implementation: str) -> Callable:
-    """Make dense softmax attention."""
-
-    def attend(q, k, v, lengths, score):
-        # cuDNN has no float64, which only the check of numbers asks for.
-        chosen = "xla" if q.dtype == jnp.float64 else implementation
-        return jax.nn.dot_product_attention(q, k, v, implementation=chosen)
-
-    return attend
+def method(name: str, case: Case) -> Callable:
+    """Make a method, as those of benchmarks/attention.py are; softmax is dense."""
+    if not name.startswith("softmax"):
+        return attention.sinkhorn(case, name)
+    implementation: Any = name.removeprefix("softmax, ")
+    return lambda q, k, v, lengths, score: jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
-METHODS: dict[str, Callable[[Case], Callable]] = {  # as in benchmarks/attention.py
-    "pallas_gpu": functools.partial(attention.sinkhorn, implementation="pallas_gpu"),
-    "xla": functools.partial(attention.sinkhorn, implementation="xla"),
-    "softmax, cudnn": functools.partial(softmax, implementation="cudnn"),
-    "softmax, xla": functools.partial(softmax, implementation="xla"),
-}
+METHODS = "pallas_gpu", "xla", "softmax, cudnn", "softmax, xla"
 # The most informative first: what is not reached in time is lost. xla is slow and softmax, cudnn has no float32.
 PLAN = [
     *(Entry(length, band) for length in (1024, 4096) for band in (64, None, 256)),
@@ -84,53 +78,35 @@ PLAN = [
     *(Entry(1024, band, "xla") for band in (64, None)),
     *(Entry(1024, 64, method, "float32") for method in ("pallas_gpu", "xla")),
     Entry(4096, None, dtype="float32"),
-    *(
-        Entry(length, band)
-        for length, band in ((8192, None), (512, 64), (512, None), (8192, 64), (2048, 64), (2048, None))
-    ),
+    *itertools.starmap(Entry, ((8192, None), (512, 64), (512, None), (8192, 64), (2048, 64), (2048, None))),
     Entry(8192, None, dtype="float32"),
     *(Entry(length, 256) for length in (512, 2048, 8192)),
     *(Entry(length, None, "softmax, cudnn") for length in (512, 2048, 8192)),
 ]
 
 
-def product(lengths: list[int], bands: list[int | None], methods: list[str], dtypes: list[str]) -> list[Entry]:
-    """List the entries of every combination; dense softmax has no band."""
-    entries = itertools.starmap(Entry, itertools.product(lengths, bands, methods, dtypes))
-    return [entry for entry in entries if entry.band is None or not entry.is_softmax]
-
-
 def measured(plan: Sequence[Entry]) -> Iterator[Row]:
     """Yield one row for each entry of the plan, then the rows of flash-sinkhorn if it is installed."""
     for start in range(0, len(plan), _WAVE):
-        yield from _measured_wave(plan[start : start + _WAVE])
+        wave = plan[start : start + _WAVE]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            oracles = {of: pool.submit(_oracle, of) for of in dict.fromkeys(map(Entry.oracle, wave))}
+            programs = {of: [pool.submit(_program, of.case(), of, part) for part in _PARTS] for of in wave}
+        for entry in wave:
+            yield _row(entry, measure, programs[entry], oracles[entry.oracle()])
     if importlib.util.find_spec("flash_sinkhorn"):
         for length in _FLASH_LENGTHS:
-            entry = Entry(length, None, "flash-sinkhorn", "float32")
-            yield _about(entry) | harness.or_failure(functools.partial(measure_flash_sinkhorn, entry))
+            yield _row(Entry(length, None, "flash-sinkhorn", "float32"), measure_flash_sinkhorn)
 
 
-def _measured_wave(wave: Sequence[Entry]) -> Iterator[Row]:
-    """Compile the programs of some entries in threads; then time them one by one."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        oracles = {of: pool.submit(_oracle, of) for of in dict.fromkeys(map(_oracle_of, wave))}
-        programs = {of: [pool.submit(_program, of.case(), of, part) for part in _PARTS] for of in wave}
-    for entry in wave:
-        run = functools.partial(measure, entry, programs[entry], oracles[_oracle_of(entry)])
-        yield _about(entry) | harness.or_failure(run)
-
-
-def _about(entry: Entry) -> Row:
-    return entry._asdict() | {"batch": entry.case().batch} | harness.machine()
+def _row(entry: Entry, measure: Callable, *built: Any) -> Row:
+    about = entry._asdict() | {"batch": entry.case().batch} | harness.machine()
+    return about | harness.or_failure(functools.partial(measure, entry, *built))
 
 
 def _program(case: Case, entry: Entry, part: str) -> tuple[Callable, Row]:
     shapes = jax.eval_shape(functools.partial(case.arguments, entry.dtype))
-    return harness.compile_program(attention.parts(METHODS[entry.method](case))[part], *shapes)
-
-
-def _oracle_of(entry: Entry) -> Entry:
-    return entry._replace(method="softmax, xla" if entry.is_softmax else "xla", dtype="float64")
+    return harness.compile_program(attention.parts(method(entry.method, case))[part], *shapes)
 
 
 def _oracle(entry: Entry) -> Callable:
@@ -138,30 +114,21 @@ def _oracle(entry: Entry) -> Callable:
         return _program(entry.few(), entry, "forward_backward")[0]
 
 
-# ---- measuring ----
-
-
 def measure(entry: Entry, programs: list[Future], oracle: Future) -> Row:
-    """Measure the error, then milliseconds and rates of the forward pass, and of forward and backward.
-
-    Futures: `programs` of the program and its facts for each part, `oracle` of the program in float64.
-    """
-    case = entry.case()
-    runs: dict[str, Callable] = {}
-    found: Row = {}
-    for part, program in zip(_PARTS, programs, strict=True):
-        runs[part], facts = program.result()
-        found |= {f"{part}_{fact}": value for fact, value in facts.items()}
+    """Measure the error, then milliseconds and rates of the forward pass, and of forward and backward."""
+    case, built = entry.case(), {part: program.result() for part, program in zip(_PARTS, programs, strict=True)}
+    runs = {part: run for part, (run, _) in built.items()}
+    found: Row = {f"{part}_{fact}": value for part, (_, facts) in built.items() for fact, value in facts.items()}
     sets = [case.arguments(entry.dtype, seed) for seed in range(_SETS)]
     found["error"] = error(runs["forward_backward"], oracle.result(), sets[0])
     if not found["error"] < TOLERANCE[entry.dtype]:
         return found | {"failed": f"error {found['error']:.1e} is not below {TOLERANCE[entry.dtype]:.1e}; not timed"}
-    times = {part: clock(run, sets, entry.seconds) for part, run in runs.items()}
-    for part, seconds in times.items():
+    for part, run in runs.items():
+        seconds = clock(run, sets, entry.seconds)
         found |= {f"{part}_ms": 1e3 * statistics.median(seconds), f"{part}_fastest_ms": 1e3 * min(seconds)}
         found[f"{part}_calls"] = len(seconds)
     cells = dataclasses.replace(case, band=None if entry.is_softmax else case.band).cells()
-    return found | rates(statistics.median(times["forward"]), cells, 1 if entry.is_softmax else 2 * STEPS)
+    return found | rates(found["forward_ms"] / 1e3, cells, 1 if entry.is_softmax else 2 * STEPS)
 
 
 def error(run: Callable, oracle: Callable, given: tuple) -> float:
@@ -183,25 +150,17 @@ def clock(run: Callable, sets: Sequence[tuple], seconds: float) -> list[float]:
 
 
 def rates(seconds: float, cells: int, passes: int) -> dict[str, float]:
-    """Compute picoseconds a cell, for one pass and for one full step (row and column), and cells a second.
-
-    Args:
-      seconds: Time of a forward pass.
-      cells: Scores in the support of all heads.
-      passes: Half-iterations of a Sinkhorn method; 1 for softmax, which has no steps.
-    """
+    """Compute picoseconds a cell for a pass (half-iteration) and for a step of two; softmax has one pass, no steps."""
     each = 1e12 * seconds / (cells * passes)
     steps = {"ps_a_cell_and_step": 2 * each} if passes > 1 else {}
     return {"ps_a_cell_and_half_iteration": each, "Tcell_a_second": 1 / each} | steps
 
 
 def measure_flash_sinkhorn(entry: Entry) -> Row:
-    """Time flash-sinkhorn for the same number of alternating steps at full support, with its default TF32 products.
-
-    Its cost is the squared distance. With `eps = 2 sqrt(d)` the norms go into the potentials, and plans are ours.
-    """
+    """Time flash-sinkhorn for the same number of alternating steps at full support, with its default TF32 products."""
+    # Its cost is the squared distance. With `eps = 2 sqrt(d)` the norms go into the potentials, and plans are ours.
     import torch
-    from flash_sinkhorn.sinkhorn_solvers import sinkhorn_flashstyle_alternating
+    from flash_sinkhorn.sinkhorn_solvers import sinkhorn_flashstyle_alternating as solve
 
     few, length = entry.few(), entry.length
     q, k, *_ = few.arguments()
@@ -209,10 +168,7 @@ def measure_flash_sinkhorn(entry: Entry) -> Row:
     weights, eps = torch.full((length,), 1 / length, device="cuda"), 2 * math.sqrt(few.width)
 
     def potentials():
-        found = [
-            sinkhorn_flashstyle_alternating(*points, weights, weights, eps=eps, n_iters=STEPS)
-            for points in zip(x, y, strict=True)
-        ]
+        found = [solve(*points, weights, weights, eps=eps, n_iters=STEPS) for points in zip(x, y, strict=True)]
         torch.cuda.synchronize()
         return found
 
@@ -222,7 +178,7 @@ def measure_flash_sinkhorn(entry: Entry) -> Row:
     cost = norms[0][:, None] + norms[1] - 2 * points[0] @ points[1].T
     plan = np.exp((f[:, None] + g - cost) / eps) / length
     ours = np.asarray(transport_plan(q[:, :, :1], k[:, :, :1], SinkhornSpec(band=None))[0, 0])
-    found: Row = {"error": float(np.abs(plan - ours).max() / ours.max())}
+    found = {"error": float(np.abs(plan - ours).max() / ours.max())}
     if not found["error"] < 2e-2:  # TF32 products, and steps in the other order
         return found | {"failed": f"error {found['error']:.1e} is not below 2e-2; not timed"}
     median = statistics.median(clock(lambda: potentials() and None, [()], entry.seconds))

@@ -10,8 +10,8 @@ import importlib
 import importlib.metadata
 import itertools
 import os
+import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +25,10 @@ from benchmarks import gpu_rates, harness
 from benchmarks.gpu_programs import TINY, Settings, alignments, nvidia_smi, training_run
 from benchmarks.harness import Row
 
-# ---- what the machine can do ----
-
 
 def ceilings(settings: Settings) -> Iterator[Row]:
     """Describe the machine, then measure a large copy and a large bfloat16 product."""
-    versions = {"python": sys.version.split()[0]}
+    versions = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "numpy", "flax", "triton", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -38,9 +36,7 @@ def ceilings(settings: Settings) -> Iterator[Row]:
     yield {"what": "machine"} | harness.machine() | about
     side, words, calls = (64, 2**10, 2) if settings.tiny else (8192, 2**30, 10)
 
-    def seconds_of(function: Callable, sets: list[tuple]) -> float:
-        program = jax.jit(lambda *x: function(*x))
-
+    def seconds_of(program: Callable, sets: list[tuple]) -> float:
         def back_to_back(*given):  # launching all but the first is hidden
             for _ in range(calls):
                 out = program(*given)  # not kept: large arrays would pile up
@@ -49,32 +45,25 @@ def ceilings(settings: Settings) -> Iterator[Row]:
         return statistics.median(gpu_rates.clock(back_to_back, sets, 1.0)) / calls
 
     keys = jax.random.split(jax.random.key(0), 5)
-    seconds = seconds_of(jnp.copy, [(jax.random.normal(key, (words,), jnp.float32),) for key in keys[:2]])
+    sets: list[tuple] = [(jax.random.normal(key, (words,), jnp.float32),) for key in keys[:2]]
+    seconds = seconds_of(jax.jit(lambda x: jnp.copy(x)), sets)
     yield {"what": "copy", "bytes": 8 * words, "GB_a_second": 8e-9 * words / seconds}  # read and written
     sets = [tuple(jax.random.normal(key, (2, side, side), jnp.bfloat16)) for key in keys[2:]]
-    seconds = seconds_of(jnp.matmul, sets)
+    seconds = seconds_of(jax.jit(lambda x, y: x @ y), sets)
     yield {"what": "bfloat16 product", "side": side, "TFLOP_a_second": 2e-12 * side**3 / seconds}
 
-
-# ---- numbers ----
 
 # Case of tests/support/conformance.py, dustbin, settings, dtype. Between them: steps in one sweep, every product,
 # every dustbin, band and full support, empty rows and problems, ragged lengths, scores that leave the range of exp,
 # Newton steps and implicit gradients. Their heads are narrow: wide ones are interpreted in tests/test_gpu.py.
 CONFORMANCE = [
-    ("square", "full", "plain", "bfloat16"),
-    ("square", "none", "plain", "float32"),
-    ("blocks", "full", "plain", "bfloat16"),
-    ("full support", "full", "converging", "bfloat16"),
-    ("sharp", "full", "plain", "float32"),
-    ("blocks, x longer", "unit", "plain", "float32"),
-    ("blocks, y longer", "full", "converging", "float32"),
-    ("wide blocks", "none", "plain", "bfloat16"),
-    ("ragged", "unit", "converging", "bfloat16"),
-    ("full support", "none", "plain", "float32"),
-    ("empty problem", "none", "plain", "bfloat16"),
-    ("empty rows", "full", "plain", "float32"),
-]
+    ("square", "full", "plain", "bfloat16"), ("square", "none", "plain", "float32"),
+    ("blocks", "full", "plain", "bfloat16"), ("full support", "full", "converging", "bfloat16"),
+    ("sharp", "full", "plain", "float32"), ("blocks, x longer", "unit", "plain", "float32"),
+    ("blocks, y longer", "full", "converging", "float32"), ("wide blocks", "none", "plain", "bfloat16"),
+    ("ragged", "unit", "converging", "bfloat16"), ("full support", "none", "plain", "float32"),
+    ("empty problem", "none", "plain", "bfloat16"), ("empty rows", "full", "plain", "float32"),
+]  # fmt: skip
 
 
 def conformance(settings: Settings) -> Iterator[Row]:
@@ -99,17 +88,11 @@ def conformance(settings: Settings) -> Iterator[Row]:
         yield dict(zip(("case", "dustbin", "settings", "dtype"), about, strict=True)) | row
 
 
-# ---- rates of attention ----
-
-
 def rates(settings: Settings) -> Iterator[Row]:
     """Yield the rows of gpu_rates."""
     small = functools.partial(gpu_rates.Entry, 40, residues=40, heads=2, width=16, seconds=0.0)
     tiny = [small(8), small(None, "softmax, xla")]
-    yield from gpu_rates.measured(tiny if settings.tiny else settings.rates or gpu_rates.PLAN)
-
-
-# ---- training steps ----
+    return gpu_rates.measured(tiny if settings.tiny else settings.rates or gpu_rates.PLAN)
 
 
 class Step(NamedTuple):
@@ -121,13 +104,9 @@ class Step(NamedTuple):
     batch: int | None = None
 
 
-TRAINING = [
-    Step(config, dtype, implementation)
-    for dtype, config, implementation in itertools.product(
-        ("float32", "bfloat16"), ("r2_dustbin", "aligner"), ("pallas_gpu", "xla")
-    )
-] + [Step(config, "bfloat16", "pallas_gpu", 256) for config in ("r2_dustbin", "aligner")]
-_TRAINED_LENGTH = 192  # padded; real lengths are two thirds of it and more
+_CONFIGS, _BACKENDS = ("r2_dustbin", "aligner"), ("pallas_gpu", "xla")
+TRAINING = [Step(*of) for dtype in ("float32", "bfloat16") for of in itertools.product(_CONFIGS, [dtype], _BACKENDS)]
+TRAINING += [Step(config, "bfloat16", "pallas_gpu", 256) for config in _CONFIGS]
 _WAVE = 4  # programs that are compiled together, before any of them is timed
 _GROUP = 5  # steps between which the host does not wait, as in training
 
@@ -135,7 +114,7 @@ _GROUP = 5  # steps between which the host does not wait, as in training
 def training(settings: Settings) -> Iterator[Row]:
     """Measure examples a second of compiled updates on one batch that stays on the device."""
     plan = [Step("r2_dustbin", "float32", "pallas_gpu")] if settings.tiny else TRAINING
-    seconds, length = (0.0, 32) if settings.tiny else (1.0, _TRAINED_LENGTH)
+    seconds, length = (0.0, 32) if settings.tiny else (1.0, 192)  # padded; real lengths are two thirds of it and more
     with sampled_utilisation() as samples:
         for start in range(0, len(plan), _WAVE):
             wave = plan[start : start + _WAVE]
@@ -167,16 +146,11 @@ def _pairs(number: int, length: int) -> dict[str, np.ndarray]:
     from data import vocab
 
     rng = np.random.default_rng(0)
-    x_length, y_length = rng.integers(2 * length // 3, length + 1, (2, number)).astype(np.int32)
+    lengths = rng.integers(2 * length // 3, length + 1, (2, number)).astype(np.int32)
     i = np.arange(length, dtype=np.int32)
-    x, y = rng.integers(1, vocab.X, (2, number, length)).astype(np.int32)
-    return {
-        "x": np.where(i < x_length[:, None], x, vocab.PAD),
-        "y": np.where(i < y_length[:, None], y, vocab.PAD),
-        "x_length": x_length,
-        "y_length": y_length,
-        "target": np.where(i < np.minimum(x_length, y_length)[:, None], i, -1).astype(np.int32),
-    }
+    x, y = np.where(i < lengths[..., None], rng.integers(1, vocab.X, (2, number, length)), vocab.PAD).astype(np.int32)
+    target = np.where(i < lengths.min(0)[:, None], i, -1)
+    return {"x": x, "y": y, "x_length": lengths[0], "y_length": lengths[1], "target": target}
 
 
 def _timed_steps(program: Row, seconds: float, samples: list[tuple[float, float]]) -> Row:
@@ -203,12 +177,10 @@ def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
     """Fill a list with times and the GPU's utilisation in percent; without nvidia-smi it stays empty."""
     samples: list[tuple[float, float]] = []
     over = threading.Event()
+    query = "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"
 
     def sample() -> None:
-        while not over.wait(0.2):
-            percent = nvidia_smi("--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0")
-            if percent is None:
-                return
+        while not over.wait(0.2) and (percent := nvidia_smi(*query)) is not None:
             with contextlib.suppress(ValueError):  # "[N/A]"
                 samples.append((time.perf_counter(), float(percent)))
 
@@ -221,22 +193,17 @@ def sampled_utilisation() -> Iterator[list[tuple[float, float]]]:
         thread.join()
 
 
-# ---- all stages ----
-
-
 class Stage(NamedTuple):
-    """A stage: its generator of rows, its share of 12 minutes in seconds, and the columns of its table."""
+    """A stage."""
 
     run: Callable[[Settings], Iterator[Row]]
-    share: float
-    columns: str
+    share: float  # of 12 minutes, in seconds
+    columns: str  # of its table
     on_device: bool = True  # JAX runs in the stage's own process
 
 
-_RATES = (
-    "length band method dtype error forward_ms forward_backward_ms ps_a_cell_and_half_iteration ps_a_cell_and_step "
-    "Tcell_a_second forward_compile_s forward_backward_compile_s"
-)
+_RATES = "length band method dtype error forward_ms forward_backward_ms ps_a_cell_and_half_iteration ps_a_cell_and_step"
+_RATES += " Tcell_a_second forward_compile_s forward_backward_compile_s"
 _TRAINING = "config dtype implementation batch length step_ms examples_per_second gpu_percent compile_s"
 _RUN = "config status steps examples_per_second first_loss last_loss weights bytes"
 STAGES = {

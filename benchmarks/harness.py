@@ -1,8 +1,4 @@
-"""The harness that all benchmarks share: compile, take turns against the clock, write JSON rows at once.
-
-Compile time and steady time are measured apart. Programs that are compared take turns, so that other work on the
-machine slows all of them alike.
-"""
+"""The harness that all benchmarks share: compile, take turns against the clock, write JSON rows at once."""
 
 import argparse
 import concurrent.futures
@@ -29,12 +25,7 @@ FAILURES = (UnsupportedError, RuntimeError, ValueError, TypeError, ImportError)
 
 
 def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Compiled, Row]:
-    """Compile a function; return the program, its compile time (s) and its temporary memory (bytes).
-
-    Args:
-      function: Any function that `jax.jit` takes; a jitted one keeps its options.
-      *arguments: Arrays, or their shapes and dtypes.
-    """
+    """Compile a function (jitted or not) for arrays or shapes: program, compile time (s), temporary memory (bytes)."""
     start = time.perf_counter()
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     program = jitted.lower(*arguments).compile()
@@ -44,18 +35,11 @@ def compile_program(function: Callable, *arguments: Any) -> tuple[jax.stages.Com
     return program, facts
 
 
-def clock(
-    calls: Mapping[Key, Callable[[], Any]], rounds: int, *, seconds: float = 0.0, warm_up: float = 0.0
-) -> dict[Key, list[float]]:
-    """Measure the seconds of calls that take turns.
+def clock(calls: Mapping[Key, Callable], rounds: int, seconds: float = 0, warm_up: float = 0) -> dict[Key, list[float]]:
+    """Measure the seconds of calls, which take turns so that other work on the machine slows all of them alike.
 
-    A call is also made untimed at the beginning, and whenever another call came before it.
-
-    Args:
-      calls: Functions whose results are waited for.
-      rounds: Timed calls of each function; up to ten times more until all timed calls have taken `seconds`.
-      seconds: Least time of all timed calls together.
-      warm_up: Least seconds of untimed calls at the beginning.
+    Each is called `rounds` times, or up to ten times more until all timed calls have taken `seconds`. A call is also
+    made untimed whenever another call came before it, and at the beginning, there for at least `warm_up` seconds.
     """
     times: dict[Key, list[float]] = {key: [] for key in calls}
     begin = time.perf_counter()
@@ -127,12 +111,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def table(rows: list[Row], columns: str) -> str:
-    """Return some columns of rows as a Markdown table, numbers in three digits.
-
-    Args:
-      rows: Rows, each with some of the columns.
-      columns: Names separated by spaces; columns without any value are left out.
-    """
+    """Return columns (names separated by spaces; those without any value are left out) of rows as a Markdown table."""
     shown = [column for column in columns.split() if any(column in row for row in rows)]
     cells = [[_shown(column, row) for column in shown] for row in rows]
     titles = [column.replace("_", " ") for column in shown]
@@ -140,13 +119,11 @@ def table(rows: list[Row], columns: str) -> str:
 
 
 def _shown(column: str, row: Row) -> str:
-    value = row.get(column)
-    if column == "band" and "band" in row and value is None:
-        return "all"
-    if isinstance(value, float):
+    value = row.get(column, "")
+    if isinstance(value, float):  # in three digits
         small = column.startswith("error") and "_to_" not in column
         return f"{value:.0e}" if small else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return str(value) if value is not None else "all" if column == "band" else ""
 
 
 def parser(description: str | None, output: str, rounds: int | None = None) -> argparse.ArgumentParser:

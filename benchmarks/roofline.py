@@ -33,15 +33,10 @@ CHIPS = {
     "v5e": Chip(197e12, 128, 6.14e12, 1.54e12, 819e9, 200e9, int(15.75 * 2**30)),
     "v5p": Chip(459e12, 128, 14.3e12, 3.58e12, 2765e9, 600e9, int(95.73 * 2**30)),
 }
-
-
-# ---- collectives, which only the compiled program has ----
-
+_UNITS = {"vector unit": "vector", "transcendental unit": "transcendental", "memory": "hbm", "links": "ici"}
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-_COLLECTIVE = re.compile(
-    r"= (?P<result>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?P<start>-start)?\("
-)
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf"= (?P<result>\S.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 # {{0,1},{2,3}}, [4,2]<=[8] and mesh['a'=4,'b'=2] {'b'} are all groups of two.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|\S*mesh\S*\[([^\]]*)\] *\{([^}]*)\})")
 
@@ -60,9 +55,12 @@ def collectives(text: str, chips: int) -> list[Collective]:
     found: dict[str, list[tuple[int, float]]] = {}
     for match in _COLLECTIVE.finditer(text):
         kind, line = match["kind"], text[match.start() : text.index("\n", match.end())]
-        size = _result_bytes(match["result"], kind, bool(match["start"]))
-        found.setdefault(kind, []).append((size, _sent(kind, size, _group_size(line, chips))))
-    return [Collective(kind, len(of), sum(x for x, _ in of), sum(x for _, x in of)) for kind, of in found.items()]
+        size, group = _result_bytes(match["result"], kind, bool(match["start"])), _group_size(line, chips)
+        # Each chip of a ring sends `share` (all-reduce: a reduce-scatter, then an all-gather).
+        share = (group - 1) / group * size
+        others = {"all-reduce": 2 * share, "reduce-scatter": (group - 1) * size, "collective-permute": size}
+        found.setdefault(kind, []).append((size, others.get(kind, share)))
+    return [Collective(kind, len(of), *map(sum, zip(*of, strict=True))) for kind, of in found.items()]
 
 
 def _result_bytes(result: str, kind: str, started: bool) -> int:
@@ -87,16 +85,6 @@ def _group_size(line: str, chips: int) -> int:
     return len(listed.split(",")) if listed else int(size)
 
 
-def _sent(kind: str, size: int, group: int) -> int | float:
-    """Return the bytes that each chip of a ring sends (all-reduce: a reduce-scatter, then an all-gather)."""
-    share = (group - 1) / group * size
-    of_kind = {"all-reduce": 2 * share, "reduce-scatter": (group - 1) * size, "collective-permute": size}
-    return of_kind.get(kind, share)
-
-
-# ---- time ----
-
-
 class PartTime(NamedTuple):
     """Time of a part, and the unit of the chip that takes longest."""
 
@@ -104,23 +92,13 @@ class PartTime(NamedTuple):
     bound: str
 
 
-def _part_time(work: Operations, chips: int, chip: Chip) -> PartTime:
-    seconds = {
-        "matrix unit": work.flops(chip.side) / chip.flops,
-        "vector unit": work.vector / chip.vector,
-        "transcendental unit": work.transcendental / chip.transcendental,
-        "memory": work.hbm / chip.hbm,
-        "links": work.ici / chip.ici,
-    }
-    return max(PartTime(time / chips, unit) for unit, time in seconds.items())
-
-
 def step_time(parts: Parts, exchanged: list[Collective], chip: Chip, *, data: int, model: int) -> dict[str, PartTime]:
-    """Compute the time of each part of a step on a mesh of `data` x `model` chips; the step is their sum.
-
-    Work on the batch is divided by all chips, which for `model` assumes a perfect split. The update is the same on
-    every chip of the data axis.
-    """
-    chips = {name: model if name == "update" else data * model for name in parts}
-    times = {name: _part_time(of, chips[name], chip) for name, of in parts.items()}
-    return times | {"exchange": _part_time(Operations(ici=sum(of.sent for of in exchanged)), 1, chip)}
+    """Compute the time of each part of a step on a mesh of `data` x `model` chips; the step is their sum."""
+    # Work on the batch is divided by all chips: for `model`, a perfect split. The update is the same along `data`.
+    times = {}
+    for name, work in (parts | {"exchange": Operations(ici=sum(of.sent for of in exchanged))}).items():
+        seconds = {unit: getattr(work, of) / getattr(chip, of) for unit, of in _UNITS.items()}
+        seconds["matrix unit"] = work.flops(chip.side) / chip.flops
+        chips = {"update": model, "exchange": 1}.get(name, data * model)
+        times[name] = max(PartTime(time / chips, unit) for unit, time in seconds.items())
+    return times

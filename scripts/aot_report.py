@@ -12,17 +12,12 @@ speed (benchmarks/roofline.py), and were not measured. Ends with status 1 if a s
 import os
 
 # Before JAX is imported: no TPU is looked for, and several may compile at once.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ |= {"TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 
 import argparse
 import collections
+import functools
 import importlib.util
 import json
 import re
@@ -30,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -50,8 +45,7 @@ from ot_attention import UnsupportedError
 from training import sharding
 from training.state import Trainer, abstract_batch
 
-_PAPER = 8.5  # examples/s that arXiv 2605.08123 reports
-_TARGET = 850
+_PAPER, _TARGET = 8.5, 850  # examples/s: arXiv 2605.08123 reports the first
 _EXAMPLES = "v6e:2x4, v6e:1x1, v6e:4x4, v5e:2x4, v5p:2x2x1"
 _MIB = 2**20
 
@@ -65,20 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
-    failures = [f"bucket {row['bucket']}: {row['failure']}" for row in report["buckets"] if row["failure"]]
-    if failures:
+    if failures := [f"bucket {row['bucket']}: {row['failure']}" for row in report["buckets"] if row["failure"]]:
         sys.exit("aot_report.py: " + "\n".join(failures))
 
 
 def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict:
-    """Report every bucket, and the speed that the model gives the configuration.
-
-    Raises:
-      ValueError: An unknown topology, or a mesh that does not fit it.
-      UnsupportedError: The named attention cannot do what the configuration asks for.
-    """
-    mesh = make_mesh(config, topology)
-    chip = CHIPS[topology.partition(":")[0]]
+    """Report every bucket, and the speed that the model gives the configuration."""
+    mesh, chip = make_mesh(config, topology), CHIPS[topology.partition(":")[0]]
     resolved = _resolved(config, mesh)
     trainer = runs.make_trainer(resolved)
     progress = tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
@@ -101,11 +88,17 @@ def make_mesh(config: ConfigDict, topology: str) -> Mesh:
     return sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size, devices)
 
 
+def counted(of: counting.Operations, chip: Chip) -> dict:
+    """Return the counts of a part, of its products also those that the chip's array makes."""
+    products = {"flops": of.flops(), "flops_padded": of.flops(chip.side), "passes": of.passes()}
+    return products | {"vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
+
+
 def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
-    """Compile the step at one padded length; return the compiler's figures and the model's."""
-    arguments = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
+    """Compile the step at one padded length; return the compiler's figures (bytes of a chip) and the model's."""
+    state, batch = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
     begin = time.perf_counter()
-    lowered = trainer.compiled_update(mesh).lower(*arguments)
+    lowered = trainer.compiled_update(mesh).lower(state, batch)
     lowering = time.perf_counter() - begin
     row: dict[str, Any] = {"bucket": length, "lower_seconds": lowering, "failure": None}
     try:
@@ -115,107 +108,73 @@ def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, ch
             raise
         return row | {"failure": f"does not fit: {str(error).strip()[:400]}"}
     row["compile_seconds"] = time.perf_counter() - begin - lowering
-    program = str(compiled.as_text())
-    row["memory"], row["kernels"] = memory_of(compiled), kernels(program)
-    if row["memory"]["peak"] > chip.memory:
-        row["failure"] = f"takes {row['memory']['peak']} bytes a chip, there are {chip.memory}"
+    program, found = str(compiled.as_text()), cast(Any, compiled.memory_analysis())
+    row["memory"] = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
+    row["memory"]["peak"] = peak = found.peak_memory_in_bytes  # outputs lie where the arguments were
+    if peak > chip.memory:
+        row["failure"] = f"takes {peak} bytes a chip, there are {chip.memory}"
+    calls = re.findall(r"%?([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program)
+    row["kernels"] = dict(collections.Counter(re.sub(r"[.\d]+$", "", name) for name in calls))
     exchanged = roofline.collectives(program, mesh.size)
     row["collectives"] = [of._asdict() for of in exchanged]
-    return row | model(_count(trainer, arguments, length, mesh), exchanged, chip, mesh, batch_size)
-
-
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Return bytes a chip. Outputs lie where the arguments were, as the state is given away."""
-    found: Any = compiled.memory_analysis()
-    sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
-    return sizes | {"peak": found.peak_memory_in_bytes}
-
-
-def _count(trainer: Trainer, arguments: tuple, length: int, mesh: Mesh) -> counting.Parts:
-    """Count the operations of the step over all chips, for sequences of the padded length."""
-    state, batch = arguments
     longest = np.full(batch["x_length"].shape, length, np.int32)
-    return counting.count(sharding.on(mesh, trainer.update), state, batch | {"x_length": longest, "y_length": longest})
-
-
-def model(parts: counting.Parts, exchanged: list[roofline.Collective], chip: Chip, mesh: Mesh, batch_size: int) -> dict:
-    """Return the columns of a row that do not come from the compiler."""
+    known = {**batch, "x_length": longest, "y_length": longest}
+    parts = counting.count(sharding.on(mesh, trainer.update), state, known)
+    row["counted"] = {name: counted(of, chip) for name, of in parts.items()}
     times = roofline.step_time(parts, exchanged, chip, data=mesh.shape[sharding.DATA], model=mesh.shape[sharding.MODEL])
     seconds = sum(part.seconds for part in times.values())
-    counted = {}
-    for name, of in parts.items():
-        counted[name] = {"flops": of.flops(), "flops_padded": of.flops(chip.side), "passes": of.passes()}
-        counted[name] |= {"vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
-    return {
-        "counted": counted,
-        "model": {name: part._asdict() for name, part in times.items()},
-        "model_step_seconds": seconds,
-        "model_examples_per_second": batch_size / seconds,
-    }
-
-
-def kernels(program: str) -> dict[str, int]:
-    """Count the calls of each Pallas kernel in a compiled program's text."""
-    calls = re.findall(r"%?([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program)
-    return dict(collections.Counter(re.sub(r"[.\d]+$", "", name) for name in calls))
-
-
-def bucket_shares(config: ConfigDict) -> list[float]:
-    """Compute how often training draws each bucket of the configuration."""
-    families = pfam.open_split(tasks.resolve_data_dir(config.data.dir), "train")
-    mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
-    return (mass / mass.sum()).tolist()
+    row["model"] = {name: part._asdict() for name, part in times.items()}
+    return row | {"model_step_seconds": seconds, "model_examples_per_second": batch_size / seconds}
 
 
 def text(report: dict) -> str:
     """Return the report as Markdown tables."""
+    table = functools.partial(tabulate, headers="keys", tablefmt="github", disable_numparse=True)
     rows = [row for row in report["buckets"] if "memory" in row]
     mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
-    pairs = report["config"]["batch_size"]
-    parts = [f"{report['topology']}, mesh {mesh}, {pairs} pairs a step, attention {report['attention']}"]
+    about = f"{report['config']['batch_size']} pairs a step, attention {report['attention']}"
+    parts = [f"{report['topology']}, mesh {mesh}, {about}"]
     if rows:
-        compiled = [_compiled(row) | {"limit MiB": f"{report['memory'] / _MIB:.0f}"} for row in rows]
+        compiled, modelled = zip(*map(_cells, rows), strict=True)
+        limit = {"limit MiB": f"{report['memory'] / _MIB:.0f}"}
         passes = [(name, " and ".join(map(str, of["passes"]))) for name, of in rows[0]["counted"].items()]
-        parts += ["Compiled; memory of a chip:", _table(compiled)]
         parts += [
+            "Compiled; memory of a chip:",
+            table([of | limit for of in compiled]),
             "MODEL, an upper bound of speed and not a measurement; microseconds a step, and the unit that is busy:",
-            _table([_modelled(row) for row in rows]),
+            table(modelled),
             f"Products take bfloat16 passes: {'; '.join(f'{name} {number}' for name, number in passes if number)}.",
         ]
-    if report["model_examples_per_second"]:
+    if speed := report["model_examples_per_second"]:
         shares = ", ".join(f"{bucket}: {share:.0%}" for bucket, share in report["bucket_shares"].items())
-        parts.append(
-            f"Buckets as training draws them ({shares}): at most {report['model_examples_per_second']:,.0f} examples/s "
-            f"by the model; the paper reports {_PAPER}, the target is {_TARGET}."
-        )
+        told = f"by the model; the paper reports {_PAPER}, the target is {_TARGET}."
+        parts.append(f"Buckets as training draws them ({shares}): at most {speed:,.0f} examples/s {told}")
     return "\n\n".join(parts)
 
 
-def _compiled(row: dict) -> dict[str, str]:
-    cells = {"bucket": str(row["bucket"])}
-    cells |= {f"{what} s": f"{row[f'{what}_seconds']:.1f}" for what in ("lower", "compile")}
+def _cells(row: dict) -> tuple[dict[str, str], dict[str, str]]:
+    """Return a row of what the compiler says, and a row of the model."""
+    parts = {name: f"{part['seconds'] * 1e6:.0f} {part['bound']}" for name, part in row["model"].items()}
+    speed = {"step": f"{row['model_step_seconds'] * 1e6:.0f}", "examples/s": f"{row['model_examples_per_second']:,.0f}"}
+    bucket = {"bucket": str(row["bucket"])}
+    cells = bucket | {f"{what} s": f"{row[f'{what}_seconds']:.1f}" for what in ("lower", "compile")}
     cells |= {f"{what} MiB": f"{size / _MIB:.1f}" for what, size in row["memory"].items()}
     exchanges = [f"{of['number']} {of['kind']} {of['bytes'] / _MIB:.2f} MiB" for of in row["collectives"]]
     calls = [f"{number} {name}" for name, number in row["kernels"].items()]
-    return cells | {"exchanges": ", ".join(exchanges) or "none", "kernels": ", ".join(calls) or "none"}
-
-
-def _modelled(row: dict) -> dict[str, str]:
-    parts = {name: f"{part['seconds'] * 1e6:.0f} {part['bound']}" for name, part in row["model"].items()}
-    speed = {"step": f"{row['model_step_seconds'] * 1e6:.0f}", "examples/s": f"{row['model_examples_per_second']:,.0f}"}
-    return {"bucket": str(row["bucket"])} | parts | speed
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return cells | {
+        "exchanges": ", ".join(exchanges) or "none",
+        "kernels": ", ".join(calls) or "none",
+    }, bucket | parts | speed
 
 
 def _speed(rows: list[dict], config: ConfigDict) -> dict:
-    """Model the speed of the whole configuration, the mean over buckets, if all of its buckets were compiled."""
+    """Model the speed of the configuration over its buckets as training draws them, if all of them were compiled."""
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
-    shares = dict(zip(config.data.buckets, bucket_shares(config), strict=True))
+    families = pfam.open_split(tasks.resolve_data_dir(config.data.dir), "train")
+    mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
+    shares = dict(zip(config.data.buckets, (mass / mass.sum()).tolist(), strict=True))
     mean = sum(share * found[bucket] for bucket, share in shares.items())
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 
@@ -226,21 +185,18 @@ def _resolved(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     if config.model.implementation == "auto":
         config.model.implementation = "pallas_tpu"
         trainer = runs.make_trainer(config)
-        arguments = trainer.abstract_state(mesh), abstract_batch(config.batch_size, max(config.data.buckets), mesh)
+        batch = abstract_batch(config.batch_size, max(config.data.buckets), mesh)
         try:
-            jax.eval_shape(sharding.on(mesh, trainer.update), *arguments)
+            jax.eval_shape(sharding.on(mesh, trainer.update), trainer.abstract_state(mesh), batch)
         except UnsupportedError:
             config.model.implementation = "xla"
     return config
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="aot_report.py --config=FILE [--config.KEY=VALUE ...] [options]",
-        allow_abbrev=False,
-    )
+    usage = "aot_report.py --config=FILE [--config.KEY=VALUE ...] [options]"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--topology", default="v6e:2x4", help=f"name in libtpu; default: v6e:2x4; also {_EXAMPLES}")
     parser.add_argument("--bucket", type=int, nargs="+", help="padded lengths; default: all of the configuration")
     parser.add_argument("--output", type=Path, help="JSON file to write as well")

@@ -1,17 +1,14 @@
 """Compare Sinkhorn attention with softmax attention, the dense reference and ott-jax: error, time, memory.
 
   python scripts/bench_attention.py                            # all cases; a table, and a JSON row for each method
-  python scripts/bench_attention.py --cases long short --rounds 15
-  python scripts/bench_attention.py --cases scaling --figure docs/bench_scaling.png
+  python scripts/bench_attention.py --cases scaling --rounds 15 --figure docs/bench_scaling.png
   python scripts/bench_attention.py --cases sparse     # Sparse Sinkhorn Attention and dense softmax, 1k to 16k residues
 
 In every round each method of a case is called once to warm up and once against the clock, in turn. Times are medians.
 Ratios are to the faster of the two softmax programs. The first error is the largest deviation from the same computation
 in float64, relative to its largest value. Gradients are also compared with the gradient at Sinkhorn's fixed point.
-ott-jax is measured where it is installed (pip install ott-jax).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,24 +16,27 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import attention, harness
-from benchmarks.harness import Row
 from ot_attention import UnsupportedError
 
-_COLUMNS = (
-    "case method error_out error_gradient error_gradient_to_converged forward_ms forward_to_softmax "
-    "forward_backward_ms forward_backward_to_softmax temporary_MB"
-)
+_COLUMNS = "case method error_out error_gradient error_gradient_to_converged forward_ms forward_to_softmax "
+_COLUMNS += "forward_backward_ms forward_backward_to_softmax temporary_MB"
 _TITLES = {"scaling": "W = 256", "sparse": "blocks of 64"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parse(arguments)
+    parser = harness.parser(__doc__, "runs/bench/rows.jsonl", rounds=9)
+    names = [*attention.CASES, *attention.SERIES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {names}")
+    parser.add_argument("--implementation", default="xla", help="of ours: xla, pallas_tpu, pallas_gpu; default: xla")
+    figure = Path("runs/bench/scaling.png")
+    parser.add_argument("--figure", type=Path, default=figure, help="default: %(default)s; _sparse beside it")
+    args = parser.parse_args(arguments)
     cases = {name: case for name, case in attention.CASES.items() if name in args.cases}
     for name, series in attention.SERIES.items():
         cases |= series if name in args.cases else {}
     if not attention.HAS_OTT:
         print("ott-jax is not installed and left out (pip install ott-jax)", file=sys.stderr)
-    rows: list[Row] = []
+    rows: list[harness.Row] = []
     try:
         with harness.row_writer(args.output) as write:
             for name, case in cases.items():
@@ -55,29 +55,29 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"rows: {args.output}")
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[harness.Row]) -> str:
     """Return errors, times and memory of all methods as a Markdown table."""
-    errors = [{f"error_{of}": value for of, value in row["error"].items()} for row in rows]
-    sizes = [{"temporary_MB": row["forward_backward_temporary_bytes"] / 1e6} for row in rows]
-    return harness.table([row | error | size for row, error, size in zip(rows, errors, sizes, strict=True)], _COLUMNS)
+    flat = [row | {f"error_{of}": value for of, value in row["error"].items()} for row in rows]
+    sized = [row | {"temporary_MB": row["forward_backward_temporary_bytes"] / 1e6} for row in flat]
+    return harness.table(sized, _COLUMNS)
 
 
-def exponents(rows: list[Row]) -> str:
+def exponents(rows: list[harness.Row]) -> str:
     """Return the slopes of time and memory against length, in logarithms, for a series of cases."""
     lines = []
-    for method, (lengths, times, sizes) in _against_length(rows).items():
-        slopes = (np.polyfit(np.log(lengths), np.log(y), 1)[0] for y in (times, sizes))
-        lines.append("{}: time ~ length^{:.3f}, memory ~ length^{:.3f}".format(method, *slopes))
+    for method, (lengths, *series) in _against_length(rows).items():
+        time, memory = (np.polyfit(np.log(lengths), np.log(y), 1)[0] for y in series)
+        lines.append(f"{method}: time ~ length^{time:.3f}, memory ~ length^{memory:.3f}")
     return "\n".join(lines)
 
 
-def _against_length(rows: list[Row]) -> dict[str, tuple[list, ...]]:
+def _against_length(rows: list[harness.Row]) -> dict[str, tuple[list, ...]]:
     keys = ("length", "forward_backward_ms", "forward_backward_temporary_bytes")
     methods = dict.fromkeys(row["method"] for row in rows)
     return {m: tuple([row[key] for row in rows if row["method"] == m] for key in keys) for m in methods}
 
 
-def draw(rows: list[Row], path: Path, title: str) -> None:
+def draw(rows: list[harness.Row], path: Path, title: str) -> None:
     """Draw time and temporary memory of forward + backward against length, on logarithmic axes."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     labels = (1, 1, "time (ms)"), (2, 1e6, "memory (MB)")
@@ -93,16 +93,6 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     figure.suptitle(f"one head, {title}, forward + backward, temporary memory of the compiled program")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = harness.parser(__doc__, "runs/bench/rows.jsonl", rounds=9)
-    names = [*attention.CASES, *attention.SERIES]
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {names}")
-    parser.add_argument("--implementation", default="xla", help="of ours: xla, pallas_tpu, pallas_gpu; default: xla")
-    figure = Path("runs/bench/scaling.png")
-    parser.add_argument("--figure", type=Path, default=figure, help="default: %(default)s; _sparse beside it")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

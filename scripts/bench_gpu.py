@@ -21,12 +21,12 @@ print) and, of training_run, metrics.jsonl and the averaged weights. Exit status
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +35,6 @@ import jax
 from benchmarks import gpu_rates, harness
 from benchmarks.gpu_programs import ROOT, Settings, nvidia_smi
 from benchmarks.gpu_stages import STAGES
-from benchmarks.harness import Row
 from ot_attention.backends import gpu_kernels
 
 ROWS, TABLE, LOG = "rows.jsonl", "table.md", "stages.log"
@@ -49,14 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     if args.stage:
         return run_stage(args.stage, args)
     if not args.tiny and not has_card():
-        print(
-            "bench_gpu.py: there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine "
-            "with an NVIDIA card, or give --tiny to try every stage on the CPU",
-            file=sys.stderr,
-        )
+        told = "there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine with an"
+        print(f"bench_gpu.py: {told} NVIDIA card, or give --tiny to try every stage on the CPU", file=sys.stderr)
         return 1
-    args.output.mkdir(parents=True, exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage too
+    for folder in (args.output, args.work):
+        folder.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, LOG):
         (args.output / name).write_text("")
     failed = schedule(args, given)
@@ -72,24 +69,19 @@ def has_card() -> bool:
     return Path("/dev/nvidia0").exists() or bool(nvidia_smi("-L"))
 
 
-# ---- stages, one after the other ----
-
-
 def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
     """Run the chosen stages; return the names of stages that failed or have a failed row."""
-    start, shares = time.monotonic(), sum(STAGES[name].share for name in args.stages)
-    end, failed = start + 60 * args.minutes, []
+    shares, failed = sum(STAGES[name].share for name in args.stages), []
+    end = time.monotonic() + 60 * args.minutes
     for name in args.stages:
-        left = end - time.monotonic()
+        left = end - (began := time.monotonic())
         limit = left if name == args.stages[-1] else min(left, 60 * args.minutes * STAGES[name].share / shares)
-        began = time.monotonic()
         print(f"stage {name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
         with (args.output / LOG).open("a") as log:
             print(f"===== {name} =====", file=log, flush=True)
             state = run_limited(*command_of(name, limit, args, given), limit, log) if limit > 0 else "left out, no time"
+        print(f"stage {name}: {time.monotonic() - began:.0f} s of {limit:.0f} s, {state}", file=sys.stderr, flush=True)
         rows = harness.read_rows(args.output / ROWS)
-        took = f"{time.monotonic() - began:.0f} s of {limit:.0f} s"
-        print(f"stage {name}: {took}, {state}", file=sys.stderr, flush=True)
         if state == "failed" or any("failed" in row for row in rows if row["stage"] == name):
             failed.append(name)
         (args.output / TABLE).write_text(tables(rows))
@@ -106,35 +98,21 @@ def command_of(name: str, limit: float, args: argparse.Namespace, given: list[st
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if not STAGES[name].on_device:  # the stage starts the same programs several times
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.work / "compiled"))
-    script = str(Path(__file__).resolve())
-    return [sys.executable, script, *given, f"--stage={name}", f"--seconds={limit}"], environment
+    script, stage = str(ROOT / "scripts/bench_gpu.py"), [f"--stage={name}", f"--seconds={limit}"]
+    return [sys.executable, script, *given, *stage], environment
 
 
 def run_limited(command: list[str], environment: dict[str, str], limit: float, log: IO[str]) -> str:
     """Run a command in a process group of its own, which does not outlive the limit or this process."""
-    with ended_by_sigterm():
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return "stopped at its limit"
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # of a group that has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "done" if status == 0 else "failed"
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that the stage is ended too."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     try:
-        yield
+        return "done" if process.wait(limit) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        return "stopped at its limit"
     finally:
-        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ProcessLookupError):  # of a group that has ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def shorten(log: Path) -> None:
@@ -143,17 +121,15 @@ def shorten(log: Path) -> None:
         log.write_bytes(log.read_bytes()[-_MOST_LOG // 2 :])
 
 
-# ---- one stage, in a process of its own ----
-
-
 def run_stage(name: str, args: argparse.Namespace) -> int:
     """Write the rows of a stage as they come; a missing package or another failure is a row too."""
     if args.tiny and STAGES[name].on_device:
         gpu_kernels.INTERPRET = True
     with harness.row_writer(args.output / ROWS, "a") as write:
         try:
-            if not args.tiny:
-                check_backend(STAGES[name].on_device)
+            if not args.tiny and (found := backend(STAGES[name].on_device)) != "gpu":
+                todo = "install jax[cuda13] of the version of jax, and look at the driver with nvidia-smi"
+                raise RuntimeError(f"JAX computes on {found or 'nothing'} here, not on a GPU: {todo}")
             for row in STAGES[name].run(settings_of(args)):
                 write({"stage": name} | row)
         except ImportError as missing:
@@ -165,52 +141,32 @@ def run_stage(name: str, args: argparse.Namespace) -> int:
     return 0
 
 
-def check_backend(here: bool) -> None:
-    """Raise RuntimeError unless JAX computes on the card: without it JAX falls back to the CPU in silence.
-
-    Args:
-      here: Ask in this process, which then holds the card's memory; else in another one.
-    """
-    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    elsewhere = None if here else subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
-    found = jax.default_backend() if elsewhere is None else elsewhere
-    if found != "gpu":
-        raise RuntimeError(
-            f"JAX computes on {found or 'nothing'} here, not on a GPU: install jax[cuda13] of the version of jax, and "
-            "look at the driver with nvidia-smi"
-        )
+def backend(here: bool) -> str:
+    """Ask what JAX computes on: without the card it falls back to the CPU in silence."""
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asked here, JAX holds the card's memory
+    return jax.default_backend() if here else subprocess.run(ask, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Collect the settings of the stages."""
-    settings = Settings(args.seconds, args.output, args.work, args.tiny, args.config, args.data, tuple(args.override))
-    if not any((args.lengths, args.bands, args.dtypes, args.methods)):
-        return settings
-    plan = gpu_rates.product(
-        args.lengths or [1024, 4096],
-        args.bands or [64, None, 256],
-        args.methods or ["pallas_gpu", "softmax, cudnn"],
-        args.dtypes or ["bfloat16"],
-    )
-    return settings._replace(rates=tuple(plan))
+    chosen = args.lengths, args.bands, args.methods, args.dtypes
+    usual: tuple = [1024, 4096], [64, None, 256], ["pallas_gpu", "softmax, cudnn"], ["bfloat16"]
+    combined = itertools.product(*(x or y for x, y in zip(chosen, usual, strict=True))) if any(chosen) else ()
+    entries = itertools.starmap(gpu_rates.Entry, combined)
+    plan = tuple(entry for entry in entries if entry.band is None or not entry.is_softmax)  # dense softmax has no band
+    about = args.tiny, args.config, args.data, tuple(args.override)
+    return Settings(args.seconds, args.output, args.work, *about, rates=plan)
 
 
-# ---- results ----
-
-
-def tables(rows: list[Row]) -> str:
+def tables(rows: list[harness.Row]) -> str:
     """Return a Markdown table for each stage that has rows, and a list of what failed."""
     parts = []
     for name, stage in STAGES.items():
         if of_stage := [row for row in rows if row["stage"] == name]:
-            lines = [table] if (table := harness.table(of_stage, stage.columns)) else []
-            lines += [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
+            failed = [f"- failed: {row['failed']}" for row in of_stage if "failed" in row]
+            lines = filter(None, [harness.table(of_stage, stage.columns), *failed])
             parts.append("\n".join([f"## {name}", "", *lines]))
     return "\n\n".join(parts) + "\n"
-
-
-def _band(text: str) -> int | None:
-    return None if text == "full" else int(text)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -219,8 +175,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     which.add_argument("--all", action="store_const", dest="stages", const=list(STAGES), help="all stages")
     which.add_argument("--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--minutes", type=float, default=12, help="of all stages together; default: %(default)s")
-    work = Path("runs/bench/gpu_work")
-    parser.add_argument("--work", type=Path, default=work, help="folder of temporary files; default: %(default)s")
+    parser.add_argument("--work", type=Path, default="runs/bench/gpu_work", help="scratch files; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at tiny sizes, kernels interpreted")
     run = parser.add_argument_group("training_run")
     run.add_argument("--config", type=Path, default=ROOT / "configs/aligner.py", help="default: configs/aligner.py")
@@ -228,7 +183,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     rates = parser.add_argument_group("rates", "all combinations of these, in place of the usual rows")
     rates.add_argument("--lengths", nargs="+", type=int, help="residues")
-    rates.add_argument("--bands", nargs="+", type=_band, help="half-widths; full for all")
+    rates.add_argument("--bands", nargs="+", type=lambda x: None if x == "full" else int(x), help="half-widths or full")
     rates.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"])
     rates.add_argument("--methods", nargs="+", choices=list(gpu_rates.METHODS))
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)  # of the process that runs it

@@ -7,13 +7,14 @@ python scripts/compile_asap.py --workdir=runs/r2_dustbin --ablation         # al
 python scripts/compile_asap.py --workdir=runs/r2_dustbin --buckets 64 128   # how it carries over to longer pairs
 python eval.py --workdir=runs/r2_dustbin --asap=runs/r2_dustbin/asap.safetensors
 
-Maps are fitted on pairs of --split and measured on pairs of the validation split. Every map is compared with the
-layer's own T + R steps (`teacher`; `log domain`: dense, in the log domain), and with Sinkhorn stopped after few steps,
-which needs no fit: deviation of each plan from the teacher's, time of the same outputs, taken in turn within this
-process, and metrics of the model. `zero` is the map to f = 0: one Sinkhorn step that starts at the columns.
+Maps are fitted on pairs of --split and measured on pairs of the validation split: deviation of each plan from the
+teacher's, time of the same outputs, taken in turn, and metrics of the model. They are compared with the layer's own
+T + R steps (`teacher`; `log domain`: dense) and with Sinkhorn stopped after few steps, which needs no fit. `zero` is
+the map to f = 0: one Sinkhorn step that starts at the columns.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -49,35 +50,32 @@ class Settings:
     newton_steps: int = 3
     two_sided: bool = True
 
+    def projected(self) -> int:
+        return self.projections if {"kantorovich", "squares"} & set(self.features) else 0
+
     def fit(self, samples: list[Sample], spec: SinkhornSpec) -> Asap:
-        projected = {"kantorovich", "squares"} & set(self.features)
-        vectors = asap.directions(self.directions, samples, self.projections if projected else 0)
+        vectors = asap.directions(self.directions, samples, self.projected())
         empty = Asap.create(vectors, self.features, self.two_sided)
         return asap.fit(empty, samples, spec, ridge=self.ridge, newton_steps=self.newton_steps)
 
     def __str__(self) -> str:
-        projected = f" {self.projections} {self.directions}" if {"kantorovich", "squares"} & set(self.features) else ""
+        projected = f" {self.projections} {self.directions}" if self.projected() else ""
         fitted = f"newton {self.newton_steps}" if self.newton_steps else "ridge"
         sides = "" if self.two_sided else ", one-sided"
         return f"{'+'.join(self.features) or 'dustbin only'}{projected}, {fitted}{sides}"
 
 
-PAPER = Settings(("kantorovich",), "random", 100, newton_steps=0)
+_paper = functools.partial(Settings, ("kantorovich",), newton_steps=0)
 ABLATION = (
-    dataclasses.replace(PAPER, projections=4),
-    dataclasses.replace(PAPER, projections=16),
-    PAPER,
-    dataclasses.replace(PAPER, projections=8, directions="principal"),
-    dataclasses.replace(PAPER, projections=8, directions="keys"),
-    dataclasses.replace(PAPER, projections=16, newton_steps=3),
-    dataclasses.replace(PAPER, projections=16, two_sided=False),
-    dataclasses.replace(PAPER, projections=16, features=("kantorovich", "squares")),
-    Settings(()),
-    Settings(("position",)),
+    *(_paper(projections=n) for n in (4, 16, 100)),
+    *(_paper(projections=8, directions=directions) for directions in ("principal", "keys")),
+    _paper(newton_steps=3),
+    _paper(two_sided=False),
+    Settings(("kantorovich", "squares"), newton_steps=0),
+    *(Settings(features) for features in ((), ("position",))),
     Settings(newton_steps=0),
     Settings(two_sided=False),
-    Settings(("mass", "position")),
-    Settings(("mass", "kantorovich", "squares")),
+    *(Settings(features) for features in (("mass", "position"), ("mass", "kantorovich", "squares"))),
 )
 
 
@@ -100,9 +98,8 @@ def compile_model(args: argparse.Namespace) -> dict[str, Any]:
     runs.check_aligns(run)
     shards = tasks.resolve_data_dir(args.data or run.config.data.dir)
     buckets = tuple(args.buckets or run.config.data.buckets)
-    settings = Settings(
-        tuple(args.features), args.directions, args.projections, args.ridge, args.newton_steps, not args.one_sided
-    )
+    of_map = tuple(args.features), args.directions, args.projections, args.ridge, args.newton_steps, not args.one_sided
+    settings = Settings(*of_map)
     layers = asap_ways.attended(run, _batches(run, shards, args.split, buckets, args.pairs), "calibration")
     fitting = tqdm(layers.items(), desc="fitting", unit=" layers")
     maps = {name: settings.fit(layer.samples(), layer.spec) for name, layer in fitting}
@@ -120,16 +117,17 @@ def compile_model(args: argparse.Namespace) -> dict[str, Any]:
     for name, layer in held_out.items():
         ways = asap_ways.ways(layer.spec, maps[name], args.steps)
         report["layers"][name] = asap_ways.compare(layer, ways, args.rounds)
-        of_map = functools.partial(asap_ways.spread, layer.spec, way=ways["asap"])
-        report["lengths"][name] = {length: of_map(inputs) for length, inputs in layer.inputs.items()}
+        off = {n: asap_ways.spread(layer.spec, inputs, ways["asap"]) for n, inputs in layer.inputs.items()}
+        report["lengths"][name] = off
         write()
     if not args.no_scores:
         scored, families = [k for k in args.steps if k <= _SCORED], pfam.open_split(shards, "validation")
         report["metrics"] = asap_ways.metrics(run, args.output, families, batches, scored)
         write()
     for name, layer in held_out.items() if args.ablation else ():
-        fitted = {str(of): of.fit(layers[name].samples(), layer.spec) for of in tqdm(ABLATION, desc=f"{name}: others")}
-        others = {of: asap_ways.map_way(layer.spec, fitted_map) for of, fitted_map in fitted.items()}
+        fitting = tqdm(ABLATION, desc=f"{name}: others")
+        fitted = {str(of): of.fit(layers[name].samples(), layer.spec) for of in fitting}
+        others = {of: functools.partial(asap_ways.apply, of=x, spec=layer.spec) for of, x in fitted.items()}
         report["ablation"][name] = asap_ways.compare(layer, others, args.rounds)
         write()
     return report
@@ -144,23 +142,24 @@ def _batches(run: runs.Run, shards: Path, split: str, buckets: Sequence[int], pa
         return
     seed = run.config.seed + 1  # other pairs than in training
     config = pipeline.PipelineConfig(buckets, batch_size, seed, data.pairs_per_family, data.crop)
-    batches = pipeline.train_iterator(families, config)
-    yield from itertools.islice(batches, max(1, pairs // batch_size))
-    batches.close()
-
-
-# ---- telling ----
+    with contextlib.closing(pipeline.train_iterator(families, config)) as batches:
+        yield from itertools.islice(batches, max(1, pairs // batch_size))
 
 
 def table(report: dict) -> str:
     """Return deviations, times and metrics as text."""
+
+    def row(name: str, off: dict, *times: float) -> list[str]:
+        cells = [f"{x['median']:.1e} / {x['worst']:.1e}" for x in off.values()]
+        return [name, *(f"{ms:.1f}" for ms in times), *[""] * (2 - len(times)), *cells]
+
     parts = []
     for title in ("layers", "ablation"):
         for layer, ways in report[title].items():
             shape, others = next(iter(ways.values()))["shape"], ": other maps" if title == "ablation" else ""
-            rows = [[name, f"{way['ms']:.1f}", f"{way['least_ms']:.1f}", *_cells(way)] for name, way in ways.items()]
+            rows = [row(name, way["deviation"], way["ms"], way["least_ms"]) for name, way in ways.items()]
             lengths = report["lengths"][layer].items() if title == "layers" else ()
-            rows += [[f"asap, padded to {n}", "", "", *_cells({"deviation": of})] for n, of in lengths]
+            rows += [row(f"asap, padded to {n}", off) for n, off in lengths]
             parts.append(f"{layer}{others}, ms at {shape}; median / worst of pairs and heads")
             parts.append(tabulate(rows, ["", "ms", "least", *Deviation._fields], disable_numparse=True))
     for who, of_teacher in report["metrics"].get("teacher", {}).items():
@@ -170,41 +169,30 @@ def table(report: dict) -> str:
     return "\n\n".join(parts)
 
 
-def _cells(way: dict) -> list[str]:
-    return [f"{x['median']:.1e} / {x['worst']:.1e}" for x in way["deviation"].values()]
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_options.add_model_options(parser, asap=False)
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: asap.safetensors in WORKDIR or in runs/NAME"
-    )
+    where = "default: asap.safetensors in WORKDIR or in runs/NAME"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=where)
     parser.add_argument("--data", help="folder with other shards than those the run was trained on")
     parser.add_argument("--split", default="train", choices=("train", "validation"), help="to fit on; default: train")
     parser.add_argument("--pairs", type=int, default=256, help="to fit on, and as many to measure on; default: 256")
-    parser.add_argument(
-        "--buckets", type=int, nargs="+", metavar="N", help="padded lengths to fit on; default: the run's"
-    )
-    default = Settings()
-    parser.add_argument(
-        "--features", nargs="*", choices=get_args(Feature), default=default.features, help="default: mass"
-    )
-    parser.add_argument("--directions", choices=get_args(Direction), default=default.directions, help="of projections")
-    parser.add_argument("--projections", type=int, default=default.projections, help="default: %(default)s a head")
-    parser.add_argument("--ridge", type=float, default=default.ridge, help="default: %(default)s")
-    parser.add_argument("--newton-steps", type=int, default=default.newton_steps, help="0: ridge alone; default: 3")
+    parser.add_argument("--buckets", type=int, nargs="+", metavar="N", help="lengths to fit on; default: the run's")
+    features, directions = get_args(Feature), get_args(Direction)
+    parser.add_argument("--features", nargs="*", choices=features, default=Settings.features, help="default: mass")
+    parser.add_argument("--directions", choices=directions, default=Settings.directions, help="of projections")
+    parser.add_argument("--projections", type=int, default=Settings.projections, help="default: %(default)s a head")
+    parser.add_argument("--ridge", type=float, default=Settings.ridge, help="default: %(default)s")
+    parser.add_argument("--newton-steps", type=int, default=Settings.newton_steps, help="0: ridge alone; default: 3")
     parser.add_argument("--one-sided", action="store_true", help="leave the predicted f as it is")
     parser.add_argument("--ablation", action="store_true", help="also fit and measure other maps")
     parser.add_argument("--no-scores", action="store_true", help="compare the layers alone, not the models' metrics")
     parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 3, 5, 8), help="of Sinkhorn stopped early")
     parser.add_argument("--rounds", type=int, default=9, help="timed calls; default: 9")
     args = model_options.parse(parser, argv)
-    for name in ("pairs", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}={getattr(args, name)} must be at least 1")
-    if min(args.steps) < 1:
-        parser.error(f"--steps={min(args.steps)} must be at least 1")
+    for name, least in ("pairs", args.pairs), ("rounds", args.rounds), ("steps", min(args.steps)):
+        if least < 1:
+            parser.error(f"--{name}={least} must be at least 1")
     args.output = args.output or (args.workdir or Path("runs") / args.weights.stem) / "asap.safetensors"
     return args
 

@@ -8,9 +8,8 @@ On that machine, in the repository:
   python -m pip install --no-index --no-deps --target=.wheels/site .wheels/*.whl
   PYTHONPATH=.:.wheels/site python scripts/bench_gpu.py --all
 
-The wheels are the packages that pyproject.toml names for training and the machine lacks, and their requirements. The
-machine is expected to have jax 0.11 with its CUDA plugin and the other packages of THERE, with their requirements.
-Downloads use pip as it is configured here.
+The wheels are the packages that pyproject.toml names for training and the machine lacks, and their requirements. It is
+expected to have jax 0.11 with its CUDA plugin and the rest of THERE. Downloads use pip as it is configured here.
 """
 
 import argparse
@@ -22,8 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 PYTHON = "3.12"
-PLATFORMS = "manylinux_2_28_x86_64", "manylinux2014_x86_64"
-ROOT = Path(__file__).resolve().parent.parent
+PLATFORMS = "--platform=manylinux_2_28_x86_64", "--platform=manylinux2014_x86_64"
 THERE = {
     "jax", "optax", "orbax-checkpoint", "jaxtyping", "numpy", "scipy", "matplotlib", "jinja2", "safetensors", "tqdm",
     "absl-py", "psutil", "protobuf", "pyarrow", "etils", "pyyaml", "requests", "cloudpickle", "pytest",
@@ -42,71 +40,50 @@ SOURCES = ["promise>=2.3"]  # has no wheel: a pure Python package, built here
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(".wheels"), help="folder; default: %(default)s")
+    parser.add_argument("--limit", type=float, default=45, metavar="MIB", help="of all wheels; default: %(default)s")
+    args = parser.parse_args(argv)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         download(args.output)
         wheels = sorted(args.output.glob("*.whl"))
-        check(wheels, args.limit)
+        size = check(wheels, args.limit)
     except (ValueError, OSError) as error:
         print(f"gpu_wheels.py: {error}", file=sys.stderr)
         return 1
-    print(f"{args.output}: {len(wheels)} wheels, {megabytes(wheels):.1f} MiB")
+    print(f"{args.output}: {len(wheels)} wheels, {size:.1f} MiB")
     return 0
 
 
 def wanted() -> list[str]:
     """List the requirements of the wheels: FURTHER, and what pyproject.toml requires beside it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = {
-        Requirement(line).name: line for line in project["dependencies"] + project["optional-dependencies"]["train"]
-    }
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    required = project["dependencies"] + project["optional-dependencies"]["train"]
     left_out = THERE | NOT_NEEDED | {Requirement(line).name for line in FURTHER}
-    return FURTHER + [line for name, line in required.items() if name not in left_out]
+    return FURTHER + [line for line in required if Requirement(line).name not in left_out]
 
 
 def download(folder: Path) -> None:
-    """Replace the wheels in a folder. Raise ValueError if pip fails."""
+    """Replace the wheels in a folder, without resolving dependencies: all are named. ValueError if pip fails."""
     for old in folder.glob("*.whl"):
         old.unlink()
-    target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
-    target += [f"--platform={platform}" for platform in PLATFORMS]
-    run_pip("download", *target, f"--dest={folder}", *wanted())
-    run_pip("wheel", f"--wheel-dir={folder}", *SOURCES)
+    target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp", *PLATFORMS]
+    for command in ["download", *target, f"--dest={folder}", *wanted()], ["wheel", f"--wheel-dir={folder}", *SOURCES]:
+        if status := subprocess.run([sys.executable, "-m", "pip", *command, "--no-deps", "--quiet"]).returncode:
+            needs = f"this Python ({sys.executable}) needs pip and a package index that pip is configured for"
+            raise ValueError(f"pip {command[0]} ended with status {status}, see above; {needs}")
 
 
-def run_pip(command: str, *arguments: str) -> None:
-    """Run pip without resolving dependencies: all are named."""
-    done = subprocess.run([sys.executable, "-m", "pip", command, "--no-deps", "--quiet", *arguments], check=False)
-    if done.returncode:
-        raise ValueError(
-            f"pip {command} ended with status {done.returncode}, see above; this Python ({sys.executable}) needs pip "
-            "and a package index that pip is configured for"
-        )
-
-
-def check(wheels: list[Path], limit: float) -> None:
-    """Raise ValueError for wheels built for this machine alone, and for more than `limit` MiB."""
+def check(wheels: list[Path], limit: float) -> float:
+    """Return the total size in MiB. Raise ValueError if it is above the limit, or for wheels of this machine alone."""
     if bound := [path.name for path in wheels if "-linux_" in path.name]:
         raise ValueError(f"built for this machine only, and of no use elsewhere: {', '.join(bound)}")
-    if (size := megabytes(wheels)) > limit:
-        largest = sorted(wheels, key=lambda path: -path.stat().st_size)[:3]
-        raise ValueError(
-            f"the wheels have {size:.1f} MiB, more than --limit={limit:g}; the largest are "
-            f"{', '.join(path.name for path in largest)}: take one off FURTHER, or raise the limit"
-        )
-
-
-def megabytes(paths: list[Path]) -> float:
-    """Return the total size of files in MiB."""
-    return sum(path.stat().st_size for path in paths) / 2**20
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(".wheels"), help="folder; default: %(default)s")
-    parser.add_argument("--limit", type=float, default=45, metavar="MIB", help="of all wheels; default: %(default)s")
-    return parser.parse_args(argv)
+    if (size := sum(path.stat().st_size for path in wheels) / 2**20) > limit:
+        largest = ", ".join(path.name for path in sorted(wheels, key=lambda path: -path.stat().st_size)[:3])
+        told = f"the wheels have {size:.1f} MiB, more than --limit={limit:g}; the largest are {largest}"
+        raise ValueError(f"{told}: take one off FURTHER, or raise the limit")
+    return size
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
   python scripts/launch_screen.py --data=runs/pfam --steps=500       # on larger shards
   python scripts/launch_screen.py --configs supervised --out=runs/supervised -- --config.batch_size=16
   python scripts/launch_screen.py --dry-run                          # only prints the commands
-  python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # on a v6e-8: docs/distributed.md
+  python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # docs/distributed.md
 
 Start it again after any stop: finished runs are not trained again, and interrupted runs continue. Exits with 75 if a
 signal stopped a run, which is then saved.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -26,7 +27,6 @@ from evaluation.metrics import METRICS
 from scripts import launch_tpu
 from training import run_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 75  # exit code of a train.py that a signal stopped, and of this script then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
 SPLITS = ("validation", *tasks.SPLITS["test"])
@@ -34,68 +34,61 @@ SPLITS = ("validation", *tasks.SPLITS["test"])
 
 def main() -> None:
     args = _parse()
-    if args.target == "tpu":
-        on_tpu(args)
-    else:
-        here(args)
+    (on_tpu if args.target == "tpu" else here)(args)
+    if not args.dry_run:
+        collect(args.configs, args.out)
 
 
 def here(args: argparse.Namespace) -> None:
-    """Run every command on this machine, then collect the scores."""
-    out = args.out
+    """Run every command on this machine."""
     # The same programs are compiled again when a run resumes or is scored; on a CPU that takes minutes.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(out.absolute() / "compiled")} | os.environ
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(args.out.absolute() / "compiled")} | os.environ
     for command in (command for name in args.configs for command in commands(name, args)):
         print("$", shlex.join(command), flush=True)
         if not args.dry_run:
-            done = subprocess.run(command, cwd=ROOT, env=environment)
+            done = subprocess.run(command, cwd=launch_tpu.ROOT, env=environment)
             if done.returncode == STOPPED:
                 sys.exit(STOPPED)  # the run is saved, and has said so
             done.check_returncode()
-    if not args.dry_run:
-        collect(args.configs, out)
 
 
 def on_tpu(args: argparse.Namespace) -> None:
-    """Run the screen on a TPU's machine, copy its runs here, and collect the scores."""
+    """Run the screen on a TPU's machine, and copy its runs here."""
     given = {"steps": args.steps, "limit": args.limit}
     arguments = [f"--{option}={value}" for option, value in given.items() if value is not None]
     arguments += ["--configs", *args.configs, "--", *args.overrides]
     folder, data = f"{args.bucket.rstrip('/')}/{args.name}", args.data and args.data.absolute()
     of_google = args.name, args.project, args.zone, folder, args.accelerator, not args.on_demand
     tpu = launch_tpu.Tpu(*of_google, data, tuple(arguments), args.snapshot_every, args.poll_every)
-    if args.dry_run:
-        launch_tpu.show(tpu)
-        return
     try:
-        launch_tpu.run(tpu, args.out)
+        launch_tpu.show(tpu) if args.dry_run else launch_tpu.run(tpu, args.out)
     except launch_tpu.LaunchError as error:
         sys.exit(f"launch_screen.py: {error}")
-    collect(args.configs, args.out)
 
 
 def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
     """List the command of training, then of scores before and after it."""
     workdir = args.out.absolute() / name
     train = [sys.executable, "train.py", f"--config=configs/{name}.py", f"--workdir={workdir}"]
-    if args.data:
-        train.append(f"--config.data.dir={args.data.absolute()}")
-    if args.steps:
-        train.append(f"--config.total_steps={args.steps}")
+    train += [f"--config.data.dir={args.data.absolute()}"] if args.data else []
+    train += [f"--config.total_steps={args.steps}"] if args.steps else []
     # Step 0 is a multiple of everything, so this keeps it.
     train += [f"--config.checkpoint.keep_every={args.steps or 10**9}", *args.overrides]
     score = [sys.executable, "eval.py", f"--workdir={workdir}", *([f"--limit={args.limit}"] if args.limit else [])]
     result = [train]
-    for split in SPLITS:
-        result.append([*score, f"--split={split}", f"--output={workdir / f'end_{split}.json'}"])
-        result.append([*score, f"--split={split}", "--step=0", f"--output={workdir / f'start_{split}.json'}"])
+    for split, (when, step) in itertools.product(SPLITS, (("end", []), ("start", ["--step=0"]))):
+        result.append([*score, f"--split={split}", *step, f"--output={workdir / f'{when}_{split}.json'}"])
     return result
 
 
 def collect(names: list[str], out: Path) -> None:
     """Write screen.md, screen.json and the figures from the reports of every run."""
-    runs = {name: [_reports(out / name, when) for when in ("start", "end")] for name in names}
-    report = {split: {name: [one[split] for one in pair] for name, pair in runs.items()} for split in SPLITS}
+
+    def read(name: str, when: str, split: str) -> dict:
+        return json.loads((out / name / f"{when}_{split}.json").read_text())["splits"][split]
+
+    runs = {name: ((name, "start"), (name, "end")) for name in names}
+    report = {split: {name: [read(*of, split) for of in pair] for name, pair in runs.items()} for split in SPLITS}
     (out / "screen.json").write_text(json.dumps(report, indent=1) + "\n")
     text = "\n\n".join(f"### {split}\n\n{markdown(of_runs)}" for split, of_runs in report.items())
     (out / "screen.md").write_text(text + "\n")
@@ -110,18 +103,13 @@ def collect(names: list[str], out: Path) -> None:
 
 def markdown(of_runs: dict[str, list[dict]]) -> str:
     """Return one split as a table: every run from its first to its last step, then the baselines."""
-    rows = []
+    rows, (_, first) = [], next(iter(of_runs.values()))
     for name, reports in of_runs.items():
         start, end = (report["model"]["overall"] for report in reports)
         rows.append({"": name} | {of: f"{start[of]['value']:.2f} → {end[of]['value']:.3f}" for of in METRICS})
     for who in BASELINES:
-        overall = next(iter(of_runs.values()))[1][who]["overall"]
-        rows.append({"": who} | {of: f"{metric['value']:.3f}" for of, metric in overall.items()})
+        rows.append({"": who} | {of: f"{x['value']:.3f}" for of, x in first[who]["overall"].items()})
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-
-
-def _reports(workdir: Path, when: str) -> dict[str, dict]:
-    return {split: json.loads((workdir / f"{when}_{split}.json").read_text())["splits"][split] for split in SPLITS}
 
 
 def _parse() -> argparse.Namespace:
@@ -145,8 +133,7 @@ def _parse() -> argparse.Namespace:
     tpu.add_argument("--poll-every", type=int, default=30, metavar="S", help="seconds; default: 30")
     args = parser.parse_args()
     if args.target == "tpu":
-        missing = [f"--{name}" for name in ("project", "zone", "bucket") if not getattr(args, name)]
-        if missing:
+        if missing := [f"--{name}" for name in ("project", "zone", "bucket") if not getattr(args, name)]:
             parser.error(f"--target=tpu needs {', '.join(missing)}")
         if not args.bucket.startswith("gs://"):
             parser.error(f"--bucket={args.bucket} must begin with gs://")

@@ -15,14 +15,12 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Accelerators whose chips are all on one machine, and the software it boots.
-RUNTIMES = {f"v6e-{n}": "v2-alpha-tpuv6e" for n in (1, 4, 8)} | {
-    f"v5litepod-{n}": "v2-alpha-tpuv5-lite" for n in (1, 4, 8)
-}
+_SOFTWARE = {"v6e": "v2-alpha-tpuv6e", "v5litepod": "v2-alpha-tpuv5-lite"}
+RUNTIMES = {f"{kind}-{n}": software for kind, software in _SOFTWARE.items() for n in (1, 4, 8)}
 _LEFT_OUT = {"runs", "__pycache__"}  # of the code, like hidden files
 
 # Runs as root at every boot. Braces hold values to fill in; braces of the shell are doubled.
@@ -86,8 +84,7 @@ class Tpu:
     def create(self, startup: Path) -> list[str]:
         command = self._resources("create", f"--node-id={self.name}", f"--accelerator-type={self.accelerator}")
         command += [f"--runtime-version={RUNTIMES[self.accelerator]}", f"--metadata-from-file=startup-script={startup}"]
-        # To read and write the bucket.
-        command.append("--scopes=https://www.googleapis.com/auth/cloud-platform")
+        command.append("--scopes=https://www.googleapis.com/auth/cloud-platform")  # to read and write the bucket
         return [*command, "--spot"] if self.spot else command
 
     def describe(self) -> list[str]:
@@ -98,10 +95,10 @@ class Tpu:
 
     def upload(self, code: Path, runs: Path) -> list[list[str]]:
         """List the commands that upload the code, the data, and the runs to begin with if the bucket has none."""
-        commands = [["gcloud", "storage", "cp", str(code), f"{self.folder}/code.tar.gz"]]
-        if self.data:
-            commands.append(["gcloud", "storage", "rsync", "--recursive", str(self.data), f"{self.folder}/data"])
-        return [*commands, ["gcloud", "storage", "cp", "--no-clobber", str(runs), f"{self.folder}/runs.tar"]]
+        commands = [["cp", str(code), f"{self.folder}/code.tar.gz"]]
+        commands += [["rsync", "--recursive", str(self.data), f"{self.folder}/data"]] if self.data else []
+        commands += [["cp", "--no-clobber", str(runs), f"{self.folder}/runs.tar"]]
+        return [["gcloud", "storage", *command] for command in commands]
 
     def read_status(self) -> list[str]:
         return ["gcloud", "storage", "cat", f"{self.folder}/status"]
@@ -110,46 +107,37 @@ class Tpu:
         return ["gcloud", "storage", "cp", f"{self.folder}/runs.tar", str(runs)]
 
     def startup_script(self) -> str:
-        command = ["venv/bin/python", "code/scripts/launch_screen.py"]
-        arguments = ["--data=data", *self.arguments] if self.data else self.arguments
+        command = ["venv/bin/python", "code/scripts/launch_screen.py", "--out=runs"]
+        command += ["--data=data", *self.arguments] if self.data else self.arguments
         fetch = 'mkdir -p data && gcloud storage rsync --quiet --recursive "$BUCKET/data" data || return 1'
-        return _STARTUP.format(
-            folder=shlex.quote(self.folder),
-            fetch_data=fetch if self.data else ": # the data that ship",
-            snapshot_every=self.snapshot_every,
-            command=shlex.join([*command, "--out=runs", *arguments]),
-        )
+        values = {"folder": shlex.quote(self.folder), "fetch_data": fetch if self.data else ": # the data that ship"}
+        return _STARTUP.format(**values, snapshot_every=self.snapshot_every, command=shlex.join(command))
 
     def _resources(self, verb: str, *options: str) -> list[str]:
-        command = ["gcloud", "compute", "tpus", "queued-resources", verb, self.name]
-        return [*command, f"--project={self.project}", f"--zone={self.zone}", *options]
+        place = f"--project={self.project}", f"--zone={self.zone}"
+        return ["gcloud", "compute", "tpus", "queued-resources", verb, self.name, *place, *options]
 
 
 def show(tpu: Tpu) -> None:
     """Print what `run` would do."""
+
+    def tell(title: str, *commands: list[str]) -> None:
+        print(f"# {title}:", *(f"$ {shlex.join(command)}" for command in commands), sep="\n")
+
     code, runs = Path("code.tar.gz"), Path("runs.tar")
-    every = [tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(Path("startup.sh"))]
-    parts: list[tuple[str, list[list[str]]]] = [
-        (f"startup.sh, which the TPU's machine runs at every boot:\n{tpu.startup_script()}", []),
-        ("the code, and runs to begin with:", tpu.upload(code, runs)),
-        (f"every {tpu.poll_every} s until the status is finished; a suspended resource is deleted first:", every),
-        ("at the end, then the table is written as after a local screen:", [tpu.delete(), tpu.download(runs)]),
-    ]
-    for title, commands in parts:
-        print(f"# {title}", *(f"$ {shlex.join(command)}" for command in commands), sep="\n")
+    print(f"# startup.sh, which the TPU's machine runs at every boot:\n{tpu.startup_script()}")
+    tell("the code, and runs to begin with", *tpu.upload(code, runs))
+    every = tpu.read_status(), tpu.describe(), tpu.delete(), tpu.create(Path("startup.sh"))
+    tell(f"every {tpu.poll_every} s until the status is finished; a suspended resource is deleted first", *every)
+    tell("at the end, then the table is written as after a local screen", tpu.delete(), tpu.download(runs))
 
 
 def run(tpu: Tpu, out: Path) -> None:
-    """Run the screen on a TPU until it is finished, and put its runs into `out`.
-
-    Raises:
-      LaunchError: no gcloud, a command of it failed, no TPU to be had, or the screen itself failed.
-    """
+    """Run the screen on a TPU until it is finished, and put its runs into `out`; LaunchError says why it cannot."""
     if not shutil.which("gcloud"):
-        raise LaunchError(
-            "gcloud is not installed: it comes with the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), "
-            "then run `gcloud auth login`; --dry-run shows the commands without it"
-        )
+        where = "it comes with the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
+        then = "then run `gcloud auth login`; --dry-run shows the commands without it"
+        raise LaunchError(f"gcloud is not installed: {where}, {then}")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if _status(tpu) == "finished":
@@ -164,9 +152,13 @@ def run(tpu: Tpu, out: Path) -> None:
 
 
 def _upload(tpu: Tpu, folder: Path, out: Path) -> None:
+    def code_only(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        hidden = any(part.startswith(".") or part in _LEFT_OUT for part in Path(entry.name).parts)
+        return None if hidden else entry
+
     code, runs, status = (folder / name for name in ("code.tar.gz", "runs.tar", "status"))
     with tarfile.open(code, "w:gz") as archive:
-        archive.add(ROOT, "code", filter=_code_only)
+        archive.add(ROOT, "code", filter=code_only)
     with tarfile.open(runs, "w") as archive:
         archive.add(out, ".", filter=lambda entry: None if entry.name.startswith("./compiled") else entry)
     for command in tpu.upload(code, runs):
@@ -175,44 +167,29 @@ def _upload(tpu: Tpu, folder: Path, out: Path) -> None:
     _gcloud(["gcloud", "storage", "cp", str(status), f"{tpu.folder}/status"])
 
 
-def _code_only(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    hidden = any(part.startswith(".") or part in _LEFT_OUT for part in Path(entry.name).parts)
-    return None if hidden else entry
-
-
 def _until_finished(tpu: Tpu, folder: Path) -> None:
-    """Create the TPU, and again after every preemption; delete it when the screen has ended."""
-    startup = folder / "startup.sh"
+    """Create the TPU, and again after every preemption; tell what changes; delete it when the screen has ended."""
+    startup, last = folder / "startup.sh", None
     startup.write_text(tpu.startup_script())
-    for status, state in _watch(tpu):
+    while True:
+        status, state = now = _status(tpu), _state(tpu)
+        if now != last:
+            print(f"{time.strftime('%H:%M:%S')} {tpu.name}: screen {status}, TPU {state or 'not there'}", flush=True)
+        last = now
         if status in ("finished", "failed"):
             if state is not None:
                 _gcloud(tpu.delete())
             if status == "failed":
-                raise LaunchError(
-                    f"the screen failed on the TPU; logs are in {tpu.folder}/logs. Start again to continue from its "
-                    "last snapshot"
-                )
+                then = f"logs are in {tpu.folder}/logs. Start again to continue from its last snapshot"
+                raise LaunchError(f"the screen failed on the TPU; {then}")
             return
         if state == "FAILED":
-            raise LaunchError(
-                f"no TPU to be had: `{shlex.join(tpu.describe()[:-1])}` says why. Quota and zones: docs/distributed.md"
-            )
+            why = shlex.join(tpu.describe()[:-1])
+            raise LaunchError(f"no TPU to be had: `{why}` says why. Quota and zones: docs/distributed.md")
         if state == "SUSPENDED":
             _gcloud(tpu.delete())
         if state in (None, "SUSPENDED"):
             _gcloud(tpu.create(startup))
-
-
-def _watch(tpu: Tpu) -> Iterator[tuple[str, str | None]]:
-    """Yield the screen's status and the resource's state, again and again; print them when they change."""
-    last = None
-    while True:
-        now = _status(tpu), _state(tpu)
-        if now != last:
-            print(f"{time.strftime('%H:%M:%S')} {tpu.name}: screen {now[0]}, TPU {now[1] or 'not there'}", flush=True)
-        last = now
-        yield now
         time.sleep(tpu.poll_every)
 
 

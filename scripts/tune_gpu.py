@@ -7,15 +7,13 @@ A row is one kernel with one tiling: milliseconds of a call, and picoseconds a c
 read the rows: the fastest tilings are written into `tiling_for` and `cut_for` by hand.
 """
 
-import concurrent.futures
-import contextlib
 import functools
+import itertools
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import jax
@@ -23,7 +21,6 @@ import jax.numpy as jnp
 
 from benchmarks import harness
 from benchmarks.attention import Case
-from benchmarks.harness import Row
 from ot_attention.backends import gpu, gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Tiling
 
@@ -56,16 +53,13 @@ class Variant(NamedTuple):
 def variants(kind: str) -> Iterator[Variant]:
     """List the tilings that are timed of one kind of kernel."""
     if kind == "step":
-        for problem in (NARROW, FLOAT32, MIDDLE, WIDE):
-            for warps in (4, 8):
-                yield Variant(kind, problem, Tiling(64, warps, 1, False))
+        for problem, warps in itertools.product((NARROW, FLOAT32, MIDDLE, WIDE), (4, 8)):
+            yield Variant(kind, problem, Tiling(64, warps, 1, False))
         return
-    for problem in (NARROW, FLOAT32, MIDDLE, WIDE, FULL):
-        for stages in (1, 2, 3):
-            yield Variant(kind, problem, Tiling(64, 4, stages, problem not in (NARROW, FLOAT32)))
-    for problem in (WIDE, FULL):
-        for stages in (2, 3):
-            yield Variant(kind, problem, Tiling(64, 4 if kind != "gradient" else 8, stages, True), block=128)
+    for problem, stages in itertools.product((NARROW, FLOAT32, MIDDLE, WIDE, FULL), (1, 2, 3)):
+        yield Variant(kind, problem, Tiling(64, 4, stages, problem not in (NARROW, FLOAT32)))
+    for problem, stages in itertools.product((WIDE, FULL), (2, 3)):
+        yield Variant(kind, problem, Tiling(64, 4 if kind != "gradient" else 8, stages, True), block=128)
 
 
 def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]:
@@ -82,35 +76,25 @@ def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]
 
         def call(_, f):
             terms, vector = band.exp(scores._replace(f=f)), f[:, :-1]
-            if kind == "step":
-                made = functools.reduce(jnp.add, band.scale_once(terms, jnp.ones_like(vector), None))
-            elif kind == "sum":
-                made = band.sums(terms, by_rows=True)
-            elif kind == "vector":
-                made = band.transpose_times(terms, vector)
-            elif kind == "matrix":
-                made = band.times(terms, x)[..., 0]
-            else:  # as the gradient of q: fields of the values and of four vectors
-                few = jnp.stack([vector] * 4, -1)
-                made = band.times(band.modulate(terms, (x, x), (few, few)), x)[..., 0]
-            return f.at[:, :-1].add(1e-6 * made)
+            few = jnp.stack([vector] * 4, -1)
+            made = {
+                "step": lambda: functools.reduce(jnp.add, band.scale_once(terms, jnp.ones_like(vector), None)),
+                "sum": lambda: band.sums(terms, by_rows=True),
+                "vector": lambda: band.transpose_times(terms, vector),
+                "matrix": lambda: band.times(terms, x)[..., 0],
+                # As the gradient of q: fields of the values and of four vectors.
+                "gradient": lambda: band.times(band.modulate(terms, (x, x), (few, few)), x)[..., 0],
+            }
+            return f.at[:, :-1].add(1e-6 * made[kind]())
 
         return jax.lax.fori_loop(0, _CALLS, call, scores.f)
 
-    with contextlib.ExitStack() as patches:
-        for patch in (
-            mock.patch.object(gpu_sweep, "_MOST_TILES", 9),
-            mock.patch.object(gpu_sweep.Cut, "warps", tiling.warps),
-            mock.patch.object(gpu_kernels, "block_for", lambda *_: block),
-            mock.patch.object(gpu_kernels, "tiling_for", lambda *_: tiling),
-        ):
-            patches.enter_context(patch)
+    with (
+        mock.patch.object(gpu_sweep, "_MOST_TILES", 9),
+        mock.patch.object(gpu_sweep.Cut, "warps", tiling.warps),
+        mock.patch.multiple(gpu_kernels, block_for=lambda *_: block, tiling_for=lambda *_: tiling),
+    ):
         return jax.jit(run).lower(q, k, x, n), (q, k, x, n)
-
-
-def compiled(program: jax.stages.Lowered) -> Row:
-    """Compile a program; return it as `run`, or say how it failed: a tiling can be too large."""
-    return harness.or_failure(lambda: {"run": program.compile()})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,17 +104,19 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if jax.default_backend() != "gpu" and not gpu_kernels.INTERPRET:
         sys.exit("tune_gpu.py: there is no GPU here; run it on a machine with an NVIDIA card and jax[cuda13]")
-    todo = [variant for kind in args.kinds for variant in variants(kind)]
-    programs = [lowered(variant, args.residues) for variant in todo]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(compiled, [program for program, _ in programs]))  # all, before any is timed
+    programs = {variant: lowered(variant, args.residues) for kind in args.kinds for variant in variants(kind)}
+    compiling = {
+        variant: lambda program=program: {"run": program.compile()} for variant, (program, _) in programs.items()
+    }
+    found = dict(harness.in_threads(compiling))  # all, before any is timed; a tiling can be too large
     with harness.row_writer(args.output) as write:
-        for (kind, problem, tiling, block), (_, given), found in zip(todo, programs, results, strict=True):
-            row: Row = {"kind": kind, **problem._asdict(), "block": block, **tiling._asdict()}
-            if "failed" in found:
-                row |= found
+        for variant, (_, given) in programs.items():
+            kind, problem, tiling, block = variant
+            row: harness.Row = {"kind": kind, **problem._asdict(), "block": block, **tiling._asdict()}
+            if "failed" in found[variant]:
+                row |= found[variant]
             else:
-                calls: dict[str, Any] = {kind: functools.partial(found["run"], *given)}
+                calls = {kind: functools.partial(found[variant]["run"], *given)}
                 times = harness.clock(calls, args.rounds, warm_up=harness.GPU_WARM_UP)[kind]
                 seconds = statistics.median(times) / _CALLS
                 cells = Case(args.residues // problem.length, 1, problem.length, problem.band).cells()
