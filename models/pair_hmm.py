@@ -28,6 +28,7 @@ _SMALLEST = 1e-37
 
 Lengths = Int[Array, " batch"]
 Weights = Float[Array, "batch rows width"]
+Scalar = Float[Array, ""]
 
 
 class GapModel(nnx.Module):
@@ -68,8 +69,8 @@ class _Paths(NamedTuple):
     end: Int[Array, "batch 2"]
 
     @classmethod
-    def of_pairs(cls, log_weight, first, x_lengths, y_lengths) -> "_Paths":
-        end = jnp.stack([x_lengths, y_lengths], 1)
+    def of_pairs(cls, log_weight, first, *lengths) -> "_Paths":
+        end = jnp.stack(lengths, 1)
         return cls(log_weight, first, jnp.zeros_like(end), end)
 
     def reversed(self, columns: int) -> "_Paths":
@@ -97,12 +98,8 @@ def negative_log_likelihood(
 ) -> Float[Array, " batch"]:
     """Compute the nats of each reference alignment, of which only matches within the plan's band count.
 
-    Args:
-      log_plan: Minus infinity outside the band; any value beyond the lengths.
-      target: Column that each row is aligned to; negative for none.
-      x_lengths: Residues of x.
-      y_lengths: Residues of y.
-      gaps: Sharpness, match and opening, as `GapModel` returns them.
+    `log_plan` is minus infinity outside the band, and anything beyond the lengths. `target` is the column that each row
+    is aligned to, negative for none. `gaps` are sharpness, match and opening, as `GapModel` returns them.
     """
     sharpness, match, opening = gaps
     inside = jnp.isfinite(log_plan)
@@ -118,10 +115,7 @@ def negative_log_likelihood(
 
 @jax.custom_vjp
 def log_partition(
-    log_weight: Float[Array, "batch x_length y_length"],
-    x_lengths: Lengths,
-    y_lengths: Lengths,
-    opening: Float[Array, ""],
+    log_weight: Float[Array, "batch x_length y_length"], x_lengths: Lengths, y_lengths: Lengths, opening: Scalar
 ) -> Float[Array, " batch"]:
     """Compute the logarithm of the summed weights of all alignments of each pair.
 
@@ -153,18 +147,14 @@ def posterior(
     first: Int[Array, "batch rows"] | None,
     x_lengths: Lengths,
     y_lengths: Lengths,
-    opening: Float[Array, ""],
+    opening: Scalar,
     columns: int,
 ) -> Weights:
     """Compute the probability that each pair of residues is aligned (forward-backward algorithm).
 
-    Args:
-      log_weight: Weights of matches in nats; `LOG_ZERO` for none and beyond the lengths.
-      first: First column of each row's window, as `rising` makes them; None if each row holds all columns.
-      x_lengths: Residues of x.
-      y_lengths: Residues of y.
-      opening: Cost of a gap in nats.
-      columns: Padded length of y.
+    `log_weight` holds weights of matches in nats, `LOG_ZERO` for none and beyond the lengths; `first` the first column
+    of each row's window, as `rising` makes them, or None if each row holds all columns. `opening` is the cost of a gap
+    in nats, `columns` the padded length of y.
     """
     paths = _Paths.of_pairs(log_weight, first, x_lengths, y_lengths)
     both_ways = jax.tree.map(lambda *pair: jnp.concatenate(pair), paths, paths.reversed(columns))
@@ -190,15 +180,13 @@ def _match_posterior(log_weight: Weights, before: Prefixes, after: Prefixes) -> 
     return jnp.exp(jnp.minimum(before.before + log_weight + after.before[:, ::-1, ::-1] + scale[:, :, None], 0))
 
 
-def _forward_pass(paths: _Paths, opening: Float[Array, ""]) -> Prefixes:
+def _forward_pass(paths: _Paths, opening: Scalar) -> Prefixes:
     """Sum the weights of all alignments row by row. The start must not lie right of its row's window."""
     batch, rows, width = paths.log_weight.shape
     # One row more, without matches: its nodes follow the last row.
     log_weight = jnp.pad(paths.log_weight, ((0, 0), (0, 1), (0, 0)), constant_values=LOG_ZERO)
-    if paths.first is None:
-        first = jnp.zeros((batch, rows + 1), jnp.int32)
-    else:
-        first = jnp.pad(paths.first, ((0, 0), (0, 1)), mode="edge")
+    first = jnp.zeros((batch, rows), jnp.int32) if paths.first is None else paths.first
+    first = jnp.pad(first, ((0, 0), (0, 1)), mode="edge")
     barrier = jax.lax.optimization_barrier  # or XLA recomputes, for every use, what is cheap but used often
 
     def step(carry, row):
