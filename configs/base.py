@@ -3,6 +3,12 @@
 from ml_collections import ConfigDict
 
 
+def changed(config: ConfigDict, settings: dict) -> ConfigDict:
+    """Set the values of dotted names."""
+    config.update_from_flattened_dict(settings)
+    return config
+
+
 def get_config() -> ConfigDict:
     return ConfigDict(
         {

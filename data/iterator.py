@@ -55,8 +55,7 @@ class BatchIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue at the saved step.
 
-        Raises:
-          ValueError: the state is of a stream with another seed, batch size, buckets, cap or data.
+        Raises ValueError if the state is of a stream with another seed, batch size, buckets, cap or data.
         """
         if state["stream"] != self._fingerprint:
             raise ValueError(

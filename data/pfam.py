@@ -28,6 +28,7 @@ from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, rea
 CHECKSUMS = "SHA256SUMS"
 RECORDS = "records.json"  # split -> accessions in the order of its records, to name a record that is damaged
 REPORT = "report.json"
+_TEXTS = "accession", "name", "clan"
 
 
 class Pfam(tfds.core.GeneratorBasedBuilder):
@@ -43,20 +44,17 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         self.report = Report()
 
     def _info(self) -> tfds.core.DatasetInfo:
+        texts = {name: tfds.features.Text() for name in _TEXTS}
+        arrays = {
+            "rows": tfds.features.Tensor(shape=(None,), dtype=np.str_),
+            "alignment": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="zlib"),
+            "pairs": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Pfam alignments, one record a family, split by clan (train, validation, test_ood); "
             f"test_iid holds sequences withheld from the training families. Split salt: {SALT}.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "accession": tfds.features.Text(),
-                    "name": tfds.features.Text(),
-                    "clan": tfds.features.Text(),
-                    "rows": tfds.features.Tensor(shape=(None,), dtype=np.str_),
-                    "alignment": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="zlib"),
-                    "pairs": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
-                }
-            ),
+            features=tfds.features.FeaturesDict(texts | arrays),
             homepage="https://www.ebi.ac.uk/interpro/entry/pfam/",
             license="CC0 1.0",
             citation="Mistry et al., Pfam: The protein families database in 2021, Nucleic Acids Res. 49, D412 (2021)",
@@ -117,7 +115,7 @@ def to_example(family: Family) -> dict:
 
 
 def from_example(example: dict) -> Family:
-    text = {name: example[name].decode() for name in ("accession", "name", "clan")}
+    text = {name: example[name].decode() for name in _TEXTS}
     rows = tuple(name.decode() for name in example["rows"])
     return Family(**text, rows=rows, alignment=example["alignment"], pairs=example["pairs"])
 
@@ -133,8 +131,7 @@ def build(
 ) -> Report:
     """Build the shards in `out`/pfam; `config` goes to tfds.download.DownloadConfig (beam_options, for example).
 
-    Raises:
-      FileExistsError: `out` has a data set and `overwrite` is off. No error changes `out`.
+    Raises FileExistsError if `out` has a data set and `overwrite` is off. No error changes `out`.
     """
     out = Path(out).resolve()
     final = out / builder.name
@@ -177,9 +174,7 @@ def _finish(prepared: Pfam) -> None:
 def verify(data_dir: str | Path) -> str:
     """Check every file of a data set against its SHA256SUMS; return a line that says what was checked.
 
-    Raises:
-      ValueError: files are missing, changed or unknown.
-      FileNotFoundError: `data_dir` holds no data set.
+    Raises ValueError if files are missing, changed or unknown, and FileNotFoundError if `data_dir` holds no data set.
     """
     folder = find_dataset(data_dir)
     lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
@@ -187,9 +182,8 @@ def verify(data_dir: str | Path) -> str:
     found = {path.name: _sha256(path) for path in _listed(folder)}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise ValueError(
-            f"{folder}: missing, changed or unknown files: {', '.join(wrong)}; build or copy the data again"
-        )
+        names = ", ".join(wrong)
+        raise ValueError(f"{folder}: missing, changed or unknown files: {names}; build or copy the data again")
     splits = tfds.builder_from_directory(str(folder)).info.splits.values()
     shards, families = (sum(getattr(split, name) for split in splits) for name in ("num_shards", "num_examples"))
     size = sum((folder / name).stat().st_size for name in found)
@@ -263,9 +257,8 @@ class FamilySource:
 def open_split(data_dir: str | Path, split: str) -> FamilySource:
     """Open the families of one split of the data set below `data_dir`.
 
-    Raises:
-      FileNotFoundError: no such folder, or no data set or shard in it.
-      ValueError: unknown split, a split without families, or several data sets.
+    Raises FileNotFoundError if there is no such folder, or no data set or shard in it, and ValueError for an unknown
+    split, a split without families, or several data sets.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the splits are {', '.join(SPLITS)}")

@@ -118,9 +118,7 @@ def train_iterator(
     """Return an endless iterator over batches of random pairs, deterministic in (config.seed, step).
 
     Reads all families once. This host, `shard_index` of `shard_count`, gets `batch_size / shard_count` rows of a batch.
-
-    Raises:
-      ValueError: empty split, no pair fits into the buckets, batch_size not divisible by shard_count, negative step.
+    Raises ValueError: empty split, no pair that fits into the buckets, indivisible batch_size, negative step.
     """
     if start_step < 0:
         raise ValueError(f"start_step: {start_step} was given, allowed is 0 or more")
@@ -143,19 +141,12 @@ def evaluation_batches(
     halved, so that its memory stays the same. The last batch of a bucket is filled up with empty examples (id -1), so
     that a bucket is one compiled shape.
 
-    Args:
-      families: The split.
-      batch_size: Pairs a batch, for lengths up to the largest given bucket.
-      buckets: Ascending padded lengths.
-      limit: Most pairs, for a quick look while training: the same ones every time, spread over the families, and only
-        pairs that fit into the given buckets, as every further shape is compiled.
-      divisible_by: Divisor of every batch size, for example the number of devices.
-      max_bad: Damaged records that may be left out, with a warning for each.
+    `limit` is the most pairs, for a quick look while training: the same ones every time, spread over the families, and
+    only pairs that fit into the given buckets, as every further shape is compiled. `divisible_by` divides every batch
+    size, for example the number of devices. `max_bad` damaged records may be left out, with a warning for each.
 
-    Raises:
-      BadRecordError: more than max_bad records are damaged.
-      ValueError: no family or no evaluation pair in the split (with limit: none that fits), limit below 1, batch_size
-        not divisible by divisible_by.
+    Raises BadRecordError for more of them, and ValueError: no family or no evaluation pair in the split (with limit:
+    none that fits), limit below 1, batch_size not divisible by divisible_by.
     """
     check_buckets(buckets)
     if not 1 <= divisible_by <= batch_size or batch_size % divisible_by:

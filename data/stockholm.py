@@ -68,18 +68,12 @@ def read(
     max_family_bytes: int = MAX_FAMILY_BYTES,
     on_bad: Callable[[StockholmError], object] | None = None,
 ) -> Iterator[Alignment]:
-    """Yield the alignments of a plain or gzip file, or of a binary handle, one at a time.
+    """Yield the alignments of a plain or gzip file, or of a binary handle, which stays open, one at a time.
 
-    Args:
-      source: A path, or an open handle, which stays open.
-      max_row_bytes: A longer line or row is malformed.
-      max_family_bytes: A larger family is malformed.
-      on_bad: Called with the error of every malformed family, for example a list's append. The family is left out and
-        reading continues after its `//`; truncated gzip data end the reading. By default the error is raised.
-
-    Raises:
-      StockholmError: a malformed family, unless `on_bad` is given. A wrong gzip checksum is raised in any case, since
-        the families read before it may be wrong.
+    Longer lines or rows than `max_row_bytes` and larger families than `max_family_bytes` are malformed. `on_bad` is
+    called with the StockholmError of every malformed family, for example a list's append. The family is left out and
+    reading continues after its `//`; truncated gzip data end the reading. By default the error is raised, and that of a
+    wrong gzip checksum is raised in any case, since the families read before it may be wrong.
     """
     opened = open_unpacked(source) if isinstance(source, str | Path) else nullcontext(source)
     name = str(source if isinstance(source, str | Path) else getattr(source, "name", "<stream>"))

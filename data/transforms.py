@@ -25,8 +25,7 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
     some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made by a profile HMM (Pfam full),
     lower case marks insert states, whose columns only stack residues; mask them first.
 
-    Raises:
-      ValueError: i or j is no row of the alignment, or one of the rows holds a symbol that is no residue and no gap.
+    Raises ValueError if i or j is no row of the alignment, or holds a symbol that is no residue and no gap.
     """
     for name, row in (("i", i), ("j", j)):
         if not 0 <= row < len(alignment):

@@ -19,16 +19,8 @@ X, Y = Int[Array, "batch x_length"], Int[Array, "batch y_length"]  # tokens
 Target = Int[Array, "batch x_length"]  # columns of y, or -1
 
 # Least and most, which is far beyond use: a damaged or hostile configuration must not take all memory or time.
-_RANGES = {
-    "width": (1, 1 << 16),
-    "depth": (1, 1000),
-    "kernel": (1, 1001),
-    "dilations": (1, 30),
-    "heads": (1, 1 << 12),
-    "plan_width": (1, 1 << 14),
-    "value_width": (1, 1 << 14),
-    "refinement": (0, 1000),
-}
+_WIDTHS = {"width": (1, 1 << 16), "heads": (1, 1 << 12), "plan_width": (1, 1 << 14), "value_width": (1, 1 << 14)}
+_RANGES = _WIDTHS | {"depth": (1, 1000), "kernel": (1, 1001), "dilations": (1, 30), "refinement": (0, 1000)}
 
 
 @dataclasses.dataclass(frozen=True)
