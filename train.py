@@ -150,9 +150,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
 
 
 def open_folder(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> list[str]:
-    """Lock the folder, write the configuration and set damaged checkpoints aside, all in the first process.
+    """Lock the folder, write the configuration and set damaged checkpoints aside, with a message for each.
 
-    It returns a message for each damaged checkpoint.
+    Only the first process does it.
     """
     if not is_first_process():
         return []

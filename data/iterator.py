@@ -18,12 +18,8 @@ class Stream(Protocol):
     bad: tuple[str, ...]  # messages about the records that were left out
 
     def __getitem__(self, step: int) -> Any: ...
-
-    def fingerprint(self) -> str:
-        """Return a hash of all that decides the batches, so that a run is not resumed with other ones."""
-
-    def description(self) -> str:
-        """Return a phrase for the first line of a run."""
+    def fingerprint(self) -> str: ...  # hash of all that decides the batches, so that no run is resumed with others
+    def description(self) -> str: ...  # phrase for the first line of a run
 
 
 class BatchIterator(grain.DatasetIterator):

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, UInt8
+from jaxtyping import Float64, Int32, UInt8
 
 from data import vocab
 
@@ -31,7 +31,7 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
         if not 0 <= row < len(alignment):
             raise ValueError(f"{name}: row {row} was given, the alignment has rows 0..{len(alignment) - 1}")
     x_row, y_row = alignment[i], alignment[j]
-    x_occupied, y_occupied = _occupied(x_row), _occupied(y_row)
+    x_occupied, y_occupied = ~np.isin([x_row, y_row], np.frombuffer(vocab.GAPS, np.uint8))
     shared = x_occupied & y_occupied
     target = np.full(x_occupied.sum(), NO_TARGET, np.int32)
     target[np.cumsum(x_occupied)[shared] - 1] = np.cumsum(y_occupied)[shared] - 1
@@ -73,7 +73,3 @@ def pair_identity(pair: Pair) -> float:
         return float("nan")
     x, y = pair.x[aligned[:, 0]], pair.y[aligned[:, 1]]
     return float(np.mean((x == y) & (x != vocab.X)))
-
-
-def _occupied(row: UInt8[np.ndarray, " columns"]) -> Bool[np.ndarray, " columns"]:
-    return ~np.isin(row, np.frombuffer(vocab.GAPS, np.uint8))

@@ -22,15 +22,9 @@ _INVALID = 255
 _LETTERS = "?" + RESIDUES + "X?"  # by token; padding and mask have no letter of their own
 
 
-def _token_table() -> UInt8[np.ndarray, "256"]:
-    table = np.full(256, _INVALID, np.uint8)
-    for token, letters in [*enumerate(RESIDUES, start=1), (X, AMBIGUOUS)]:
-        for letter in letters + letters.lower():
-            table[ord(letter)] = token
-    return table
-
-
-_TOKENS = _token_table()
+_TOKENS = np.full(256, _INVALID, np.uint8)
+for _token, _letters in [*enumerate(RESIDUES, start=1), (X, AMBIGUOUS)]:
+    _TOKENS[list((_letters + _letters.lower()).encode())] = _token
 
 
 def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:

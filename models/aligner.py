@@ -25,19 +25,7 @@ _RANGES = _WIDTHS | {"depth": (1, 1000), "kernel": (1, 1001), "dilations": (1, 3
 
 @dataclasses.dataclass(frozen=True)
 class AlignerConfig:
-    """`config.model`. Widths are in channels.
-
-    depth: Residual convolution blocks. Their dilation doubles from 1, and starts again after `dilations` blocks.
-    attention_every: Convolution blocks before each self-attention block; 0 for no self-attention.
-    plan_width: Width of the plan's queries and keys.
-    plan_gain: Initial gain of their projection. Below 1, learned scores start small beside a prior.
-    positions: Rotate half of queries and keys by length-scaled positions, a pull to the diagonal.
-    substitution_prior: Add BLOSUM62 with a learned weight to the plan's scores.
-    refinement: Residual convolution blocks that weigh the votes of a first plan for a second one; 0 for one plan.
-    gap_model: Learn the pair HMM that plans are aligned by (loss.alignment); else it is `decoding.Gaps()`.
-    implementation: Of attention; "auto" or one of `ot_attention`'s.
-    dtype: Of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
-    """
+    """`config.model` of an aligner, which configs/base.py describes. Widths are in channels."""
 
     width: int = 128
     depth: int = 6

@@ -50,8 +50,7 @@ def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]
         values["band"] = None
     if kind == "sinkhorn":
         return SinkhornSpec(**values), None
-    sparse_values = dict(config["sparse"])
-    sparse_values["sortcut"] = sparse_values["sortcut"] or None
+    sparse_values = {name: value for name, value in config["sparse"].items() if (name, value) != ("sortcut", 0)}
     return SinkhornSpec(**values), BlockSpec(kind, SparseSpec(**sparse_values))
 
 

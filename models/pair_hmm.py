@@ -28,6 +28,9 @@ _SMALLEST = 1e-37
 
 Lengths = Int[Array, " batch"]
 Weights = Float[Array, "batch rows width"]
+Firsts = Int[Array, "batch rows"]
+Target = Int[Array, "batch x_length"]
+AllPairs = Float[Array, "batch x_length y_length"]
 Scalar = Float[Array, ""]
 
 
@@ -64,7 +67,7 @@ class _Paths(NamedTuple):
     """All alignments between two nodes. A node (i, j) lies before row i and column j."""
 
     log_weight: Weights
-    first: Int[Array, "batch rows"] | None  # None: each row holds all columns
+    first: Firsts | None  # None: each row holds all columns
     start: Int[Array, "batch 2"]
     end: Int[Array, "batch 2"]
 
@@ -90,11 +93,7 @@ class _States(NamedTuple):
 
 
 def negative_log_likelihood(
-    log_plan: Float[Array, "batch x_length y_length"],
-    target: Int[Array, "batch x_length"],
-    x_lengths: Lengths,
-    y_lengths: Lengths,
-    gaps: Float[Array, "3"],
+    log_plan: AllPairs, target: Target, x_lengths: Lengths, y_lengths: Lengths, gaps: Float[Array, "3"]
 ) -> Float[Array, " batch"]:
     """Compute the nats of each reference alignment, of which only matches within the plan's band count.
 
@@ -115,7 +114,7 @@ def negative_log_likelihood(
 
 @jax.custom_vjp
 def log_partition(
-    log_weight: Float[Array, "batch x_length y_length"], x_lengths: Lengths, y_lengths: Lengths, opening: Scalar
+    log_weight: AllPairs, x_lengths: Lengths, y_lengths: Lengths, opening: Scalar
 ) -> Float[Array, " batch"]:
     """Compute the logarithm of the summed weights of all alignments of each pair.
 
@@ -143,12 +142,7 @@ log_partition.defvjp(_partition_forward, _partition_backward)
 
 
 def posterior(
-    log_weight: Weights,
-    first: Int[Array, "batch rows"] | None,
-    x_lengths: Lengths,
-    y_lengths: Lengths,
-    opening: Scalar,
-    columns: int,
+    log_weight: Weights, first: Firsts | None, x_lengths: Lengths, y_lengths: Lengths, opening: Scalar, columns: int
 ) -> Weights:
     """Compute the probability that each pair of residues is aligned (forward-backward algorithm).
 
@@ -162,7 +156,7 @@ def posterior(
     return _match_posterior(log_weight, Prefixes(*prefixes), Prefixes(*suffixes))
 
 
-def rising(first: Int[Array, "batch rows"], y_lengths: Lengths) -> Int[Array, "batch rows"]:
+def rising(first: Firsts, y_lengths: Lengths) -> Firsts:
     """Make first columns that never fall and lie within y, from windows that hold nothing where they do not."""
     return jax.lax.cummax(jnp.minimum(first, jnp.maximum(y_lengths - 1, 0)[:, None]), axis=1)
 
@@ -247,7 +241,7 @@ def _log_add(a: Array, b: Array) -> Array:
     return jnp.maximum(a, b) + jnp.log(1 + jnp.exp(-jnp.abs(a - b)))
 
 
-def _gap_count(target: Int[Array, "batch x_length"], x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
+def _gap_count(target: Target, x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
     """Count runs of unaligned residues of x, and of y, between two matches or at an end."""
     aligned, row = target >= 0, jnp.arange(target.shape[1])
     rows, columns = jnp.where(aligned, row, -1), jnp.where(aligned, target, -1)

@@ -70,8 +70,8 @@ def judge(policy: NonFinitePolicy, step: TrainedStep, values: dict[str, float], 
         before = f", the last of {count} such steps" if count > 1 else ""
         raise NonFiniteError(
             f"{told}{before}. Checkpoints hold earlier steps only: start again to resume from the last one; if it "
-            "comes back, lower optimizer.learning_rate in another workdir, or give train.on_nonfinite=skip or rollback, "
-            "and train.max_nonfinite"
+            "comes back, lower optimizer.learning_rate in another workdir, or give train.on_nonfinite=skip or rollback,"
+            " and train.max_nonfinite"
         )
     so_far = f"{count} of at most {policy.max_nonfinite}"
     if policy.on_nonfinite == "rollback":

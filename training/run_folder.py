@@ -135,11 +135,6 @@ class MetricsLog:
             kept = [row for row in read_metrics(self.workdir) if row["step"] <= start and start > 0]
             replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def was_validated(self, step: int) -> bool:
-        """Tell whether the step has its validation: a run may be killed between a checkpoint and its validation."""
-        rows = read_metrics(self.workdir)
-        return any(row["step"] == step and any(name.startswith("validation/") for name in row) for row in rows)
-
     def step(self, step: int, values: dict[str, float], examples: int, residues: int) -> None:
         """Count a training step; every `log.every` steps, write its metrics and the rates since the last line."""
         self.count(examples, residues)

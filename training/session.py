@@ -24,17 +24,13 @@ _TRACED = 3  # steps
 
 
 class Parts(NamedTuple):
-    """Parts of a run that its configuration describes.
-
-    batches: This process's part of the training batches.
-    score: From parameters to the summary of a fixed sample of the validation split; None for no validation.
-    """
+    """Parts of a run that its configuration describes."""
 
     policy: NonFinitePolicy
     trainer: Trainer
     mesh: Mesh
-    batches: pipeline.BatchIterator
-    score: Callable[[PyTree], dict[str, dict]] | None
+    batches: pipeline.BatchIterator  # this process's part of them
+    score: Callable[[PyTree], dict[str, dict]] | None  # parameters -> summary of a sample of the validation split
 
 
 class Session:
@@ -102,7 +98,9 @@ class Session:
 
     def lacks_validation(self) -> bool:
         """Tell whether a kill prevented the validation of the first step; the first process decides for all."""
-        return self.is_evaluated(self.start) and gather(str(self.log.was_validated(self.start)))[0] == "False"
+        logged = {name for row in run_folder.read_metrics(self.workdir) if row["step"] == self.start for name in row}
+        validated = any(name.startswith("validation/") for name in logged)
+        return self.is_evaluated(self.start) and gather(str(validated))[0] == "False"
 
     def validate(self, step: int) -> None:
         """Log scores of the averaged parameters. Every process computes all of them from the same predictions."""

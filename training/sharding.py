@@ -33,11 +33,7 @@ _CUT = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """`config.mesh`: number of devices along each axis.
-
-    data: Groups of devices; the groups share a batch. -1 uses all devices.
-    model: Devices in a group, which share its matrices and heads.
-    """
+    """`config.mesh`, which configs/base.py describes: number of devices along each axis."""
 
     data: int = -1
     model: int = 1
