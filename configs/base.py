@@ -79,8 +79,8 @@ def get_config() -> ConfigDict:
                 "data": -1,  # groups of devices that share a batch; -1 for as many as there are
                 "model": 1,  # devices of a group, which share matrices and heads
             },
-            "train": {
-                "on_nonfinite": "stop",  # at a loss or gradient that is not finite; or "skip", "rollback"
+            "train": {  # at a loss or gradient that is not finite
+                "on_nonfinite": "stop",  # or "skip" the update, or "rollback" to a checkpoint and on behind the batch
                 "max_nonfinite": 10,  # most steps of a run to skip or roll back
             },
             "checkpoint": {

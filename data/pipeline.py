@@ -20,6 +20,9 @@ from data.iterator import BatchIterator, Stream, shard_rows
 from data.sampling import Families, LengthIndex, check_buckets, readable, row_lengths
 from data.transforms import NO_TARGET, Pair, crop, pair
 
+Ids = Int64[np.ndarray, "pairs 3"]
+Lengths = Int64[np.ndarray, " pairs"]
+
 _ATTEMPTS = 4  # draws of an example before a pair without any aligned residue is accepted
 _CACHED_FAMILIES = 512  # decoded records kept, mostly below 50 KB each; reading one takes longer than making its pair
 
@@ -204,9 +207,7 @@ def _assemble(pairs: Sequence[Pair], ids: Int[np.ndarray, "batch 3"], length: in
     return batch
 
 
-def _evaluation_pairs(
-    families: Families, max_bad: int
-) -> tuple[Int64[np.ndarray, "pairs 3"], Int64[np.ndarray, " pairs"]]:
+def _evaluation_pairs(families: Families, max_bad: int) -> tuple[Ids, Lengths]:
     """Return the ids of all evaluation pairs, family after family, and the length of each pair's longer sequence."""
     ids, lengths = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)]
     bad: list[str] = []
@@ -224,9 +225,7 @@ def _evaluation_pairs(
     return np.concatenate(ids), np.concatenate(lengths)
 
 
-def _spread(
-    ids: Int64[np.ndarray, "pairs 3"], allowed: Bool[np.ndarray, " pairs"], limit: int
-) -> Int64[np.ndarray, " chosen"]:
+def _spread(ids: Ids, allowed: Bool[np.ndarray, " pairs"], limit: int) -> Int64[np.ndarray, " chosen"]:
     """Choose `limit` pairs: a random one of every family, then a second one of every family, and so on."""
     if limit < 1:
         raise ValueError(f"limit: {limit} was given, allowed is 1 or more, or None for all pairs")
@@ -240,13 +239,11 @@ def _spread(
     return np.sort(shuffled[np.lexsort((rng.random(len(turn)), turn))[:limit]])
 
 
-def _evaluation_shapes(
-    buckets: Sequence[int], longest: int, batch_size: int, divisible_by: int
-) -> Iterator[tuple[int, int]]:
+def _evaluation_shapes(buckets: Sequence[int], longest: int, batch_size: int, divisor: int) -> Iterator[tuple]:
     """Yield length and batch size of every bucket, up to one that holds `longest`."""
     yield from ((length, batch_size) for length in buckets)
     length = buckets[-1]
     while length < longest:
         length *= 2
-        batch_size = batch_size if batch_size % (2 * divisible_by) else batch_size // 2
+        batch_size = batch_size if batch_size % (2 * divisor) else batch_size // 2
         yield length, batch_size

@@ -24,6 +24,8 @@ _SLOWEST = math.pi / 128  # radians a residue; the fastest is pi
 _FREQUENCIES = 24
 
 Waves = Float[Array, "*shape waves"]
+X = Float[Array, "batch x_length _"]  # channels of each residue
+Y = Float[Array, "batch y_length _"]
 
 
 def waves(position: Int[Array, "batch length"]) -> Float[Array, "batch length waves"]:
@@ -71,14 +73,7 @@ class Votes(nnx.Module):
         self.query = nnx.Linear(width, content_width, kernel_init=zero, rngs=rngs)
         self.key = nnx.Linear(width, content_width, use_bias=False, rngs=rngs)
 
-    def __call__(
-        self,
-        brought: Float[Array, "batch x_length brought"],
-        mass: Float[Array, "batch x_length"],
-        h_x: Float[Array, "batch x_length width"],
-        h_y: Float[Array, "batch y_length width"],
-        real: Float[Array, "batch x_length 1"],
-    ) -> tuple[Float[Array, "batch x_length channels"], Float[Array, "batch y_length channels"]]:
+    def __call__(self, brought: X, mass: Float[Array, "batch x_length"], h_x: X, h_y: Y, real: X) -> tuple[X, Y]:
         """Compute the channels of queries and keys.
 
         `brought` holds values and then waves of y, as the first plan sends them to x; `mass` its row sums.

@@ -18,12 +18,7 @@ class NonFiniteError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class NonFinitePolicy:
-    """`config.train`: what a non-finite loss or gradient does. A file names the batch in any case.
-
-    on_nonfinite: "stop" the run; "skip" the update; "rollback" to the last checkpoint, and continue with the batches
-      that follow the bad one.
-    max_nonfinite: With "skip" and "rollback", the run stops after this number of them.
-    """
+    """`config.train`, which configs/base.py describes. A file names a batch of non-finite loss in any case."""
 
     on_nonfinite: str = "stop"
     max_nonfinite: int = 10

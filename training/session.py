@@ -98,9 +98,10 @@ class Session:
 
     def lacks_validation(self) -> bool:
         """Tell whether a kill prevented the validation of the first step; the first process decides for all."""
+        if not self.is_evaluated(self.start):
+            return False
         logged = {name for row in run_folder.read_metrics(self.workdir) if row["step"] == self.start for name in row}
-        validated = any(name.startswith("validation/") for name in logged)
-        return self.is_evaluated(self.start) and gather(str(validated))[0] == "False"
+        return gather(str(any(name.startswith("validation/") for name in logged)))[0] == "False"
 
     def validate(self, step: int) -> None:
         """Log scores of the averaged parameters. Every process computes all of them from the same predictions."""
