@@ -61,8 +61,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        inputs, clans_path = self.local_files(dl_manager)
-        clans = read_clans(clans_path) if clans_path else {}
+        inputs, clans = self.local_input(dl_manager)
         kept = self.survey(inputs, clans)
         counts = Counter(split for splits in kept.values() for split in splits)
         num_shards = self.recipe.num_shards or 1
@@ -72,18 +71,18 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         # TFDS cannot write a split without records.
         return {split: self._generate_examples(inputs, clans, kept, split) for split in SPLITS if counts[split]}
 
-    def local_files(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], str]:
-        """Return the Stockholm files and the clan table; downloads them if the recipe names a release."""
+    def local_input(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the Stockholm files and the clan of each accession; downloads both if the recipe names a release."""
         recipe = self.recipe
         if not recipe.release:
-            return recipe.inputs, recipe.clans
+            return recipe.inputs, read_clans(recipe.clans) if recipe.clans else {}
         folder = f"{recipe.mirror.rstrip('/')}/Pfam{recipe.release}"
         urls = {name: f"{folder}/{name}" for name in ("Pfam-A.seed.gz", "Pfam-A.clans.tsv.gz")}
         try:
             files = dl_manager.download(urls)
         except tfds.download.DownloadError as error:
             raise OSError(f"{error} Check release={recipe.release!r} and mirror={recipe.mirror!r}") from error
-        return (str(files["Pfam-A.seed.gz"]),), str(files["Pfam-A.clans.tsv.gz"])
+        return (str(files["Pfam-A.seed.gz"]),), read_clans(str(files["Pfam-A.clans.tsv.gz"]))
 
     def survey(self, inputs: tuple[str, ...], clans: dict[str, str]) -> dict[Place, tuple[str, ...]]:
         """Read all input once, before anything is written; return the places of the families to keep, with splits."""
