@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
@@ -36,7 +36,9 @@ class LengthIndex:
     bad: tuple[str, ...] = ()  # a message for each damaged record; its family counts as one without rows
 
     @classmethod
-    def build(cls, families: Families, buckets: Sequence[int], pairs_per_family: int, max_bad: int = 0) -> Self:
+    def build(
+        cls, families: Families, buckets: Sequence[int], pairs_per_family: int, max_bad: int = 0
+    ) -> "LengthIndex":
         """Count the pairs; reads every family once.
 
         Raises BadRecordError if more than max_bad records are damaged, and ValueError if there is no family, or no pair
