@@ -79,10 +79,8 @@ def main(argv: list[str]) -> None:
 def train(config: ConfigDict, workdir: Path) -> TrainState:
     """Start or resume a run, together with the other processes if there are any, and return its final state.
 
-    Raises:
-      ValueError, OSError: A setting, the data or the folder cannot be used; the message says what to do.
-      NonFiniteError: A loss or gradient is not finite, and `config.train` ends the run.
-      Stopped: SIGTERM came, and the run is saved.
+    Raises ValueError or OSError if a setting, the data or the folder cannot be used; NonFiniteError if `config.train`
+    ends the run at a loss or gradient that is not finite; Stopped if SIGTERM came, and the run is saved.
     """
     # ---- model, data and folder ----
     parts = in_all_processes(prepare, config, workdir)
@@ -152,15 +150,15 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
 
 
 def open_folder(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> list[str]:
-    """Lock the folder, write the configuration and set damaged checkpoints aside, all in the first process.
+    """Lock the folder, write the configuration and set damaged checkpoints aside, with a message for each.
 
-    It returns a message for each damaged checkpoint.
+    Only the first process does it.
     """
     if not is_first_process():
         return []
     resources.enter_context(run_folder.run_lock(workdir))
     run_folder.check_workdir(workdir, config)  # again: from now on no other run changes it
-    run_folder.write_config(workdir, config)
+    run_folder.replace(workdir / "config.json", run_folder.as_text(config))
     return set_damaged_aside(workdir)
 
 

@@ -3,6 +3,12 @@
 from ml_collections import ConfigDict
 
 
+def changed(config: ConfigDict, settings: dict) -> ConfigDict:
+    """Set the values of dotted names."""
+    config.update_from_flattened_dict(settings)
+    return config
+
+
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
@@ -20,20 +26,20 @@ def get_config() -> ConfigDict:
             },
             "model": {
                 "width": 128,  # of the encoder's features
-                "depth": 6,  # convolution blocks
+                "depth": 6,  # residual convolution blocks
                 "kernel": 5,  # residues
-                "dilations": 4,  # of the convolutions, in turn: 1, 2, 4, 8
+                "dilations": 4,  # of the convolutions, in turn: 1, 2, 4, 8, and again
                 "heads": 4,  # of the self-attention
                 "attention_every": 3,  # blocks between layers of self-attention; 0 for none
                 "plan_width": 64,  # of queries and keys of the plan
-                "plan_gain": 1.0,  # scale of the untrained projection to queries and keys
+                "plan_gain": 1.0,  # scale of the untrained projection to them; below 1, scores begin beside a prior
                 "value_width": 64,  # of what the plan carries from y to x
-                "substitution_prior": False,  # begin from BLOSUM62
-                "positions": True,  # rotate half of queries and keys by length-scaled positions
+                "substitution_prior": False,  # begin from BLOSUM62, with a learned weight
+                "positions": True,  # rotate half of queries and keys by length-scaled positions: a pull to the diagonal
                 "refinement": 0,  # convolution blocks that refine a first plan into a second one; 0 for none
-                "gap_model": False,  # learn the pair HMM that decodes plans; see loss.alignment
+                "gap_model": False,  # learn the pair HMM that decodes plans (loss.alignment), else `decoding.Gaps()`
                 "implementation": "auto",  # of the attention; or "reference", "xla", "pallas_tpu", "pallas_gpu"
-                "dtype": "float32",  # of the encoder; or "bfloat16"
+                "dtype": "float32",  # of the encoder's arithmetic; or "bfloat16"; parameters and plan stay float32
             },
             "attention": {  # fields of ot_attention.SinkhornSpec, for the plan and Sinkhorn self-attention
                 "kind": "sinkhorn",  # of the self-attention; or "sparse_sinkhorn", "local", "softmax"
@@ -73,8 +79,8 @@ def get_config() -> ConfigDict:
                 "data": -1,  # groups of devices that share a batch; -1 for as many as there are
                 "model": 1,  # devices of a group, which share matrices and heads
             },
-            "train": {
-                "on_nonfinite": "stop",  # at a loss or gradient that is not finite; or "skip", "rollback"
+            "train": {  # at a loss or gradient that is not finite
+                "on_nonfinite": "stop",  # or "skip" the update, or "rollback" to a checkpoint and on behind the batch
                 "max_nonfinite": 10,  # most steps of a run to skip or roll back
             },
             "checkpoint": {

@@ -17,14 +17,8 @@ def get_config() -> ConfigDict:
     config.task = "sorting"
     config.total_steps = 3000
     config.batch_size = 128
-    config.data = {
-        "sequences": 100_000,
-        "test_sequences": 5_000,
-        "symbols": 20,
-        "longest": 10,
-        "workers": 0,
-        "prefetch": 4,
-    }
+    config.data = {"sequences": 100_000, "test_sequences": 5_000, "symbols": 20, "longest": 10}
+    config.data.update(workers=0, prefetch=4)
     config.model = {"width": 64, "heads": 4, "depth": 2, "hidden": 256}
     config.attention = {"kind": "sparse_sinkhorn"}
     config.sparse.block = 4

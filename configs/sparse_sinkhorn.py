@@ -6,12 +6,8 @@ On test_ood, step 400: reconstruction 1.92 nats, masked 2.23, sparse CE 1.27 nat
 a little worse than r2_dustbin on each (docs/sparse.md).
 """
 
-from ml_collections import ConfigDict
-
-from configs import r2_dustbin
+from configs import base, r2_dustbin
 
 
-def get_config() -> ConfigDict:
-    config = r2_dustbin.get_config()
-    config.attention.kind = "sparse_sinkhorn"
-    return config
+def get_config() -> base.ConfigDict:
+    return base.changed(r2_dustbin.get_config(), {"attention.kind": "sparse_sinkhorn"})

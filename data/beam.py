@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from data.families import SPLITS, Family, read_clans
+from data.families import SPLITS, Family
 from data.pfam import Pfam, to_example
 from data.recipe import Candidate, Recipe, candidate, choose, read_families
 
@@ -32,8 +32,7 @@ class PfamBeam(Pfam, skip_registration=True):
     name = Pfam.name
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager, pipeline: "beam.Pipeline"):
-        inputs, clans_path = self.local_files(dl_manager)
-        clans = read_clans(clans_path) if clans_path else {}
+        inputs, clans = self.local_input(dl_manager)
         read = (
             pipeline
             | "Files" >> beam.Create(list(enumerate(inputs)))

@@ -59,14 +59,8 @@ def from_alignment(alignment: Alignment, clans: dict[str, str]) -> Family:
     accession = (alignment.feature("AC") or alignment.feature("ID") or "").strip().rstrip(";").split(".")[0]
     if not accession:
         raise ValueError(f"the alignment of {alignment.ids[0]!r} has neither '#=GF AC' nor '#=GF ID'; give it one")
-    return Family(
-        accession=accession,
-        name=(alignment.feature("ID") or accession).strip(),
-        clan=clans.get(accession, ""),
-        rows=alignment.ids,
-        alignment=alignment.rows,
-        pairs=np.zeros((0, 2), np.int32),
-    )
+    name, no_pairs = (alignment.feature("ID") or accession).strip(), np.zeros((0, 2), np.int32)
+    return Family(accession, name, clans.get(accession, ""), alignment.ids, alignment.rows, no_pairs)
 
 
 def read_clans(path: str | Path) -> dict[str, str]:

@@ -18,12 +18,8 @@ class Stream(Protocol):
     bad: tuple[str, ...]  # messages about the records that were left out
 
     def __getitem__(self, step: int) -> Any: ...
-
-    def fingerprint(self) -> str:
-        """Return a hash of all that decides the batches, so that a run is not resumed with other ones."""
-
-    def description(self) -> str:
-        """Return a phrase for the first line of a run."""
+    def fingerprint(self) -> str: ...  # hash of all that decides the batches, so that no run is resumed with others
+    def description(self) -> str: ...  # phrase for the first line of a run
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -43,11 +39,25 @@ class BatchIterator(grain.DatasetIterator):
         self._seek(start_step)
 
     def __next__(self) -> Any:
-        batch = self._next()
-        self.step += 1
-        if self.stream.config.workers:  # Grain unlinks the shared memory that these arrays are in
-            batch = {name: np.array(array) for name, array in batch.items()}
-        return batch
+        """Return the next batch. Dead worker processes (out of memory, for example) are replaced a few times."""
+        workers = self.stream.config.workers
+        for _ in range(_RESTARTS):
+            try:
+                batch = next(self._batches)
+            except RuntimeError as error:  # Grain's type for errors of the stream and for a dead worker alike
+                if not workers or "terminated unexpectedly" not in str(error):
+                    raise
+                warnings.warn(f"a worker process died before batch {self.step}; all are started again", stacklevel=2)
+                self._batches.close()
+                self._seek(self.step)
+            else:
+                self.step += 1
+                # Grain unlinks the shared memory that arrays of worker processes are in.
+                return {name: np.array(array) for name, array in batch.items()} if workers else batch
+        raise OSError(
+            f"data.workers={workers}: worker processes died {_RESTARTS} times before batch {self.step}, perhaps for "
+            "want of memory; start again with fewer, or 0"
+        )
 
     def get_state(self) -> dict[str, Any]:
         return {"step": self.step, "stream": self._fingerprint}
@@ -55,8 +65,7 @@ class BatchIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue at the saved step.
 
-        Raises:
-          ValueError: the state is of a stream with another seed, batch size, buckets, cap or data.
+        Raises ValueError if the state is of a stream with another seed, batch size, buckets, cap or data.
         """
         if state["stream"] != self._fingerprint:
             raise ValueError(
@@ -70,22 +79,6 @@ class BatchIterator(grain.DatasetIterator):
     def close(self) -> None:
         self._batches.close()
         super().close()
-
-    def _next(self) -> Any:
-        """Return the next batch. Dead worker processes (out of memory, for example) are replaced a few times."""
-        for _ in range(_RESTARTS):
-            try:
-                return next(self._batches)
-            except RuntimeError as error:  # Grain's type for errors of the stream and for a dead worker alike
-                if not self.stream.config.workers or "terminated unexpectedly" not in str(error):
-                    raise
-                warnings.warn(f"a worker process died before batch {self.step}; all are started again", stacklevel=3)
-                self._batches.close()
-                self._seek(self.step)
-        raise OSError(
-            f"data.workers={self.stream.config.workers}: worker processes died {_RESTARTS} times before batch "
-            f"{self.step}, perhaps for want of memory; start again with fewer, or 0"
-        )
 
     def _seek(self, step: int) -> None:
         self.step = step

@@ -28,6 +28,7 @@ from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, rea
 CHECKSUMS = "SHA256SUMS"
 RECORDS = "records.json"  # split -> accessions in the order of its records, to name a record that is damaged
 REPORT = "report.json"
+_TEXTS = "accession", "name", "clan"
 
 
 class Pfam(tfds.core.GeneratorBasedBuilder):
@@ -43,28 +44,24 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         self.report = Report()
 
     def _info(self) -> tfds.core.DatasetInfo:
+        texts = {name: tfds.features.Text() for name in _TEXTS}
+        arrays = {
+            "rows": tfds.features.Tensor(shape=(None,), dtype=np.str_),
+            "alignment": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="zlib"),
+            "pairs": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Pfam alignments, one record a family, split by clan (train, validation, test_ood); "
             f"test_iid holds sequences withheld from the training families. Split salt: {SALT}.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "accession": tfds.features.Text(),
-                    "name": tfds.features.Text(),
-                    "clan": tfds.features.Text(),
-                    "rows": tfds.features.Tensor(shape=(None,), dtype=np.str_),
-                    "alignment": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="zlib"),
-                    "pairs": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
-                }
-            ),
+            features=tfds.features.FeaturesDict(texts | arrays),
             homepage="https://www.ebi.ac.uk/interpro/entry/pfam/",
             license="CC0 1.0",
             citation="Mistry et al., Pfam: The protein families database in 2021, Nucleic Acids Res. 49, D412 (2021)",
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        inputs, clans_path = self.local_files(dl_manager)
-        clans = read_clans(clans_path) if clans_path else {}
+        inputs, clans = self.local_input(dl_manager)
         kept = self.survey(inputs, clans)
         counts = Counter(split for splits in kept.values() for split in splits)
         num_shards = self.recipe.num_shards or 1
@@ -74,18 +71,18 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         # TFDS cannot write a split without records.
         return {split: self._generate_examples(inputs, clans, kept, split) for split in SPLITS if counts[split]}
 
-    def local_files(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], str]:
-        """Return the Stockholm files and the clan table; downloads them if the recipe names a release."""
+    def local_input(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the Stockholm files and the clan of each accession; downloads both if the recipe names a release."""
         recipe = self.recipe
         if not recipe.release:
-            return recipe.inputs, recipe.clans
+            return recipe.inputs, read_clans(recipe.clans) if recipe.clans else {}
         folder = f"{recipe.mirror.rstrip('/')}/Pfam{recipe.release}"
         urls = {name: f"{folder}/{name}" for name in ("Pfam-A.seed.gz", "Pfam-A.clans.tsv.gz")}
         try:
             files = dl_manager.download(urls)
         except tfds.download.DownloadError as error:
             raise OSError(f"{error} Check release={recipe.release!r} and mirror={recipe.mirror!r}") from error
-        return (str(files["Pfam-A.seed.gz"]),), str(files["Pfam-A.clans.tsv.gz"])
+        return (str(files["Pfam-A.seed.gz"]),), read_clans(str(files["Pfam-A.clans.tsv.gz"]))
 
     def survey(self, inputs: tuple[str, ...], clans: dict[str, str]) -> dict[Place, tuple[str, ...]]:
         """Read all input once, before anything is written; return the places of the families to keep, with splits."""
@@ -117,7 +114,7 @@ def to_example(family: Family) -> dict:
 
 
 def from_example(example: dict) -> Family:
-    text = {name: example[name].decode() for name in ("accession", "name", "clan")}
+    text = {name: example[name].decode() for name in _TEXTS}
     rows = tuple(name.decode() for name in example["rows"])
     return Family(**text, rows=rows, alignment=example["alignment"], pairs=example["pairs"])
 
@@ -133,8 +130,7 @@ def build(
 ) -> Report:
     """Build the shards in `out`/pfam; `config` goes to tfds.download.DownloadConfig (beam_options, for example).
 
-    Raises:
-      FileExistsError: `out` has a data set and `overwrite` is off. No error changes `out`.
+    Raises FileExistsError if `out` has a data set and `overwrite` is off. No error changes `out`.
     """
     out = Path(out).resolve()
     final = out / builder.name
@@ -177,9 +173,7 @@ def _finish(prepared: Pfam) -> None:
 def verify(data_dir: str | Path) -> str:
     """Check every file of a data set against its SHA256SUMS; return a line that says what was checked.
 
-    Raises:
-      ValueError: files are missing, changed or unknown.
-      FileNotFoundError: `data_dir` holds no data set.
+    Raises ValueError if files are missing, changed or unknown, and FileNotFoundError if `data_dir` holds no data set.
     """
     folder = find_dataset(data_dir)
     lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
@@ -187,9 +181,8 @@ def verify(data_dir: str | Path) -> str:
     found = {path.name: _sha256(path) for path in _listed(folder)}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise ValueError(
-            f"{folder}: missing, changed or unknown files: {', '.join(wrong)}; build or copy the data again"
-        )
+        names = ", ".join(wrong)
+        raise ValueError(f"{folder}: missing, changed or unknown files: {names}; build or copy the data again")
     splits = tfds.builder_from_directory(str(folder)).info.splits.values()
     shards, families = (sum(getattr(split, name) for split in splits) for name in ("num_shards", "num_examples"))
     size = sum((folder / name).stat().st_size for name in found)
@@ -263,9 +256,8 @@ class FamilySource:
 def open_split(data_dir: str | Path, split: str) -> FamilySource:
     """Open the families of one split of the data set below `data_dir`.
 
-    Raises:
-      FileNotFoundError: no such folder, or no data set or shard in it.
-      ValueError: unknown split, a split without families, or several data sets.
+    Raises FileNotFoundError if there is no such folder, or no data set or shard in it, and ValueError for an unknown
+    split, a split without families, or several data sets.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the splits are {', '.join(SPLITS)}")

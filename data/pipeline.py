@@ -20,6 +20,9 @@ from data.iterator import BatchIterator, Stream, shard_rows
 from data.sampling import Families, LengthIndex, check_buckets, readable, row_lengths
 from data.transforms import NO_TARGET, Pair, crop, pair
 
+Ids = Int64[np.ndarray, "pairs 3"]
+Lengths = Int64[np.ndarray, " pairs"]
+
 _ATTEMPTS = 4  # draws of an example before a pair without any aligned residue is accepted
 _CACHED_FAMILIES = 512  # decoded records kept, mostly below 50 KB each; reading one takes longer than making its pair
 
@@ -118,9 +121,7 @@ def train_iterator(
     """Return an endless iterator over batches of random pairs, deterministic in (config.seed, step).
 
     Reads all families once. This host, `shard_index` of `shard_count`, gets `batch_size / shard_count` rows of a batch.
-
-    Raises:
-      ValueError: empty split, no pair fits into the buckets, batch_size not divisible by shard_count, negative step.
+    Raises ValueError: empty split, no pair that fits into the buckets, indivisible batch_size, negative step.
     """
     if start_step < 0:
         raise ValueError(f"start_step: {start_step} was given, allowed is 0 or more")
@@ -143,19 +144,12 @@ def evaluation_batches(
     halved, so that its memory stays the same. The last batch of a bucket is filled up with empty examples (id -1), so
     that a bucket is one compiled shape.
 
-    Args:
-      families: The split.
-      batch_size: Pairs a batch, for lengths up to the largest given bucket.
-      buckets: Ascending padded lengths.
-      limit: Most pairs, for a quick look while training: the same ones every time, spread over the families, and only
-        pairs that fit into the given buckets, as every further shape is compiled.
-      divisible_by: Divisor of every batch size, for example the number of devices.
-      max_bad: Damaged records that may be left out, with a warning for each.
+    `limit` is the most pairs, for a quick look while training: the same ones every time, spread over the families, and
+    only pairs that fit into the given buckets, as every further shape is compiled. `divisible_by` divides every batch
+    size, for example the number of devices. `max_bad` damaged records may be left out, with a warning for each.
 
-    Raises:
-      BadRecordError: more than max_bad records are damaged.
-      ValueError: no family or no evaluation pair in the split (with limit: none that fits), limit below 1, batch_size
-        not divisible by divisible_by.
+    Raises BadRecordError for more of them, and ValueError: no family or no evaluation pair in the split (with limit:
+    none that fits), limit below 1, batch_size not divisible by divisible_by.
     """
     check_buckets(buckets)
     if not 1 <= divisible_by <= batch_size or batch_size % divisible_by:
@@ -213,9 +207,7 @@ def _assemble(pairs: Sequence[Pair], ids: Int[np.ndarray, "batch 3"], length: in
     return batch
 
 
-def _evaluation_pairs(
-    families: Families, max_bad: int
-) -> tuple[Int64[np.ndarray, "pairs 3"], Int64[np.ndarray, " pairs"]]:
+def _evaluation_pairs(families: Families, max_bad: int) -> tuple[Ids, Lengths]:
     """Return the ids of all evaluation pairs, family after family, and the length of each pair's longer sequence."""
     ids, lengths = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)]
     bad: list[str] = []
@@ -233,9 +225,7 @@ def _evaluation_pairs(
     return np.concatenate(ids), np.concatenate(lengths)
 
 
-def _spread(
-    ids: Int64[np.ndarray, "pairs 3"], allowed: Bool[np.ndarray, " pairs"], limit: int
-) -> Int64[np.ndarray, " chosen"]:
+def _spread(ids: Ids, allowed: Bool[np.ndarray, " pairs"], limit: int) -> Int64[np.ndarray, " chosen"]:
     """Choose `limit` pairs: a random one of every family, then a second one of every family, and so on."""
     if limit < 1:
         raise ValueError(f"limit: {limit} was given, allowed is 1 or more, or None for all pairs")
@@ -249,13 +239,11 @@ def _spread(
     return np.sort(shuffled[np.lexsort((rng.random(len(turn)), turn))[:limit]])
 
 
-def _evaluation_shapes(
-    buckets: Sequence[int], longest: int, batch_size: int, divisible_by: int
-) -> Iterator[tuple[int, int]]:
+def _evaluation_shapes(buckets: Sequence[int], longest: int, batch_size: int, divisor: int) -> Iterator[tuple]:
     """Yield length and batch size of every bucket, up to one that holds `longest`."""
     yield from ((length, batch_size) for length in buckets)
     length = buckets[-1]
     while length < longest:
         length *= 2
-        batch_size = batch_size if batch_size % (2 * divisible_by) else batch_size // 2
+        batch_size = batch_size if batch_size % (2 * divisor) else batch_size // 2
         yield length, batch_size

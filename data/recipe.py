@@ -9,6 +9,7 @@ from data.stockholm import StockholmError
 
 RELEASES = "https://ftp.ebi.ac.uk/pub/databases/Pfam/releases"
 Place = tuple[int, int]  # the number of the input, and of the record in it
+Skipped = Callable[[str], object]  # takes the message about a malformed family
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def choose(candidates: list[Candidate]) -> tuple[Candidate | None, list[str]]:
 
 
 def read_inputs(
-    inputs: tuple[str, ...], clans: dict[str, str], recipe: Recipe, skipped: Callable[[str], object]
+    inputs: tuple[str, ...], clans: dict[str, str], recipe: Recipe, skipped: Skipped
 ) -> Iterator[tuple[Place, Family]]:
     """Yield every well-formed family with its place."""
     for i, path in enumerate(inputs):
@@ -89,9 +90,7 @@ def read_inputs(
             yield (i, j), family
 
 
-def read_families(
-    path: str, clans: dict[str, str], recipe: Recipe, skipped: Callable[[str], object]
-) -> Iterator[Family]:
+def read_families(path: str, clans: dict[str, str], recipe: Recipe, skipped: Skipped) -> Iterator[Family]:
     """Yield the families of one file, with at most `max_rows` rows.
 
     A malformed family, or one without name, raises StockholmError; with `skip_bad`, `skipped` gets the message.

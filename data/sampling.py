@@ -17,7 +17,6 @@ class Families(Protocol):
     """The families of one split by index, for example a list. Must be picklable if there are worker processes."""
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> Family: ...
 
 
@@ -42,16 +41,14 @@ class LengthIndex:
     ) -> "LengthIndex":
         """Count the pairs; reads every family once.
 
-        Raises:
-          BadRecordError: more than max_bad records are damaged.
-          ValueError: there is no family, or no pair that fits into the largest bucket.
+        Raises BadRecordError if more than max_bad records are damaged, and ValueError if there is no family, or no pair
+        that fits into the largest bucket.
         """
         if not len(families):
             raise ValueError("families: the split is empty; training needs at least one family")
         bad: list[str] = []
-        rows, edges = zip(
-            *(_rows_by_length(family, buckets) for family in readable(families, max_bad, bad)), strict=True
-        )
+        counted = (_rows_by_length(family, buckets) for family in readable(families, max_bad, bad))
+        rows, edges = zip(*counted, strict=True)
         sizes = np.array([len(r) for r in rows])
         ranks = _rank(np.stack(edges), 0)
         total = _rank(sizes, 0)
@@ -78,8 +75,7 @@ class LengthIndex:
 def readable(families: Families, max_bad: int, bad: list[str]) -> Iterator[Family | None]:
     """Yield all families in order, None for a damaged record, whose message is appended to `bad`.
 
-    Raises:
-      BadRecordError: more than max_bad records are damaged.
+    Raises BadRecordError if more than max_bad records are damaged.
     """
     for n in range(len(families)):
         try:

@@ -48,9 +48,8 @@ class SortingConfig:
             value, at_least = getattr(self, field.name), least.get(field.name, 1)
             if value < at_least:
                 raise ValueError(f"{field.name}: {value} was given, allowed is {at_least} or more")
-        if self.sequences < self.batch_size:
-            allowed = f"batch_size = {self.batch_size} or more"
-            raise ValueError(f"sequences: {self.sequences} was given, allowed is {allowed}")
+        if self.sequences < (least := self.batch_size):
+            raise ValueError(f"sequences: {self.sequences} was given, allowed is batch_size = {least} or more")
 
 
 class SortingStream(Stream):
@@ -61,14 +60,13 @@ class SortingStream(Stream):
     def __init__(self, config: SortingConfig, *, shard_index: int = 0, shard_count: int = 1):
         self.config = config
         self._rows = shard_rows(config.batch_size, shard_index, shard_count)
-        self._shard = shard_index, shard_count
         self._symbols, self._lengths = _draw(config, config.sequences, 0, 1, config.longest)
-        self._order = functools.lru_cache(2)(self._shuffled)
 
     def __getitem__(self, step: int) -> SortingBatch:
         steps = self.config.sequences // self.config.batch_size
         epoch, step = divmod(step, steps)
-        ids = self._order(epoch)[step * self.config.batch_size : (step + 1) * self.config.batch_size][self._rows]
+        order = _order(self.config.seed, self.config.sequences, epoch)
+        ids = order[step * self.config.batch_size : (step + 1) * self.config.batch_size][self._rows]
         return _assemble(self._symbols[ids], self._lengths[ids], ids, self.config.symbols)
 
     def fingerprint(self) -> str:
@@ -79,14 +77,6 @@ class SortingStream(Stream):
 
     def description(self) -> str:
         return f"{self.config.sequences:,} sequences"
-
-    def _shuffled(self, epoch: int) -> Int32[np.ndarray, " sequences"]:
-        rng = np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(1, epoch)))
-        return rng.permutation(self.config.sequences).astype(np.int32)
-
-    def __reduce__(self):
-        shard, shards = self._shard
-        return functools.partial(SortingStream, shard_index=shard, shard_count=shards), (self.config,)
 
 
 def evaluation_batches(config: SortingConfig, split: str, limit: int | None = None) -> Iterator[SortingBatch]:
@@ -104,6 +94,12 @@ def evaluation_batches(config: SortingConfig, split: str, limit: int | None = No
         filled = ((0, config.batch_size - len(lengths[part])),)
         ids = np.pad(np.arange(count, dtype=np.int32)[part], filled, constant_values=-1)
         yield _assemble(np.pad(symbols[part], (*filled, (0, 0))), np.pad(lengths[part], filled), ids, config.symbols)
+
+
+@functools.lru_cache(2)
+def _order(seed: int, sequences: int, epoch: int) -> Int32[np.ndarray, " sequences"]:
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, epoch)))
+    return rng.permutation(sequences).astype(np.int32)
 
 
 def _draw(config: SortingConfig, count: int, stream: int, shortest: int, longest: int):

@@ -68,18 +68,12 @@ def read(
     max_family_bytes: int = MAX_FAMILY_BYTES,
     on_bad: Callable[[StockholmError], object] | None = None,
 ) -> Iterator[Alignment]:
-    """Yield the alignments of a plain or gzip file, or of a binary handle, one at a time.
+    """Yield the alignments of a plain or gzip file, or of a binary handle, which stays open, one at a time.
 
-    Args:
-      source: A path, or an open handle, which stays open.
-      max_row_bytes: A longer line or row is malformed.
-      max_family_bytes: A larger family is malformed.
-      on_bad: Called with the error of every malformed family, for example a list's append. The family is left out and
-        reading continues after its `//`; truncated gzip data end the reading. By default the error is raised.
-
-    Raises:
-      StockholmError: a malformed family, unless `on_bad` is given. A wrong gzip checksum is raised in any case, since
-        the families read before it may be wrong.
+    Longer lines or rows than `max_row_bytes` and larger families than `max_family_bytes` are malformed. `on_bad` is
+    called with the StockholmError of every malformed family, for example a list's append. The family is left out and
+    reading continues after its `//`; truncated gzip data end the reading. By default the error is raised, and that of a
+    wrong gzip checksum is raised in any case, since the families read before it may be wrong.
     """
     opened = open_unpacked(source) if isinstance(source, str | Path) else nullcontext(source)
     name = str(source if isinstance(source, str | Path) else getattr(source, "name", "<stream>"))
@@ -142,7 +136,7 @@ class _Parser:
 
     def _begin(self) -> "_Record":
         self.families += 1
-        return _Record(self.path, self.families, self.line, self.max_row_bytes, self.max_family_bytes)
+        return _Record(self, self.line)
 
     def _lines(self, handle: BufferedIOBase) -> Iterator[bytes]:
         """Yield lines without their end; of one that is too long, the first max_row_bytes + 1 bytes."""
@@ -163,10 +157,9 @@ class _Parser:
 class _Record:
     """One family while it is read. A key is (kind, name, ...), for example ("GR", row, feature)."""
 
-    def __init__(self, path: str, ordinal: int, line: int, max_row_bytes: int, max_family_bytes: int):
-        self.path, self.ordinal, self.header_line, self.line = path, ordinal, line, line
-        self.max_row_bytes, self.max_family_bytes = max_row_bytes, max_family_bytes
-        self.bytes = 0
+    def __init__(self, parser: _Parser, line: int):
+        self.path, self.ordinal, self.header_line, self.line = parser.path, parser.families, line, line
+        self.max_row_bytes, self.max_family_bytes, self.bytes = parser.max_row_bytes, parser.max_family_bytes, 0
         self.gf: list[tuple[str, str]] = []
         self.gs: list[tuple[str, str, str]] = []
         self.comments: list[str] = []
@@ -237,16 +230,10 @@ class _Record:
             raise self.error("no rows: a family needs at least one")
         self._check_lengths(joined, ids)
         text = {key: value.decode("latin-1") for key, value in joined.items() if key[0] != "row"}
-        return Alignment(
-            ids=ids,
-            rows=np.frombuffer(b"".join(joined["row", name] for name in ids), np.uint8).reshape(len(ids), -1),
-            gf=tuple(self.gf),
-            gs=tuple(self.gs),
-            gc={key[1]: value for key, value in text.items() if key[0] == "GC"},
-            gr={(key[1], key[2]): value for key, value in text.items() if key[0] == "GR"},
-            comments=tuple(self.comments),
-            line=self.header_line,
-        )
+        rows = np.frombuffer(b"".join(joined["row", name] for name in ids), np.uint8).reshape(len(ids), -1)
+        gc = {key[1]: value for key, value in text.items() if key[0] == "GC"}
+        gr = {(key[1], key[2]): value for key, value in text.items() if key[0] == "GR"}
+        return Alignment(ids, rows, tuple(self.gf), tuple(self.gs), gc, gr, tuple(self.comments), self.header_line)
 
     def _check_lengths(self, joined: dict[tuple[str, ...], bytes], ids: tuple[str, ...]) -> None:
         """Raise StockholmError unless all rows are of one length and annotations are of rows that exist."""

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, UInt8
+from jaxtyping import Float64, Int32, UInt8
 
 from data import vocab
 
@@ -25,14 +25,13 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
     some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made by a profile HMM (Pfam full),
     lower case marks insert states, whose columns only stack residues; mask them first.
 
-    Raises:
-      ValueError: i or j is no row of the alignment, or one of the rows holds a symbol that is no residue and no gap.
+    Raises ValueError if i or j is no row of the alignment, or holds a symbol that is no residue and no gap.
     """
     for name, row in (("i", i), ("j", j)):
         if not 0 <= row < len(alignment):
             raise ValueError(f"{name}: row {row} was given, the alignment has rows 0..{len(alignment) - 1}")
     x_row, y_row = alignment[i], alignment[j]
-    x_occupied, y_occupied = _occupied(x_row), _occupied(y_row)
+    x_occupied, y_occupied = ~np.isin([x_row, y_row], np.frombuffer(vocab.GAPS, np.uint8))
     shared = x_occupied & y_occupied
     target = np.full(x_occupied.sum(), NO_TARGET, np.int32)
     target[np.cumsum(x_occupied)[shared] - 1] = np.cumsum(y_occupied)[shared] - 1
@@ -74,7 +73,3 @@ def pair_identity(pair: Pair) -> float:
         return float("nan")
     x, y = pair.x[aligned[:, 0]], pair.y[aligned[:, 1]]
     return float(np.mean((x == y) & (x != vocab.X)))
-
-
-def _occupied(row: UInt8[np.ndarray, " columns"]) -> Bool[np.ndarray, " columns"]:
-    return ~np.isin(row, np.frombuffer(vocab.GAPS, np.uint8))

@@ -22,15 +22,9 @@ _INVALID = 255
 _LETTERS = "?" + RESIDUES + "X?"  # by token; padding and mask have no letter of their own
 
 
-def _token_table() -> UInt8[np.ndarray, "256"]:
-    table = np.full(256, _INVALID, np.uint8)
-    for token, letters in [*enumerate(RESIDUES, start=1), (X, AMBIGUOUS)]:
-        for letter in letters + letters.lower():
-            table[ord(letter)] = token
-    return table
-
-
-_TOKENS = _token_table()
+_TOKENS = np.full(256, _INVALID, np.uint8)
+for _token, _letters in [*enumerate(RESIDUES, start=1), (X, AMBIGUOUS)]:
+    _TOKENS[list((_letters + _letters.lower()).encode())] = _token
 
 
 def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:
@@ -41,8 +35,7 @@ def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:
 def encode(sequence: UInt8[np.ndarray, " length"] | bytes) -> Int32[np.ndarray, " length"]:
     """Return the tokens of an ungapped ASCII sequence in either case.
 
-    Raises:
-      ValueError: a symbol that is no residue (gaps, '*', digits).
+    Raises ValueError for a symbol that is no residue (gaps, '*', digits).
     """
     symbols = np.frombuffer(sequence, np.uint8) if isinstance(sequence, bytes) else sequence
     tokens = _TOKENS[symbols]
@@ -56,11 +49,7 @@ def encode(sequence: UInt8[np.ndarray, " length"] | bytes) -> Int32[np.ndarray, 
 
 
 def decode(tokens: Int[np.ndarray, " length"]) -> str:
-    """Return the upper-case letters of tokens 1..21, and '?' for padding and mask.
-
-    Raises:
-      ValueError: a token outside 0..22.
-    """
+    """Return the upper-case letters of tokens 1..21, and '?' for padding and mask; ValueError for other tokens."""
     if tokens.size and (tokens.min() < 0 or tokens.max() >= SIZE):
         raise ValueError(f"tokens: values {tokens.min()}..{tokens.max()} were given, allowed are 0..{SIZE - 1}")
     return "".join(_LETTERS[token] for token in tokens)

@@ -7,47 +7,25 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from data import vocab
 from models import attention, pair_hmm, refinement
-from models.attention import BlockSpec, Implementation, SinkhornSpec
+from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, SinkhornSpec
 
 _PRIOR_WEIGHT = 0.3466  # ln 2 / 2: BLOSUM62 is in half bits, the weight turns its scores into log-odds in nats
 
-Lengths = Int[Array, "batch"]
 X, Y = Int[Array, "batch x_length"], Int[Array, "batch y_length"]  # tokens
-Features = Float[Array, "batch length width"]
-Noise = Key[Array, "batch"] | None  # random keys of the examples in training (attention.BlockSpec)
+Target = Int[Array, "batch x_length"]  # columns of y, or -1
 
 # Least and most, which is far beyond use: a damaged or hostile configuration must not take all memory or time.
-_RANGES = {
-    "width": (1, 1 << 16),
-    "depth": (1, 1000),
-    "kernel": (1, 1001),
-    "dilations": (1, 30),
-    "heads": (1, 1 << 12),
-    "plan_width": (1, 1 << 14),
-    "value_width": (1, 1 << 14),
-    "refinement": (0, 1000),
-}
+_WIDTHS = {"width": (1, 1 << 16), "heads": (1, 1 << 12), "plan_width": (1, 1 << 14), "value_width": (1, 1 << 14)}
+_RANGES = _WIDTHS | {"depth": (1, 1000), "kernel": (1, 1001), "dilations": (1, 30), "refinement": (0, 1000)}
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignerConfig:
-    """`config.model`. Widths are in channels.
-
-    depth: Residual convolution blocks. Their dilation doubles from 1, and starts again after `dilations` blocks.
-    attention_every: Convolution blocks before each self-attention block; 0 for no self-attention.
-    plan_width: Width of the plan's queries and keys.
-    plan_gain: Initial gain of their projection. Below 1, learned scores start small beside a prior.
-    positions: Rotate half of queries and keys by length-scaled positions, a pull to the diagonal.
-    substitution_prior: Add BLOSUM62 with a learned weight to the plan's scores.
-    refinement: Residual convolution blocks that weigh the votes of a first plan for a second one; 0 for one plan.
-    gap_model: Learn the pair HMM that plans are aligned by (loss.alignment); else it is `decoding.Gaps()`.
-    implementation: Of attention; "auto" or one of `ot_attention`'s.
-    dtype: Of the encoder's arithmetic, "float32" or "bfloat16"; parameters and the plan stay float32.
-    """
+    """`config.model` of an aligner, which configs/base.py describes. Widths are in channels."""
 
     width: int = 128
     depth: int = 6
@@ -74,11 +52,9 @@ class AlignerConfig:
             raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
         if self.plan_width % 4:
             raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
-        implementations = "auto", *get_args(Implementation)
-        if self.implementation not in implementations:
-            raise ValueError(
-                f"model.implementation={self.implementation!r} must be one of {', '.join(implementations)}"
-            )
+        allowed = "auto", *get_args(Implementation)
+        if self.implementation not in allowed:
+            raise ValueError(f"model.implementation={self.implementation!r} must be one of {', '.join(allowed)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 
@@ -102,13 +78,15 @@ class AttentionBlock(nnx.Module):
     def __init__(self, config: AlignerConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
-        self.attention = attention.self_attention(
-            config.width, config.heads, spec, config.implementation, dtype=dtype, rngs=rngs
-        )
+        of_both: dict = {"width": config.width, "heads": config.heads, "dtype": dtype, "rngs": rngs}
+        self.attention: attention.SelfAttention | attention.BlockSelfAttention
+        if isinstance(spec, BlockSpec):
+            self.attention = attention.BlockSelfAttention(spec=spec, **of_both)
+        else:
+            self.attention = attention.SelfAttention(spec=spec, implementation=config.implementation, **of_both)
 
     def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
-        extra = {} if _transports(self) else {"noise": noise}
-        return h + self.attention(self.norm(h), lengths, **extra)
+        return h + self.attention(self.norm(h), lengths, noise)
 
 
 def _transports(block: nnx.Module) -> bool:
@@ -179,33 +157,20 @@ class Aligner(nnx.Module):
             self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
 
     def __call__(
-        self,
-        x: X,
-        y: Y,
-        target: Int[Array, "batch x_length"],
-        x_length: Lengths,
-        y_length: Lengths,
-        noise: Noise = None,
+        self, x: X, y: Y, target: Target, x_length: Lengths, y_length: Lengths, noise: Noise = None
     ) -> tuple[attention.Transported, Float[Array, "batch x_length 20"]]:
         """Transport y's features to x, and compute logits of x's residues from them alone.
 
         x may hold MASK: the plan then cannot route a masked residue to an identical one. `target` only selects the
         entries of the plan that are reported.
         """
-        q, k, h_y = self._queries_and_keys(x, y, x_length, y_length, noise)
-        arguments = q, k, self.value_projection(h_y), target, self.spec, (x_length, y_length), self.dustbin.score
-        transported = attention.transport(*arguments, self.implementation, dense=self.config.gap_model)
+        given = self._plan_inputs(x, y, x_length, y_length, noise)
+        transported = attention.transport(given, target, self.implementation, dense=self.config.gap_model)
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
-
-    def plan(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> Float[Array, "batch x_length y_length"]:
-        """Compute the plan over residues, dense."""
-        q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        return attention.plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
 
     def banded_plan(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> attention.BandedPlan:
         """Compute the plan over residues in the windows of its band."""
-        q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        return attention.banded_plan(q, k, self.spec, (x_length, y_length), self.dustbin.score, self.implementation)
+        return attention.banded_plan(self._plan_inputs(x, y, x_length, y_length), self.implementation)
 
     def certificates(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> dict[str, attention.Certificate]:
         """Certify every layer of `attention_inputs`, for x and then for y."""
@@ -217,17 +182,16 @@ class Aligner(nnx.Module):
     def attention_inputs(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> dict[str, list[attention.Inputs]]:
         """Return the arguments of every self-attention, for x and for y, and of the plan, by the names of `layers`."""
         of_x, of_y = self.encoder.attention_inputs(x, x_length), self.encoder.attention_inputs(y, y_length)
-        q, k, _ = self._queries_and_keys(x, y, x_length, y_length)
-        q, k, lengths = q[:, :, None], k[:, :, None], (x_length, y_length)
-        plan = [attention.Inputs(q, k, k, self.spec, lengths, self.dustbin.score)]
-        return dict(zip(self.layers(), [*map(list, zip(of_x, of_y, strict=True)), plan], strict=True))
+        plan = self._plan_inputs(x, y, x_length, y_length)
+        given = [*map(list, zip(of_x, of_y, strict=True)), [plan._replace(v=plan.k)]]
+        return dict(zip(self.layers(), given, strict=True))
 
     def layers(self) -> "dict[str, nnx.Module]":
         """Return the module that holds the `implementation` of each attention, except of `refinement`'s first plan."""
         blocks = [block.attention for block in self.encoder.blocks if _transports(block)]
         return {f"self-attention {i + 1}": block for i, block in enumerate(blocks)} | {"plan": self}
 
-    def _queries_and_keys(self, x, y, x_length, y_length, noise=None):
+    def _plan_inputs(self, x, y, x_length, y_length, noise=None) -> attention.Inputs:
         h_x, h_y = self._encode(x, y, x_length, y_length, noise)
         q, k = self.plan_projection(h_x), self.plan_projection(h_y)
         if self.config.positions:
@@ -238,7 +202,11 @@ class Aligner(nnx.Module):
             q, k = self._with_prior(q, k, x, y)
         if self.config.refinement:
             q, k = self._refined(q, k, h_x, h_y, x_length, y_length)
-        return q, k, h_y
+        return self._inputs(q, k, self.value_projection(h_y), x_length, y_length)
+
+    def _inputs(self, q, k, v, *lengths) -> attention.Inputs:
+        q, k, v = (z[:, :, None] for z in (q, k, v))
+        return attention.Inputs(q, k, v, self.spec, lengths, self.dustbin.score)
 
     def _encode(self, x, y, x_length, y_length, noise=None):
         """Encode both sequences in one call if they are padded alike, as in training."""
@@ -264,8 +232,7 @@ class Aligner(nnx.Module):
         values = self.value_projection(h_y)
         values = jnp.concatenate([values, jnp.broadcast_to(columns, (*values.shape[:2], columns.shape[-1]))], -1)
         nowhere = jnp.full(q.shape[:2], -1, jnp.int32)
-        arguments = q, k, values, nowhere, self.spec, (x_length, y_length), self.dustbin.score
-        first = attention.transport(*arguments, self.config.implementation)
+        first = attention.transport(self._inputs(q, k, values, x_length, y_length), nowhere, self.config.implementation)
         real = (jnp.arange(q.shape[1]) < x_length[:, None])[..., None].astype(q.dtype)
         q_votes, k_votes = self.votes(first.values, first.mass, h_x, h_y, real)
         return _joined((q, k), (q_votes, k_votes))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from models import mesh as mesh_axes
-from ot_attention import SinkhornInfo, SinkhornSpec, asap, plans, sinkhorn_attention, sparse, transport_plan
+from ot_attention import SinkhornInfo, SinkhornSpec, asap, plans, sinkhorn_attention, sparse
 from ot_attention.asap import Asap
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.plans import BandedPlan, Potentials
@@ -21,6 +21,10 @@ from ot_attention.spec import Implementation
 
 _BLOCK_KINDS = "sparse_sinkhorn", "local", "softmax"
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
+
+Lengths = Int[Array, "batch"]
+Features = Float[Array, "batch length width"]
+Noise = Key[Array, "batch"] | None  # random keys of the examples in training, for a `BlockSpec`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +36,11 @@ class BlockSpec:
 
     def __post_init__(self):
         if self.kind not in _BLOCK_KINDS:
-            allowed = ", ".join(("sinkhorn", *_BLOCK_KINDS))
-            raise ValueError(f"attention.kind={self.kind!r} must be one of {allowed}")
+            raise ValueError(f"attention.kind={self.kind!r} must be one of sinkhorn, {', '.join(_BLOCK_KINDS)}")
 
 
 def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]:
-    """Return the settings of plans, and of the self-attention if it is of another kind.
-
-    config: a run's configuration, of which `attention` and `sparse` are read.
+    """Return the settings of plans, and of the self-attention if it is of another kind, from a run's configuration.
 
     Raises ValueError or TypeError: values out of range, misspelt keys.
     """
@@ -49,8 +50,7 @@ def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]
         values["band"] = None
     if kind == "sinkhorn":
         return SinkhornSpec(**values), None
-    sparse_values = dict(config["sparse"])
-    sparse_values["sortcut"] = sparse_values["sortcut"] or None
+    sparse_values = {name: value for name, value in config["sparse"].items() if (name, value) != ("sortcut", 0)}
     return SinkhornSpec(**values), BlockSpec(kind, SparseSpec(**sparse_values))
 
 
@@ -82,13 +82,12 @@ class SelfAttention(_Heads):
         self.implementation: str | AsapPotentials = implementation
         self.dustbin = DustbinScore(heads, spec)
 
-    def __call__(
-        self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]
-    ) -> Float[Array, "batch length width"]:
+    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
+        """Return the attention's output; `noise` is for attention of other kinds."""
         out, _ = _attend(*self.inputs(h, lengths), self.implementation)
         return self.out(out)
 
-    def inputs(self, h: Float[Array, "batch length width"], lengths: Int[Array, "batch"]) -> "Inputs":
+    def inputs(self, h: Features, lengths: Lengths) -> "Inputs":
         """Return the arguments of the attention that a call makes."""
         q, k, v = self._project(h)
         return Inputs(q, k, v, self.spec, (lengths, lengths), self.dustbin.score)
@@ -109,16 +108,7 @@ class BlockSelfAttention(_Heads):
             self.sort_place = nnx.LinearGeneral(width, each, rngs=rngs)
             self.sort_block = nnx.LinearGeneral(width, each, rngs=rngs)
 
-    def __call__(
-        self,
-        h: Float[Array, "batch length width"],
-        lengths: Int[Array, "batch"],
-        noise: Key[Array, "batch"] | None = None,
-    ) -> Float[Array, "batch length width"]:
-        """Return the attention's output.
-
-        noise: random keys of the examples while training.
-        """
+    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
         q, k, v = self._project(h)
         kind, spec = self.spec.kind, self.spec.sparse
         if kind == "softmax":
@@ -134,28 +124,19 @@ class BlockSelfAttention(_Heads):
         return jnp.einsum("bihd,bjhd->bhij", places, blocks, precision="highest") / math.sqrt(places.shape[-1])
 
 
-def self_attention(
-    width: int, heads: int, spec: SinkhornSpec | BlockSpec, implementation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> SelfAttention | BlockSelfAttention:
-    """Make the self-attention that the spec describes."""
-    if isinstance(spec, BlockSpec):
-        return BlockSelfAttention(width, heads, spec, dtype=dtype, rngs=rngs)
-    return SelfAttention(width, heads, spec, implementation, dtype=dtype, rngs=rngs)
-
-
-def of_layer(noise: Key[Array, "batch"] | None, layer: int) -> Key[Array, "batch"] | None:
+def of_layer(noise: Noise, layer: int) -> Noise:
     """Derive the random keys of one layer from keys that layers share."""
     return None if noise is None else jax.vmap(lambda key: jax.random.fold_in(key, layer))(noise)
 
 
 class Inputs(NamedTuple):
-    """Arguments of one attention call."""
+    """Arguments of one attention call; the plan of an aligner has one head."""
 
     q: Float[Array, "batch rows heads width"]
     k: Float[Array, "batch columns heads width"]
     v: Float[Array, "batch columns heads value"]
     spec: SinkhornSpec
-    lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]]
+    lengths: tuple[Lengths, Lengths]
     dustbin_score: Float[Array, "heads"] | None
 
 
@@ -226,57 +207,32 @@ class Transported(NamedTuple):
 
 
 def transport(
-    q: Float[Array, "batch x_length width"],
-    k: Float[Array, "batch y_length width"],
-    values: Float[Array, "batch y_length value"],
-    target: Int[Array, "batch x_length"],
-    spec: SinkhornSpec,
-    lengths: tuple[Int[Array, "batch"], Int[Array, "batch"]],
-    dustbin_score: Float[Array, "1"] | None,
-    implementation: str | AsapPotentials,
-    *,
-    dense: bool = False,
+    given: Inputs, target: Int[Array, "batch x_length"], implementation: str | AsapPotentials, *, dense: bool = False
 ) -> Transported:
     """Send values of y to x along one head's plan. Only `dense` makes an array of the plan's size.
 
     Positions travel as two more values, and the plan at `target`, a column of y or -1, comes from the potentials.
     """
-    position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=values.dtype), k.shape[:2])
-    carried = jnp.concatenate([values, jnp.ones_like(position)[..., None], position[..., None]], -1)
-    heads = q[:, :, None], k[:, :, None], carried[:, :, None]
-    out, info = _attend(*heads, spec, lengths, dustbin_score, implementation)
+    one = jnp.ones_like(given.v[..., :1])
+    position = one * jnp.arange(one.shape[1])[:, None, None]
+    carried = jnp.concatenate([given.v, one, position], -1)
+    out, info = _attend(*given._replace(v=carried), implementation)
     values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
     barycenter = moment / jnp.where(mass > 0, mass, 1)
-    solved = q, k, _only_head(info), lengths, spec
+    solved = _solved(given, info)
     log_plan = plans.log_plan(*solved) if dense else None
     return Transported(values, mass, barycenter, plans.log_plan_at(target, *solved), info.residual[:, 0], log_plan)
 
 
-def banded_plan(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials) -> BandedPlan:
-    """Return the plan over residues from q to k `[batch, length, width]` by the windows of its band."""
-    potentials = _potentials(q, k, spec, lengths, dustbin_score, implementation)
-    return plans.banded_plan(q, k, potentials, lengths, spec)
+def banded_plan(given: Inputs, implementation: str | AsapPotentials) -> BandedPlan:
+    """Return one head's plan over residues by the windows of its band; values are not read."""
+    _, info = _attend(*given._replace(v=jnp.zeros((*given.k.shape[:3], 1), given.k.dtype)), implementation)
+    return plans.banded_plan(*_solved(given, info))
 
 
-def plan(
-    q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials
-) -> Float[Array, "batch x_length y_length"]:
-    """Return the plan over residues, dense, for decoding and pictures."""
-    if isinstance(implementation, AsapPotentials):
-        potentials = _potentials(q, k, spec, lengths, dustbin_score, implementation)
-        return jnp.exp(plans.log_plan(q, k, potentials, lengths, spec))
-    dense = transport_plan(q[:, :, None], k[:, :, None], spec, *lengths, dustbin_score=dustbin_score)
-    return dense[:, 0, : q.shape[1], : k.shape[1]]
-
-
-def _potentials(q, k, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials) -> Potentials:
-    nothing = jnp.zeros((*k.shape[:2], 1, 1), k.dtype)
-    _, info = _attend(q[:, :, None], k[:, :, None], nothing, spec, lengths, dustbin_score, implementation)
-    return _only_head(info)
-
-
-def _only_head(info: SinkhornInfo) -> Potentials:
-    return Potentials(info.f[:, 0], info.g[:, 0])
+def _solved(given: Inputs, info: SinkhornInfo) -> tuple:
+    """Return the arguments that functions of `ot_attention.plans` take of one head."""
+    return given.q[:, :, 0], given.k[:, :, 0], Potentials(info.f[:, 0], info.g[:, 0]), given.lengths, given.spec
 
 
 class Certificate(NamedTuple):

@@ -24,23 +24,12 @@ Totals = dict[str, Float[Array, ""]]  # sum of metric `<name>`, and the number o
 class Objective(Protocol):
     """Make a model and compute its loss: `AlignmentObjective`, `models.sorter.SortingObjective`."""
 
-    def make(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Make the untrained model."""
-
-    def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch:
-        """Add everything random to a batch: masks, noise."""
-
-    def totals(self, model: Any, batch: Batch) -> Totals:
-        """Sum the metrics over a batch or a part of it."""
-
-    def counts(self, batch: Batch) -> Totals:
-        """Count the terms that `value` divides by, without the model."""
-
-    def value(self, totals: Totals) -> Float[Array, ""]:
-        """Compute the loss from totals."""
-
-    def residues(self, batch: Batch) -> Int[Array, ""]:
-        """Count the residues of a batch, the measure of its work."""
+    def make(self, rngs: nnx.Rngs) -> nnx.Module: ...  # untrained
+    def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch: ...  # adds everything random: masks, noise
+    def totals(self, model: Any, batch: Batch) -> Totals: ...  # sums of the metrics over a batch or a part of it
+    def counts(self, batch: Batch) -> Totals: ...  # of the terms that `value` divides by, without the model
+    def value(self, totals: Totals) -> Float[Array, ""]: ...  # the loss
+    def residues(self, batch: Batch) -> Int[Array, ""]: ...  # of a batch, the measure of its work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +113,8 @@ def queries(
 def sums(model: Aligner, batch: Batch) -> dict[str, Float[Array, "batch"]]:
     """Sum each metric over the residues of every pair; count the residues as `<name>/count`.
 
-    Args:
-      model: The aligner.
-      batch: A batch of the pipeline with `x_seen` (the x that queries are computed from) and `query_mask`, and in
-        training perhaps `noise`.
+    The batch of the pipeline is extended by `x_seen`, the x that queries are computed from, and `query_mask`, and in
+    training perhaps by `noise`.
     """
     x_seen, y, target, *lengths = (batch[name] for name in ("x_seen", "y", "target", "x_length", "y_length"))
     transported, logits = model(x_seen, y, target, *lengths, noise=batch.get("noise"))

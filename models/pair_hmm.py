@@ -28,6 +28,10 @@ _SMALLEST = 1e-37
 
 Lengths = Int[Array, " batch"]
 Weights = Float[Array, "batch rows width"]
+Firsts = Int[Array, "batch rows"]
+Target = Int[Array, "batch x_length"]
+AllPairs = Float[Array, "batch x_length y_length"]
+Scalar = Float[Array, ""]
 
 
 class GapModel(nnx.Module):
@@ -63,13 +67,13 @@ class _Paths(NamedTuple):
     """All alignments between two nodes. A node (i, j) lies before row i and column j."""
 
     log_weight: Weights
-    first: Int[Array, "batch rows"] | None  # None: each row holds all columns
+    first: Firsts | None  # None: each row holds all columns
     start: Int[Array, "batch 2"]
     end: Int[Array, "batch 2"]
 
     @classmethod
-    def of_pairs(cls, log_weight, first, x_lengths, y_lengths) -> "_Paths":
-        end = jnp.stack([x_lengths, y_lengths], 1)
+    def of_pairs(cls, log_weight, first, *lengths) -> "_Paths":
+        end = jnp.stack(lengths, 1)
         return cls(log_weight, first, jnp.zeros_like(end), end)
 
     def reversed(self, columns: int) -> "_Paths":
@@ -89,20 +93,12 @@ class _States(NamedTuple):
 
 
 def negative_log_likelihood(
-    log_plan: Float[Array, "batch x_length y_length"],
-    target: Int[Array, "batch x_length"],
-    x_lengths: Lengths,
-    y_lengths: Lengths,
-    gaps: Float[Array, "3"],
+    log_plan: AllPairs, target: Target, x_lengths: Lengths, y_lengths: Lengths, gaps: Float[Array, "3"]
 ) -> Float[Array, " batch"]:
     """Compute the nats of each reference alignment, of which only matches within the plan's band count.
 
-    Args:
-      log_plan: Minus infinity outside the band; any value beyond the lengths.
-      target: Column that each row is aligned to; negative for none.
-      x_lengths: Residues of x.
-      y_lengths: Residues of y.
-      gaps: Sharpness, match and opening, as `GapModel` returns them.
+    `log_plan` is minus infinity outside the band, and anything beyond the lengths. `target` is the column that each row
+    is aligned to, negative for none. `gaps` are sharpness, match and opening, as `GapModel` returns them.
     """
     sharpness, match, opening = gaps
     inside = jnp.isfinite(log_plan)
@@ -118,10 +114,7 @@ def negative_log_likelihood(
 
 @jax.custom_vjp
 def log_partition(
-    log_weight: Float[Array, "batch x_length y_length"],
-    x_lengths: Lengths,
-    y_lengths: Lengths,
-    opening: Float[Array, ""],
+    log_weight: AllPairs, x_lengths: Lengths, y_lengths: Lengths, opening: Scalar
 ) -> Float[Array, " batch"]:
     """Compute the logarithm of the summed weights of all alignments of each pair.
 
@@ -149,22 +142,13 @@ log_partition.defvjp(_partition_forward, _partition_backward)
 
 
 def posterior(
-    log_weight: Weights,
-    first: Int[Array, "batch rows"] | None,
-    x_lengths: Lengths,
-    y_lengths: Lengths,
-    opening: Float[Array, ""],
-    columns: int,
+    log_weight: Weights, first: Firsts | None, x_lengths: Lengths, y_lengths: Lengths, opening: Scalar, columns: int
 ) -> Weights:
     """Compute the probability that each pair of residues is aligned (forward-backward algorithm).
 
-    Args:
-      log_weight: Weights of matches in nats; `LOG_ZERO` for none and beyond the lengths.
-      first: First column of each row's window, as `rising` makes them; None if each row holds all columns.
-      x_lengths: Residues of x.
-      y_lengths: Residues of y.
-      opening: Cost of a gap in nats.
-      columns: Padded length of y.
+    `log_weight` holds weights of matches in nats, `LOG_ZERO` for none and beyond the lengths; `first` the first column
+    of each row's window, as `rising` makes them, or None if each row holds all columns. `opening` is the cost of a gap
+    in nats, `columns` the padded length of y.
     """
     paths = _Paths.of_pairs(log_weight, first, x_lengths, y_lengths)
     both_ways = jax.tree.map(lambda *pair: jnp.concatenate(pair), paths, paths.reversed(columns))
@@ -172,7 +156,7 @@ def posterior(
     return _match_posterior(log_weight, Prefixes(*prefixes), Prefixes(*suffixes))
 
 
-def rising(first: Int[Array, "batch rows"], y_lengths: Lengths) -> Int[Array, "batch rows"]:
+def rising(first: Firsts, y_lengths: Lengths) -> Firsts:
     """Make first columns that never fall and lie within y, from windows that hold nothing where they do not."""
     return jax.lax.cummax(jnp.minimum(first, jnp.maximum(y_lengths - 1, 0)[:, None]), axis=1)
 
@@ -190,15 +174,13 @@ def _match_posterior(log_weight: Weights, before: Prefixes, after: Prefixes) -> 
     return jnp.exp(jnp.minimum(before.before + log_weight + after.before[:, ::-1, ::-1] + scale[:, :, None], 0))
 
 
-def _forward_pass(paths: _Paths, opening: Float[Array, ""]) -> Prefixes:
+def _forward_pass(paths: _Paths, opening: Scalar) -> Prefixes:
     """Sum the weights of all alignments row by row. The start must not lie right of its row's window."""
     batch, rows, width = paths.log_weight.shape
     # One row more, without matches: its nodes follow the last row.
     log_weight = jnp.pad(paths.log_weight, ((0, 0), (0, 1), (0, 0)), constant_values=LOG_ZERO)
-    if paths.first is None:
-        first = jnp.zeros((batch, rows + 1), jnp.int32)
-    else:
-        first = jnp.pad(paths.first, ((0, 0), (0, 1)), mode="edge")
+    first = jnp.zeros((batch, rows), jnp.int32) if paths.first is None else paths.first
+    first = jnp.pad(first, ((0, 0), (0, 1)), mode="edge")
     barrier = jax.lax.optimization_barrier  # or XLA recomputes, for every use, what is cheap but used often
 
     def step(carry, row):
@@ -259,7 +241,7 @@ def _log_add(a: Array, b: Array) -> Array:
     return jnp.maximum(a, b) + jnp.log(1 + jnp.exp(-jnp.abs(a - b)))
 
 
-def _gap_count(target: Int[Array, "batch x_length"], x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
+def _gap_count(target: Target, x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
     """Count runs of unaligned residues of x, and of y, between two matches or at an end."""
     aligned, row = target >= 0, jnp.arange(target.shape[1])
     rows, columns = jnp.where(aligned, row, -1), jnp.where(aligned, target, -1)

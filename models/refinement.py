@@ -23,6 +23,10 @@ WINDOWS = (0, 2, 8, 32)  # residues to either side that are averaged over
 _SLOWEST = math.pi / 128  # radians a residue; the fastest is pi
 _FREQUENCIES = 24
 
+Waves = Float[Array, "*shape waves"]
+X = Float[Array, "batch x_length _"]  # channels of each residue
+Y = Float[Array, "batch y_length _"]
+
 
 def waves(position: Int[Array, "batch length"]) -> Float[Array, "batch length waves"]:
     """Compute cosines and sines of the positions at all frequencies."""
@@ -31,9 +35,7 @@ def waves(position: Int[Array, "batch length"]) -> Float[Array, "batch length wa
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
-def turn(
-    z: Float[Array, "*shape waves"], by: Float[Array, "*shape waves"], *, back: bool = False
-) -> Float[Array, "*shape waves"]:
+def turn(z: Waves, by: Waves, *, back: bool = False) -> Waves:
     """Multiply complex numbers, given as real and imaginary halves; `back` conjugates the second."""
     (a, b), (cos, sin) = jnp.split(z, 2, -1), jnp.split(by, 2, -1)
     sin = -sin if back else sin
@@ -63,23 +65,15 @@ class Votes(nnx.Module):
     def __init__(
         self, width: int, value_width: int, content_width: int, blocks: Sequence[nnx.Module], *, rngs: nnx.Rngs
     ):
-        scales = len(WINDOWS)
+        scales, zero = len(WINDOWS), nnx.initializers.zeros
         self.into = nnx.Linear(width + value_width + scales * (_FREQUENCIES + 1), width, rngs=rngs)
         self.blocks = nnx.List(blocks)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        zero = nnx.initializers.zeros
         self.weights = nnx.Linear(width, scales * _FREQUENCIES, kernel_init=zero, rngs=rngs)
         self.query = nnx.Linear(width, content_width, kernel_init=zero, rngs=rngs)
         self.key = nnx.Linear(width, content_width, use_bias=False, rngs=rngs)
 
-    def __call__(
-        self,
-        brought: Float[Array, "batch x_length brought"],
-        mass: Float[Array, "batch x_length"],
-        h_x: Float[Array, "batch x_length width"],
-        h_y: Float[Array, "batch y_length width"],
-        real: Float[Array, "batch x_length 1"],
-    ) -> tuple[Float[Array, "batch x_length channels"], Float[Array, "batch y_length channels"]]:
+    def __call__(self, brought: X, mass: Float[Array, "batch x_length"], h_x: X, h_y: Y, real: X) -> tuple[X, Y]:
         """Compute the channels of queries and keys.
 
         `brought` holds values and then waves of y, as the first plan sends them to x; `mass` its row sums.
@@ -101,6 +95,6 @@ class Votes(nnx.Module):
         return q, k
 
 
-def _magnitude(z: Float[Array, "*shape waves"]) -> Float[Array, "*shape half"]:
+def _magnitude(z: Waves) -> Float[Array, "*shape half"]:
     a, b = jnp.split(z, 2, -1)
     return jnp.sqrt(jax.nn.relu(a * a + b * b) + 1e-6)

@@ -8,11 +8,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models import attention
-from models.attention import BlockSpec
+from models.attention import BlockSpec, Lengths, Noise
 from models.objectives import Batch, Totals
+
+Tokens = Int[Array, "batch places"]
+Logits = Float[Array, "batch places tokens"]  # of the token that follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +28,9 @@ class SorterConfig:
     hidden: int = 256
 
     def __post_init__(self):
-        for field in ("width", "heads", "depth", "hidden"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")
+        for field, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"model.{field}={value} must be at least 1")
 
 
 class Layer(nnx.Module):
@@ -66,13 +69,7 @@ class Sorter(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
         self.out = nnx.Linear(config.width, symbols + 2, rngs=rngs)
 
-    def __call__(
-        self,
-        x: Int[Array, "batch places"],
-        y: Int[Array, "batch places"],
-        length: Int[Array, "batch"],
-        noise: Key[Array, "batch"] | None = None,
-    ) -> Float[Array, "batch places tokens"]:
+    def __call__(self, x: Tokens, y: Tokens, length: Lengths, noise: Noise = None) -> Logits:
         """Compute logits of the token that follows each token of y."""
         return self.decode(y, self.encode(x, length, noise), length, noise)
 
@@ -82,16 +79,15 @@ class Sorter(nnx.Module):
             h = layer(h, length, attention.of_layer(noise, number))
         return self.encoder_norm(h)
 
-    def decode(self, y, encoded, length, noise=None) -> Float[Array, "batch places tokens"]:
+    def decode(self, y, encoded, length, noise=None) -> Logits:
         h = self.embed(y)
         for number, layer in enumerate(self.decoder, start=len(self.encoder)):
             h = layer(h, length, attention.of_layer(noise, number), encoded)
         return self.out(self.norm(h))
 
-    def write(self, x: Int[Array, "batch places"], length: Int[Array, "batch"]) -> Int[Array, "batch places"]:
+    def write(self, x: Tokens, length: Lengths) -> Tokens:
         """Write the likeliest tokens one after another (greedy); 0 after the first end and from `length` on."""
         encoded = self.encode(x, length)
-        places = x.shape[1]
 
         def place(written, n):
             y = jnp.concatenate([jnp.full_like(written[:, :1], self.end), written[:, :-1]], 1)
@@ -100,7 +96,7 @@ class Sorter(nnx.Module):
             token = jnp.where(going & (n < length), token, 0)
             return written.at[:, n].set(token.astype(written.dtype)), None
 
-        written, _ = jax.lax.scan(place, jnp.zeros_like(x), jnp.arange(places))
+        written, _ = jax.lax.scan(place, jnp.zeros_like(x), jnp.arange(x.shape[1]))
         return written
 
 

@@ -10,6 +10,7 @@ Examples:
 """
 
 import argparse
+import dataclasses
 import sys
 
 from data.families import PAIRS_PER_FAMILY
@@ -24,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify:
             print(verify(args.verify))
         else:
+            recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
             options = {"overwrite": args.overwrite, "download_dir": args.download_dir, **engine(args)}
-            show(build(recipe(args), args.out, **options), args.out)
+            show(build(recipe, args.out, **options), args.out)
     except (ValueError, OSError, ImportError) as error:
         print(f"build_pfam: {error}", file=sys.stderr)
         return 1
@@ -53,15 +55,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--beam", action="store_true", help="run as an Apache Beam pipeline (requirements-beam.txt)")
     add("--beam-options", nargs=argparse.REMAINDER, default=[], help="all that follows goes to Beam")
     args = parser.parse_args(argv)
+    args.inputs, args.pairs = tuple(args.input), args.pairs_per_family
     if not (args.out or args.verify):
         parser.error("--out is missing: give the folder to make, for example --out runs/pfam")
     return args
-
-
-def recipe(args: argparse.Namespace) -> Recipe:
-    same = ("clans", "release", "mirror", "skip_bad", "max_rows", "max_family_bytes", "num_shards", "evaluation_only")
-    options = {name: getattr(args, name) for name in same}
-    return Recipe(inputs=tuple(args.input), pairs=args.pairs_per_family, **options)
 
 
 def engine(args: argparse.Namespace) -> dict:

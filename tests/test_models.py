@@ -21,6 +21,7 @@ from tests.support.small_aligner import (
     SPECS,
     X_LENGTHS,
     Y_LENGTHS,
+    dense_plan,
     make_batch,
     make_model,
     make_trainer,
@@ -34,7 +35,7 @@ def _forward(graph, params, x, y, target, x_length, y_length):
     model = nnx.merge(graph, params)
     transported, logits = model(x, y, target, x_length, y_length)
     told = {name: value for name, value in transported._asdict().items() if value is not None}
-    return told | {"logits": logits, "plan": model.plan(x, y, x_length, y_length)}
+    return told | {"logits": logits, "plan": dense_plan(model, x, y, x_length, y_length)}
 
 
 def forward(model: Aligner, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -196,7 +197,8 @@ def test_the_prior_adds_log_odds_of_substitution_to_the_scores():
     batch |= {"x_seen": tokens(rng, full, 20), "y": tokens(rng, full, 20)}
     arguments = [jnp.asarray(batch[name]) for name in ("x_seen", "y", "x_length", "y_length")]
     # Both draw the same initial parameters: the prior's weight is no random one.
-    plain, prior = (np.asarray(make_model(spec, substitution_prior=p).plan(*arguments)) for p in (False, True))
+    models = (make_model(spec, substitution_prior=p) for p in (False, True))
+    plain, prior = (np.asarray(dense_plan(model, *arguments)) for model in models)
     expected = math.log(2) / 2 * vocab.blosum62()[batch["x_seen"][:, :, None], batch["y"][:, None, :]]
     difference = np.log(prior) - np.log(plain)
     np.testing.assert_allclose(_centred(difference), _centred(expected), atol=2e-3)
@@ -211,7 +213,7 @@ def test_the_dense_logarithm_is_that_of_the_plan():
     model = make_model(spec, gap_model=True)
     arguments = [jnp.asarray(batch[name]) for name in ("x", "y", "target", "x_length", "y_length")]
     transported, _ = model(*arguments)
-    plan = model.plan(*(arguments[k] for k in (0, 1, 3, 4)))
+    plan = dense_plan(model, *(arguments[k] for k in (0, 1, 3, 4)))
     np.testing.assert_allclose(jnp.exp(transported.log_plan), plan, rtol=1e-4, atol=1e-6)
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from models import refinement
 from models.aligner import Aligner, AlignerConfig
 from ot_attention import SinkhornSpec
+from tests.support.small_aligner import dense_plan
 
 SPEC = SinkhornSpec(base_steps=4, band=None, dustbin="full")
 SMALL = AlignerConfig(width=16, depth=1, attention_every=0, plan_width=8, value_width=8)
@@ -23,7 +24,7 @@ def make_model(**changes) -> Aligner:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _plan(graph, params, *pair):
-    return nnx.merge(graph, params).plan(*pair)
+    return dense_plan(nnx.merge(graph, params), *pair)
 
 
 def plan_of(model: Aligner, *pair) -> jax.Array:

@@ -37,6 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
+        self.directory, self._saving = workdir.absolute() / "checkpoints", -1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             keep_period=keep_every or None,
@@ -44,11 +45,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,  # left by saves that were killed
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_sums),
         )
-        self.directory = workdir.absolute() / "checkpoints"
-        self._saving = -1
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=("state", "iterator", "config")
-        )
+        names = "state", "iterator", "config"
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=names)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -69,15 +67,10 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """Return state and iterator state of a checkpoint.
+        """Return state and iterator state of the checkpoint of a step; None takes the newest.
 
-        Args:
-          like: Shapes, dtypes and shardings of the state (`Trainer.abstract_state`).
-          step: Step of the checkpoint; None for the newest.
-
-        Raises:
-          FileNotFoundError: There is no such checkpoint.
-          DamagedCheckpointError: Files differ from what was saved.
+        `like` has shapes, dtypes and shardings of the state (`Trainer.abstract_state`). Raises FileNotFoundError if
+        there is no such checkpoint, and DamagedCheckpointError if files differ from what was saved.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
@@ -126,9 +119,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     """Rename damaged checkpoints that are newer than the last good one to `<step>.damaged`. Nothing is deleted.
 
     One process may call it, before any `Checkpoints` of the folder is made. It returns a message for each of them.
-
-    Raises:
-      DamagedCheckpointError: There are checkpoints and none is good; nothing is renamed.
+    Raises DamagedCheckpointError if there are checkpoints and none is good; then nothing is renamed.
     """
     found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     damaged = {}
@@ -141,12 +132,11 @@ def set_damaged_aside(workdir: Path) -> list[str]:
             f"{workdir / 'checkpoints'} holds no good checkpoint: {'; '.join(damaged.values())}. Bring one back from a "
             "copy, or start anew in another --workdir"
         )
-    return [f"{message}; it is now {_rename(folder)}" for folder, message in damaged.items()]
-
-
-def _rename(folder: Path) -> str:
-    names = (f"{folder.name}.damaged" + (f".{n}" if n else "") for n in itertools.count())
-    return folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists())).name
+    for folder, message in damaged.items():
+        names = (f"{folder.name}.damaged" + (f".{n}" if n else "") for n in itertools.count())
+        free = next(path for name in names if not (path := folder.with_name(name)).exists())
+        damaged[folder] = f"{message}; it is now {folder.rename(free).name}"
+    return list(damaged.values())
 
 
 def damage_of(folder: Path) -> str | None:
@@ -160,10 +150,8 @@ def damage_of(folder: Path) -> str | None:
             return f"{SUMS} is missing"
         warnings.warn(f"{folder} has no checksums, an older version wrote it: used unchecked", stacklevel=2)
         return None
-    listed = path.read_text(errors="replace").splitlines()
-    expected, found = (
-        dict(line.split("  ", 1)[::-1] for line in lines if "  " in line) for lines in (listed, _sums(folder))
-    )
+    listed = path.read_text(errors="replace").splitlines(), _sums(folder)
+    expected, found = (dict(line.split("  ", 1)[::-1] for line in lines if "  " in line) for lines in listed)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         return f"{len(wrong)} of {len(expected)} files missing, changed or unknown: {', '.join(wrong[:3])}"

@@ -18,12 +18,7 @@ class NonFiniteError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class NonFinitePolicy:
-    """`config.train`: what a non-finite loss or gradient does. A file names the batch in any case.
-
-    on_nonfinite: "stop" the run; "skip" the update; "rollback" to the last checkpoint, and continue with the batches
-      that follow the bad one.
-    max_nonfinite: With "skip" and "rollback", the run stops after this number of them.
-    """
+    """`config.train`, which configs/base.py describes. A file names a batch of non-finite loss in any case."""
 
     on_nonfinite: str = "stop"
     max_nonfinite: int = 10
@@ -52,45 +47,30 @@ class Verdict(enum.Enum):
     ROLL_BACK = enum.auto()  # to the last checkpoint
 
 
-class NonFiniteGuard:
-    """Counts non-finite steps of a run, and applies the policy to them.
+def judge(policy: NonFinitePolicy, step: TrainedStep, values: dict[str, float], count: int, workdir: Path) -> Verdict:
+    """Return what to do with a non-finite step of these metrics, warn about it, and write its batch to a file.
 
-    nonfinite: Number of them so far; checkpoints hold it.
+    It is the `count`-th of its run. Raises NonFiniteError if the policy ends the run.
     """
-
-    def __init__(self, policy: NonFinitePolicy, workdir: Path, nonfinite: int = 0):
-        self.policy, self.workdir, self.nonfinite = policy, workdir, nonfinite
-
-    def judge(self, step: TrainedStep, values: dict[str, float]) -> Verdict:
-        """Return what to do with a non-finite step of these metrics, warn about it, and write its batch to a file.
-
-        Raises:
-          NonFiniteError: The policy ends the run.
-        """
-        self.nonfinite += 1
-        path = self._write_batch(step, values)
-        told = (
-            f"step {step.number}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The batch (family, "
-            f"row of x, row of y in the train split) is in {path}"
+    path = workdir / f"nonfinite_{step.batch}.json"
+    ids = multihost_utils.process_allgather(step.ids, tiled=True).tolist()
+    if is_first_process():
+        written = {"step": step.number, "batch": step.batch, "metrics": values, "ids": ids}
+        path.write_text(json.dumps(written) + "\n")
+    told = (
+        f"step {step.number}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The batch (family, row "
+        f"of x, row of y in the train split) is in {path}"
+    )
+    if policy.on_nonfinite == "stop" or count > policy.max_nonfinite:
+        before = f", the last of {count} such steps" if count > 1 else ""
+        raise NonFiniteError(
+            f"{told}{before}. Checkpoints hold earlier steps only: start again to resume from the last one; if it "
+            "comes back, lower optimizer.learning_rate in another workdir, or give train.on_nonfinite=skip or rollback,"
+            " and train.max_nonfinite"
         )
-        if self.policy.on_nonfinite == "stop" or self.nonfinite > self.policy.max_nonfinite:
-            before = f", the last of {self.nonfinite} such steps" if self.nonfinite > 1 else ""
-            raise NonFiniteError(
-                f"{told}{before}. Checkpoints hold earlier steps only: start again to resume from the last one; if it "
-                "comes back, lower optimizer.learning_rate in another workdir, or give train.on_nonfinite=skip or "
-                "rollback, and train.max_nonfinite"
-            )
-        so_far = f"{self.nonfinite} of at most {self.policy.max_nonfinite}"
-        if self.policy.on_nonfinite == "rollback":
-            warn(f"{told}. Back to the last checkpoint, and on with batch {step.batch + 1} ({so_far})")
-            return Verdict.ROLL_BACK
-        warn(f"{told}. Its update is left out ({so_far})")
-        return Verdict.SKIP
-
-    def _write_batch(self, step: TrainedStep, values: dict[str, float]) -> Path:
-        path = self.workdir / f"nonfinite_{step.batch}.json"
-        ids = multihost_utils.process_allgather(step.ids, tiled=True).tolist()
-        if is_first_process():
-            told = {"step": step.number, "batch": step.batch, "metrics": values, "ids": ids}
-            path.write_text(json.dumps(told) + "\n")
-        return path
+    so_far = f"{count} of at most {policy.max_nonfinite}"
+    if policy.on_nonfinite == "rollback":
+        warn(f"{told}. Back to the last checkpoint, and on with batch {step.batch + 1} ({so_far})")
+        return Verdict.ROLL_BACK
+    warn(f"{told}. Its update is left out ({so_far})")
+    return Verdict.SKIP

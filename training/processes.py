@@ -20,8 +20,7 @@ _PATIENCE = 30  # seconds of silence after which a process counts as dead, also 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Connect this process to the others, as the options of train.py say. Nothing of JAX may have run before.
 
-    Raises:
-      ValueError: The options do not fit together, or there is no connection.
+    Raises ValueError if the options do not fit together, or there is no connection.
     """
     auto = coordinator in (None, "auto")
     if auto and (processes, process) != (None, None):
@@ -32,11 +31,9 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             f"{processes} and {process}"
         )
     if coordinator:
-        address, patience = None if auto else coordinator, _PATIENCE
+        patience: dict = {"heartbeat_timeout_seconds": _PATIENCE, "shutdown_timeout_seconds": _PATIENCE}
         try:
-            jax.distributed.initialize(
-                address, processes, process, heartbeat_timeout_seconds=patience, shutdown_timeout_seconds=patience
-            )
+            jax.distributed.initialize(None if auto else coordinator, processes, process, **patience)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--coordinator={coordinator}: no connection to the other processes: {error}") from error
 
@@ -55,8 +52,7 @@ def warn(text: str) -> None:
 def in_all_processes(function: Callable[..., T], *arguments) -> T:
     """Call a function in every process, and wait for all of them.
 
-    Raises:
-      ValueError, TypeError, OSError: The function failed in some process. All raise the message of the first.
+    If it fails in some process with a ValueError, TypeError or OSError, all raise the message of the first.
     """
     failed = None
     try:

@@ -49,9 +49,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """Raise ValueError if the folder holds a run of another configuration."""
     if not (workdir / "config.json").exists():
         return
-    old, new = (json.loads(settings.to_json()) for settings in (read_config(workdir), config))
-    found = [one for one in differences(old, new) if not one[0].startswith(_FREE_KEYS)]
-    changed = [f"{key} was {was!r}, is {now!r}" for key, was, now in found]
+    found = differences(*(json.loads(settings.to_json()) for settings in (read_config(workdir), config)))
+    changed = [f"{key} was {was!r}, is {now!r}" for key, was, now in found if not key.startswith(_FREE_KEYS)]
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir to "
@@ -59,14 +58,10 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def write_config(workdir: Path, config: ConfigDict) -> None:
-    replace(workdir / "config.json", _as_text(config))
-
-
 def check_shared(workdir: Path, config: ConfigDict) -> None:
     """Raise ValueError unless this process sees the configuration that the first one wrote, and has the same."""
     path = workdir / "config.json"
-    if not path.exists() or path.read_text() != _as_text(config):
+    if not path.exists() or path.read_text() != as_text(config):
         raise ValueError(
             f"{path} is not what process 0 wrote, in process {jax.process_index()}: give all processes the same "
             "options, and a --workdir on a disk that they share"
@@ -140,23 +135,14 @@ class MetricsLog:
             kept = [row for row in read_metrics(self.workdir) if row["step"] <= start and start > 0]
             replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def was_validated(self, step: int) -> bool:
-        """Tell whether the step has its validation: a run may be killed between a checkpoint and its validation."""
-        rows = read_metrics(self.workdir)
-        return any(row["step"] == step and any(name.startswith("validation/") for name in row) for row in rows)
-
     def step(self, step: int, values: dict[str, float], examples: int, residues: int) -> None:
         """Count a training step; every `log.every` steps, write its metrics and the rates since the last line."""
         self.count(examples, residues)
         seconds = time.perf_counter() - self._since
         if step % self.every == 0 or step == 1:
             self.residues_per_second = self._residues / seconds
-            rates = {
-                "residues_per_second": self.residues_per_second,
-                "examples_per_second": self._examples / seconds,
-                "data_share": self.waited / seconds,
-            }
-            self.write(step, values | rates)
+            rates = {"residues_per_second": self.residues_per_second, "examples_per_second": self._examples / seconds}
+            self.write(step, values | rates | {"data_share": self.waited / seconds})
 
     def count(self, examples: int, residues: int) -> None:
         """Add a step's work to the rates."""
@@ -181,15 +167,11 @@ class MetricsLog:
         self._residues = self._examples = 0
 
 
-def without_folders(values: dict) -> dict:
+def without_folders(value):
     """Cut absolute paths in settings to their last part, so that no path leaves the machine."""
-
-    def shown(value):
-        if isinstance(value, dict):
-            return without_folders(value)
-        return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-
-    return {key: shown(value) for key, value in values.items()}
+    if isinstance(value, dict):
+        return {key: without_folders(one) for key, one in value.items()}
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def _start_wandb(workdir: Path, config: ConfigDict):
@@ -197,25 +179,13 @@ def _start_wandb(workdir: Path, config: ConfigDict):
     import wandb  # not needed by runs with config.log.wandb=disabled
 
     logging.getLogger("wandb").addFilter(lambda record: record.levelno >= logging.WARNING)  # it logs every path
-    return wandb.init(
-        project="ot-attention",
-        name=workdir.name,
-        dir=workdir,
-        config=without_folders(config.to_dict()),
-        mode=config.log.wandb,
-        settings=wandb.Settings(
-            silent=config.log.wandb != "online",
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            save_code=False,
-            x_disable_machine_info=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-        ),
-    )
+    disabled = ("disable_code", "disable_git", "x_disable_machine_info", "x_disable_meta", "x_disable_stats")
+    private: dict = dict.fromkeys(disabled, True) | {"save_code": False, "x_save_requirements": False}
+    settings = wandb.Settings(silent=config.log.wandb != "online", console="off", **private)
+    told: dict = {"project": "ot-attention", "name": workdir.name, "config": without_folders(config.to_dict())}
+    return wandb.init(dir=workdir, mode=config.log.wandb, settings=settings, **told)
 
 
-def _as_text(config: ConfigDict) -> str:
+def as_text(config: ConfigDict) -> str:
+    """Return a configuration as the text of config.json."""
     return json.dumps(json.loads(config.to_json()), indent=1) + "\n"

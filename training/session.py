@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data import pipeline
 from training import run_folder, sharding
 from training.checkpoints import Checkpoints
-from training.nonfinite_guard import NonFiniteGuard, NonFinitePolicy, TrainedStep, Verdict
+from training.nonfinite_guard import NonFinitePolicy, TrainedStep, Verdict, judge
 from training.processes import gather, is_first_process, warn
 from training.state import Trainer
 
@@ -24,17 +24,13 @@ _TRACED = 3  # steps
 
 
 class Parts(NamedTuple):
-    """Parts of a run that its configuration describes.
-
-    batches: This process's part of the training batches.
-    score: From parameters to the summary of a fixed sample of the validation split; None for no validation.
-    """
+    """Parts of a run that its configuration describes."""
 
     policy: NonFinitePolicy
     trainer: Trainer
     mesh: Mesh
-    batches: pipeline.BatchIterator
-    score: Callable[[PyTree], dict[str, dict]] | None
+    batches: pipeline.BatchIterator  # this process's part of them
+    score: Callable[[PyTree], dict[str, dict]] | None  # parameters -> summary of a sample of the validation split
 
 
 class Session:
@@ -42,8 +38,8 @@ class Session:
 
     def __init__(self, config: ConfigDict, workdir: Path, parts: Parts, resources: contextlib.ExitStack):
         self.config, self.workdir, self.parts = config, workdir, parts
-        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-        self.checkpoints = Checkpoints(workdir, keep=keep, keep_every=keep_every)
+        kept = config.checkpoint
+        self.checkpoints = Checkpoints(workdir, keep=kept.keep, keep_every=kept.keep_every)
         resources.push(self._finish_saving)
         if self.checkpoints.steps():
             position = self._restore()
@@ -51,7 +47,7 @@ class Session:
         else:
             self.state, position = parts.trainer.initial_state(parts.mesh), {}
         self.start = int(self.state.step)
-        self.guard = NonFiniteGuard(parts.policy, workdir, position.get("nonfinite", 0))
+        self.nonfinite = position.get("nonfinite", 0)  # steps so far
         self.log = run_folder.MetricsLog(workdir, config, self.start)
         if is_first_process():
             self._introduce(parts.batches.stream)
@@ -68,9 +64,12 @@ class Session:
         """Check a step, and log it, or count it if its update was left out."""
         values = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
         residues, finite = round(values.pop("residues")), values.pop("finite") == 1
-        verdict = Verdict.KEEP if finite else self.guard.judge(step, values)
+        verdict, policy = Verdict.KEEP, self.parts.policy
+        if not finite:
+            self.nonfinite += 1
+            verdict = judge(policy, step, values, self.nonfinite, self.workdir)
         if verdict is Verdict.KEEP:
-            counted = {} if self.parts.policy.on_nonfinite == "stop" else {"nonfinite": self.guard.nonfinite}
+            counted = {} if policy.on_nonfinite == "stop" else {"nonfinite": self.nonfinite}
             self.log.step(step.number, values | counted, len(step.ids), residues)
             rate = f"{self.log.residues_per_second:,.0f} residues/s"
             self.progress.set_postfix_str(f"loss {values['loss']:.3f}, {rate}", refresh=False)
@@ -90,7 +89,7 @@ class Session:
         return step
 
     def save(self) -> None:
-        position = self.parts.batches.get_state() | {"nonfinite": self.guard.nonfinite}
+        position = self.parts.batches.get_state() | {"nonfinite": self.nonfinite}
         self.checkpoints.save(self.state, position, self.config.to_dict())
 
     def is_evaluated(self, step: int) -> bool:
@@ -99,7 +98,10 @@ class Session:
 
     def lacks_validation(self) -> bool:
         """Tell whether a kill prevented the validation of the first step; the first process decides for all."""
-        return self.is_evaluated(self.start) and gather(str(self.log.was_validated(self.start)))[0] == "False"
+        if not self.is_evaluated(self.start):
+            return False
+        logged = {name for row in run_folder.read_metrics(self.workdir) if row["step"] == self.start for name in row}
+        return gather(str(any(name.startswith("validation/") for name in logged)))[0] == "False"
 
     def validate(self, step: int) -> None:
         """Log scores of the averaged parameters. Every process computes all of them from the same predictions."""

@@ -33,11 +33,7 @@ _CUT = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """`config.mesh`: number of devices along each axis.
-
-    data: Groups of devices; the groups share a batch. -1 uses all devices.
-    model: Devices in a group, which share its matrices and heads.
-    """
+    """`config.mesh`, which configs/base.py describes: number of devices along each axis."""
 
     data: int = -1
     model: int = 1
@@ -50,16 +46,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make the mesh of a run. Each process holds neighbouring rows of a batch.
+    """Make the mesh of a run of given or all devices. Each process holds neighbouring rows of a batch.
 
-    Args:
-      config: Devices along each axis.
-      batch_size: Examples of a step, over all devices.
-      devices: Devices to use; None for all devices of all processes.
-
-    Raises:
-      ValueError: There are too few devices, devices of several processes are left over, or the batch cannot be shared
-        evenly.
+    `batch_size` counts the examples of a step, over all devices. Raises ValueError if there are too few devices, if
+    devices of several processes are left over, or if the batch cannot be shared evenly.
     """
     found = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
     data = config.data if config.data != -1 else max(len(found) // config.model, 1)
@@ -88,7 +78,7 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
 
 def _rows_of(mesh: Mesh, process: int) -> range:
     """Return the rows of the mesh with devices of a process. Raises ValueError unless processes cut it evenly."""
-    theirs = [n for n, row in enumerate(mesh.devices) if any(device.process_index == process for device in row)]
+    theirs = [n for n, row in enumerate(mesh.devices) if process in {device.process_index for device in row}]
     rows = range(theirs[0], theirs[-1] + 1)
     whole = len({device.process_index for device in mesh.devices[rows.start : rows.stop].flat}) == 1
     if (not whole and len(rows) > 1) or rows.start % len(rows) or len(mesh.devices) % len(rows):

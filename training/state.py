@@ -21,11 +21,7 @@ from training import sharding
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """`config.optimizer`: AdamW with linear warm-up and cosine decay to `final_fraction` of the rate.
-
-    accumulate: Parts that a batch is cut into and computed one after the other, to save memory.
-    ema: Decay of the moving average of the parameters; the average is evaluated.
-    """
+    """`config.optimizer`, which configs/base.py describes."""
 
     learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -75,10 +71,13 @@ class Trainer:
 
     @classmethod
     def create(cls, objective: Objective, settings: OptimizerConfig, *, total_steps: int, seed: int) -> "Trainer":
+        def is_matrix(params):  # weight decay shrinks no biases, norms and single scores
+            return jax.tree.map(lambda x: x.ndim > 1, params)
+
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(
             optax.clip_by_global_norm(settings.clip_norm),
-            optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=_is_matrix),
+            optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=is_matrix),
         )
         graph = nnx.graphdef(nnx.eval_shape(lambda: objective.make(nnx.Rngs(seed))))
         return cls(graph, optimizer, schedule, settings, objective, seed)
@@ -146,8 +145,9 @@ class Trainer:
         checked = [metrics["loss"], metrics["gradient_norm"], *jax.tree.leaves(params)]
         finite = jnp.stack([jnp.isfinite(x).all() for x in checked]).all()
         new = TrainState(state.step + 1, params, ema, optimizer)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old) if _is_float(new) else new, new, state)
-        return new, metrics | {"finite": finite.astype(jnp.float32)}
+        # Counts of steps are integers, and grow even if the update is left out.
+        kept = jax.tree.map(lambda x, old: jnp.where(finite | jnp.issubdtype(x.dtype, jnp.integer), x, old), new, state)
+        return kept, metrics | {"finite": finite.astype(jnp.float32)}
 
     def _gradients(self, params: PyTree, batch: dict[str, Array]) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
         """Compute the gradient of the loss and the totals of the metrics, one part of the batch after the other."""
@@ -185,13 +185,3 @@ def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> dict[str, jax.Sh
 
 def _shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _is_float(x: Array) -> bool:
-    """Distinguish values from counts of steps, which grow even if the update is left out."""
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _is_matrix(params: PyTree) -> PyTree:
-    """Select what weight decay shrinks: no biases, norms and single scores."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)

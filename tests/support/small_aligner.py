@@ -8,7 +8,7 @@ from flax import nnx
 from data import vocab
 from models.aligner import Aligner, AlignerConfig
 from models.objectives import AlignmentObjective, LossConfig
-from ot_attention import SinkhornSpec
+from ot_attention import SinkhornSpec, transport_plan
 from training.state import OptimizerConfig, Trainer
 
 SMALL = AlignerConfig(width=16, depth=1, heads=2, attention_every=1, plan_width=8, value_width=8)
@@ -28,6 +28,13 @@ def make_model(spec: SinkhornSpec, **changes) -> Aligner:
     params = nnx.to_pure_dict(params)
     params["plan_projection"]["kernel"] *= 2.0
     return nnx.merge(graph, params)
+
+
+def dense_plan(model: Aligner, x, y, x_length, y_length) -> jax.Array:
+    """The plan over residues by the reference route."""
+    (given,) = model.attention_inputs(x, y, x_length, y_length)["plan"]
+    plan = transport_plan(given.q, given.k, given.spec, *given.lengths, dustbin_score=given.dustbin_score)
+    return plan[:, 0, : x.shape[1], : y.shape[1]]
 
 
 def tokens(rng: np.random.Generator, lengths: np.ndarray, padded: int) -> np.ndarray:
