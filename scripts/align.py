@@ -142,10 +142,10 @@ def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> No
 
     ((_, found),) = model.predict([_tokens(pair)], decoder=args.decoder, band=args.band)
     plan, scale = found.plan.picture(_LONGEST_PICTURE)
-    decoded = args.decoder or model.decoder
-    panel = {"posterior": found.posterior.picture(_LONGEST_PICTURE)[0]} if decoded == "posterior" else {}
+    decodes_posterior = (args.decoder or model.decoder) == "posterior"
+    posterior = found.posterior.picture(_LONGEST_PICTURE)[0] if decodes_posterior else None
     title = f"x: {pair.x.id}, y: {pair.y.id}"
-    figures.plan_heatmap(plan, args.plot, match=found.match, scale=scale, title=title, **panel)
+    figures.plan_heatmap(plan, args.plot, match=found.match, scale=scale, title=title, posterior=posterior)
 
 
 @contextlib.contextmanager

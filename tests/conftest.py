@@ -1,5 +1,6 @@
 """Set-up of every test session: quick compilation, a shared folder, checked signatures and the order of modules."""
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -7,6 +8,8 @@ import tempfile
 # Programs here run once or twice: optimising them takes longer than running them. Child processes inherit the flags;
 # flags of the user come later and win.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jax") < "0.11":  # later versions end at it
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"  # halves the time of compilation
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # the controller has set the environment of the workers
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,7 +30,7 @@ install_import_hook(
     [*_CHECKED, "data", "models", "training", "alignment", "evaluation"], "beartype.beartype"
 ).__enter__()
 
-# Modules by processor time, longest first. `--dist=loadfile` hands them out in this order, so that no long one is left
+# Modules by processor time, longest first. `--dist=loadgroup` hands them out in this order, so that no long one is left
 # to a single worker at the end.
 _LONGEST_FIRST = [
     "test_training_step",
@@ -66,9 +69,16 @@ _LONGEST_FIRST = [
 ]
 
 
+# Modules whose tests share nothing that takes long to make: any worker takes any of their tests.
+_SPREAD = {"test_conformance", "test_attention", "test_tpu_tiles", "test_gpu", "test_precision", "test_sparse"}
+
+
 def pytest_collection_modifyitems(items):
     place = {name: n for n, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    for item in items:
+        if item.path.stem not in _SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_unconfigure():

@@ -139,7 +139,7 @@ def test_misuse_is_one_line(arguments, message, capsys, monkeypatch):
     from scripts import aot_report
 
     with pytest.raises(SystemExit) as stopped:
-        aot_report.main(arguments)
+        aot_report.main(["--config=configs/r2_balanced.py", *arguments])
     told = str(stopped.value) if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
     assert message in told and "\n" not in told
 

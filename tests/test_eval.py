@@ -27,7 +27,7 @@ def finished() -> Path:
 def scored(finished, tmp_path_factory) -> tuple[dict, str]:
     """The JSON that the command line writes, and what it prints."""
     output = tmp_path_factory.mktemp("scores") / "deep" / "scores.json"
-    done = tiny.program("eval.py", f"--workdir={finished}", f"--output={output}")
+    done = tiny.program("eval.py", f"--workdir={finished}", f"--output={output}", "--limit=64")
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text()), done.stdout
 
