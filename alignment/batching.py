@@ -72,10 +72,7 @@ def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape,
 
 
 def _holds(larger: Shape, shape: Shape) -> bool:
-    """Return whether pairs of `shape` can be padded to `larger` at little cost.
-
-    The bands must be equal, for results depend on them.
-    """
+    """Return whether pairs of `shape` can be padded to `larger` at little cost; results depend on the band."""
     sizes = (larger.rows, shape.rows), (larger.columns, shape.columns)
     return larger.band == shape.band and all(small <= large <= 4 * small for large, small in sizes)
 

@@ -104,9 +104,7 @@ def posterior(
 
 
 def mea(
-    plans: Float[Array, "batch rows width"],
-    first: Int[Array, "batch rows"],
-    y_lengths: Int[Array, " batch"],
+    plans: Float[Array, "batch rows width"], first: Int[Array, "batch rows"], y_lengths: Int[Array, " batch"]
 ) -> Int[Array, "batch rows"]:
     """Find the column matched with each row, or NO_MATCH. Entries of 0 are never matched.
 

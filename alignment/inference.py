@@ -171,15 +171,10 @@ class Pretrained:
     ) -> list[PairAlignment]:
         """Align pairs of token sequences; the alignments are in the order of the pairs.
 
-        Args:
-          pairs: Tokens of x and of y.
-          decoder: "posterior" aligns by the pair HMM that the plan weighs, "plan" by the plan itself; both by maximum
-            expected accuracy (alignment/decoding.py). None is the model's own.
-          band: Half-width in place of `band_for`, in residues; -1 for no band.
-          done: Called with the number of pairs of each batch that is finished.
-
-        Raises:
-          ValueError: an empty sequence, one longer than `MAX_LENGTH`, an unknown decoder.
+        The decoder "posterior" aligns by the pair HMM that the plan weighs, "plan" by the plan itself; both by maximum
+        expected accuracy (alignment/decoding.py). None is the model's own. `band` is a half-width in place of
+        `band_for`, in residues, -1 for no band. `done` is called with the number of pairs of each finished batch.
+        Raises ValueError for an empty sequence, one longer than `MAX_LENGTH`, an unknown decoder.
         """
         return next(self.align_chunks([pairs], decoder=decoder, band=band, done=done), [])
 
@@ -211,12 +206,9 @@ class Pretrained:
     ) -> Iterator[tuple[int, Prediction]]:
         """Yield the place in `pairs` and the prediction of each pair, in the order in which batches are computed.
 
-        Args:
-          pairs: Tokens of x and of y.
-          decoder: As in `align`.
-          band: As in `align`.
-          measure: Computes further numbers of each pair from the model and a batch with the keys x, y, x_length and
-            y_length, in the same program. Give the same function every time, or the program is compiled again.
+        Decoder and band are those of `align`. `measure` computes further numbers of each pair from the model and a
+        batch with the keys x, y, x_length and y_length, in the same program. Give the same function every time, or the
+        program is compiled again.
         """
         for batch in _delayed(self._started([pairs], decoder, band, measure), _AHEAD):
             outputs = jax.device_get(batch.outputs)
@@ -238,7 +230,10 @@ class Pretrained:
             left = len(pairs)
             for shape, members in batching.batches([self._shape(x, y, band) for x, y in pairs], self.multiple):
                 batch = [pairs[n] for n in members]
-                outputs = self._program(shape.band, decoder, measure)(self.params, batching.padded(batch, shape))
+                key = shape.band, decoder, measure
+                if key not in self.programs:
+                    self.programs[key] = self.compile(functools.partial(_compute, self.graph, self.band, *key))
+                outputs = self.programs[key](self.params, batching.padded(batch, shape))
                 left -= len(members)
                 yield _Batch(members, [(len(x), len(y)) for x, y in batch], outputs, last=not left)
 
@@ -248,13 +243,6 @@ class Pretrained:
                 raise ValueError(f"{name}: {len(tokens)} residues were given, allowed are 1 to {MAX_LENGTH}")
         half_width = self.band_for(len(x), len(y)) if band is None else None if band == -1 else band
         return batching.shape_of(len(x), len(y), half_width)
-
-    def _program(self, band: int | None, decoder: str, measure: Measure | None) -> Program:
-        key = band, decoder, measure
-        if key not in self.programs:
-            run = functools.partial(_compute, self.graph, self.band, band, decoder, measure)
-            self.programs[key] = self.compile(run)
-        return self.programs[key]
 
 
 def _compute(

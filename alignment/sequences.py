@@ -47,9 +47,8 @@ class PairRecord(NamedTuple):
 def read_fasta(path: str) -> list[Record]:
     """Read all records of a FASTA file, plain or gzip, or of standard input ("-").
 
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: no FASTA file of proteins, an empty record, an id that occurs twice; names file, record and position.
+    Raises OSError if it cannot be read, and ValueError, with file, record and position, if it is no FASTA file of
+    proteins, a record is empty or an id occurs twice.
     """
     name, text = _name(path), _read_text(path)
     first = next((line for line in text.splitlines() if line.strip()), "")

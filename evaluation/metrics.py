@@ -77,15 +77,11 @@ def barycenters(plan: Float[np.ndarray, "x_length y_length"]) -> Float64[np.ndar
 
 
 def score_prediction(
-    family: str,
-    pair: Pair,
-    positions: Float64[np.ndarray, " x_length"],
-    match: Int32[np.ndarray, " x_length"],
+    family: str, pair: Pair, positions: Float64[np.ndarray, " x_length"], match: Int32[np.ndarray, " x_length"]
 ) -> PairScores:
     """Score soft positions in y, and a hard alignment (position in y or -1), of the residues of x.
 
-    Raises:
-      ValueError: a position of an aligned residue is not finite.
+    Raises ValueError if the position of an aligned residue is not finite.
     """
     aligned = pair.target != NO_TARGET
     error = np.abs(positions - pair.target)[aligned]
@@ -108,8 +104,7 @@ def score_plan(
 ) -> PairScores:
     """Score a plan over the residues of x and y (no dustbin, no padding) and the alignment decoded from it.
 
-    Raises:
-      ValueError: the plan is not [length of x, length of y] or not finite.
+    Raises ValueError if the plan is not [length of x, length of y] or not finite.
     """
     if plan.shape != (len(pair.x), len(pair.y)):
         raise ValueError(
@@ -146,11 +141,9 @@ def summarise(scores: Sequence[PairScores]) -> dict:
     """Pool the sums of all pairs, with bootstrap 95 % intervals over families, overall and by identity bin.
 
     Pairs of one family are not independent: families are drawn with replacement, each with all its pairs. An interval
-    over few families is optimistic; over a single family it has no width.
-
-    Returns:
-      {"overall": {metric: {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics
-      that apply to no pair, and bins without a pair, are left out.
+    over few families is optimistic; over a single family it has no width. The summary is {"overall": {metric:
+    {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics that apply to no pair,
+    and bins without a pair, are left out.
     """
     ratios = {name: _ratio(scores, *fields) for name, fields in METRICS.items()}
     families = np.unique([score.family for score in scores], return_inverse=True)[1]

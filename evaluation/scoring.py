@@ -67,14 +67,8 @@ def score_split(
     """Summarise the predictions of a model and of every baseline on evaluation pairs of a split.
 
     A model with a gap model is scored by the posterior of its pair HMM, from which its alignments are decoded. The
-    entry `transport` then scores the transport plan itself, with the same alignments.
-
-    Args:
-      model: The model, as users run it: `Pretrained.predict` pads the pairs and chooses band and decoder.
-      families: The split that the ids in `batches` refer to.
-      batches: The pairs to score.
-      see: Called with every pair.
-      progress: Name of the progress bar; none is shown if it is empty.
+    entry `transport` then scores the transport plan itself, with the same alignments. The ids in `batches` refer to
+    `families`. `see` is called with every pair; `progress` names the progress bar, which is not shown if it is empty.
     """
     scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
     pairs = [of_one for batch in batches for of_one in pipeline.unbatch(batch)]
