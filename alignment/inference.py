@@ -91,8 +91,12 @@ class _Batch(NamedTuple):
     last: bool  # of its chunk
 
 
+Pairs = Sequence[PairOfTokens]
+Chunks = Iterable[Pairs]
+Done = Callable[[int], object]
 Program = Callable[[PyTree, dict[str, np.ndarray]], _Outputs]
 Measure = Callable[[Aligner, dict[str, Array]], Mapping[str, Float[Array, " batch"]]]
+Key = tuple[int | None, str, Measure | None]  # band, decoder and measure of a program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +107,7 @@ class Pretrained:
       band: Half-width of the band in training, in residues; None for no band.
       compile: Compiles a function of parameters and a batch. Results may lie on a device.
       multiple: Batch sizes are multiples of this number; on a mesh the number of devices that share a batch.
-      programs: What has been compiled, shared with `with_params`.
+      programs: What has been compiled; it does not depend on the parameters.
     """
 
     graph: nnx.GraphDef
@@ -111,7 +115,7 @@ class Pretrained:
     band: int | None
     compile: Callable[[Callable], Program] = jax.jit
     multiple: int = 1
-    programs: dict[tuple, Program] = dataclasses.field(default_factory=dict, repr=False)
+    programs: dict[Key, Program] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, path: Path) -> "Pretrained":
@@ -125,10 +129,6 @@ class Pretrained:
         """Replace layers by the maps of a file. Raises ValueError or FileNotFoundError as `asap_maps.load` does."""
         maps = asap_maps.load(path, self.params)
         return dataclasses.replace(self, graph=asap_maps.into(self.graph, self.params, maps), programs={})
-
-    def with_params(self, params: PyTree) -> "Pretrained":
-        """Return the model with other parameters; nothing is compiled again."""
-        return dataclasses.replace(self, params=params)
 
     @property
     def decoder(self) -> str:
@@ -162,12 +162,7 @@ class Pretrained:
         return max(_SMALLEST_CHUNK, _CHUNK_BATCHES * batching.batch_size(usual, usual, self.band))
 
     def align(
-        self,
-        pairs: Sequence[PairOfTokens],
-        *,
-        decoder: str | None = None,
-        band: int | None = None,
-        done: Callable[[int], object] = lambda count: None,
+        self, pairs: Pairs, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
     ) -> list[PairAlignment]:
         """Align pairs of token sequences; the alignments are in the order of the pairs.
 
@@ -179,12 +174,7 @@ class Pretrained:
         return next(self.align_chunks([pairs], decoder=decoder, band=band, done=done), [])
 
     def align_chunks(
-        self,
-        chunks: Iterable[Sequence[PairOfTokens]],
-        *,
-        decoder: str | None = None,
-        band: int | None = None,
-        done: Callable[[int], object] = lambda count: None,
+        self, chunks: Chunks, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
     ) -> Iterator[list[PairAlignment]]:
         """Yield the alignments of each chunk of pairs, as `align` does, while the device computes the next chunk."""
         ahead = _AHEAD if jax.default_backend() == "cpu" else _AHEAD_OF_ACCELERATOR
@@ -197,12 +187,7 @@ class Pretrained:
                 found = {}
 
     def predict(
-        self,
-        pairs: Sequence[PairOfTokens],
-        *,
-        decoder: str | None = None,
-        band: int | None = None,
-        measure: Measure = lambda model, batch: {},
+        self, pairs: Pairs, *, decoder: str | None = None, band: int | None = None, measure: Measure = lambda *_: {}
     ) -> Iterator[tuple[int, Prediction]]:
         """Yield the place in `pairs` and the prediction of each pair, in the order in which batches are computed.
 
@@ -221,7 +206,7 @@ class Pretrained:
                 yield member, Prediction(outputs.decoded.match[n, :rows], plan, posterior, measured)
 
     def _started(
-        self, chunks: Iterable[Sequence[PairOfTokens]], decoder: str | None, band: int | None, measure: Measure | None
+        self, chunks: Chunks, decoder: str | None, band: int | None, measure: Measure | None
     ) -> Iterator[_Batch]:
         decoder = decoder or self.decoder
         if decoder not in DECODERS:
@@ -232,7 +217,7 @@ class Pretrained:
                 batch = [pairs[n] for n in members]
                 key = shape.band, decoder, measure
                 if key not in self.programs:
-                    self.programs[key] = self.compile(functools.partial(_compute, self.graph, self.band, *key))
+                    self.programs[key] = self.compile(functools.partial(_compute, self.graph, self.band, key))
                 outputs = self.programs[key](self.params, batching.padded(batch, shape))
                 left -= len(members)
                 yield _Batch(members, [(len(x), len(y)) for x, y in batch], outputs, last=not left)
@@ -246,15 +231,10 @@ class Pretrained:
 
 
 def _compute(
-    graph: nnx.GraphDef,
-    trained_band: int | None,
-    band: int | None,
-    decoder: str,
-    measure: Measure | None,
-    params: PyTree,
-    batch: dict[str, Array],
+    graph: nnx.GraphDef, trained_band: int | None, key: Key, params: PyTree, batch: dict[str, Array]
 ) -> _Outputs:
-    """Compute the alignments of a batch, and plans and measures unless `measure` is None."""
+    """Compute the alignments of a batch, and plans and measures if there is a measure."""
+    band, decoder, measure = key
     model = nnx.merge(graph, params)
     model.spec = dataclasses.replace(model.spec, band=band)  # of the plan; self-attention keeps its own
     x, y, x_length, y_length = (batch[name] for name in ("x", "y", "x_length", "y_length"))

@@ -42,6 +42,7 @@ LABELS = {
 
 MetricRow = Mapping[str, Any]  # one line of metrics.jsonl: "step", and numbers under "metric" or "split/metric"
 Where = Path | str | io.BytesIO  # a file, or memory
+Bars = Mapping[str, Mapping[str, Mapping[str, float]]]
 Curve = tuple[list[int | float], list[int | float]]  # steps, values
 
 
@@ -100,12 +101,7 @@ def screen_figure(runs: Mapping[str, Sequence[MetricRow]], path: Where, *, split
 
 
 def comparison_bars(
-    runs: Mapping[str, Mapping[str, Mapping[str, float]]],
-    baselines: Mapping[str, Mapping[str, Mapping[str, float]]],
-    path: Where,
-    *,
-    metrics: Sequence[str] | None = None,
-    title: str = "",
+    runs: Bars, baselines: Bars, path: Where, *, metrics: Sequence[str] | None = None, title: str = ""
 ) -> None:
     """Draw final metrics of runs (coloured) beside baselines (grey), with intervals, a panel for each metric.
 
@@ -194,8 +190,9 @@ def _curve_panels(
                 steps, values = curves[name]
                 marker = "o" if len(steps) <= 20 else None
                 axes.plot(steps, values, linewidth=1.5, marker=marker, markersize=3, label=label, color=colour)
+        axes.set_xlabel("step")
 
-    _panels(lines.values(), metrics, draw, path, xlabel="step", title=title)
+    _panels(lines.values(), metrics, draw, path, title=title)
 
 
 def _panels(
@@ -204,7 +201,6 @@ def _panels(
     draw: Callable[[Axes, str], None],
     path: Where,
     *,
-    xlabel: str = "",
     title: str = "",
     height: float = _PANEL[1],
 ) -> None:
@@ -222,7 +218,6 @@ def _panels(
     for axes, name in zip(grid, names, strict=False):
         draw(axes, name)
         axes.set_title(LABELS.get(name, name), fontsize=9)
-        axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(labelsize=8)
         legend |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -20,7 +20,7 @@ def score_split(write: Callable, batches: Iterable[SortingBatch]) -> dict[str, d
         written, real = write(batch), batch["id"] >= 0
         of_batch = exact(written, batch), edit_distances(written, batch), batch["length"] - 1
         scores.append([x[real] for x in of_batch])
-    return {"model": summarise(*(np.concatenate(x) for x in zip(*scores, strict=True)))}
+    return {"model": _summary(*(np.concatenate(x) for x in zip(*scores, strict=True)))}
 
 
 def writer(trainer: Trainer) -> Callable:
@@ -42,26 +42,21 @@ def edit_distances(written: Int32[np.ndarray, "batch places"], batch: SortingBat
         return "".join(map(chr, tokens[(tokens > 0) & (tokens < end)]))
 
     distances = []
-    for out, target in zip(written, batch["target"], strict=True):
-        out, target = symbols(out), symbols(target)
+    for out, target in zip(map(symbols, written), map(symbols, batch["target"]), strict=True):
         distance = -aligner.score(out, target) if out and target else max(len(out), len(target))
         distances.append(distance / max(len(target), 1))
     return np.array(distances)
 
 
-def summarise(
+def _summary(
     exact_match: Bool[np.ndarray, " n"], edit_distance: Float64[np.ndarray, " n"], length: Int32[np.ndarray, " n"]
 ) -> dict:
     """Average over sequences with bootstrap 95 % intervals, overall and by length, as `metrics.summarise` does."""
-    low = (length - 1) // _BIN * _BIN + 1
+    low, ones = (length - 1) // _BIN * _BIN + 1, np.ones(len(length))
+    ratios = {"exact_match": np.stack([exact_match, ones]), "edit_distance": np.stack([edit_distance, ones])}
 
     def group(members):
-        ones = np.ones(members.sum())
-        ratios = {
-            "exact_match": np.stack([exact_match[members].astype(float), ones]),
-            "edit_distance": np.stack([edit_distance[members], ones]),
-        }
-        return metrics.intervals(ratios, np.arange(members.sum()))
+        return metrics.intervals({name: of[:, members] for name, of in ratios.items()}, np.arange(members.sum()))
 
     bins = {f"{start}-{start + _BIN - 1}": group(low == start) for start in np.unique(low)}
     return {"overall": group(np.ones(len(length), bool)), "bins": bins, "pairs": len(length)}

@@ -4,6 +4,7 @@
 """
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,7 @@ from training.state import Trainer
 if TYPE_CHECKING:
     from evaluation.runs import Run
 
-SPLITS = {
-    "validation": ("validation",),
-    "test_iid": ("test_iid",),
-    "test_ood": ("test_ood",),
-    "test": ("test_iid", "test_ood"),
-}
+SPLITS = {**{name: (name,) for name in ("validation", "test_iid", "test_ood")}, "test": ("test_iid", "test_ood")}
 _ROOT = Path(__file__).parents[1]
 _CERTIFIED = 128  # pairs of a split whose plans are certified
 
@@ -95,22 +91,17 @@ class AlignmentTask(Task):
         return AlignmentObjective(AlignerConfig(**self.config.model), spec, LossConfig(**self.config.loss), blocks)
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        config = self.config
-        options = {key: value for key, value in config.data.items() if key != "dir"}
-        pipeline_config = pipeline.PipelineConfig(batch_size=config.batch_size, seed=config.seed, **options)
+        options = self.config.data.to_dict()
+        families = pfam.open_split(resolve_data_dir(options.pop("dir")), "train")
+        config = pipeline.PipelineConfig(batch_size=self.config.batch_size, seed=self.config.seed, **options)
         shard_index, shard_count = sharding.host_shard(mesh)
-        families = pfam.open_split(resolve_data_dir(config.data.dir), "train")
-        return pipeline.train_iterator(families, pipeline_config, shard_index=shard_index, shard_count=shard_count)
+        return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
         model = scoring.pretrained(trainer, mesh)
-
-        def score(params: PyTree) -> dict[str, dict]:
-            batches = self._evaluation_batches(families, mesh, self.config.log.eval_pairs)
-            return scoring.score_split(model.with_params(params), families, batches)
-
-        return score
+        batches = functools.partial(self._evaluation_batches, families, mesh, self.config.log.eval_pairs)
+        return lambda params: scoring.score_split(dataclasses.replace(model, params=params), families, batches())
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         pictures, limit = options.pictures, options.limit
@@ -160,12 +151,8 @@ class SortingTask(Task):
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
-
-        def score(params: PyTree) -> dict[str, dict]:
-            batches = sorting.evaluation_batches(self._data(), "validation", self.config.log.eval_pairs)
-            return sorting_scores.score_split(functools.partial(write, params), batches)
-
-        return score
+        batches = functools.partial(sorting.evaluation_batches, self._data(), "validation", self.config.log.eval_pairs)
+        return lambda params: sorting_scores.score_split(functools.partial(write, params), batches())
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         if options.data_dir or options.examples:

@@ -148,13 +148,10 @@ def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> No
     figures.plan_heatmap(plan, args.plot, match=found.match, scale=scale, title=title, **panel)
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[str]]:
+def _opened(path: str) -> contextlib.AbstractContextManager[IO[str]]:
     if path == sequences.STANDARD_INPUT:
-        yield sys.stdout
-        return
-    with gzip.open(path, "wt", _COMPRESSION) if path.endswith(".gz") else Path(path).open("w") as file:
-        yield file
+        return contextlib.nullcontext(sys.stdout)
+    return gzip.open(path, "wt", _COMPRESSION) if path.endswith(".gz") else Path(path).open("w")
 
 
 def _show_warning(quiet: bool, message, *_, **__) -> None:
