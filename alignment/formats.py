@@ -201,9 +201,7 @@ def jsonl(aligned: Aligned) -> str:
     return f'{{"id": {json.dumps(aligned.id)}, "pairs": [{pairs}], "confidence": [{confidence}]}}\n'
 
 
-FORMATS: dict[str, Callable[[Aligned], str]] = {
-    function.__name__: function for function in (text, stockholm, a3m, fasta, tsv, jsonl)
-}
+FORMATS: dict[str, Callable[[Aligned], str]] = {of.__name__: of for of in (text, stockholm, a3m, fasta, tsv, jsonl)}
 
 
 def written(alignments: Iterator[Aligned], form: str) -> Iterator[str]:

@@ -101,21 +101,14 @@ Key = tuple[int | None, str, Measure | None]  # band, decoder and measure of a p
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-    """Parameters, and the structure of the model that they fit.
-
-    Attributes:
-      band: Half-width of the band in training, in residues; None for no band.
-      compile: Compiles a function of parameters and a batch. Results may lie on a device.
-      multiple: Batch sizes are multiples of this number; on a mesh the number of devices that share a batch.
-      programs: What has been compiled; it does not depend on the parameters.
-    """
+    """Parameters, and the structure of the model that they fit."""
 
     graph: nnx.GraphDef
     params: PyTree
-    band: int | None
-    compile: Callable[[Callable], Program] = jax.jit
-    multiple: int = 1
-    programs: dict[Key, Program] = dataclasses.field(default_factory=dict, repr=False)
+    band: int | None  # half-width in training, in residues; None for no band
+    compile: Callable[[Callable], Program] = jax.jit  # of a function of parameters and a batch, results on a device
+    multiple: int = 1  # batch sizes are multiples of it: on a mesh the number of devices that share a batch
+    programs: dict[Key, Program] = dataclasses.field(default_factory=dict, repr=False)  # compiled, for any parameters
 
     @classmethod
     def load(cls, path: Path) -> "Pretrained":

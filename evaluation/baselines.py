@@ -49,7 +49,11 @@ def nw_blosum62(pair: Pair) -> Placement:
     result = parasail.nw_trace_striped_sat(
         vocab.decode(pair.x), vocab.decode(pair.y), vocab.FIRST_GAP, vocab.FURTHER_GAP, parasail.blosum62
     )
-    match = _matches(np.asarray(result.cigar.seq, np.uint32), len(pair.x))
+    cigar = np.asarray(result.cigar.seq, np.uint32)
+    operations = np.repeat(cigar & 15, cigar >> 4)
+    x_step, y_step = operations != _DELETE, operations != _INSERT
+    match, both = np.full(len(pair.x), NO_TARGET, np.int32), x_step & y_step
+    match[np.cumsum(x_step)[both] - 1] = np.cumsum(y_step)[both] - 1
     rows = np.flatnonzero(match != NO_TARGET)
     if not rows.size:
         return Placement(scaled_diagonal(pair).positions, match)
@@ -57,11 +61,3 @@ def nw_blosum62(pair: Pair) -> Placement:
 
 
 BASELINES = {"diagonal": diagonal, "scaled_diagonal": scaled_diagonal, "nw_blosum62": nw_blosum62}
-
-
-def _matches(cigar: np.ndarray, x_length: int) -> Int32[np.ndarray, " x_length"]:
-    operations = np.repeat(cigar & 15, cigar >> 4)
-    x_step, y_step = operations != _DELETE, operations != _INSERT
-    match, both = np.full(x_length, NO_TARGET, np.int32), x_step & y_step
-    match[np.cumsum(x_step)[both] - 1] = np.cumsum(y_step)[both] - 1
-    return match

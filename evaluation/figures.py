@@ -214,7 +214,7 @@ def _panels(
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
     figure, grid = _figure(rows, columns, _PANEL[0] * columns, height * rows + 0.6)
-    legend = {}  # one for all panels: a line means the same in each
+    legend: dict[str, Any] = {}  # one for all panels: a line means the same in each
     for axes, name in zip(grid, names, strict=False):
         draw(axes, name)
         axes.set_title(LABELS.get(name, name), fontsize=9)
@@ -224,7 +224,7 @@ def _panels(
     for axes in grid[len(names) :]:
         axes.remove()
     if legend:
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4))
+        figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=min(len(legend), 4))
     figure.suptitle(title)
     figure.savefig(path, dpi=_DPI)
 

@@ -105,13 +105,15 @@ def write_html(
     )
     measured = {name.rpartition("/")[2] for row in rows for name in row}
     curves = [name for name in _CURVES if name in measured]
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     page = environment.get_template(TEMPLATE).render(
         report=report,
         splits=[_split(name, report, examples) for name in report["splits"]],
         curves=_drawn(figures.metric_curves, rows, metrics=curves) if curves else "",
         configuration=sorted(flatten_dict(report["config"], sep=".").items()),
         command=command,
-        versions=_versions(),
+        versions=f"Python {platform.python_version()}, {packages}; {devices}",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,11 +130,9 @@ def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str
     shared = [metric for metric in metrics.METRICS if metric in others[_BASELINE]]
     return {
         "name": name,
-        "pairs": model["pairs"],
         "f1": _row("f1", decoded),
         "metrics": {"who": list(result), "rows": [_row(metric, result) for metric in found]},
         "bins": {"who": list(decoded), "rows": [_row("f1", decoded, of_bin) for of_bin in model["bins"]]},
-        "certificates": report["certificates"][name],
         "bars": _drawn(figures.comparison_bars, overall, others, metrics=shared),
         "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
         "reliability": _drawn(figures.reliability, tenths) if tenths else "",
@@ -155,10 +155,7 @@ def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
     """Return text, heat maps and numbers of an alignment."""
     both = {"target": example.pair.target, "match": example.match}
     return {
-        "title": f"{example.family.accession} {example.family.name}",
-        "identity": example.model.identity,
-        "f1": example.model.f1,
-        "baseline": example.baseline.f1,
+        "of": example,
         "lines": formats.text(_aligned(example), example.pair.target).rstrip().splitlines(),
         "posterior": _drawn(figures.plan_heatmap, example.posterior, label="posterior", **both),
         "plan": _drawn(figures.plan_heatmap, example.plan, **both) if with_plan else "",
@@ -182,8 +179,3 @@ def _drawn(draw: Callable, *arguments: Any, **options: Any) -> str:
     memory = io.BytesIO()
     draw(*arguments, path=memory, **options)
     return "data:image/png;base64," + base64.b64encode(memory.getvalue()).decode()
-
-
-def _versions() -> str:
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    return f"Python {platform.python_version()}, {packages}; {len(jax.devices())} x {jax.devices()[0].device_kind}"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -22,7 +21,6 @@ from evaluation import baselines, figures, metrics
 from evaluation.report import Example, Examples
 from models import objectives
 from models.aligner import Aligner
-from models.attention import Certificate
 from models.mesh import DATA
 from training.state import Trainer
 
@@ -104,33 +102,27 @@ def reconstruction(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[A
 
 
 def certify_split(certify: Callable, batches: Iterable[pipeline.Batch]) -> dict[str, dict]:
-    """Summarise the certificates of every layer: median and worst over pairs and heads, and the finite share.
+    """Summarise each layer's certificates: median and worst of pairs and heads, None if infinite, and finite share."""
 
-    Infinite numbers are None.
-    """
-    found: dict[str, list[Certificate]] = {}
+    def number(x: float) -> float | None:
+        return float(x) if np.isfinite(x) else None
+
+    def spread(x: np.ndarray) -> dict[str, float | None]:
+        return {"median": number(np.median(x)), "worst": number(x.max()), "finite": float(np.isfinite(x).mean())}
+
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
     for batch in batches:
         for layer, certificate in certify(batch).items():
             real = np.resize(batch["id"][:, 0] >= 0, len(certificate.residual))  # self-attention has x, then y
-            found.setdefault(layer, []).append(Certificate(*(x[real] for x in certificate)))
-    return {layer: _spread(jax.tree.map(lambda *x: np.concatenate(x), *of)) for layer, of in found.items()}
-
-
-def _spread(certificate: Certificate) -> dict[str, dict]:
-    def number(x):
-        return float(x) if np.isfinite(x) else None
-
-    return {
-        name: {"median": number(np.median(x)), "worst": number(x.max()), "finite": float(np.isfinite(x).mean())}
-        for name, x in certificate._asdict().items()
-    }
+            for name, x in certificate._asdict().items():
+                found.setdefault(layer, {}).setdefault(name, []).append(x[real])
+    return {layer: {name: spread(np.concatenate(x)) for name, x in of.items()} for layer, of in found.items()}
 
 
 def certifier(trainer: Trainer) -> Callable:
     """Return a function from parameters and a batch to the certificates of every layer."""
-    return lambda params, batch: trainer.model(params).certificates(
-        batch["x"], batch["y"], batch["x_length"], batch["y_length"]
-    )
+    names = "x", "y", "x_length", "y_length"
+    return lambda params, batch: trainer.model(params).certificates(*(batch[name] for name in names))
 
 
 def draw_plan(directory: Path, split: str, example: Example) -> None:

@@ -14,13 +14,18 @@ _BIN = 5  # lengths
 
 
 def score_split(write: Callable, batches: Iterable[SortingBatch]) -> dict[str, dict]:
-    """Summarise the model on sequences of a split."""
+    """Average over sequences of a split with bootstrap 95 % intervals, overall and by length."""
     scores = []
     for batch in batches:
         written, real = write(batch), batch["id"] >= 0
         of_batch = exact(written, batch), edit_distances(written, batch), batch["length"] - 1
         scores.append([x[real] for x in of_batch])
-    return {"model": _summary(*(np.concatenate(x) for x in zip(*scores, strict=True)))}
+    right, distance, length = (np.concatenate(x) for x in zip(*scores, strict=True))
+    ones, first = np.ones(len(length)), (length - 1) // _BIN * _BIN + 1
+    ratios = {"exact_match": np.stack([right, ones]), "edit_distance": np.stack([distance, ones])}
+    names = {start: f"{start}-{start + _BIN - 1}" for start in np.unique(first).tolist()}
+    bins = np.array([names[start] for start in first.tolist()])
+    return {"model": metrics.by_bin(ratios, np.arange(len(length)), bins, names.values())}
 
 
 def writer(trainer: Trainer) -> Callable:
@@ -46,17 +51,3 @@ def edit_distances(written: Int32[np.ndarray, "batch places"], batch: SortingBat
         distance = -aligner.score(out, target) if out and target else max(len(out), len(target))
         distances.append(distance / max(len(target), 1))
     return np.array(distances)
-
-
-def _summary(
-    exact_match: Bool[np.ndarray, " n"], edit_distance: Float64[np.ndarray, " n"], length: Int32[np.ndarray, " n"]
-) -> dict:
-    """Average over sequences with bootstrap 95 % intervals, overall and by length, as `metrics.summarise` does."""
-    low, ones = (length - 1) // _BIN * _BIN + 1, np.ones(len(length))
-    ratios = {"exact_match": np.stack([exact_match, ones]), "edit_distance": np.stack([edit_distance, ones])}
-
-    def group(members):
-        return metrics.intervals({name: of[:, members] for name, of in ratios.items()}, np.arange(members.sum()))
-
-    bins = {f"{start}-{start + _BIN - 1}": group(low == start) for start in np.unique(low)}
-    return {"overall": group(np.ones(len(length), bool)), "bins": bins, "pairs": len(length)}

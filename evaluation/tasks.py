@@ -92,9 +92,10 @@ class AlignmentTask(Task):
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         options = self.config.data.to_dict()
-        families = pfam.open_split(resolve_data_dir(options.pop("dir")), "train")
+        directory = resolve_data_dir(options.pop("dir"))
         config = pipeline.PipelineConfig(batch_size=self.config.batch_size, seed=self.config.seed, **options)
         shard_index, shard_count = sharding.host_shard(mesh)
+        families = pfam.open_split(directory, "train")
         return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
@@ -115,23 +116,19 @@ class AlignmentTask(Task):
             batches = functools.partial(self._evaluation_batches, families, run.mesh)
             observer = scoring.Observer(name, pictures, options.examples)
             summaries = scoring.score_split(model, families, batches(limit), see=observer, progress=name)
-            overall = {who: summary["overall"] for who, summary in summaries.items()}
-            others = {who: overall[who] for who in baselines.BASELINES}
+            others = {who: summaries[who]["overall"] for who in baselines.BASELINES}
             certified = scoring.certify_split(certify, batches(min(limit or _CERTIFIED, _CERTIFIED)))
-            figures.comparison_bars({"model": overall["model"]}, others, pictures / f"{name}.png", title=name)
+            first = {"model": summaries["model"]["overall"]}
+            figures.comparison_bars(first, others, pictures / f"{name}.png", title=name)
             return {"splits": summaries, "certificates": certified, "reliability": observer.reliability.tenths()}
 
         return score
 
     def _evaluation_batches(self, families: pipeline.Families, mesh: Mesh, limit: int | None):
-        data = self.config.data
+        size, data, devices = self.config.batch_size, self.config.data, mesh.shape["data"]
+        max_bad = data.get("max_bad_records", 0)  # older runs have none
         return pipeline.evaluation_batches(
-            families,
-            self.config.batch_size,
-            data.buckets,
-            limit=limit,
-            divisible_by=mesh.shape["data"],
-            max_bad=data.get("max_bad_records", 0),  # older runs have none
+            families, size, data.buckets, limit=limit, divisible_by=devices, max_bad=max_bad
         )
 
 
