@@ -46,10 +46,9 @@ class Columns(NamedTuple):
 
 def columns_of(aligned: Aligned) -> Columns:
     """Return the columns of an alignment, gaps included."""
-    matches = [(int(i), int(j)) for i, j in aligned.pairs]
     places: list[tuple[int, int]] = []
     x_next = y_next = 0
-    for x_match, y_match in [*matches, (len(aligned.x.residues), len(aligned.y.residues))]:
+    for x_match, y_match in [*aligned.pairs.tolist(), (len(aligned.x.residues), len(aligned.y.residues))]:
         places += [(n, NO_POSITION) for n in range(x_next, x_match)]
         places += [(NO_POSITION, n) for n in range(y_next, y_match)]
         places.append((x_match, y_match))

@@ -191,10 +191,8 @@ class Pretrained:
         for batch in _delayed(self._started([pairs], decoder, band, measure), _AHEAD):
             outputs = jax.device_get(batch.outputs)
             for n, (member, (rows, columns)) in enumerate(zip(batch.members, batch.lengths, strict=True)):
-                plan, posterior = (
-                    PairPlan(values[n, :rows], outputs.first[n, :rows], columns)
-                    for values in (outputs.plan, outputs.posterior)
-                )
+                first = outputs.first[n, :rows]
+                plan, posterior = (PairPlan(of[n, :rows], first, columns) for of in (outputs.plan, outputs.posterior))
                 measured = {name: float(values[n]) for name, values in outputs.measured.items()}
                 yield member, Prediction(outputs.decoded.match[n, :rows], plan, posterior, measured)
 

@@ -80,12 +80,10 @@ class Examples:
         if not (np.isfinite(example.model.f1) and np.isfinite(example.baseline.f1)):
             return
         for kind in KINDS:
-            kept = self._kept.setdefault(split, {}).setdefault(kind.title, {})
-            of_family = kept.get(example.family.accession)
-            if of_family is None or kind.key(example) < kind.key(of_family):
-                kept[example.family.accession] = example
-                for last in sorted(kept, key=lambda name, kept=kept, kind=kind: kind.key(kept[name]))[self._count :]:
-                    del kept[last]
+            kept, family = self._kept.setdefault(split, {}).setdefault(kind.title, {}), example.family.accession
+            kept[family] = min(kept.get(family, example), example, key=kind.key)
+            for last in self.of(split, kind)[self._count :]:
+                del kept[last.family.accession]
 
     def of(self, split: str, kind: Kind) -> list[Example]:
         """Return the kept examples of a split, the lowest key first."""
@@ -163,10 +161,8 @@ def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
 
 
 def _aligned(example: Example) -> formats.Aligned:
-    x, y = (
-        Record(example.family.rows[row], "", vocab.decode(tokens))
-        for row, tokens in zip(example.rows, example.pair[:2], strict=True)
-    )
+    ids = [example.family.rows[row] for row in example.rows]
+    x, y = (Record(name, "", vocab.decode(tokens)) for name, tokens in zip(ids, example.pair[:2], strict=True))
     i = np.flatnonzero(example.match != formats.NO_POSITION)
     pairs, posterior = np.stack([i, example.match[i]], axis=1), example.posterior
     x_alone, y_alone = (np.clip(1 - posterior.sum(axis), 0, 1) for axis in (1, 0))

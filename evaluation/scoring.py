@@ -37,13 +37,13 @@ class Observer:
         self._drawn: set[str] = set()
 
     def __call__(self, example: Example) -> None:
-        decoded = np.flatnonzero(example.match != decoding.NO_MATCH)
+        decoded, family = np.flatnonzero(example.match != decoding.NO_MATCH), example.family.accession
         match = example.match[decoded]
         self.reliability.add(example.posterior[decoded, match], match == example.pair.target[decoded])
         if self._examples:
             self._examples.see(self._split, example)
-        if len(self._drawn) < _PICTURES and example.family.accession not in self._drawn:
-            self._drawn.add(example.family.accession)
+        if len(self._drawn) < _PICTURES and family not in self._drawn:
+            self._drawn.add(family)
             draw_plan(self._pictures, self._split, example)
 
 

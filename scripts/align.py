@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> None:
 def _pairs(args: argparse.Namespace) -> tuple[Iterator[PairRecord], int]:
     """Return the pairs to align, and their number."""
     if args.pairs:
-        pairs = list(sequences.read_pairs(args.pairs))
+        pairs = sequences.read_pairs(args.pairs)
         return iter(pairs), len(pairs)
     files = [sequences.read_fasta(path) for path in args.fasta]
     records, total = files[0], math.prod(map(len, files))
