@@ -142,9 +142,8 @@ class SortingTask(Task):
         return SortingObjective(SorterConfig(**self.config.model), blocks, self.config.data.symbols)
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        shard_index, shard_count = sharding.host_shard(mesh)
-        stream = sorting.SortingStream(self._data(), shard_index=shard_index, shard_count=shard_count)
-        return pipeline.BatchIterator(stream)
+        index, count = sharding.host_shard(mesh)
+        return pipeline.BatchIterator(sorting.SortingStream(self._data(), shard_index=index, shard_count=count))
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
