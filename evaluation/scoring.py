@@ -104,7 +104,7 @@ def reconstruction(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[A
 def certify_split(certify: Callable, batches: Iterable[pipeline.Batch]) -> dict[str, dict]:
     """Summarise each layer's certificates: median and worst of pairs and heads, None if infinite, and finite share."""
 
-    def number(x: float) -> float | None:
+    def number(x):
         return float(x) if np.isfinite(x) else None
 
     def spread(x: np.ndarray) -> dict[str, float | None]:
