@@ -27,9 +27,7 @@ def save(path: Path, maps: Mapping[str, Asap], params: PyTree, step: int, proven
 def load(path: Path, params: PyTree) -> dict[str, Asap]:
     """Load the maps of a file, by layer.
 
-    Raises:
-      ValueError: not a file of `save`, or fitted to other parameters.
-      FileNotFoundError: no file.
+    Raises FileNotFoundError, or ValueError if it is not a file of `save` or was fitted to other parameters.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; write it with scripts/compile_asap.py")

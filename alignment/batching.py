@@ -61,7 +61,9 @@ def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape,
     while waiting:
         shape = waiting.pop(0)
         members = groups[shape]
-        larger = next((other for other in waiting if _holds(other, shape)), None)
+        # Results depend on the band, which must be equal; those that wait have no fewer rows.
+        alike = (other for other in waiting if other.band == shape.band and other.columns >= shape.columns)
+        larger = next((of for of in alike if of.rows <= 4 * shape.rows and of.columns <= 4 * shape.columns), None)
         if larger and len(members) < 2 * shape.batch:
             groups[larger] += members
             continue
@@ -69,15 +71,6 @@ def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape,
         size = -(-size // multiple) * multiple
         for start in range(0, len(members), size):
             yield shape._replace(batch=size), members[start : start + size]
-
-
-def _holds(larger: Shape, shape: Shape) -> bool:
-    """Return whether pairs of `shape` can be padded to `larger` at little cost.
-
-    The bands must be equal, for results depend on them.
-    """
-    sizes = (larger.rows, shape.rows), (larger.columns, shape.columns)
-    return larger.band == shape.band and all(small <= large <= 4 * small for large, small in sizes)
 
 
 def padded(pairs: Sequence[PairOfTokens], shape: Shape) -> dict[str, np.ndarray]:

@@ -28,6 +28,10 @@ NO_MATCH = -1
 USUAL_LENGTH = 256  # residues; few pairs of training are longer
 _MATCHED, _ENTERED = 1, 2  # bits of a cell of the MEA's table
 
+Plans = Float[Array, "batch rows width"]
+First = Int[Array, "batch rows"]
+Lengths = Int[Array, " batch"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Gaps:
@@ -59,10 +63,7 @@ class Decoded(NamedTuple):
 
 
 def density_correction(
-    plans: Float[Array, "batch rows width"],
-    x_lengths: Int[Array, " batch"],
-    y_lengths: Int[Array, " batch"],
-    band: int | None,
+    plans: Plans, x_lengths: Lengths, y_lengths: Lengths, band: int | None
 ) -> Float[Array, " batch"]:
     """Compute the factor that rescales plans of long or wide-band pairs to the density of training.
 
@@ -84,13 +85,8 @@ def density_correction(
 
 
 def posterior(
-    plans: Float[Array, "batch rows width"],
-    first: Int[Array, "batch rows"],
-    x_lengths: Int[Array, " batch"],
-    y_lengths: Int[Array, " batch"],
-    gaps: Float[Array, "3"],
-    columns: int,
-) -> Float[Array, "batch rows width"]:
+    plans: Plans, first: First, x_lengths: Lengths, y_lengths: Lengths, gaps: Float[Array, "3"], columns: int
+) -> Plans:
     """Compute the probability that each pair of residues is aligned, in the windows of the plans.
 
     Plans are 0 beyond the lengths. `first` comes from `pair_hmm.rising`, `gaps` from `Gaps.numbers`. `columns` is the
@@ -103,11 +99,7 @@ def posterior(
     return pair_hmm.posterior(log_weight, first, x_lengths, y_lengths, opening, columns)
 
 
-def mea(
-    plans: Float[Array, "batch rows width"],
-    first: Int[Array, "batch rows"],
-    y_lengths: Int[Array, " batch"],
-) -> Int[Array, "batch rows"]:
+def mea(plans: Plans, first: First, y_lengths: Lengths) -> Int[Array, "batch rows"]:
     """Find the column matched with each row, or NO_MATCH. Entries of 0 are never matched.
 
     The table holds integers, each row relative to its window's first node. float32 would round the sums of long
@@ -135,9 +127,7 @@ def mea(
     return _trace(bits, first, y_lengths)
 
 
-def _trace(
-    bits: UInt8[Array, "rows batch width"], first: Int[Array, "batch rows"], y_lengths: Int[Array, " batch"]
-) -> Int[Array, "batch rows"]:
+def _trace(bits: UInt8[Array, "rows batch width"], first: First, y_lengths: Lengths) -> Int[Array, "batch rows"]:
     """Follow the best path from the ends of both sequences back."""
     place = jnp.arange(bits.shape[2])
 
@@ -155,13 +145,7 @@ def _trace(
     return match.T
 
 
-def decode(
-    plans: Float[Array, "batch rows width"],
-    first: Int[Array, "batch rows"],
-    x_lengths: Int[Array, " batch"],
-    y_lengths: Int[Array, " batch"],
-    columns: int,
-) -> Decoded:
+def decode(plans: Plans, first: First, x_lengths: Lengths, y_lengths: Lengths, columns: int) -> Decoded:
     """Align by the MEA of plans or posteriors, and compute how likely each residue is aligned with none."""
     match = mea(plans, first, y_lengths)
     matched = jnp.where(match == NO_MATCH, 0, match - first)

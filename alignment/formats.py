@@ -4,13 +4,12 @@ Positions are counted from 1 in `text` and from 0 in `tsv` and `jsonl`. The conf
 that its two residues are aligned, or that its only residue is aligned with none.
 """
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from alignment.sequences import Record
 from data import vocab
@@ -20,6 +19,7 @@ _BLOCK = 60  # columns
 _WIDEST_NAME = 20
 NO_POSITION = -1
 _STEPS = 10_000  # values of confidence between 0 and 1, in JSON
+_DIGITS = [repr(n / _STEPS) for n in range(_STEPS + 1)]
 
 
 class Aligned(NamedTuple):
@@ -46,10 +46,9 @@ class Columns(NamedTuple):
 
 def columns_of(aligned: Aligned) -> Columns:
     """Return the columns of an alignment, gaps included."""
-    matches = [(int(i), int(j)) for i, j in aligned.pairs]
     places: list[tuple[int, int]] = []
     x_next = y_next = 0
-    for x_match, y_match in [*matches, (len(aligned.x.residues), len(aligned.y.residues))]:
+    for x_match, y_match in [*aligned.pairs.tolist(), (len(aligned.x.residues), len(aligned.y.residues))]:
         places += [(n, NO_POSITION) for n in range(x_next, x_match)]
         places += [(NO_POSITION, n) for n in range(y_next, y_match)]
         places.append((x_match, y_match))
@@ -68,36 +67,31 @@ def text(aligned: Aligned, reference: Int[np.ndarray, " x_length"] | None = None
     """Write a summary, then blocks of columns for people to read.
 
     Between the sequences, `|` marks identical residues, `:` a positive BLOSUM62 score and `.` any other score. Below
-    them stands the confidence in tenths.
-
-    Args:
-      aligned: The alignment.
-      reference: Position in y of each residue of x, or -1; adds a line of `differences`.
+    them stands the confidence in tenths. `reference`, the position in y of each residue of x or -1, adds a line of
+    `differences`.
     """
     columns = columns_of(aligned)
-    middle = _middle(columns)
+    same, substitution = np.array(list(columns.x)) == np.array(list(columns.y)), _substitutions(columns)
+    middle = "".join(np.select([_alone(columns), same, substitution > 0], [" ", "|", ":"], "."))
     tenths = "".join(str(min(9, int(10 * c))) for c in columns.confidence)
     marks = "" if reference is None else differences(columns, reference)
     width = max(len(_short(name)) for name in (aligned.x.id, aligned.y.id, "confidence"))
     digits = len(str(max(len(aligned.x.residues), len(aligned.y.residues))))
-    lines = _summary(aligned, columns, middle)
-    ends = [0, 0]
+    lines, ends = _summary(aligned, columns, middle), [0, 0]
+
+    def line(name: str, begin: int | str, content: str, end: int | str = "") -> str:
+        return f"{name:{width}} {begin:{digits}} {content} {end}".rstrip()
+
     for start in range(0, len(middle), _BLOCK):
         block = slice(start, start + _BLOCK)
         rows = []
-        for side, (record, written) in enumerate(((aligned.x, columns.x), (aligned.y, columns.y))):
-            residues = len(written[block].replace(GAP, ""))
+        for side, (record, letters) in enumerate(((aligned.x, columns.x[block]), (aligned.y, columns.y[block]))):
+            residues = len(letters.replace(GAP, ""))
             begin, ends[side] = ends[side] + (residues > 0), ends[side] + residues
-            rows.append(f"{_short(record.id):{width}} {begin:{digits}} {written[block]} {ends[side]}")
-        lines += [
-            "",
-            rows[0],
-            f"{'':{width}} {'':{digits}} {middle[block]}".rstrip(),
-            rows[1],
-            f"{'confidence':{width}} {'':{digits}} {tenths[block]}",
-        ]
+            rows.append(line(_short(record.id), begin, letters, ends[side]))
+        lines += ["", rows[0], line("", "", middle[block]), rows[1], line("confidence", "", tenths[block])]
         if marks[block].strip():
-            lines.append(f"{'reference':{width}} {'':{digits}} {marks[block]}".rstrip())
+            lines.append(line("reference", "", marks[block]))
     return "\n".join(lines) + "\n\n"
 
 
@@ -108,40 +102,38 @@ def differences(columns: Columns, reference: Int[np.ndarray, " x_length"]) -> st
     reference aligns.
     """
     found = np.append(reference, NO_POSITION)[columns.i]  # partner of x's residue; -1 where there is none
-    alone = (columns.i == NO_POSITION) | (columns.j == NO_POSITION)
+    alone = _alone(columns)
     aligned_there = np.where(columns.i == NO_POSITION, np.isin(columns.j, reference), found != NO_POSITION)
     return "".join(np.select([~alone & (found != columns.j), alone & aligned_there], ["!", "?"], " "))
+
+
+def _alone(columns: Columns) -> Bool[np.ndarray, " columns"]:
+    return (columns.i == NO_POSITION) | (columns.j == NO_POSITION)
 
 
 def _short(name: str) -> str:
     return name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 1] + "~"
 
 
-def _middle(columns: Columns) -> str:
-    x, y = (vocab.encode(written.replace(GAP, "X").encode()) for written in (columns.x, columns.y))
-    score = vocab.blosum62()[x, y]
-    both = (columns.i != NO_POSITION) & (columns.j != NO_POSITION)
-    same = both & (np.array(list(columns.x)) == np.array(list(columns.y)))
-    return "".join(np.select([~both, same, score > 0], [" ", "|", ":"], "."))
+def _substitutions(columns: Columns) -> Int[np.ndarray, " columns"]:
+    x, y = (vocab.encode(letters.replace(GAP, "X").encode()) for letters in (columns.x, columns.y))
+    return vocab.blosum62()[x, y]
 
 
 def _summary(aligned: Aligned, columns: Columns, middle: str) -> list[str]:
-    total, gaps = len(middle), middle.count(" ")
-
     def share(count: int) -> str:
-        return f"{count}/{total} ({100 * count / total:.1f} %)"
+        return f"{count}/{len(middle)} ({100 * count / len(middle):.1f} %)"
 
     lines = [
-        f"x: {record.id}, {len(record.residues)} residues{'  ' if record.description else ''}{record.description}"
-        for record in (aligned.x, aligned.y)
+        f"{side}: {record.id}, {len(record.residues)} residues{'  ' if record.description else ''}{record.description}"
+        for side, record in (("x", aligned.x), ("y", aligned.y))
     ]
-    lines[1] = "y" + lines[1][1:]
     mean = f"{aligned.confidence.mean():.2f} on average over" if len(aligned.pairs) else "none;"
     return [
         *lines,
         f"Identity:   {share(middle.count('|'))}",
         f"Positives:  {share(middle.count('|') + middle.count(':'))} by BLOSUM62",
-        f"Gaps:       {share(gaps)}",
+        f"Gaps:       {share(middle.count(' '))}",
         f"Score:      {_score(columns)} by BLOSUM62, gaps {vocab.FIRST_GAP} and {vocab.FURTHER_GAP}",
         f"Confidence: {mean} {len(aligned.pairs)} aligned pairs",
     ]
@@ -149,11 +141,10 @@ def _summary(aligned: Aligned, columns: Columns, middle: str) -> list[str]:
 
 def _score(columns: Columns) -> int:
     """Return the score of this alignment in Needleman-Wunsch, end gaps included."""
-    x, y = (vocab.encode(written.replace(GAP, "X").encode()) for written in (columns.x, columns.y))
-    score = int(vocab.blosum62()[x, y].sum())
+    score = int(_substitutions(columns).sum())
     for positions in (columns.i, columns.j):
-        gap = np.concatenate([[False], positions == NO_POSITION])
-        openings = int((gap[1:] & ~gap[:-1]).sum())
+        gap = positions == NO_POSITION
+        openings = int((np.diff(gap, prepend=False) & gap).sum())
         score -= vocab.FURTHER_GAP * int(gap.sum()) + (vocab.FIRST_GAP - vocab.FURTHER_GAP) * openings
     return score
 
@@ -167,9 +158,8 @@ def stockholm(aligned: Aligned) -> str:
     marks = np.array(list("0123456789*"))[np.floor(columns.confidence * 10 + 0.5).astype(int)]
     names = aligned.x.id, aligned.y.id + ("_2" if aligned.x.id == aligned.y.id else "")  # each name only once
     width = max(len("#=GC PP_cons"), *(len(f"#=GR {name} PP") for name in names))
-    lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}"]
-    records = (aligned.x, aligned.y)
-    lines += [f"#=GS {name} DE {r.description}" for name, r in zip(names, records, strict=True) if r.description]
+    described = zip(names, (aligned.x.description, aligned.y.description), strict=True)
+    lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}", *(f"#=GS {name} DE {of}" for name, of in described if of)]
     for name, positions, written in zip(names, (columns.i, columns.j), (columns.x, columns.y), strict=True):
         lines.append(f"{name:{width}} {written}")
         lines.append(f"{f'#=GR {name} PP':{width}} {''.join(np.where(positions == NO_POSITION, '.', marks))}")
@@ -205,20 +195,12 @@ def jsonl(aligned: Aligned) -> str:
     """Write `{"id", "pairs": [[i, j], ...], "confidence": [...]}` with positions from 0."""
     # Equal to the text of json.dumps, in a fifth of its time: numbers are most of the output.
     pairs = ", ".join(["[%d, %d]"] * len(aligned.pairs)) % tuple(aligned.pairs.ravel().tolist())
-    steps, digits = np.rint(aligned.confidence.astype(float) * _STEPS).astype(int).tolist(), _digits()
-    confidence = ", ".join([digits[n] if n <= _STEPS else repr(n / _STEPS) for n in steps])
+    steps = np.rint(aligned.confidence.astype(float) * _STEPS).astype(int).tolist()
+    confidence = ", ".join([_DIGITS[n] if n <= _STEPS else repr(n / _STEPS) for n in steps])
     return f'{{"id": {json.dumps(aligned.id)}, "pairs": [{pairs}], "confidence": [{confidence}]}}\n'
 
 
-@functools.cache
-def _digits() -> list[str]:
-    """Return the text of every rounded probability."""
-    return [repr(n / _STEPS) for n in range(_STEPS + 1)]
-
-
-FORMATS: dict[str, Callable[[Aligned], str]] = {
-    function.__name__: function for function in (text, stockholm, a3m, fasta, tsv, jsonl)
-}
+FORMATS: dict[str, Callable[[Aligned], str]] = {of.__name__: of for of in (text, stockholm, a3m, fasta, tsv, jsonl)}
 
 
 def written(alignments: Iterator[Aligned], form: str) -> Iterator[str]:

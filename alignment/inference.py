@@ -91,27 +91,24 @@ class _Batch(NamedTuple):
     last: bool  # of its chunk
 
 
+Pairs = Sequence[PairOfTokens]
+Chunks = Iterable[Pairs]
+Done = Callable[[int], object]
 Program = Callable[[PyTree, dict[str, np.ndarray]], _Outputs]
 Measure = Callable[[Aligner, dict[str, Array]], Mapping[str, Float[Array, " batch"]]]
+Key = tuple[int | None, str, Measure | None]  # band, decoder and measure of a program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-    """Parameters, and the structure of the model that they fit.
-
-    Attributes:
-      band: Half-width of the band in training, in residues; None for no band.
-      compile: Compiles a function of parameters and a batch. Results may lie on a device.
-      multiple: Batch sizes are multiples of this number; on a mesh the number of devices that share a batch.
-      programs: What has been compiled, shared with `with_params`.
-    """
+    """Parameters, and the structure of the model that they fit."""
 
     graph: nnx.GraphDef
     params: PyTree
-    band: int | None
-    compile: Callable[[Callable], Program] = jax.jit
-    multiple: int = 1
-    programs: dict[tuple, Program] = dataclasses.field(default_factory=dict, repr=False)
+    band: int | None  # half-width in training, in residues; None for no band
+    compile: Callable[[Callable], Program] = jax.jit  # of a function of parameters and a batch, results on a device
+    multiple: int = 1  # batch sizes are multiples of it: on a mesh the number of devices that share a batch
+    programs: dict[Key, Program] = dataclasses.field(default_factory=dict, repr=False)  # compiled, for any parameters
 
     @classmethod
     def load(cls, path: Path) -> "Pretrained":
@@ -125,10 +122,6 @@ class Pretrained:
         """Replace layers by the maps of a file. Raises ValueError or FileNotFoundError as `asap_maps.load` does."""
         maps = asap_maps.load(path, self.params)
         return dataclasses.replace(self, graph=asap_maps.into(self.graph, self.params, maps), programs={})
-
-    def with_params(self, params: PyTree) -> "Pretrained":
-        """Return the model with other parameters; nothing is compiled again."""
-        return dataclasses.replace(self, params=params)
 
     @property
     def decoder(self) -> str:
@@ -162,34 +155,19 @@ class Pretrained:
         return max(_SMALLEST_CHUNK, _CHUNK_BATCHES * batching.batch_size(usual, usual, self.band))
 
     def align(
-        self,
-        pairs: Sequence[PairOfTokens],
-        *,
-        decoder: str | None = None,
-        band: int | None = None,
-        done: Callable[[int], object] = lambda count: None,
+        self, pairs: Pairs, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
     ) -> list[PairAlignment]:
         """Align pairs of token sequences; the alignments are in the order of the pairs.
 
-        Args:
-          pairs: Tokens of x and of y.
-          decoder: "posterior" aligns by the pair HMM that the plan weighs, "plan" by the plan itself; both by maximum
-            expected accuracy (alignment/decoding.py). None is the model's own.
-          band: Half-width in place of `band_for`, in residues; -1 for no band.
-          done: Called with the number of pairs of each batch that is finished.
-
-        Raises:
-          ValueError: an empty sequence, one longer than `MAX_LENGTH`, an unknown decoder.
+        The decoder "posterior" aligns by the pair HMM that the plan weighs, "plan" by the plan itself; both by maximum
+        expected accuracy (alignment/decoding.py). None is the model's own. `band` is a half-width in place of
+        `band_for`, in residues, -1 for no band. `done` is called with the number of pairs of each finished batch.
+        Raises ValueError for an empty sequence, one longer than `MAX_LENGTH`, an unknown decoder.
         """
         return next(self.align_chunks([pairs], decoder=decoder, band=band, done=done), [])
 
     def align_chunks(
-        self,
-        chunks: Iterable[Sequence[PairOfTokens]],
-        *,
-        decoder: str | None = None,
-        band: int | None = None,
-        done: Callable[[int], object] = lambda count: None,
+        self, chunks: Chunks, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
     ) -> Iterator[list[PairAlignment]]:
         """Yield the alignments of each chunk of pairs, as `align` does, while the device computes the next chunk."""
         ahead = _AHEAD if jax.default_backend() == "cpu" else _AHEAD_OF_ACCELERATOR
@@ -202,34 +180,24 @@ class Pretrained:
                 found = {}
 
     def predict(
-        self,
-        pairs: Sequence[PairOfTokens],
-        *,
-        decoder: str | None = None,
-        band: int | None = None,
-        measure: Measure = lambda model, batch: {},
+        self, pairs: Pairs, *, decoder: str | None = None, band: int | None = None, measure: Measure = lambda *_: {}
     ) -> Iterator[tuple[int, Prediction]]:
         """Yield the place in `pairs` and the prediction of each pair, in the order in which batches are computed.
 
-        Args:
-          pairs: Tokens of x and of y.
-          decoder: As in `align`.
-          band: As in `align`.
-          measure: Computes further numbers of each pair from the model and a batch with the keys x, y, x_length and
-            y_length, in the same program. Give the same function every time, or the program is compiled again.
+        Decoder and band are those of `align`. `measure` computes further numbers of each pair from the model and a
+        batch with the keys x, y, x_length and y_length, in the same program. Give the same function every time, or the
+        program is compiled again.
         """
         for batch in _delayed(self._started([pairs], decoder, band, measure), _AHEAD):
             outputs = jax.device_get(batch.outputs)
             for n, (member, (rows, columns)) in enumerate(zip(batch.members, batch.lengths, strict=True)):
-                plan, posterior = (
-                    PairPlan(values[n, :rows], outputs.first[n, :rows], columns)
-                    for values in (outputs.plan, outputs.posterior)
-                )
+                first = outputs.first[n, :rows]
+                plan, posterior = (PairPlan(of[n, :rows], first, columns) for of in (outputs.plan, outputs.posterior))
                 measured = {name: float(values[n]) for name, values in outputs.measured.items()}
                 yield member, Prediction(outputs.decoded.match[n, :rows], plan, posterior, measured)
 
     def _started(
-        self, chunks: Iterable[Sequence[PairOfTokens]], decoder: str | None, band: int | None, measure: Measure | None
+        self, chunks: Chunks, decoder: str | None, band: int | None, measure: Measure | None
     ) -> Iterator[_Batch]:
         decoder = decoder or self.decoder
         if decoder not in DECODERS:
@@ -238,7 +206,10 @@ class Pretrained:
             left = len(pairs)
             for shape, members in batching.batches([self._shape(x, y, band) for x, y in pairs], self.multiple):
                 batch = [pairs[n] for n in members]
-                outputs = self._program(shape.band, decoder, measure)(self.params, batching.padded(batch, shape))
+                key = shape.band, decoder, measure
+                if key not in self.programs:
+                    self.programs[key] = self.compile(functools.partial(_compute, self.graph, self.band, key))
+                outputs = self.programs[key](self.params, batching.padded(batch, shape))
                 left -= len(members)
                 yield _Batch(members, [(len(x), len(y)) for x, y in batch], outputs, last=not left)
 
@@ -249,24 +220,12 @@ class Pretrained:
         half_width = self.band_for(len(x), len(y)) if band is None else None if band == -1 else band
         return batching.shape_of(len(x), len(y), half_width)
 
-    def _program(self, band: int | None, decoder: str, measure: Measure | None) -> Program:
-        key = band, decoder, measure
-        if key not in self.programs:
-            run = functools.partial(_compute, self.graph, self.band, band, decoder, measure)
-            self.programs[key] = self.compile(run)
-        return self.programs[key]
-
 
 def _compute(
-    graph: nnx.GraphDef,
-    trained_band: int | None,
-    band: int | None,
-    decoder: str,
-    measure: Measure | None,
-    params: PyTree,
-    batch: dict[str, Array],
+    graph: nnx.GraphDef, trained_band: int | None, key: Key, params: PyTree, batch: dict[str, Array]
 ) -> _Outputs:
-    """Compute the alignments of a batch, and plans and measures unless `measure` is None."""
+    """Compute the alignments of a batch, and plans and measures if there is a measure."""
+    band, decoder, measure = key
     model = nnx.merge(graph, params)
     model.spec = dataclasses.replace(model.spec, band=band)  # of the plan; self-attention keeps its own
     x, y, x_length, y_length = (batch[name] for name in ("x", "y", "x_length", "y_length"))

@@ -12,7 +12,6 @@ import io
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +46,8 @@ class PairRecord(NamedTuple):
 def read_fasta(path: str) -> list[Record]:
     """Read all records of a FASTA file, plain or gzip, or of standard input ("-").
 
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: no FASTA file of proteins, an empty record, an id that occurs twice; names file, record and position.
+    Raises OSError if it cannot be read, and ValueError, with file, record and position, if it is no FASTA file of
+    proteins, a record is empty or an id occurs twice.
     """
     name, text = _name(path), _read_text(path)
     first = next((line for line in text.splitlines() if line.strip()), "")
@@ -69,13 +67,13 @@ def read_fasta(path: str) -> list[Record]:
     return list(records.values())
 
 
-def read_pairs(path: str) -> Iterator[PairRecord]:
+def read_pairs(path: str) -> list[PairRecord]:
     """Read lines `id <tab> x <tab> y`, where x and y are sequences; plain, gzip or standard input ("-").
 
     Empty lines, lines that begin with '#' and a first line `id x y` are skipped. An id may occur more than once. Raises
     as `read_fasta` does.
     """
-    name, found = _name(path), False
+    name, pairs = _name(path), []
     for n, line in enumerate(_read_text(path).splitlines(), start=1):
         fields = [field.strip() for field in line.split("\t")]
         if not line.strip() or line.startswith("#") or (n == 1 and [f.lower() for f in fields] == ["id", "x", "y"]):
@@ -84,10 +82,10 @@ def read_pairs(path: str) -> Iterator[PairRecord]:
             raise ValueError(f"{name}, line {n}: {len(fields)} columns; there must be 3 with tabs between: id, x, y")
         identifier, x, y = fields
         x, y = (_residues(s, f"{name}, line {n} ({identifier}), {side}") for s, side in ((x, "x"), (y, "y")))
-        found = True
-        yield PairRecord(identifier, Record(f"{identifier}/x", "", x), Record(f"{identifier}/y", "", y))
-    if not found:
+        pairs.append(PairRecord(identifier, Record(f"{identifier}/x", "", x), Record(f"{identifier}/y", "", y)))
+    if not pairs:
         raise ValueError(f"{name} holds no pair; each line must be id, x, y with tabs between")
+    return pairs
 
 
 def _name(path: str) -> str:

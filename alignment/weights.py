@@ -19,11 +19,7 @@ def save(path: Path, params: PyTree, config: dict[str, Any], step: int) -> None:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the configuration and the step of the run that made the weights.
-
-    Raises:
-      ValueError: not a safetensors file, or not written by `save`.
-    """
+    """Read configuration and step of the run that made the weights. Raises ValueError if `save` did not write them."""
     header = _open(path).metadata() or {}
     if not {"config", "step"} <= header.keys():
         raise ValueError(f"{path} has no configuration in its header; write it with scripts/export_weights.py")
@@ -37,16 +33,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def load(path: Path, like: PyTree) -> PyTree:
-    """Load parameters in the structure of `like`.
-
-    Raises:
-      ValueError: names or shapes differ from `like`.
-    """
+    """Load parameters in the structure of `like`. Raises ValueError if names or shapes differ."""
     file = _open(path)
     wanted = {name: np.shape(array) for name, array in _named(like).items()}
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if wrong:
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise ValueError(f"{path} does not fit the model of its configuration: {', '.join(wrong)} differ")
     return jax.tree.map_with_path(lambda keys, _: file.get_tensor(_name(keys)), like)
 

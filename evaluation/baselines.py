@@ -41,17 +41,19 @@ def nw_blosum62(pair: Pair) -> Placement:
     """Align globally: Needleman-Wunsch with BLOSUM62 and affine gaps of 11 and 1, also at the ends.
 
     An unaligned residue of x is placed between its aligned neighbours by linear interpolation, and beside its only
-    neighbour at an end. Where no residue is aligned, all are placed on the scaled diagonal.
-
-    Raises:
-      ValueError: a sequence is empty.
+    neighbour at an end. Where no residue is aligned, all are placed on the scaled diagonal. Raises ValueError if a
+    sequence is empty.
     """
     if not (len(pair.x) and len(pair.y)):
         raise ValueError(f"pair: lengths {len(pair.x)} and {len(pair.y)} were given, both must be at least 1")
     result = parasail.nw_trace_striped_sat(
         vocab.decode(pair.x), vocab.decode(pair.y), vocab.FIRST_GAP, vocab.FURTHER_GAP, parasail.blosum62
     )
-    match = _matches(np.asarray(result.cigar.seq, np.uint32), len(pair.x))
+    cigar = np.asarray(result.cigar.seq, np.uint32)
+    operations = np.repeat(cigar & 15, cigar >> 4)
+    x_step, y_step = operations != _DELETE, operations != _INSERT
+    match, both = np.full(len(pair.x), NO_TARGET, np.int32), x_step & y_step
+    match[np.cumsum(x_step)[both] - 1] = np.cumsum(y_step)[both] - 1
     rows = np.flatnonzero(match != NO_TARGET)
     if not rows.size:
         return Placement(scaled_diagonal(pair).positions, match)
@@ -59,12 +61,3 @@ def nw_blosum62(pair: Pair) -> Placement:
 
 
 BASELINES = {"diagonal": diagonal, "scaled_diagonal": scaled_diagonal, "nw_blosum62": nw_blosum62}
-
-
-def _matches(cigar: np.ndarray, x_length: int) -> Int32[np.ndarray, " x_length"]:
-    operations = np.repeat(cigar & 15, cigar >> 4)
-    x_step, y_step = operations != _DELETE, operations != _INSERT
-    match = np.full(x_length, NO_TARGET, np.int32)
-    both = x_step & y_step
-    match[np.cumsum(x_step)[both] - 1] = np.cumsum(y_step)[both] - 1
-    return match

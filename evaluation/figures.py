@@ -4,8 +4,9 @@ All are drawn on `Figure` objects without pyplot: no display is needed, and no g
 """
 
 import io
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ LABELS = {
 
 MetricRow = Mapping[str, Any]  # one line of metrics.jsonl: "step", and numbers under "metric" or "split/metric"
 Where = Path | str | io.BytesIO  # a file, or memory
+Bars = Mapping[str, Mapping[str, Mapping[str, float]]]
 Curve = tuple[list[int | float], list[int | float]]  # steps, values
 
 
@@ -71,12 +73,13 @@ def plan_heatmap(
         axes.set(xlabel="position in y (residues)", ylabel="position in x (residues)")
         figure.colorbar(image, ax=axes, label=f"{name} (square-root scale)", shrink=0.85)
     size = max(1.0, min(6.0, 600 / max(plan.shape)))
-    if target is not None:
-        _points(axes, target, "reference", marker="s", markersize=size, color=_COLOURS[1], markerfacecolor="none")
-    if match is not None:
-        _points(axes, match, "decoded (MEA)", marker=".", markersize=size, color=_COLOURS[0])
-    if target is not None or match is not None:
-        axes.legend(loc="upper right", markerscale=8 / (size + 2))
+    squares = {"marker": "s", "color": _COLOURS[1], "markerfacecolor": "none", "label": "reference"}
+    dots = {"marker": ".", "color": _COLOURS[0], "label": "decoded (MEA)"}
+    for of, style in ((target, squares), (match, dots)):
+        if of is not None:
+            rows = np.flatnonzero(of != NO_MATCH)
+            axes.plot(of[rows], rows, linestyle="none", markeredgewidth=0.7, markersize=size, **style)
+            axes.legend(loc="upper right", markerscale=8 / (size + 2))
     figure.savefig(path, dpi=_DPI)
 
 
@@ -98,12 +101,7 @@ def screen_figure(runs: Mapping[str, Sequence[MetricRow]], path: Where, *, split
 
 
 def comparison_bars(
-    runs: Mapping[str, Mapping[str, Mapping[str, float]]],
-    baselines: Mapping[str, Mapping[str, Mapping[str, float]]],
-    path: Where,
-    *,
-    metrics: Sequence[str] | None = None,
-    title: str = "",
+    runs: Bars, baselines: Bars, path: Where, *, metrics: Sequence[str] | None = None, title: str = ""
 ) -> None:
     """Draw final metrics of runs (coloured) beside baselines (grey), with intervals, a panel for each metric.
 
@@ -112,19 +110,22 @@ def comparison_bars(
     draw, or nobody has one of `metrics`.
     """
     bars = {**runs, **baselines}
-    names = _choose(metrics, [metric for summary in bars.values() for metric in summary])
-    colours = [*_cycle(len(runs)), *[_BASELINE] * len(baselines)]
+    colours = [*itertools.islice(itertools.cycle(_COLOURS), len(runs)), *[_BASELINE] * len(baselines)]
 
     def draw(axes: Axes, name: str) -> None:
         for row, (colour, summary) in enumerate(zip(colours, bars.values(), strict=True)):
             if name in summary:
-                _bar(axes, row, summary[name], colour)
+                value, low, high = (summary[name][key] for key in ("value", "low", "high"))
+                end = max(value, high), row
+                axes.barh(row, value, height=0.7, color=colour)
+                axes.plot([low, high], [row, row], color="black", linewidth=1.2, solid_capstyle="butt")
+                axes.annotate(f"{value:#.3g}", end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_yticks(range(len(bars)), list(bars))
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.margins(x=0.22)
         axes.set_xlim(left=0)
 
-    _panels(names, draw, path, title=title, height=0.34 * len(bars) + 0.9)
+    _panels(bars.values(), metrics, draw, path, title=title, height=0.34 * len(bars) + 0.9)
 
 
 def identity_bins(summaries: Mapping[str, Mapping[str, Any]], path: Where, *, metric: str = "f1") -> None:
@@ -136,31 +137,26 @@ def identity_bins(summaries: Mapping[str, Mapping[str, Any]], path: Where, *, me
     names = list(dict.fromkeys(name for summary in summaries.values() for name in summary["bins"]))
     if not any(metric in values for summary in summaries.values() for values in summary["bins"].values()):
         raise ValueError(f"metric: {metric!r} is in no bin")
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    axes = figure.subplots()
-    shades, markers = (_COLOURS[0], "#333333", "#666666", "#999999", "#BBBBBB"), "osv^D"
-    for n, (who, summary) in enumerate(summaries.items()):
+    figure, (axes,) = _figure(1, 1, 7.2, 3.6)
+    styles = itertools.cycle(zip((_COLOURS[0], "#333333", "#666666", "#999999", "#BBBBBB"), "osv^D", strict=True))
+    for n, ((who, summary), (colour, marker)) in enumerate(zip(summaries.items(), styles, strict=False)):
         places = [k for k, name in enumerate(names) if metric in summary["bins"].get(name, {})]
         found = [summary["bins"][names[k]][metric] for k in places]
         value, low, high = (np.array([of[key] for of in found]) for key in ("value", "low", "high"))
-        around = np.array(places) + 0.06 * (
-            n - (len(summaries) - 1) / 2
-        )  # side by side: intervals would hide each other
-        style: dict[str, Any] = {"color": shades[n % len(shades)], "marker": markers[n % len(markers)], "markersize": 5}
+        beside = np.array(places) + 0.06 * (n - (len(summaries) - 1) / 2)  # intervals would hide each other
         # A bootstrap interval need not hold the value, over two families say.
-        spread = np.maximum(np.stack([value - low, high - value]), 0)
-        axes.errorbar(around, value, spread, capsize=2, linewidth=2 if n == 0 else 1, label=who, **style)
+        spread, width = np.maximum(np.stack([value - low, high - value]), 0), 2 if n == 0 else 1
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": width}
+        axes.errorbar(beside, value, spread, capsize=2, label=who, **style)
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="identity of the aligned residues", ylabel=LABELS.get(metric, metric), ylim=(0, 1.02))
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=_DPI)
 
 
 def reliability(tenths: Sequence[Mapping[str, float]], path: Where) -> None:
     """Draw the share of correct residue pairs against their confidence, from `metrics.Reliability.tenths`."""
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _figure(1, 2, 7.2, 3.2)
     confidence, correct, pairs = ([of[key] for of in tenths] for key in ("confidence", "correct", "pairs"))
     left.plot([0, 1], [0, 1], color=_BASELINE, linewidth=1, label="confidence is the probability")
     left.plot(confidence, correct, color=_COLOURS[0], marker="o", label="found")
@@ -168,14 +164,7 @@ def reliability(tenths: Sequence[Mapping[str, float]], path: Where) -> None:
     left.legend(frameon=False, fontsize=8, loc="upper left")
     right.bar(confidence, np.array(pairs) / max(sum(pairs), 1), width=0.06, color=_COLOURS[0])
     right.set(xlabel="mean confidence", ylabel="share of decoded pairs", xlim=(0, 1))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=_DPI)
-
-
-def _points(axes: Axes, match: np.ndarray, label: str, **style: Any) -> None:
-    rows = np.flatnonzero(match != NO_MATCH)
-    axes.plot(match[rows], rows, linestyle="none", markeredgewidth=0.7, label=label, **style)
 
 
 def _curves(rows: Sequence[MetricRow]) -> dict[str, dict[str, Curve]]:
@@ -195,69 +184,55 @@ def _curves(rows: Sequence[MetricRow]) -> dict[str, dict[str, Curve]]:
 def _curve_panels(
     lines: Mapping[str, Mapping[str, Curve]], path: Where, metrics: Sequence[str] | None = None, title: str = ""
 ) -> None:
-    names = _choose(metrics, [metric for curves in lines.values() for metric in curves])
-
     def draw(axes: Axes, name: str) -> None:
-        for colour, (label, curves) in zip(_cycle(len(lines)), lines.items(), strict=True):
+        for colour, (label, curves) in zip(itertools.cycle(_COLOURS), lines.items(), strict=False):
             if name in curves:
                 steps, values = curves[name]
                 marker = "o" if len(steps) <= 20 else None
                 axes.plot(steps, values, linewidth=1.5, marker=marker, markersize=3, label=label, color=colour)
+        axes.set_xlabel("step")
 
-    _panels(names, draw, path, xlabel="step", title=title)
-
-
-def _choose(wanted: Sequence[str] | None, found: Sequence[str]) -> list[str]:
-    known = list(dict.fromkeys(found))
-    if not known:
-        raise ValueError("metrics: there is no number to draw in what was given")
-    missing = [name for name in wanted or () if name not in known]
-    if missing:
-        raise ValueError(f"metrics: {', '.join(missing)} not found; there are {', '.join(known)}")
-    return list(wanted or sorted(known, key=lambda name: [*LABELS, name].index(name)))
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[k % len(_COLOURS)] for k in range(count)]
-
-
-def _bar(axes: Axes, row: int, metric: Mapping[str, float], colour: str) -> None:
-    value, low, high = metric["value"], metric["low"], metric["high"]
-    axes.barh(row, value, height=0.7, color=colour)
-    axes.plot([low, high], [row, row], color="black", linewidth=1.2, solid_capstyle="butt")
-    end = max(value, high), row
-    axes.annotate(f"{value:#.3g}", end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    _panels(lines.values(), metrics, draw, path, title=title)
 
 
 def _panels(
-    names: Sequence[str],
+    found: Iterable[Mapping[str, Any]],
+    wanted: Sequence[str] | None,
     draw: Callable[[Axes, str], None],
     path: Where,
     *,
-    xlabel: str = "",
     title: str = "",
     height: float = _PANEL[1],
 ) -> None:
+    """Draw a panel for each metric that is wanted, by default for all that were found."""
+    known = list(dict.fromkeys(itertools.chain.from_iterable(found)))
+    if not known:
+        raise ValueError("metrics: there is no number to draw in what was given")
+    if missing := [name for name in wanted or () if name not in known]:
+        raise ValueError(f"metrics: {', '.join(missing)} not found; there are {', '.join(known)}")
+    names = wanted or sorted(known, key=lambda name: [*LABELS, name].index(name))
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(_PANEL[0] * columns, height * rows + 0.6), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, grid = _figure(rows, columns, _PANEL[0] * columns, height * rows + 0.6)
+    legend: dict[str, Any] = {}  # one for all panels: a line means the same in each
     for axes, name in zip(grid, names, strict=False):
         draw(axes, name)
         axes.set_title(LABELS.get(name, name), fontsize=9)
-        axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        legend |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in grid[len(names) :]:
         axes.remove()
-    _legend(figure, grid[: len(names)])
+    if legend:
+        figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=min(len(legend), 4))
     figure.suptitle(title)
     figure.savefig(path, dpi=_DPI)
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """Draw one legend for all panels: a line means the same in each."""
-    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many inches, and its panels, without a frame above and on the right."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels

@@ -6,7 +6,7 @@ identity bin or a bootstrap sample of families are then a few additions.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int32
@@ -15,12 +15,11 @@ from data.transforms import NO_TARGET, Pair, pair_identity
 
 BINS = ("<.15", ".15-.20", ".20-.25", ".25-.30", ".30-.40", ".40-.60", ">.60")
 _BIN_EDGES = (0.15, 0.20, 0.25, 0.30, 0.40, 0.60)  # a bin holds its lower edge
-
 _TENTHS = 10  # groups of confidence
 _RESAMPLES = 1000  # samples of the bootstrap
-
 PROBABILITY_FLOOR = 1e-6  # a true column outside the band costs 13.8 nats, not infinitely many
 
+Ratio = Float64[np.ndarray, "2 pairs"]  # numerator and denominator of each pair
 Summary = dict[str, dict[str, float]]  # {metric: {"value", "low", "high"}}
 
 
@@ -77,15 +76,11 @@ def barycenters(plan: Float[np.ndarray, "x_length y_length"]) -> Float64[np.ndar
 
 
 def score_prediction(
-    family: str,
-    pair: Pair,
-    positions: Float64[np.ndarray, " x_length"],
-    match: Int32[np.ndarray, " x_length"],
+    family: str, pair: Pair, positions: Float64[np.ndarray, " x_length"], match: Int32[np.ndarray, " x_length"]
 ) -> PairScores:
     """Score soft positions in y, and a hard alignment (position in y or -1), of the residues of x.
 
-    Raises:
-      ValueError: a position of an aligned residue is not finite.
+    Raises ValueError if the position of an aligned residue is not finite.
     """
     aligned = pair.target != NO_TARGET
     error = np.abs(positions - pair.target)[aligned]
@@ -108,8 +103,7 @@ def score_plan(
 ) -> PairScores:
     """Score a plan over the residues of x and y (no dustbin, no padding) and the alignment decoded from it.
 
-    Raises:
-      ValueError: the plan is not [length of x, length of y] or not finite.
+    Raises ValueError if the plan is not [length of x, length of y] or not finite.
     """
     if plan.shape != (len(pair.x), len(pair.y)):
         raise ValueError(
@@ -146,29 +140,26 @@ def summarise(scores: Sequence[PairScores]) -> dict:
     """Pool the sums of all pairs, with bootstrap 95 % intervals over families, overall and by identity bin.
 
     Pairs of one family are not independent: families are drawn with replacement, each with all its pairs. An interval
-    over few families is optimistic; over a single family it has no width.
-
-    Returns:
-      {"overall": {metric: {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics
-      that apply to no pair, and bins without a pair, are left out.
+    over few families is optimistic; over a single family it has no width. The summary is {"overall": {metric:
+    {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics that apply to no pair,
+    and bins without a pair, are left out.
     """
     ratios = {name: _ratio(scores, *fields) for name, fields in METRICS.items()}
     families = np.unique([score.family for score in scores], return_inverse=True)[1]
-    bins = np.array([identity_bin(score.identity) or "" for score in scores])
+    return by_bin(ratios, families, np.array([identity_bin(score.identity) or "" for score in scores]), BINS)
+
+
+def by_bin(ratios: dict[str, Ratio], families: np.ndarray, bins: np.ndarray, names: Iterable[str]) -> dict:
+    """Compute `intervals` over all pairs and over those of each bin that holds any."""
 
     def group(members: np.ndarray) -> Summary:
-        return intervals({name: r[:, members] for name, r in ratios.items()}, families[members])
+        return intervals({name: ratio[:, members] for name, ratio in ratios.items()}, families[members])
 
-    return {
-        "overall": group(np.arange(len(scores))),
-        "bins": {name: group(np.flatnonzero(bins == name)) for name in BINS if (bins == name).any()},
-        "pairs": len(scores),
-    }
+    of_bins = {name: group(np.flatnonzero(bins == name)) for name in names if (bins == name).any()}
+    return {"overall": group(np.arange(len(bins))), "bins": of_bins, "pairs": len(bins)}
 
 
-def _ratio(
-    scores: Sequence[PairScores], numerator: Sequence[str], denominator: Sequence[str]
-) -> Float64[np.ndarray, "2 pairs"]:
+def _ratio(scores: Sequence[PairScores], numerator: Sequence[str], denominator: Sequence[str]) -> Ratio:
     """Return numerator and denominator of each pair, both 0 where the metric does not apply."""
     sums = [[sum(getattr(score, field) for field in fields) for score in scores] for fields in (numerator, denominator)]
     ratio = np.array(sums, np.float64).reshape(2, len(scores))
@@ -176,7 +167,7 @@ def _ratio(
     return np.where(applies, ratio, 0)
 
 
-def intervals(ratios: dict[str, Float64[np.ndarray, "2 pairs"]], family: Int[np.ndarray, " pairs"]) -> Summary:
+def intervals(ratios: dict[str, Ratio], family: Int[np.ndarray, " pairs"]) -> Summary:
     """Compute ratios of sums over pairs, from numerators and denominators, with bootstrap intervals over families."""
     ratios = {name: ratio for name, ratio in ratios.items() if ratio[1].sum() > 0}
     if not ratios:

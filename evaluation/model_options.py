@@ -12,17 +12,12 @@ if TYPE_CHECKING:
 def add_model_options(parser: argparse.ArgumentParser, *, default: str = "", asap: bool = True) -> None:
     """Add --workdir, --weights and --step, and --asap if the program takes maps.
 
-    Args:
-      parser: The parser of the program.
-      default: What is taken if no model is named, for the help; one must be named if this is empty.
-      asap: Whether to add --asap.
+    `default` tells in the help what is taken if no model is named; one must be named if it is empty.
     """
     model = parser.add_mutually_exclusive_group(required=not default)
     model.add_argument("--workdir", type=Path, metavar="RUN", help="a run: its folder, as given to train.py")
-    told = f"; default: {default}" if default else ""
-    model.add_argument(
-        "--weights", type=Path, metavar="FILE.safetensors", help=f"instead of a run: weights alone{told}"
-    )
+    told = "instead of a run: weights alone" + (f"; default: {default}" if default else "")
+    model.add_argument("--weights", type=Path, metavar="FILE.safetensors", help=told)
     parser.add_argument("--step", type=int, help="which checkpoint of the run; default: the newest")
     if asap:
         told = "maps of scripts/compile_asap.py in place of the model's Sinkhorn steps"

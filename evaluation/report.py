@@ -5,13 +5,14 @@ import datetime
 import importlib.metadata
 import io
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jinja2
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int
 
 from alignment import formats
@@ -79,12 +80,10 @@ class Examples:
         if not (np.isfinite(example.model.f1) and np.isfinite(example.baseline.f1)):
             return
         for kind in KINDS:
-            kept = self._kept.setdefault(split, {}).setdefault(kind.title, {})
-            of_family = kept.get(example.family.accession)
-            if of_family is None or kind.key(example) < kind.key(of_family):
-                kept[example.family.accession] = example
-                for last in sorted(kept, key=lambda name, kept=kept, kind=kind: kind.key(kept[name]))[self._count :]:
-                    del kept[last]
+            kept, family = self._kept.setdefault(split, {}).setdefault(kind.title, {}), example.family.accession
+            kept[family] = min(kept.get(family, example), example, key=kind.key)
+            for last in self.of(split, kind)[self._count :]:
+                del kept[last.family.accession]
 
     def of(self, split: str, kind: Kind) -> list[Example]:
         """Return the kept examples of a split, the lowest key first."""
@@ -98,17 +97,21 @@ def write_html(
 
     Rows are the lines of metrics.jsonl, if there is a run. The page names the command line that made it.
     """
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
+    measured = {name.rpartition("/")[2] for row in rows for name in row}
+    curves = [name for name in _CURVES if name in measured]
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     page = environment.get_template(TEMPLATE).render(
         report=report,
         splits=[_split(name, report, examples) for name in report["splits"]],
-        curves=_curves(rows),
-        configuration=sorted(_flat(report["config"])),
+        curves=_drawn(figures.metric_curves, rows, metrics=curves) if curves else "",
+        configuration=sorted(flatten_dict(report["config"], sep=".").items()),
         command=command,
-        versions=_versions(),
+        versions=f"Python {platform.python_version()}, {packages}; {devices}",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,18 +120,18 @@ def write_html(
 
 def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
     """Return the values of one split that the template shows."""
-    result = report["splits"][name]
-    model, tenths = result["model"], report["reliability"][name]
+    result, tenths = report["splits"][name], report["reliability"][name]
+    model, overall = result["model"], {who: of["overall"] for who, of in result.items()}
     decoded = {who: of for who, of in result.items() if who != "transport"}  # same alignments as the model
     found = [metric for metric in metrics.METRICS if metric in model["overall"]]
+    others = {who: overall.pop(who) for who in BASELINES}
+    shared = [metric for metric in metrics.METRICS if metric in others[_BASELINE]]
     return {
         "name": name,
-        "pairs": model["pairs"],
         "f1": _row("f1", decoded),
         "metrics": {"who": list(result), "rows": [_row(metric, result) for metric in found]},
-        "bins": {"who": list(decoded), "rows": [_bin_row(of_bin, decoded) for of_bin in model["bins"]]},
-        "certificates": report["certificates"][name],
-        "bars": _bars(result),
+        "bins": {"who": list(decoded), "rows": [_row("f1", decoded, of_bin) for of_bin in model["bins"]]},
+        "bars": _drawn(figures.comparison_bars, overall, others, metrics=shared),
         "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
         "reliability": _drawn(figures.reliability, tenths) if tenths else "",
         "kinds": [
@@ -138,38 +141,19 @@ def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str
     }
 
 
-def _bars(result: Mapping[str, Any]) -> str:
-    """Draw the metrics that the baselines have too."""
-    overall = {who: of["overall"] for who, of in result.items()}
-    others = {who: overall.pop(who) for who in BASELINES}
-    return _drawn(
-        figures.comparison_bars, overall, others, metrics=[m for m in metrics.METRICS if m in others[_BASELINE]]
-    )
-
-
-def _row(metric: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    return _with_best(metric, figures.LABELS[metric], [of["overall"].get(metric) for of in result.values()])
-
-
-def _bin_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    return _with_best("f1", name, [of["bins"].get(name, {}).get("f1") for of in result.values()])
-
-
-def _with_best(metric: str, label: str, cells: list[dict[str, float] | None]) -> dict[str, Any]:
-    """Return a row of a table, and the best value in it if there are several."""
+def _row(metric: str, result: Mapping[str, Any], of_bin: str = "") -> dict[str, Any]:
+    """Return a row of a table, over all pairs or a bin, and the best value in it if there are several."""
+    cells = [(of["bins"].get(of_bin, {}) if of_bin else of["overall"]).get(metric) for of in result.values()]
     values = [cell["value"] for cell in cells if cell]
     best = (min if metric in _LOWER_IS_BETTER else max)(values) if len(values) > 1 else None
-    return {"metric": metric, "label": label, "cells": cells, "best": best}
+    return {"label": of_bin or figures.LABELS[metric], "cells": cells, "best": best}
 
 
 def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
     """Return text, heat maps and numbers of an alignment."""
     both = {"target": example.pair.target, "match": example.match}
     return {
-        "title": f"{example.family.accession} {example.family.name}",
-        "identity": example.model.identity,
-        "f1": example.model.f1,
-        "baseline": example.baseline.f1,
+        "of": example,
         "lines": formats.text(_aligned(example), example.pair.target).rstrip().splitlines(),
         "posterior": _drawn(figures.plan_heatmap, example.posterior, label="posterior", **both),
         "plan": _drawn(figures.plan_heatmap, example.plan, **both) if with_plan else "",
@@ -177,10 +161,8 @@ def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
 
 
 def _aligned(example: Example) -> formats.Aligned:
-    x, y = (
-        Record(example.family.rows[row], "", vocab.decode(tokens))
-        for row, tokens in zip(example.rows, example.pair[:2], strict=True)
-    )
+    ids = [example.family.rows[row] for row in example.rows]
+    x, y = (Record(name, "", vocab.decode(tokens)) for name, tokens in zip(ids, example.pair[:2], strict=True))
     i = np.flatnonzero(example.match != formats.NO_POSITION)
     pairs, posterior = np.stack([i, example.match[i]], axis=1), example.posterior
     x_alone, y_alone = (np.clip(1 - posterior.sum(axis), 0, 1) for axis in (1, 0))
@@ -188,28 +170,8 @@ def _aligned(example: Example) -> formats.Aligned:
     return formats.Aligned(example.family.accession, x, y, pairs, confidence, x_alone, y_alone)
 
 
-def _curves(rows: Sequence[figures.MetricRow]) -> str:
-    """Draw the training curves, if there are any."""
-    found = {name.rpartition("/")[2] for row in rows for name in row}
-    names = [name for name in _CURVES if name in found]
-    return _drawn(figures.metric_curves, rows, metrics=names) if names else ""
-
-
 def _drawn(draw: Callable, *arguments: Any, **options: Any) -> str:
     """Return the picture that a function of `figures` draws, as a data URI."""
     memory = io.BytesIO()
     draw(*arguments, path=memory, **options)
     return "data:image/png;base64," + base64.b64encode(memory.getvalue()).decode()
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value)
-
-
-def _versions() -> str:
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    return f"Python {platform.python_version()}, {packages}; {len(jax.devices())} x {jax.devices()[0].device_kind}"

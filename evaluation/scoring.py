@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -22,7 +21,6 @@ from evaluation import baselines, figures, metrics
 from evaluation.report import Example, Examples
 from models import objectives
 from models.aligner import Aligner
-from models.attention import Certificate
 from models.mesh import DATA
 from training.state import Trainer
 
@@ -39,13 +37,13 @@ class Observer:
         self._drawn: set[str] = set()
 
     def __call__(self, example: Example) -> None:
-        decoded = np.flatnonzero(example.match != decoding.NO_MATCH)
+        decoded, family = np.flatnonzero(example.match != decoding.NO_MATCH), example.family.accession
         match = example.match[decoded]
         self.reliability.add(example.posterior[decoded, match], match == example.pair.target[decoded])
         if self._examples:
             self._examples.see(self._split, example)
-        if len(self._drawn) < _PICTURES and example.family.accession not in self._drawn:
-            self._drawn.add(example.family.accession)
+        if len(self._drawn) < _PICTURES and family not in self._drawn:
+            self._drawn.add(family)
             draw_plan(self._pictures, self._split, example)
 
 
@@ -67,14 +65,8 @@ def score_split(
     """Summarise the predictions of a model and of every baseline on evaluation pairs of a split.
 
     A model with a gap model is scored by the posterior of its pair HMM, from which its alignments are decoded. The
-    entry `transport` then scores the transport plan itself, with the same alignments.
-
-    Args:
-      model: The model, as users run it: `Pretrained.predict` pads the pairs and chooses band and decoder.
-      families: The split that the ids in `batches` refer to.
-      batches: The pairs to score.
-      see: Called with every pair.
-      progress: Name of the progress bar; none is shown if it is empty.
+    entry `transport` then scores the transport plan itself, with the same alignments. The ids in `batches` refer to
+    `families`. `see` is called with every pair; `progress` names the progress bar, which is not shown if it is empty.
     """
     scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
     pairs = [of_one for batch in batches for of_one in pipeline.unbatch(batch)]
@@ -110,33 +102,27 @@ def reconstruction(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[A
 
 
 def certify_split(certify: Callable, batches: Iterable[pipeline.Batch]) -> dict[str, dict]:
-    """Summarise the certificates of every layer: median and worst over pairs and heads, and the finite share.
+    """Summarise each layer's certificates: median and worst of pairs and heads, None if infinite, and finite share."""
 
-    Infinite numbers are None.
-    """
-    found: dict[str, list[Certificate]] = {}
-    for batch in batches:
-        for layer, certificate in certify(batch).items():
-            real = np.resize(batch["id"][:, 0] >= 0, len(certificate.residual))  # self-attention has x, then y
-            found.setdefault(layer, []).append(Certificate(*(x[real] for x in certificate)))
-    return {layer: _spread(jax.tree.map(lambda *x: np.concatenate(x), *of)) for layer, of in found.items()}
-
-
-def _spread(certificate: Certificate) -> dict[str, dict]:
     def number(x):
         return float(x) if np.isfinite(x) else None
 
-    return {
-        name: {"median": number(np.median(x)), "worst": number(x.max()), "finite": float(np.isfinite(x).mean())}
-        for name, x in certificate._asdict().items()
-    }
+    def spread(x: np.ndarray) -> dict[str, float | None]:
+        return {"median": number(np.median(x)), "worst": number(x.max()), "finite": float(np.isfinite(x).mean())}
+
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    for batch in batches:
+        for layer, certificate in certify(batch).items():
+            real = np.resize(batch["id"][:, 0] >= 0, len(certificate.residual))  # self-attention has x, then y
+            for name, x in certificate._asdict().items():
+                found.setdefault(layer, {}).setdefault(name, []).append(x[real])
+    return {layer: {name: spread(np.concatenate(x)) for name, x in of.items()} for layer, of in found.items()}
 
 
 def certifier(trainer: Trainer) -> Callable:
     """Return a function from parameters and a batch to the certificates of every layer."""
-    return lambda params, batch: trainer.model(params).certificates(
-        batch["x"], batch["y"], batch["x_length"], batch["y_length"]
-    )
+    names = "x", "y", "x_length", "y_length"
+    return lambda params, batch: trainer.model(params).certificates(*(batch[name] for name in names))
 
 
 def draw_plan(directory: Path, split: str, example: Example) -> None:

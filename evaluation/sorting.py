@@ -14,13 +14,18 @@ _BIN = 5  # lengths
 
 
 def score_split(write: Callable, batches: Iterable[SortingBatch]) -> dict[str, dict]:
-    """Summarise the model on sequences of a split."""
+    """Average over sequences of a split with bootstrap 95 % intervals, overall and by length."""
     scores = []
     for batch in batches:
         written, real = write(batch), batch["id"] >= 0
         of_batch = exact(written, batch), edit_distances(written, batch), batch["length"] - 1
         scores.append([x[real] for x in of_batch])
-    return {"model": summarise(*(np.concatenate(x) for x in zip(*scores, strict=True)))}
+    right, distance, length = (np.concatenate(x) for x in zip(*scores, strict=True))
+    ones, first = np.ones(len(length)), (length - 1) // _BIN * _BIN + 1
+    ratios = {"exact_match": np.stack([right, ones]), "edit_distance": np.stack([distance, ones])}
+    names = {start: f"{start}-{start + _BIN - 1}" for start in np.unique(first).tolist()}
+    bins = np.array([names[start] for start in first.tolist()])
+    return {"model": metrics.by_bin(ratios, np.arange(len(length)), bins, names.values())}
 
 
 def writer(trainer: Trainer) -> Callable:
@@ -42,26 +47,7 @@ def edit_distances(written: Int32[np.ndarray, "batch places"], batch: SortingBat
         return "".join(map(chr, tokens[(tokens > 0) & (tokens < end)]))
 
     distances = []
-    for out, target in zip(written, batch["target"], strict=True):
-        out, target = symbols(out), symbols(target)
+    for out, target in zip(map(symbols, written), map(symbols, batch["target"]), strict=True):
         distance = -aligner.score(out, target) if out and target else max(len(out), len(target))
         distances.append(distance / max(len(target), 1))
     return np.array(distances)
-
-
-def summarise(
-    exact_match: Bool[np.ndarray, " n"], edit_distance: Float64[np.ndarray, " n"], length: Int32[np.ndarray, " n"]
-) -> dict:
-    """Average over sequences with bootstrap 95 % intervals, overall and by length, as `metrics.summarise` does."""
-    low = (length - 1) // _BIN * _BIN + 1
-
-    def group(members):
-        ones = np.ones(members.sum())
-        ratios = {
-            "exact_match": np.stack([exact_match[members].astype(float), ones]),
-            "edit_distance": np.stack([edit_distance[members], ones]),
-        }
-        return metrics.intervals(ratios, np.arange(members.sum()))
-
-    bins = {f"{start}-{start + _BIN - 1}": group(low == start) for start in np.unique(low)}
-    return {"overall": group(np.ones(len(length), bool)), "bins": bins, "pairs": len(length)}

@@ -3,10 +3,12 @@
 `task_of(config)` makes it. train.py and eval.py never look at the kind of task themselves.
 """
 
+import abc
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -27,42 +29,53 @@ from training.state import Trainer
 if TYPE_CHECKING:
     from evaluation.runs import Run
 
-SPLITS = {
-    "validation": ("validation",),
-    "test_iid": ("test_iid",),
-    "test_ood": ("test_ood",),
-    "test": ("test_iid", "test_ood"),
-}
+SPLITS = {**{name: (name,) for name in ("validation", "test_iid", "test_ood")}, "test": ("test_iid", "test_ood")}
 _ROOT = Path(__file__).parents[1]
 _CERTIFIED = 128  # pairs of a split whose plans are certified
 
 
-@runtime_checkable
-class Task(Protocol):
+class Task(abc.ABC):
     """A task that models are trained for, as a configuration describes it."""
 
-    config: ConfigDict
+    def __init__(self, config: ConfigDict):
+        self.config = config
 
+    @abc.abstractmethod
     def objective(self) -> Objective:
         """Make the objective. Raises ValueError or TypeError for settings out of range and misspelt keys."""
 
+    @abc.abstractmethod
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         """Open the training batches; this process gets its part of each."""
 
+    @abc.abstractmethod
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         """Return a function from parameters to a summary of scores on a fixed sample of the validation split."""
 
-    def evaluate(
-        self,
-        run: "Run",
-        split: str,
-        *,
-        pictures: Path,
-        data_dir: str | None = None,
-        limit: int | None = None,
-        examples: Examples | None = None,
-    ) -> dict:
-        """Score a trained model on the splits that `split` names; return the report that eval.py writes as JSON."""
+    @abc.abstractmethod
+    def _scorer(self, run: "Run", options: "Options") -> Callable[[str], dict[str, Any]]:
+        """Return a function from the name of a split to its entries in the tables of the report."""
+
+    def evaluate(self, run: "Run", split: str, **options: Any) -> dict:
+        """Score a trained model on the splits that `split` names; return the report that eval.py writes as JSON.
+
+        Further arguments are the fields of `Options`. Raises ValueError for those that only alignments have.
+        """
+        score = self._scorer(run, Options(**options))
+        report: dict = {"step": run.step, "config": self.config.to_dict()}
+        for name in SPLITS[split]:
+            for table, entry in score(name).items():
+                report.setdefault(table, {})[name] = entry
+        return report
+
+
+class Options(NamedTuple):
+    """Options of `Task.evaluate`."""
+
+    pictures: Path  # folder of the figures
+    data_dir: str | None = None  # in place of the configuration's
+    limit: int | None = None  # pairs of a split
+    examples: Examples | None = None  # collected for the page
 
 
 def task_of(config: ConfigDict) -> Task:
@@ -70,83 +83,57 @@ def task_of(config: ConfigDict) -> Task:
     return SortingTask(config) if config.get("task") == "sorting" else AlignmentTask(config)
 
 
-class AlignmentTask:
-    """Align pairs of rows of Pfam alignments."""
-
-    def __init__(self, config: ConfigDict):
-        self.config = config
+class AlignmentTask(Task):
+    """Align pairs of rows of Pfam alignments; score beside the baselines on the same pairs."""
 
     def objective(self) -> AlignmentObjective:
         spec, blocks = specs_of(self.config.to_dict())
         return AlignmentObjective(AlignerConfig(**self.config.model), spec, LossConfig(**self.config.loss), blocks)
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        config = self.config
-        options = {key: value for key, value in config.data.items() if key != "dir"}
-        pipeline_config = pipeline.PipelineConfig(batch_size=config.batch_size, seed=config.seed, **options)
+        options = self.config.data.to_dict()
+        directory = resolve_data_dir(options.pop("dir"))
+        config = pipeline.PipelineConfig(batch_size=self.config.batch_size, seed=self.config.seed, **options)
         shard_index, shard_count = sharding.host_shard(mesh)
-        families = pfam.open_split(resolve_data_dir(config.data.dir), "train")
-        return pipeline.train_iterator(families, pipeline_config, shard_index=shard_index, shard_count=shard_count)
+        families = pfam.open_split(directory, "train")
+        return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
         model = scoring.pretrained(trainer, mesh)
+        batches = functools.partial(self._evaluation_batches, families, mesh, self.config.log.eval_pairs)
+        return lambda params: scoring.score_split(dataclasses.replace(model, params=params), families, batches())
 
-        def score(params: PyTree) -> dict[str, dict]:
-            batches = self._evaluation_batches(families, mesh, self.config.log.eval_pairs)
-            return scoring.score_split(model.with_params(params), families, batches)
-
-        return score
-
-    def evaluate(
-        self,
-        run: "Run",
-        split: str,
-        *,
-        pictures: Path,
-        data_dir: str | None = None,
-        limit: int | None = None,
-        examples: Examples | None = None,
-    ) -> dict:
-        """Score a model beside the baselines on the same pairs, and draw figures into the folder `pictures`.
-
-        Pairs come from `data_dir` or else from the configuration's folder, at most `limit` from a split.
-        """
-        shards = resolve_data_dir(data_dir or self.config.data.dir)
+    def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
+        pictures, limit = options.pictures, options.limit
+        shards = resolve_data_dir(options.data_dir or self.config.data.dir)
         certificates = run.trainer.compiled_evaluation(scoring.certifier(run.trainer), run.mesh)
         model, certify = run.pretrained(), functools.partial(certificates, run.params)
         pictures.mkdir(parents=True, exist_ok=True)
-        report: dict = {"step": run.step, "config": self.config.to_dict(), "splits": {}}
-        report |= {"certificates": {}, "reliability": {}}
-        for name in SPLITS[split]:
+
+        def score(name: str) -> dict[str, Any]:
             families = pfam.open_split(shards, name)
             batches = functools.partial(self._evaluation_batches, families, run.mesh)
-            observer = scoring.Observer(name, pictures, examples)
+            observer = scoring.Observer(name, pictures, options.examples)
             summaries = scoring.score_split(model, families, batches(limit), see=observer, progress=name)
-            report["splits"][name] = summaries
-            report["reliability"][name] = observer.reliability.tenths()
-            report["certificates"][name] = scoring.certify_split(certify, batches(min(limit or _CERTIFIED, _CERTIFIED)))
-            overall = {who: summary["overall"] for who, summary in summaries.items()}
-            others = {who: overall[who] for who in baselines.BASELINES}
-            figures.comparison_bars({"model": overall["model"]}, others, pictures / f"{name}.png", title=name)
-        return report
+            others = {who: summaries[who]["overall"] for who in baselines.BASELINES}
+            certified = scoring.certify_split(certify, batches(min(limit or _CERTIFIED, _CERTIFIED)))
+            first = {"model": summaries["model"]["overall"]}
+            figures.comparison_bars(first, others, pictures / f"{name}.png", title=name)
+            return {"splits": summaries, "certificates": certified, "reliability": observer.reliability.tenths()}
+
+        return score
 
     def _evaluation_batches(self, families: pipeline.Families, mesh: Mesh, limit: int | None):
+        size, data, devices = self.config.batch_size, self.config.data, mesh.shape["data"]
+        max_bad = data.get("max_bad_records", 0)  # older runs have none
         return pipeline.evaluation_batches(
-            families,
-            self.config.batch_size,
-            self.config.data.buckets,
-            limit=limit,
-            divisible_by=mesh.shape["data"],
-            max_bad=self.config.data.get("max_bad_records", 0),  # older runs have none
+            families, size, data.buckets, limit=limit, divisible_by=devices, max_bad=max_bad
         )
 
 
-class SortingTask:
-    """Sort sequences of symbols, the task of arXiv 2002.11296."""
-
-    def __init__(self, config: ConfigDict):
-        self.config = config
+class SortingTask(Task):
+    """Sort sequences of symbols, the task of arXiv 2002.11296; score exact matches and edit distances, by length."""
 
     def objective(self) -> SortingObjective:
         _, blocks = specs_of(self.config.to_dict())
@@ -155,43 +142,24 @@ class SortingTask:
         return SortingObjective(SorterConfig(**self.config.model), blocks, self.config.data.symbols)
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        shard_index, shard_count = sharding.host_shard(mesh)
-        stream = sorting.SortingStream(self._data(), shard_index=shard_index, shard_count=shard_count)
-        return pipeline.BatchIterator(stream)
+        index, count = sharding.host_shard(mesh)
+        return pipeline.BatchIterator(sorting.SortingStream(self._data(), shard_index=index, shard_count=count))
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
+        batches = functools.partial(sorting.evaluation_batches, self._data(), "validation", self.config.log.eval_pairs)
+        return lambda params: sorting_scores.score_split(functools.partial(write, params), batches())
 
-        def score(params: PyTree) -> dict[str, dict]:
-            batches = sorting.evaluation_batches(self._data(), "validation", self.config.log.eval_pairs)
-            return sorting_scores.score_split(functools.partial(write, params), batches)
+    def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
+        if options.data_dir or options.examples:
+            raise ValueError("--data and --report need a model that aligns; this one sorts")
+        write = run.trainer.compiled_evaluation(sorting_scores.writer(run.trainer), run.mesh)
+
+        def score(name: str) -> dict[str, Any]:
+            batches = tqdm(list(sorting.evaluation_batches(self._data(), name, options.limit)), name, unit=" batches")
+            return {"splits": sorting_scores.score_split(functools.partial(write, run.params), batches)}
 
         return score
-
-    def evaluate(
-        self,
-        run: "Run",
-        split: str,
-        *,
-        pictures: Path,
-        data_dir: str | None = None,
-        limit: int | None = None,
-        examples: Examples | None = None,
-    ) -> dict:
-        """Score exact matches and edit distances, by length.
-
-        Raises ValueError for an option that only alignments have.
-        """
-        if data_dir or examples:
-            raise ValueError("--data and --report need a model that aligns; this one sorts")
-        write = functools.partial(
-            run.trainer.compiled_evaluation(sorting_scores.writer(run.trainer), run.mesh), run.params
-        )
-        report: dict = {"step": run.step, "config": self.config.to_dict(), "splits": {}}
-        for name in SPLITS[split]:
-            batches = list(sorting.evaluation_batches(self._data(), name, limit))
-            report["splits"][name] = sorting_scores.score_split(write, tqdm(batches, desc=name, unit=" batches"))
-        return report
 
     def _data(self) -> sorting.SortingConfig:
         return sorting.SortingConfig(batch_size=self.config.batch_size, seed=self.config.seed, **self.config.data)

@@ -13,7 +13,6 @@ Exit status: 0, 1 for input that cannot be aligned, 2 for a wrong command line.
 
 import argparse
 import contextlib
-import functools
 import gzip
 import itertools
 import math
@@ -49,8 +48,13 @@ _LONGEST_PICTURE = 1500  # pixels
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     args = _parse(argv)
+
+    def show(message, *_, **__) -> None:
+        if not args.quiet:
+            print(f"align.py: warning: {message}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = functools.partial(_show_warning, args.quiet)
+        warnings.showwarning = show
         try:
             _run(args)
         except BrokenPipeError:  # the reader has seen enough; what is left in the buffer must not fail at exit
@@ -77,42 +81,35 @@ def _run(args: argparse.Namespace) -> None:
 def _pairs(args: argparse.Namespace) -> tuple[Iterator[PairRecord], int]:
     """Return the pairs to align, and their number."""
     if args.pairs:
-        pairs = list(sequences.read_pairs(args.pairs))
+        pairs = sequences.read_pairs(args.pairs)
         return iter(pairs), len(pairs)
     files = [sequences.read_fasta(path) for path in args.fasta]
-    if len(files) == 2:
-        return _named(itertools.product(*files)), len(files[0]) * len(files[1])
-    (records,) = files
-    if len(records) < 2:
+    records, total = files[0], math.prod(map(len, files))
+    if len(files) == 1 and len(records) < 2:
         raise ValueError(f"{args.fasta[0]} holds one sequence; give a second file, or a file with several sequences")
+    chosen: Iterable[tuple[Record, ...]] = itertools.product(*files)
     if args.all_pairs:
-        return _named(itertools.combinations(records, 2)), math.comb(len(records), 2)
-    return _named((records[0], other) for other in records[1:]), len(records) - 1
-
-
-def _named(pairs: Iterable[tuple[Record, ...]]) -> Iterator[PairRecord]:
-    return (PairRecord(f"{x.id}:{y.id}", x, y) for x, y in pairs)
+        chosen, total = itertools.combinations(records, 2), math.comb(len(records), 2)
+    elif len(files) == 1:
+        chosen, total = ((records[0], other) for other in records[1:]), len(records) - 1
+    return (PairRecord(f"{x.id}:{y.id}", x, y) for x, y in chosen), total
 
 
 def _load(args: argparse.Namespace) -> "Pretrained":
     path = args.weights or WEIGHTS
     if not (args.workdir or path.exists()):
         raise FileNotFoundError(f"no weights at {path}; name others with --weights=FILE.safetensors or --workdir=RUN")
-    _keep_compiled()
+    import jax
+
+    # Compiled programs, one for each padded length, stay in the user's cache folder.
+    if not jax.config.values["jax_compilation_cache_dir"]:  # unless JAX_COMPILATION_CACHE_DIR names another
+        jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("ot-attention"))
     if args.workdir:
         return model_options.load(args).pretrained()
     from alignment.inference import Pretrained
 
     model = Pretrained.load(path)
     return model.with_asap(args.asap) if args.asap else model
-
-
-def _keep_compiled() -> None:
-    """Keep compiled programs, one for each padded length, in the user's cache folder."""
-    import jax
-
-    if not jax.config.values["jax_compilation_cache_dir"]:  # unless JAX_COMPILATION_CACHE_DIR names another
-        jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("ot-attention"))
 
 
 def _aligned(
@@ -142,24 +139,16 @@ def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> No
 
     ((_, found),) = model.predict([_tokens(pair)], decoder=args.decoder, band=args.band)
     plan, scale = found.plan.picture(_LONGEST_PICTURE)
-    decodes_posterior = (args.decoder or model.decoder) == "posterior"
-    posterior = found.posterior.picture(_LONGEST_PICTURE)[0] if decodes_posterior else None
+    by_posterior = (args.decoder or model.decoder) == "posterior"
+    posterior = found.posterior.picture(_LONGEST_PICTURE)[0] if by_posterior else None
     title = f"x: {pair.x.id}, y: {pair.y.id}"
     figures.plan_heatmap(plan, args.plot, match=found.match, scale=scale, title=title, posterior=posterior)
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[str]]:
+def _opened(path: str) -> contextlib.AbstractContextManager[IO[str]]:
     if path == sequences.STANDARD_INPUT:
-        yield sys.stdout
-        return
-    with gzip.open(path, "wt", _COMPRESSION) if path.endswith(".gz") else Path(path).open("w") as file:
-        yield file
-
-
-def _show_warning(quiet: bool, message, *_, **__) -> None:
-    if not quiet:
-        print(f"align.py: warning: {message}", file=sys.stderr)
+        return contextlib.nullcontext(sys.stdout)
+    return gzip.open(path, "wt", _COMPRESSION) if path.endswith(".gz") else Path(path).open("w")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

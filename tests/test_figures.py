@@ -51,7 +51,7 @@ def test_heatmap_draws_plan_and_both_paths(tmp_path, drawn):
     reference, decoded = axes.lines
     np.testing.assert_array_equal(reference.get_xydata(), [[0, 0], [1, 1], [3, 3], [6, 4]])
     np.testing.assert_array_equal(decoded.get_xydata(), [[0, 0], [1, 1], [2, 2]])
-    assert "residues" in axes.get_xlabel() and axes.get_title() == "pair"
+    assert "residues" in axes.get_xlabel() and drawn[0].get_suptitle() == "pair"
 
 
 def test_heatmap_of_an_empty_plan_without_paths(tmp_path):
