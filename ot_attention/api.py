@@ -1,6 +1,6 @@
 """The two public functions, and the checks and the layout of their arguments."""
 
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -76,24 +76,13 @@ def transport_plan(
     return plan.reshape(batch, -1, *plan.shape[1:])
 
 
-class Arguments(NamedTuple):
-    """Array arguments after the checks, with defaults filled in."""
-
-    q: Float[Array, "batch rows heads width"]
-    k: Float[Array, "batch columns heads width"]
-    v: Float[Array, "batch columns heads value"]
-    dustbin_score: Float[Array, "heads"]
-    q_lengths: Int[Array, "batch"]
-    k_lengths: Int[Array, "batch"]
-
-
 def laid_out(q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score) -> tuple[int, Heads]:
     """Check arguments, and return the batch size and the inputs of a backend.
 
     v: values; None for problems that need only the plan. Raises ValueError.
     """
     arguments = _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
-    return arguments.q.shape[0], by_head(*arguments)
+    return arguments[0].shape[0], by_head(*arguments)
 
 
 def only_xla(implementation: Implementation | None, what: str) -> None:
@@ -122,8 +111,8 @@ def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
     return result
 
 
-def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> Arguments:
-    """Return the arguments as arrays. Raises ValueError, before anything else can fail on them."""
+def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> tuple[Array, ...]:
+    """Return what `by_head` takes, as arrays. Raises ValueError, before anything else can fail on them."""
     v = k if v is None else v
     for name, x in (("q", q), ("k", k), ("v", v)):
         shape, dtype = jnp.shape(x), jnp.result_type(x)
@@ -152,12 +141,11 @@ def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> Arguments:
         dustbin_score = jnp.zeros(heads, q.dtype)
     elif jnp.shape(dustbin_score) != (heads,) or jnp.result_type(dustbin_score) not in _DTYPES:
         raise ValueError(f"dustbin_score must be {heads} floats, one a head; given {jnp.shape(dustbin_score)}")
-    n_q = _check_lengths("q_lengths", q_lengths, batch, rows)
-    n_k = _check_lengths("k_lengths", k_lengths, batch, columns)
-    return Arguments(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(dustbin_score), n_q, n_k)
+    sides = ("q_lengths", q_lengths, rows), ("k_lengths", k_lengths, columns)
+    return *map(jnp.asarray, (q, k, v, dustbin_score)), *(_check_lengths(*x, batch) for x in sides)
 
 
-def _check_lengths(name: str, lengths, batch: int, longest: int) -> Int[Array, "batch"]:
+def _check_lengths(name: str, lengths, longest: int, batch: int) -> Int[Array, "batch"]:
     if lengths is None:
         return jnp.full(batch, longest, jnp.int32)
     if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 
 from ot_attention import sinkhorn, support
 from ot_attention.api import laid_out, only_xla
-from ot_attention.kernel import Kernel
 from ot_attention.problem import Problem
 from ot_attention.spec import Heads, Implementation, SinkhornSpec
 from ot_attention.support import cleaned
@@ -126,25 +125,23 @@ def _nearby(heads: Heads, spec: SinkhornSpec) -> tuple[tuple[Array, ...], tuple[
     f, g = solved.f[:, 1], solved.g[:, 0]  # f is the half step from g, so that row sums are met
     rounding = 16 * jnp.finfo(f.dtype).eps * (1 + jnp.abs(f).max(-1) + jnp.abs(g).max(-1))
     changes = _oscillation(f - solved.f[:, 0], problem.a), _oscillation(solved.g[:, 1] - g, problem.b)
-    overlaps = _row_overlap(problem.scores, f, g, problem), _column_overlap(problem.scores, f, solved.g[:, 1], problem)
+    overlaps = _overlaps(problem, f, g, solved.g[:, 1])
     empty = problem.a.sum(-1) == 0
     return tuple(x + rounding for x in changes), tuple(jnp.where(empty, 1, x) for x in overlaps)
 
 
-def _row_overlap(scores: Kernel, f, g, problem: Problem) -> Float[Array, "N"]:
-    """Return `sum_j min_i P_ij / a_i`, over columns that meet every row."""
-    rows = (problem.a > 0).astype(f.dtype)
-    complete = scores.map(_exists).transpose_times(rows) == rows.sum(-1, keepdims=True)
-    shares = scores.shift(f - jnp.log(jnp.where(rows > 0, problem.a, 1)), g)
-    return jnp.where(complete & (problem.b > 0), jnp.exp(-shares.map(_negative).column_max()), 0).sum(-1)
+def _overlaps(problem: Problem, f, g, next_g) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Return `sum_j min_i P_ij / a_i` over columns that meet every row, and `sum_i min_j P_ij / b_j` the other way.
 
-
-def _column_overlap(scores: Kernel, f, g, problem: Problem) -> Float[Array, "N"]:
-    """Return `sum_i min_j P_ij / b_j`, over rows that meet every column."""
-    columns = (problem.b > 0).astype(f.dtype)
-    complete = scores.map(_exists).times(columns) == columns.sum(-1, keepdims=True)
-    shares = scores.shift(f, g - jnp.log(jnp.where(columns > 0, problem.b, 1)))
-    return jnp.where(complete & (problem.a > 0), jnp.exp(-shares.map(_negative).row_max()), 0).sum(-1)
+    The first is of the plan of f and g, the second of f and next_g.
+    """
+    a, b, scores = problem.a, problem.b, problem.scores
+    (rows, columns), exists = ((x > 0).astype(f.dtype) for x in (a, b)), scores.map(_exists)
+    meet_rows = (exists.transpose_times(rows) == rows.sum(-1, keepdims=True)) & (b > 0)
+    meet_columns = (exists.times(columns) == columns.sum(-1, keepdims=True)) & (a > 0)
+    in_columns = jnp.exp(-scores.shift(f - support.log(a), g).map(_negative).column_max())
+    in_rows = jnp.exp(-scores.shift(f, next_g - support.log(b)).map(_negative).row_max())
+    return jnp.where(meet_rows, in_columns, 0).sum(-1), jnp.where(meet_columns, in_rows, 0).sum(-1)
 
 
 def _bias(changes: tuple[Array, ...], overlaps: tuple[Array, ...], everywhere, spec: SinkhornSpec) -> Bias:

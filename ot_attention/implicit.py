@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from ot_attention.spec import AllColumns, AllRows, Lengths
 from ot_attention.support import divide
 
 # A hat reaches W / 2 to either side, the band reaches W, and hats are W / 2 apart: the plan connects a hat with this
@@ -32,15 +33,15 @@ class Plan(NamedTuple):
 
     times: Callable[[Array], Array]  # [N, all_columns] or [N, all_columns, m] -> the same of all_rows
     transpose_times: Callable[[Array], Array]  # [N, all_rows] -> [N, all_columns]
-    row_sums: Float[Array, "N all_rows"]
-    column_sums: Float[Array, "N all_columns"]
-    bin_column: Float[Array, "N all_rows"]  # the plan's last column and row
-    bin_row: Float[Array, "N all_columns"]
+    row_sums: AllRows
+    column_sums: AllColumns
+    bin_column: AllRows  # the plan's last column and row
+    bin_row: AllColumns
     coarse_basis: tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]
 
 
 def coarse_basis(
-    n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, band: int | None, dtype: jnp.dtype
+    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dtype: jnp.dtype
 ) -> tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]:
     """Return hat functions of the position along the diagonal that sum to 1, 0 at the dustbin.
 
@@ -60,9 +61,7 @@ def coarse_basis(
     return at(rows, n_q[:, None]), at(columns, n_k[:, None])
 
 
-def solve(
-    plan: Plan, f_bar: Float[Array, "N all_rows"], g_bar: Float[Array, "N all_columns"], steps: int
-) -> tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]:
+def solve(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: int) -> tuple[AllRows, AllColumns]:
     """Solve the system for x and y by `steps` conjugate gradient steps.
 
     (x + c, y - c) is a solution too for any c. Solutions exist only if f_bar and g_bar have equal sums, as the
@@ -93,7 +92,7 @@ def solve(
     return x, divide(g_bar - plan.transpose_times(x), b)
 
 
-def newton_correction(plan: Plan, a: Float[Array, "N all_rows"], steps: int) -> Float[Array, "N all_columns"]:
+def newton_correction(plan: Plan, a: AllRows, steps: int) -> AllColumns:
     """Return the change of g in a Newton step towards row sums a. Assumes that column sums are met."""
     x, y = solve(plan, a - plan.row_sums, jnp.zeros_like(plan.column_sums), steps)
     centre = divide(_dot(a, x), a.sum(-1, keepdims=True))

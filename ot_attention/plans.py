@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_attention import support
-from ot_attention.spec import SinkhornSpec
+from ot_attention.spec import Rows, SinkhornSpec
 
 _ROWS = 32  # of a banded plan, made at a time
 
+Queries = Float[Array, "N rows width"]
+Keys = Float[Array, "N columns width"]
 Lengths = tuple[Int[Array, "N"], Int[Array, "N"]]
 
 
@@ -48,17 +50,13 @@ class _Support(NamedTuple):
         return (self.first[..., None] <= columns) & (columns <= self.last[..., None])
 
 
-def _scores(q: Float[Array, "N rows width"], k: Float[Array, "N columns width"], spec: SinkhornSpec):
+def _scores(q: Queries, k: Keys, spec: SinkhornSpec):
     q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, k))
     return jnp.einsum("nid,njd->nij", q, k, precision="highest") / (math.sqrt(q.shape[-1]) * spec.epsilon)
 
 
 def log_plan(
-    q: Float[Array, "N rows width"],
-    k: Float[Array, "N columns width"],
-    potentials: Potentials,
-    lengths: Lengths,
-    spec: SinkhornSpec,
+    q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec
 ) -> Float[Array, "N rows columns"]:
     """Return `log P_ij`, dense, minus infinity outside the support."""
     f, g = potentials.f[:, : q.shape[1], None], potentials.g[:, None, : k.shape[1]]
@@ -68,13 +66,8 @@ def log_plan(
 
 
 def log_plan_at(
-    target: Int[Array, "N rows"],
-    q: Float[Array, "N rows width"],
-    k: Float[Array, "N columns width"],
-    potentials: Potentials,
-    lengths: Lengths,
-    spec: SinkhornSpec,
-) -> Float[Array, "N rows"]:
+    target: Int[Array, "N rows"], q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec
+) -> Rows:
     """Return `log P_i,target(i)`, minus infinity outside the support and for negative targets."""
     column = jnp.maximum(target, 0)
     q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, jnp.take_along_axis(k, column[..., None], axis=1)))
@@ -84,13 +77,7 @@ def log_plan_at(
     return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
 
 
-def banded_plan(
-    q: Float[Array, "N rows width"],
-    k: Float[Array, "N columns width"],
-    potentials: Potentials,
-    lengths: Lengths,
-    spec: SinkhornSpec,
-) -> BandedPlan:
+def banded_plan(q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec) -> BandedPlan:
     """Return the plan by windows of `2 band + 1` columns; only a few rows at a time are dense."""
     rows, columns = q.shape[1], k.shape[1]
     band = _Support.of(rows, lengths, spec)

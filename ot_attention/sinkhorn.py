@@ -77,23 +77,21 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
     f_bar = d_f + support.with_dustbin((d_out * solved.out).sum(-1))
 
+    pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
+    values = support.with_dustbin(d_out), support.with_dustbin(heads.v)
     if spec.gradient == "implicit":
         x, y = _implicit_terms(problem, plan, f_bar, g_bar)
-    else:
-        change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
-        gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
-        x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
-    d_scores = plan.modulate((support.with_dustbin(d_out), support.with_dustbin(heads.v)), (-x, y))
-    pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
-    if spec.gradient == "implicit":
-        dq, dk, d_bin = pull_back(d_scores)
-    else:
-        dq, dk, d_bin = jax.lax.cond(
-            gentle,
-            lambda d, *_: pull_back(d),
-            lambda d, *rest: pull_back(_minus_exact_tail(d, problem, *rest)),
-            *(d_scores, solved, f_bar, g_bar),
-        )
+        dq, dk, d_bin = pull_back(plan.modulate(values, (-x, y)))
+        return dq, dk, dv, d_bin
+    change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
+    gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
+    x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
+    d_scores = plan.modulate(values, (-x, y))
+    dq, dk, d_bin = jax.lax.cond(
+        gentle,
+        lambda: pull_back(d_scores),
+        lambda: pull_back(_minus_exact_tail(d_scores, problem, solved, f_bar, g_bar)),
+    )
     return dq, dk, dv, d_bin
 
 

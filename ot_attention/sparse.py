@@ -25,6 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ot_attention import reference, support
 
+Residues = Float[Array, "batch length heads width"]
+Values = Float[Array, "batch length heads value"]
 _LEAST_SHARE = 1e-6  # Smaller shares of real residues count as 0: the gradient of their mean would overflow.
 _NEVER = -1e30  # Score of a forbidden block: finite, because cumulative sums of minus infinities have no gradient.
 
@@ -119,14 +121,14 @@ def _balanced_causally(scores, allowed: Bool[Array, "batch 1 places blocks"], st
 
 
 def sparse_sinkhorn_attention(
-    q: Float[Array, "batch length heads width"],
-    k: Float[Array, "batch length heads width"],
-    v: Float[Array, "batch length heads value"],
+    q: Residues,
+    k: Residues,
+    v: Values,
     scores: Float[Array, "batch heads places blocks"],
     spec: SparseSpec,
     lengths: Int[Array, "batch"] | None = None,
     noise: Key[Array, "batch"] | None = None,
-) -> Float[Array, "batch length heads value"]:
+) -> Values:
     """Attend by softmax to the sorted and the own block. The output has the dtype of v, and is 0 at padding.
 
     scores: the sort network's, places against blocks, `spec.blocks(length)` of each; float32 is best.
@@ -150,25 +152,16 @@ def sparse_sinkhorn_attention(
 
 
 def local_attention(
-    q: Float[Array, "batch length heads width"],
-    k: Float[Array, "batch length heads width"],
-    v: Float[Array, "batch length heads value"],
-    spec: SparseSpec,
-    lengths: Int[Array, "batch"] | None = None,
-) -> Float[Array, "batch length heads value"]:
+    q: Residues, k: Residues, v: Values, spec: SparseSpec, lengths: Int[Array, "batch"] | None = None
+) -> Values:
     """Attend by softmax to the own block alone; only `spec.block` and `spec.causal` are read. Raises ValueError."""
     q, k, v, lengths = _checked(q, k, v, lengths)
     return support.zero_padding(_attend_to_blocks(q, k, v, None, spec, lengths), lengths)
 
 
 def softmax_attention(
-    q: Float[Array, "batch length heads width"],
-    k: Float[Array, "batch length heads width"],
-    v: Float[Array, "batch length heads value"],
-    *,
-    causal: bool,
-    lengths: Int[Array, "batch"] | None = None,
-) -> Float[Array, "batch length heads value"]:
+    q: Residues, k: Residues, v: Values, *, causal: bool, lengths: Int[Array, "batch"] | None = None
+) -> Values:
     """Attend by dense softmax; 0 at padding. Raises ValueError for shapes that do not fit."""
     q, k, v, lengths = _checked(q, k, v, lengths)
     one_block = SparseSpec(block=q.shape[1], causal=causal)

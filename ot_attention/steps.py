@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ot_attention import implicit, support
 from ot_attention.kernel import Kernel
-from ot_attention.problem import Problem, column_potentials, in_range, log, row_potentials, row_tops
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.problem import Problem, column_potentials, in_range, row_potentials, row_tops
+from ot_attention.spec import AllColumns, AllRows, Heads, SinkhornSpec
 
 # Beyond e^60 in one step, entries that float32 flushes to 0 would hold more than 1e-12 of a row or column.
 _LARGEST_MOVE = 60.0
@@ -33,9 +33,9 @@ class Solved(NamedTuple):
 class _Absorbed(NamedTuple):
     """Potentials so far, and the largest change of each in one step."""
 
-    f: Float[Array, "N all_rows"]
-    g: Float[Array, "N all_columns"]
-    largest: tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]
+    f: AllRows
+    g: AllColumns
+    largest: tuple[AllRows, AllColumns]
 
 
 def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, ""]]:
@@ -108,8 +108,8 @@ class _Scaling(NamedTuple):
 
     progress: _Progress
     fits: Bool[Array, ""]  # whether the last step was made: it was due, and its scalings are in range
-    u: Float[Array, "N all_rows"]
-    v: Float[Array, "N all_columns"]
+    u: AllRows
+    v: AllColumns
 
 
 class _ScaledKernel(NamedTuple):
@@ -117,8 +117,8 @@ class _ScaledKernel(NamedTuple):
 
     problem: Problem
     kernel: Kernel
-    top: Float[Array, "N all_rows"]
-    g: Float[Array, "N all_columns"]
+    top: AllRows
+    g: AllColumns
 
     @classmethod
     def create(cls, heads: Heads, problem: Problem, progress: _Progress) -> "_ScaledKernel":
@@ -170,8 +170,8 @@ class _ScaledKernel(NamedTuple):
         return jax.lax.cond(due & (progress.corrections < spec.newton_steps), correct, lambda c: c, carry)
 
     def _record(self, progress: _Progress, u, v) -> _Progress:
-        f = jnp.where(self.problem.a > 0, log(u) - self.top, 0)
-        return progress.record(self.problem.spec, f, self.g + log(v))
+        f = jnp.where(self.problem.a > 0, support.log(u) - self.top, 0)
+        return progress.record(self.problem.spec, f, self.g + support.log(v))
 
 
 def by_scaling(heads: Heads, problem: Problem) -> Solved:

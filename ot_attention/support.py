@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ot_attention.spec import Dustbin, Heads
 
+Lengths = Int[Array, "*batch"]
 # (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
 MAX_BANDED_PRODUCT = 2**31
 
 
 def row_windows(
-    rows: Int[Array, "*batch rows"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
+    rows: Int[Array, "*batch rows"], n_q: Lengths, n_k: Lengths, band: int | None
 ) -> tuple[Int[Array, "*batch rows"], Int[Array, "*batch rows"]]:
     """Return the first and last column (inclusive) in the support of each row; last < first where there is none.
 
@@ -23,19 +24,17 @@ def row_windows(
     edge of the band would depend on rounding, and implementations would disagree by whole cells.
     """
     n_q, n_k = n_q[..., None], n_k[..., None]
-    last_column = n_k - 1
     if band is None:
-        first, last = jnp.zeros_like(rows), jnp.broadcast_to(last_column, rows.shape)
+        first, last = jnp.zeros_like(rows), jnp.broadcast_to(n_k - 1, rows.shape)
     else:
         ceil_centre, floor_centre = diagonal(rows, n_q, n_k)
-        first = jnp.maximum(ceil_centre - band, 0)
-        last = jnp.minimum(floor_centre + band, last_column)
+        first, last = jnp.maximum(ceil_centre - band, 0), jnp.minimum(floor_centre + band, n_k - 1)
     exists = (rows >= 0) & (rows < n_q)
     return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
 
 
 def column_windows(
-    columns: Int[Array, "*batch columns"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
+    columns: Int[Array, "*batch columns"], n_q: Lengths, n_k: Lengths, band: int | None
 ) -> tuple[Int[Array, "*batch columns"], Int[Array, "*batch columns"]]:
     """Return the first and last row (inclusive) in the support of each column; last < first where there is none.
 
@@ -73,7 +72,7 @@ def diagonal(
 
 
 def dense_support(
-    n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], rows: int, columns: int, band: int | None, dustbin: Dustbin
+    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin
 ) -> Bool[Array, "*batch all_rows all_columns"]:
     """Return the support of the augmented problem as a mask, dustbin last."""
     index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
@@ -83,28 +82,17 @@ def dense_support(
     corner = dustbin_exists(n_q, n_k, dustbin)[..., None]
     real_rows = (index < n_q[..., None]) & corner
     real_columns = (column < n_k[..., None]) & corner
-    return jnp.concatenate(
-        [
-            jnp.concatenate([residues, real_rows[..., None]], axis=-1),
-            jnp.concatenate([real_columns, corner], axis=-1)[..., None, :],
-        ],
-        axis=-2,
-    )
+    last = jnp.concatenate([real_columns, corner], -1)
+    return jnp.concatenate([jnp.concatenate([residues, real_rows[..., None]], -1), last[..., None, :]], -2)
 
 
-def dustbin_exists(n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], dustbin: Dustbin) -> Bool[Array, "*batch"]:
+def dustbin_exists(n_q: Lengths, n_k: Lengths, dustbin: Dustbin) -> Bool[Array, "*batch"]:
     """Tell whether the dustbin's row and column are in the support: not where one side has no residues."""
     return (n_q > 0) & (n_k > 0) & (dustbin != "none")
 
 
 def targets(
-    n_q: Int[Array, "*batch"],
-    n_k: Int[Array, "*batch"],
-    rows: int,
-    columns: int,
-    band: int | None,
-    dustbin: Dustbin,
-    dtype: jnp.dtype,
+    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin, dtype: jnp.dtype
 ) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
     """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support."""
     index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
@@ -125,9 +113,7 @@ def targets(
     return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
 
 
-def _reached(
-    n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], columns: int, band: int | None
-) -> Bool[Array, "*batch columns"]:
+def _reached(n_q: Lengths, n_k: Lengths, columns: int, band: int | None) -> Bool[Array, "*batch columns"]:
     """Tell which columns are in some row's window. A band narrower than the slope n_k / n_q misses some."""
     column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (*n_q.shape, columns))
     # The diagonal is nearest in the rows to either side of (j + 1/2) n_q / n_k - 1/2.
@@ -156,7 +142,7 @@ def divide(x: Array, y: Array) -> Array:
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
 
-def zero_padding(x: jax.Array, lengths: Int[Array, "*batch"]) -> jax.Array:
+def zero_padding(x: jax.Array, lengths: Lengths) -> jax.Array:
     """Return `x [*batch, length, ...]` with 0 in place of padding, which may hold NaN."""
     real = jnp.arange(x.shape[lengths.ndim]) < lengths[..., None]
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - real.ndim)), x, jnp.zeros((), x.dtype))
@@ -179,6 +165,11 @@ def cleaned(heads: Heads) -> Heads:
 def potential_dtype(*arrays: jax.Array) -> jnp.dtype:
     """Return the dtype of potentials and marginals, at least float32."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def log(scaling: Array) -> Array:
+    """Return the logarithm of a scaling, 0 where it is 0: potentials without support are 0."""
+    return jnp.log(jnp.where(scaling == 0, 1, scaling))
 
 
 def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:

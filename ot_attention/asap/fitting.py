@@ -84,13 +84,9 @@ def _summed(function, asap: Asap, samples: Sequence[Sample], spec: SinkhornSpec)
 
 @functools.partial(jax.jit, static_argnames=("function", "spec"))
 def _of_sample(asap: Asap, sample: Sample, function, spec: SinkhornSpec):
-    return _with_potentials(*sample[:2], spec, *sample[2:5], function=function, asap=asap, f=sample.f)
-
-
-def _with_potentials(q, k, spec, q_lengths, k_lengths, dustbin_score, *, function, asap, f):
-    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    batch, heads = laid_out(sample.q, sample.k, None, spec, *sample[2:5])
     heads = support.cleaned(heads)
-    arguments = heads, asap.of_every_head(batch, heads), by_problem(f, spec)
+    arguments = heads, asap.of_every_head(batch, heads), by_problem(sample.f, spec)
     found = sinkhorn.by_group(functools.partial(function, spec=spec), arguments, spec)
     return [x.reshape(batch, -1, *x.shape[1:]) for x in found]
 

@@ -19,7 +19,7 @@ from ot_attention import sinkhorn, support
 from ot_attention.api import laid_out
 from ot_attention.asap.transport import uniform, uniform_staircase
 from ot_attention.problem import Problem, column_potentials, row_potentials
-from ot_attention.spec import Heads, SinkhornInfo, SinkhornSpec
+from ot_attention.spec import AllRows, Heads, SinkhornInfo, SinkhornSpec
 
 # kantorovich: f of one-dimensional transport along every direction, squared cost.
 # squares: of the projections; with them the potentials of the cost -xy, the cost of scores, are in reach.
@@ -139,7 +139,7 @@ def design(asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, 
     return jnp.concatenate([first, jnp.pad(last, ((0, 0), (0, 0), (of_residues.shape[-1], 0)))], 1)
 
 
-def relative(f: Float[Array, "N all_rows"], problem: Problem) -> Float[Array, "N all_rows"]:
+def relative(f: AllRows, problem: Problem) -> AllRows:
     """Take a potential, the dustbin's too, relative to its mean over residues; 0 where there is no row."""
     mean = _mean(f[:, :-1], problem.a[:, :-1] > 0)
     return jnp.where(problem.a > 0, f - mean[:, None], 0)
@@ -207,7 +207,7 @@ def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, A
     one_row, one_column = jnp.ones_like(a), jnp.ones_like(b)
     top = problems.row_tops(problem, heads, jnp.zeros_like(b))
     kernel = scores.shift(-top, jnp.zeros_like(b)).exp()
-    first_f = problems.log(support.divide(a, kernel.times(one_column))) - top if "mass" in asap.features else None
+    first_f = support.log(support.divide(a, kernel.times(one_column))) - top if "mass" in asap.features else None
     predicted = einsum("nif,nf->ni", design(asap, heads, problem, first_f), asap.weights)
     start = jnp.where(a > 0, predicted + top, -jnp.inf)
     u = jnp.exp(start - jnp.maximum(start.max(-1, keepdims=True), jnp.finfo(start.dtype).min))
@@ -216,7 +216,7 @@ def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, A
         u = support.divide(a, kernel.times(v))
 
     def scaled():
-        f, g = jnp.where(a > 0, problems.log(u) - top, 0), problems.log(v)
+        f, g = jnp.where(a > 0, support.log(u) - top, 0), support.log(v)
         out = u[:, :-1, None] * kernel.band.times(kernel.tiles, v[:, :-1, None] * heads.v)
         off = v * kernel.transpose_times(u) - b if asap.two_sided else u * kernel.times(v) - a
         return out, f, g, jnp.abs(off).max(-1)

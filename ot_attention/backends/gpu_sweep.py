@@ -30,11 +30,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ot_attention import support
 from ot_attention.backends import gpu_kernels, xla
 from ot_attention.backends.gpu_kernels import Axes, Part, Place, Side
+from ot_attention.spec import Columns, Lengths, Rows
 
 ROWS = 64  # of a strip
 _TILE = 64  # columns of a tile
@@ -80,11 +81,8 @@ class Strips(NamedTuple):
     n_k: Int[Array, "N 1"]
 
 
-class _Operands(NamedTuple):
-    rows: Side
-    columns: Side
-    strips: Strips
-    bin_column: Float[Array, "N rows"] | None  # entries of the dustbin's column
+# Rows, columns, strips, and entries of the dustbin's column.
+_Operands = tuple[Side, Side, Strips, Rows | None]
 
 
 def cut_for(columns: int, band: int | None) -> Cut | None:
@@ -94,7 +92,7 @@ def cut_for(columns: int, band: int | None) -> Cut | None:
     return Cut(tiles, reach < columns, band) if tiles <= _MOST_TILES else None
 
 
-def strips(n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, cut: Cut) -> Strips:
+def strips(n_q: Lengths, n_k: Lengths, rows: int, columns: int, cut: Cut) -> Strips:
     """Cut rows into strips of at most 64 rows whose windows lie within the tiles of a strip."""
     n_q, n_k = n_q[:, None], n_k[:, None]
     ends = jnp.arange(math.ceil(max(rows, columns) / ROWS) + 1, dtype=jnp.int32) * ROWS
@@ -110,23 +108,24 @@ def strips(n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, 
 
 
 def scale_once(
-    rows: Side, columns: Side, strips: Strips, bin_column: Float[Array, "N rows"] | None, *, scale: float, cut: Cut
-) -> tuple[Float[Array, "N rows"], Float[Array, "N columns"]]:
+    rows: Side, columns: Side, strips: Strips, bin_column: Rows | None, *, scale: float, cut: Cut
+) -> tuple[Rows, Columns]:
     """Return `u = 1 / (K 1 + bin_column)` and `K^T u` for the matrix `K = exp(scale x_i . x_j + f_i + g_j)`.
 
     u is 0 where that sum is 0, and has no meaning beyond the length.
     """
-    return _call(_Operands(rows, columns, strips, bin_column), scale, cut, gpu_kernels.INTERPRET)
+    return _call((rows, columns, strips, bin_column), scale, cut, gpu_kernels.INTERPRET)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # traced and lowered once for all calls alike
 def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple[Array, Array]:
-    (number, length, _), columns = operands.rows.x.shape, operands.columns.x.shape[1]
-    strip_count, groups, reach = operands.strips.row.shape[1], operands.strips.met_start.shape[1], cut.tiles * _TILE
+    rows, columns, strips, _ = operands
+    (number, length, _), reach = rows.x.shape, cut.tiles * _TILE
+    strip_count, groups = strips.row.shape[1], strips.met_start.shape[1]
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
-        varying = jax.typeof(operands.rows.x).manual_axis_type  # axes that heads vary over in shard_map
-        return jax.ShapeDtypeStruct((number, *sizes), operands.rows.shift.dtype, manual_axis_type=varying)
+        varying = jax.typeof(rows.x).manual_axis_type  # axes that heads vary over in shard_map
+        return jax.ShapeDtypeStruct((number, *sizes), rows.shift.dtype, manual_axis_type=varying)
 
     u, shares = pl.pallas_call(
         functools.partial(_strip_kernel, scale=scale, cut=cut),
@@ -141,7 +140,7 @@ def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple
         interpret=interpret,
         name="band_step",
     )(operands)
-    given = shares, operands.strips
+    given = shares, strips
     sums = pl.pallas_call(
         functools.partial(_add_kernel, reach=reach),
         out_shape=shape(groups * _ADDED),
@@ -152,7 +151,7 @@ def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple
         interpret=interpret,
         name="band_shares",
     )(*given)
-    return u, sums[:, :columns]
+    return u, sums[:, : columns.x.shape[1]]
 
 
 def _strip_kernel(operands: _Operands, u_out, shares_out, *, scale: float, cut: Cut):
