@@ -27,18 +27,12 @@ def sinkhorn_attention(
 ) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
     """Compute attention whose weights are an entropic transport plan (arXiv 2605.08123; docs/math.md, sections 1 to 3).
 
-    The output has the dtype of v; potentials are float32, or float64 for float64 inputs.
+    The output has the dtype of v; potentials are float32, or float64 for float64 inputs. Scores of queries q and keys k
+    are `q . k / (sqrt(width) * epsilon)`. Lengths, of q and of k and v, are in residues; None is the padded length.
+    `dustbin_score`, of residues with the dustbin, is required if and only if `spec.dustbin` is not "none".
 
-    Args:
-        q: queries.
-        k: keys; scores are `q . k / (sqrt(width) * epsilon)`.
-        v: values.
-        spec: settings.
-        q_lengths: lengths of q in residues; the padded length if None.
-        k_lengths: lengths of k and v in residues; the padded length if None.
-        dustbin_score: score of residues with the dustbin; required if and only if `spec.dustbin` is not "none".
-        implementation: None chooses; "reference" is dense, "xla" computes the band only on any device, "pallas_gpu" and
-            "pallas_tpu" are kernels. A named one is used or refused, never replaced.
+    implementation: None chooses; "reference" is dense, "xla" computes the band only on any device, "pallas_gpu" and
+    "pallas_tpu" are kernels. A named one is used or refused, never replaced.
 
     Raises:
         ValueError: shapes, dtypes or lengths that do not fit, naming the argument. Lengths whose values are not known,

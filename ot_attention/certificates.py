@@ -1,15 +1,4 @@
-"""Bounds on the distance of a plan and its gradient from convergence (docs/math.md, section 7). They run in XLA.
-
-Distances of potentials are oscillations, `osc(x) = max x - min x`, since a constant moves from f to g for free. A half
-step, g -> f or f -> g, never increases them. Two bounds on its contraction are known:
-
-- For all potentials, where every row meets every column: `tanh(Delta / 4)`, Delta the projective diameter of `exp(S)`
-  (Birkhoff 1957, Hopf 1963; Franklin and Lorenz 1989 for Sinkhorn's iteration).
-- Near given potentials, where some columns meet every row, as a dustbin's column does in a band: the derivative of
-  g -> f is minus the matrix of row shares `P_ij / a_i`. Its rows agree in `delta = sum_j min_i P_ij / a_i` of their
-  mass, so that it contracts by `1 - delta` (Dobrushin 1956). Shares change by a factor of at least e^-r within a
-  distance r.
-"""
+"""Bounds on the distance of a plan and its gradient from convergence (docs/math.md, section 7). They run in XLA."""
 
 import functools
 from typing import NamedTuple

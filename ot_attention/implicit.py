@@ -1,13 +1,7 @@
-"""Linear systems with a plan's marginals: Newton steps to a converged plan, and the exact gradient there.
+"""Linear systems with a plan's marginals, for Newton steps and implicit gradients (docs/math.md, sections 5 and 6).
 
-With row and column sums a and b of a plan P both solve (docs/math.md, sections 5 and 6)
-
-    diag(a) x + P y = f_bar        P^T x + diag(b) y = g_bar
-
-by conjugate gradients on the rows, `(diag(a) - P diag(1/b) P^T) x = f_bar - P (g_bar / b)`. They need products with P
-and P^T only. In a narrow band without a dustbin mass moves W columns a step, so that smooth errors last about
-(L / W)^2 steps. A coarse-grid correction (Nicolaides 1987, deflation) takes them: its basis are hat functions every
-W / 2 along the diagonal.
+In a narrow band without a dustbin mass moves W columns a step, so that smooth errors last about (L / W)^2 steps. A
+coarse-grid correction (Nicolaides 1987, deflation) takes them, in a basis of hat functions every W / 2 on the diagonal.
 """
 
 from collections.abc import Callable
@@ -108,7 +102,10 @@ def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
     Z is the coarse basis over rows, with one more function for the dustbin's row. C is the Schur complement of the
     whole system projected onto the basis.
     """
-    a, (row_basis, column_basis) = plan.row_sums, (_with_dustbin(x) for x in plan.coarse_basis)
+    a, (row_basis, column_basis) = (
+        plan.row_sums,
+        (jnp.pad(x, ((0, 0), (0, 0), (0, 1))).at[:, -1, -1].set(1) for x in plan.coarse_basis),
+    )
     inverse = _coarse_inverse(plan, row_basis, column_basis)
 
     def precondition(r):
@@ -160,8 +157,3 @@ def _inverse(x: Float[Array, "N m m"]) -> Float[Array, "N m m"]:
 
 def _dot(x: Float[Array, "N length"], y: Float[Array, "N length"]) -> Float[Array, "N 1"]:
     return (x * y).sum(-1, keepdims=True)
-
-
-def _with_dustbin(basis: Float[Array, "N all m"]) -> Float[Array, "N all m+1"]:
-    """Append a function that is 1 at the dustbin alone."""
-    return jnp.pad(basis, ((0, 0), (0, 0), (0, 1))).at[:, -1, -1].set(1)

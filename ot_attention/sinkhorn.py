@@ -80,8 +80,12 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
     values = support.with_dustbin(d_out), support.with_dustbin(heads.v)
     if spec.gradient == "implicit":
-        x, y = _implicit_terms(problem, plan, f_bar, g_bar)
-        dq, dk, d_bin = pull_back(plan.modulate(values, (-x, y)))
+        # dS = P * (G - x_i - y_j), docs/math.md, section 5
+        one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
+        system = problem.linear_system(plan, one_row, one_column)
+        x, y = implicit.solve(system, f_bar, g_bar, spec.cg_steps)
+        terms = -jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)
+        dq, dk, d_bin = pull_back(plan.modulate(values, terms))
         return dq, dk, dv, d_bin
     change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
     gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
@@ -134,11 +138,3 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
         d_scores = d_scores.minus(factor.scale(x, jnp.ones_like(b)))
         f_bar, g_bar = jnp.zeros_like(f_bar), -factor.transpose_times(x)
     return d_scores
-
-
-def _implicit_terms(problem: Problem, plan: Kernel, f_bar, g_bar):
-    """Return the two terms of the converged plan's gradient, `dS = P * (G - x_i - y_j)` (docs/math.md, section 5)."""
-    one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
-    system = problem.linear_system(plan, one_row, one_column)
-    x, y = implicit.solve(system, f_bar, g_bar, problem.spec.cg_steps)
-    return jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)

@@ -2,18 +2,13 @@
 
 A sort network scores every place against every block of keys and values. Sinkhorn steps balance the scores into a soft
 permutation, by which blocks move to places. A query attends, in one softmax, to the block at its place and to its own.
-
-Where the paper leaves room, we chose:
+The paper leaves room for choices beside those that section 11 names:
 
 - The caller brings the sort network (`models/attention.py`), which reads `pooled`. The paper's network has one output
   for every place, and so one length; scores of places against blocks fit any length.
 - A balancing step normalises columns, then rows: every place holds a mean of blocks after any number of steps.
-- The last block may reach over the end of a sequence. The key that comes to a slot is the mean over real residues, and
-  its weight in the softmax is the share of real residues.
-- Causal: a block moves to later places only, since its own place may not see all of it. Column sums run over places up
-  to the current one, since later places depend on residues that it may not see. The only doubly stochastic matrix on
-  that triangle is the shift by one place, and balancing tends to it: after k steps any other block has a share of at
-  most about 1 / k. Take few steps.
+- Causal: column sums run over places up to the current one, since later places depend on residues that it may not see.
+  Balancing tends to the shift by one place: take few steps.
 """
 
 import dataclasses

@@ -30,14 +30,6 @@ class Solved(NamedTuple):
     residual: Float[Array, "N"]
 
 
-class _Absorbed(NamedTuple):
-    """Potentials so far, and the largest change of each in one step."""
-
-    f: AllRows
-    g: AllColumns
-    largest: tuple[AllRows, AllColumns]
-
-
 def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, ""]]:
     """Make all steps, absorbing each scaling into the potentials at once, without a look at the data in between.
 
@@ -46,19 +38,20 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
     """
     a, b, spec, scores = problem.a, problem.b, problem.spec, problem.scores
 
-    def step(carry: _Absorbed) -> _Absorbed:
-        f, g, largest = carry
+    def step(carry):
+        """Return the next potentials, and the largest change of each in one step so far."""
+        f, g, *largest = carry
         u, v = scores.shift(f, g).exp().scale_once(a, b)
-        moves = tuple(jnp.log(jnp.where(target > 0, x, 1)) for x, target in ((u, a), (v, b)))
-        f_largest, g_largest = (jnp.maximum(most, jnp.abs(move)) for most, move in zip(largest, moves, strict=True))
-        return _Absorbed(f + moves[0], g + moves[1], (f_largest, g_largest))
+        moves = [jnp.log(jnp.where(target > 0, x, 1)) for x, target in ((u, a), (v, b))]
+        return f + moves[0], g + moves[1], *map(jnp.maximum, largest, map(jnp.abs, moves))
 
-    def newton_step(carry: _Absorbed) -> _Absorbed:
-        system = problem.linear_system(scores.shift(carry.f, carry.g).exp(), jnp.ones_like(a), jnp.ones_like(b))
-        return step(carry._replace(g=carry.g + implicit.newton_correction(system, a, spec.cg_steps)))
+    def newton_step(carry):
+        f, g, *largest = carry
+        system = problem.linear_system(scores.shift(f, g).exp(), jnp.ones_like(a), jnp.ones_like(b))
+        return step((f, g + implicit.newton_correction(system, a, spec.cg_steps), *largest))
 
     zeros = jnp.zeros_like(a), jnp.zeros_like(b)
-    carry = support.varying_like(heads.q, _Absorbed(-row_tops(problem, heads, zeros[1]), zeros[1], zeros))
+    carry = support.varying_like(heads.q, (-row_tops(problem, heads, zeros[1]), zeros[1], *zeros))
     carry = jax.lax.fori_loop(0, spec.base_steps, lambda _, c: step(c), carry)
     if spec.solver == "newton":
         carry = jax.lax.fori_loop(0, spec.newton_steps, lambda _, c: newton_step(c), carry)
@@ -67,10 +60,10 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
         carry = step(carry)
         reached.append(carry[:2])
     f, g = (jnp.stack(side, 1) for side in zip(*reached, strict=True))
-    plan = scores.shift(carry.f, carry.g).exp()
+    plan = scores.shift(*carry[:2]).exp()
     out = plan.band.times(plan.tiles, heads.v)
     residual = jnp.abs(plan.times(jnp.ones_like(b)) - a).max(-1)
-    return Solved(out, f, g, residual), jnp.maximum(*(x.max() for x in carry.largest)) < _LARGEST_MOVE
+    return Solved(out, f, g, residual), jnp.maximum(*(x.max() for x in carry[2:])) < _LARGEST_MOVE
 
 
 class _Progress(NamedTuple):

@@ -1,7 +1,6 @@
 """Support and targets of the plan, from lengths, band and dustbin (docs/math.md, section 2).
 
-Every problem has one more row and one more column, the dustbin, at the end. Without a dustbin their scores are minus
-infinity and their targets 0, so that no other code asks whether there is one.
+Every problem has a dustbin's row and column, at the end. Without a dustbin their scores are minus infinity.
 """
 
 import jax
@@ -95,12 +94,14 @@ def targets(
     n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin, dtype: jnp.dtype
 ) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
     """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support."""
-    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
-    first, last = row_windows(index, n_q, n_k, band)
     exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
-    a = ((first <= last) | exists) & (index < n_q[..., None])
-    b = (_reached(n_q, n_k, columns, band) | exists) & (jnp.arange(columns) < n_k[..., None])
-    a, b = a.astype(dtype), b.astype(dtype)
+
+    def supported(windows, size: int, n):
+        index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (*n_q.shape, size))
+        first, last = windows(index, n_q, n_k, band)  # a band narrower than the slope n_k / n_q misses some columns
+        return (((first <= last) | exists) & (index < n[..., None])).astype(dtype)
+
+    a, b = supported(row_windows, rows, n_q), supported(column_windows, columns, n_k)
     n_q, n_k = n_q[..., None].astype(dtype), n_k[..., None].astype(dtype)
     if dustbin == "none":
         b = b * n_q / jnp.maximum(n_k, 1)
@@ -111,19 +112,6 @@ def targets(
         # The corner can take all the mass that residues match, so that every residue of either side may be a gap.
         row_bin, column_bin = n_k, n_q
     return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
-
-
-def _reached(n_q: Lengths, n_k: Lengths, columns: int, band: int | None) -> Bool[Array, "*batch columns"]:
-    """Tell which columns are in some row's window. A band narrower than the slope n_k / n_q misses some."""
-    column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (*n_q.shape, columns))
-    # The diagonal is nearest in the rows to either side of (j + 1/2) n_q / n_k - 1/2.
-    odd = (2 * jnp.minimum(column, jnp.maximum(n_k[..., None] - 1, 0)) + 1).astype(jnp.uint32)
-    after = odd * n_q[..., None].astype(jnp.uint32) // (2 * jnp.maximum(n_k[..., None], 1)).astype(jnp.uint32)
-    reached = jnp.zeros(column.shape, bool)
-    for row in (after.astype(jnp.int32) - 1, after.astype(jnp.int32)):
-        first, last = row_windows(row, n_q, n_k, band)
-        reached |= (first <= column) & (column <= last)
-    return reached
 
 
 def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:

@@ -36,15 +36,10 @@ def fit(
     Ridge regression on f comes first. Newton steps then decrease KL(teacher's plan, one-sided plan), which is convex in
     the weights. The one-sided plan is made of the predicted f and one half step for g (docs/math.md, section 10).
 
-    Args:
-        asap: gives the features and directions; its weights are not read.
-        samples: inputs and potentials of the frozen layer.
-        spec: the layer's settings.
-        ridge: penalty, for features scaled to a mean square of 1.
-        newton_steps: each costs a product over the band for every feature.
+    asap gives the features and directions; its weights are not read. `spec` is the layer's. `ridge` is for features
+    scaled to a mean square of 1. A Newton step costs a product over the band for every feature.
 
-    Raises:
-        ValueError: no samples, ridge below 0, newton_steps below 0, and as `apply` does.
+    Raises ValueError: no samples, ridge below 0, newton_steps below 0, and as `apply` does.
     """
     if not samples or ridge < 0 or newton_steps < 0:
         raise ValueError(
@@ -105,11 +100,7 @@ def _design(asap: Asap, heads: Heads, problem: Problem):
 
 
 def _divergence(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tuple[Array, Array, Array]:
-    """Compute KL(teacher's plan, one-sided plan): value, gradient and Hessian in the weights.
-
-    With g the c-transform of f it is, but for a constant, the dual objective `sum_j b_j LSE_i(S + f) - sum_i r_i f_i`,
-    where r are the teacher's row sums. Its gradient in f is the plan's row sums minus r, and it is convex.
-    """
+    """Compute KL(teacher's plan, one-sided plan), its gradient and Hessian in the weights (docs/math.md, section 10)."""
     heads, asap, teacher_f = arguments
     problem = Problem.create(heads, spec)
     b, one_column = problem.b, jnp.ones_like(problem.b)

@@ -1,7 +1,7 @@
 """The map of ASAP, linear for each head, from cheap features of the rows to the log-potential f; attention by it.
 
-Potentials have a gauge, with a dustbin too: `f + c`, `g - c` is the same plan. Features and targets are taken relative
-to their mean over a problem's residues, and so are errors. The dustbin's row has features of its own.
+Features and targets are taken relative to their mean over a problem's residues: potentials have a gauge, with a dustbin
+too. The dustbin's row has features of its own.
 """
 
 import dataclasses

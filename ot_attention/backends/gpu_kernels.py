@@ -26,8 +26,7 @@ earlier version.
 
 import functools
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +92,6 @@ class Matrix(NamedTuple):
     block: int  # positions that a program owns
 
 
-class _Static(NamedTuple):
-    kind: Literal["maximum", "sum", "vector", "matrix"]
-    matrix: Matrix
-    tiling: Tiling
-
-
 def product(
     own: Side, other: Side, reach: Reach, fields: tuple[Field, ...], vector: Array | None, matrix: Matrix
 ) -> Array:
@@ -145,17 +138,17 @@ def _call(kind, operands: _Operands, matrix: Matrix) -> Array:
     operands = operands._replace(fields=tuple((pad_width(x), pad_width(y)) for x, y in fields))
     widths = [y.shape[2] for y in (x, operands.vector, *(y for y, _ in fields)) if y is not None and y.ndim == 3]
     tiling = tiling_for(kind, x.dtype, padded_width(max(widths)), matrix.reach)
-    return _run(operands, _Static(kind, matrix, tiling), INTERPRET)
+    return _run(operands, kind, matrix, tiling, INTERPRET)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced and lowered once for all calls alike
-def _run(operands: _Operands, static: _Static, interpret: bool) -> Array:
-    own, block = operands.own, static.matrix.block
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # traced and lowered once for all calls alike
+def _run(operands: _Operands, kind: str, matrix: Matrix, tiling: Tiling, interpret: bool) -> Array:
+    own, block = operands.own, matrix.block
     (number, length, _), vector = own.x.shape, operands.vector
-    width = vector.shape[2:] if static.kind == "matrix" and vector is not None else ()
+    width = vector.shape[2:] if kind == "matrix" and vector is not None else ()
     blocks = pl.cdiv(length, block)
     out = pl.pallas_call(
-        functools.partial(_kernel, static=static),
+        functools.partial(_kernel, kind=kind, matrix=matrix, tiling=tiling),
         out_shape=jax.ShapeDtypeStruct(
             (number, blocks * block, *width),  # whole blocks: a store beyond the end would not be caught
             own.shift.dtype,
@@ -164,9 +157,9 @@ def _run(operands: _Operands, static: _Static, interpret: bool) -> Array:
         grid=(blocks, number),
         in_specs=(jax.tree.map(whole_head, operands),),
         out_specs=pl.BlockSpec((None, block, *width), lambda b, n: (n, b, *(0,) * len(width))),
-        compiler_params=plgpu.CompilerParams(num_warps=static.tiling.warps, num_stages=static.tiling.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
-        name=f"band_{static.kind}",
+        name=f"band_{kind}",
     )(operands)
     return out[:, :length]
 
@@ -176,14 +169,14 @@ def whole_head(x) -> pl.BlockSpec:
     return pl.BlockSpec((None, *x.shape[1:]), lambda _, n: (n, *(0,) * (len(x.shape) - 1)))
 
 
-def _kernel(operands: _Operands, out, *, static: _Static):
+def _kernel(operands: _Operands, out, *, kind: str, matrix: Matrix, tiling: Tiling):
     own_side, other_side, reach, fields, vector = operands
-    block, tile, dtype = pl.program_id(0), static.tiling.tile, own_side.shift.dtype
-    by_rows, scale, _, size = static.matrix
+    block, tile, dtype = pl.program_id(0), tiling.tile, own_side.shift.dtype
+    by_rows, scale, _, size = matrix
     met = Reach(*(x[block] for x in reach))
     own_at = Place.at(block * size, size, own_side.x.shape[0])
     own = Part.load(own_side, tuple(x for x, _ in fields), own_at)
-    kind, axes = static.kind, Axes.of(static.kind == "matrix")
+    axes = Axes.of(kind == "matrix")
 
     def visit(number, total, is_inner: bool):
         at = Place.at(met.start + number * tile, tile, None if is_inner else met.stop)
@@ -196,7 +189,8 @@ def _kernel(operands: _Operands, out, *, static: _Static):
         if inside is not None:
             weights = jnp.where(inside, weights, 0)
         if fields:
-            weights = weights * _sum(axes.dot(x, y, dtype) for x, y in zip(own.fields, other.fields, strict=True))
+            products = (axes.dot(x, y, dtype) for x, y in zip(own.fields, other.fields, strict=True))
+            weights = weights * functools.reduce(jnp.add, products)
         if kind == "vector":
             weights = weights * axes.of_other(at.load(vector))
         return total + (_times(weights, at.load(vector)) if kind == "matrix" else weights)
@@ -204,7 +198,7 @@ def _kernel(operands: _Operands, out, *, static: _Static):
     # Except in products with a matrix, sums across threads are made once, at the end.
     shape = (size, vector.shape[1]) if kind == "matrix" and vector is not None else (tile, size)
     total = jnp.full(shape, -jnp.inf if kind == "maximum" else 0, dtype)
-    for first, last, is_inner in _tiles(met, static.tiling):
+    for first, last, is_inner in _tiles(met, tiling):
         total = jax.lax.fori_loop(first, last, functools.partial(visit, is_inner=is_inner), total)
     if kind == "maximum":
         out[...] = total.max(0) / _LOG2_E
@@ -313,10 +307,6 @@ def _instruction(text: str, x: Array) -> Array:
     return result
 
 
-def _sum(terms: Iterable[Array]) -> Array:
-    return functools.reduce(jnp.add, terms)
-
-
 def _times(weights, matrix) -> Array:
     """Return `weights @ matrix`. For bfloat16, two bfloat16 parts hold 16 bits of the weights.
 
@@ -326,8 +316,8 @@ def _times(weights, matrix) -> Array:
         return _dot(weights, matrix, (1, 0), weights.dtype)
     bits = jax.lax.bitcast_convert_type(weights, jnp.uint32) & jnp.uint32(0xFFFF0000)
     high = jax.lax.bitcast_convert_type(bits, weights.dtype)
-    parts = high, weights - high
-    return _sum(_dot(part.astype(jnp.bfloat16), matrix, (1, 0), weights.dtype) for part in parts)
+    parts = (_dot(part.astype(jnp.bfloat16), matrix, (1, 0), weights.dtype) for part in (high, weights - high))
+    return functools.reduce(jnp.add, parts)
 
 
 def _dot(x, y, contract: tuple[int, int], dtype) -> Array:
