@@ -118,9 +118,7 @@ def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> tuple[Array, .
     if k.shape != (batch, columns, heads, width):
         raise ValueError(f"k has shape {k.shape}; with q of shape {q.shape} it must be {(batch, 'any', heads, width)}")
     if v.shape[:3] != (batch, columns, heads):
-        raise ValueError(
-            f"v has shape {v.shape}; with k of shape {k.shape} it must be {(batch, columns, heads, 'any')}"
-        )
+        raise ValueError(f"v has shape {v.shape}; for k of shape {k.shape} it must be {(batch, columns, heads, 'any')}")
     if not isinstance(spec, SinkhornSpec):
         raise ValueError(f"spec={spec!r} must be a SinkhornSpec")
     longest = max(rows, columns)
@@ -128,9 +126,7 @@ def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> tuple[Array, .
         raise ValueError(f"q and k of lengths {rows} and {columns} are too long for a band: at most 46276")
     if (dustbin_score is None) != (spec.dustbin == "none"):
         given = "missing" if dustbin_score is None else "given"
-        raise ValueError(
-            f"dustbin_score is {given}, but spec.dustbin={spec.dustbin!r}: give a score per head or 'none'"
-        )
+        raise ValueError(f"dustbin_score is {given}, but spec.dustbin={spec.dustbin!r}: give one a head or 'none'")
     if dustbin_score is None:
         dustbin_score = jnp.zeros(heads, q.dtype)
     elif jnp.shape(dustbin_score) != (heads,) or jnp.result_type(dustbin_score) not in _DTYPES:
@@ -142,10 +138,9 @@ def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> tuple[Array, .
 def _check_lengths(name: str, lengths, longest: int, batch: int) -> Int[Array, "batch"]:
     if lengths is None:
         return jnp.full(batch, longest, jnp.int32)
-    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise ValueError(
-            f"{name} has shape {jnp.shape(lengths)} and dtype {jnp.result_type(lengths)}; it must be {batch} integers"
-        )
+    shape, dtype = jnp.shape(lengths), jnp.result_type(lengths)
+    if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} has shape {shape} and dtype {dtype}; it must be {batch} integers")
     if not isinstance(lengths, jax.core.Tracer):
         values = np.asarray(lengths)
         if values.min() < 0 or values.max() > longest:

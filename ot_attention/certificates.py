@@ -125,7 +125,10 @@ def _overlaps(problem: Problem, f, g, next_g) -> tuple[Float[Array, "N"], Float[
     The first is of the plan of f and g, the second of f and next_g.
     """
     a, b, scores = problem.a, problem.b, problem.scores
-    (rows, columns), exists = ((x > 0).astype(f.dtype) for x in (a, b)), scores.map(_exists)
+    (rows, columns), exists = (
+        ((x > 0).astype(f.dtype) for x in (a, b)),
+        scores.map(lambda s: jnp.isfinite(s).astype(f.dtype)),
+    )
     meet_rows = (exists.transpose_times(rows) == rows.sum(-1, keepdims=True)) & (b > 0)
     meet_columns = (exists.times(columns) == columns.sum(-1, keepdims=True)) & (a > 0)
     in_columns = jnp.exp(-scores.shift(f - support.log(a), g).map(_negative).column_max())
@@ -189,10 +192,6 @@ def _oscillation(x: Float[Array, "N length"], target: Float[Array, "N length"]) 
     there = target > 0
     change = jnp.where(there, x, -jnp.inf).max(-1) - jnp.where(there, x, jnp.inf).min(-1)
     return jnp.where(there.any(-1), change, 0)
-
-
-def _exists(scores: Array) -> Array:
-    return jnp.isfinite(scores).astype(scores.dtype)
 
 
 def _negative(scores: Array) -> Array:

@@ -102,10 +102,8 @@ def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
     Z is the coarse basis over rows, with one more function for the dustbin's row. C is the Schur complement of the
     whole system projected onto the basis.
     """
-    a, (row_basis, column_basis) = (
-        plan.row_sums,
-        (jnp.pad(x, ((0, 0), (0, 0), (0, 1))).at[:, -1, -1].set(1) for x in plan.coarse_basis),
-    )
+    padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in plan.coarse_basis)
+    a, (row_basis, column_basis) = plan.row_sums, (x.at[:, -1, -1].set(1) for x in padded)
     inverse = _coarse_inverse(plan, row_basis, column_basis)
 
     def precondition(r):

@@ -40,11 +40,6 @@ class Kernel(NamedTuple):
     def exp(self) -> "Kernel":
         return self._remade(self.band.exp(self.tiles), jnp.exp)
 
-    def scale(self, u: AllRows, v: AllColumns) -> "Kernel":
-        """Return `u_i K v_j`."""
-        tiles = self.band.scale_by(self.tiles, u[:, :-1], v[:, :-1])
-        return self._remade(tiles, lambda entry, u, v: entry * u * v, *_at_bin(u, v))
-
     def modulate(self, *fields: tuple[Float[Array, "N all_rows _"], Float[Array, "N all_columns _"]]) -> "Kernel":
         """Return `K_ij` times the sum of fields `x_i . y_j`, each of low rank."""
         tiles = self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields))

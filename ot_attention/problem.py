@@ -38,19 +38,13 @@ class Problem(NamedTuple):
         if spec.dustbin != "none":
             exists = support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None]
             bin_score = bin_score.astype(dtype)[:, None]
-            dustbin = DustbinEntries(
-                column=jnp.where(exists & (a[:, :-1] > 0), bin_score, -jnp.inf),
-                row=jnp.where(exists & (b[:, :-1] > 0), bin_score, -jnp.inf),
-                corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf),
-            )
+            column, row = (jnp.where(exists & (x[:, :-1] > 0), bin_score, -jnp.inf) for x in (a, b))
+            dustbin = DustbinEntries(column, row, corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf))
         created, tiles = band.scores(q, k, n_q, n_k, spec.band, score_scale(heads, spec))
         return cls(Kernel(created, tiles, dustbin), a, b, spec, (n_q, n_k))
 
     def linear_system(self, kernel: Kernel, u: AllRows, v: AllColumns) -> implicit.Plan:
-        """Return the linear system of Newton steps and implicit gradients at `diag(u) K diag(v)`.
-
-        Assumes that the plan's column sums are b.
-        """
+        """Return the linear system of Newton steps and implicit gradients at `diag(u) K diag(v)`, of column sums b."""
         bin_column, bin_row = jnp.zeros_like(self.a), jnp.zeros_like(self.b)
         if kernel.bin is not None:
             column, row, corner = kernel.bin
@@ -106,10 +100,8 @@ def column_potentials(problem: Problem, f: AllRows) -> AllColumns:
     a, b = problem.a, problem.b
     shifted = problem.scores.shift(f, jnp.zeros_like(b))
     top = jnp.where(b > 0, shifted.column_max(), 0)
-    return (
-        support.log(support.divide(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a))))
-        - top
-    )
+    sums = shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a))
+    return support.log(support.divide(b, sums)) - top
 
 
 def in_range(scaling: Array, target: Array) -> Bool[Array, ""]:

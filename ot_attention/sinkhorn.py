@@ -129,12 +129,13 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
     For potentials that move so far within the tail that the vectors of `_tail_terms` would overflow.
     """
     a, b, scores = problem.a, problem.b, problem.scores
+    one_row, one_column = (jnp.ones_like(x)[..., None] for x in (a, b))
     for r in range(problem.spec.tail_steps, 0, -1):
         f, g, earlier_g = solved.f[:, r], solved.g[:, r], solved.g[:, r - 1]
         factor, y = scores.shift(f, g).exp(), support.divide(g_bar, b)
         f_bar = f_bar - factor.times(y)
-        d_scores = d_scores.minus(factor.scale(jnp.ones_like(a), y))
+        d_scores = d_scores.minus(factor.modulate((one_row, y[..., None])))
         factor, x = scores.shift(f, earlier_g).exp(), support.divide(f_bar, a)
-        d_scores = d_scores.minus(factor.scale(x, jnp.ones_like(b)))
+        d_scores = d_scores.minus(factor.modulate((x[..., None], one_column)))
         f_bar, g_bar = jnp.zeros_like(f_bar), -factor.transpose_times(x)
     return d_scores

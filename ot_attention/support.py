@@ -74,15 +74,13 @@ def dense_support(
     n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin
 ) -> Bool[Array, "*batch all_rows all_columns"]:
     """Return the support of the augmented problem as a mask, dustbin last."""
-    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
-    first, last = row_windows(index, n_q, n_k, band)
-    column = jnp.arange(columns, dtype=jnp.int32)
+    row, column = jnp.arange(rows + 1, dtype=jnp.int32), jnp.arange(columns + 1, dtype=jnp.int32)
+    first, last = row_windows(jnp.broadcast_to(row, (*n_q.shape, rows + 1)), n_q, n_k, band)
     residues = (column >= first[..., None]) & (column <= last[..., None])
-    corner = dustbin_exists(n_q, n_k, dustbin)[..., None]
-    real_rows = (index < n_q[..., None]) & corner
-    real_columns = (column < n_k[..., None]) & corner
-    last = jnp.concatenate([real_columns, corner], -1)
-    return jnp.concatenate([jnp.concatenate([residues, real_rows[..., None]], -1), last[..., None, :]], -2)
+    real_rows = (row < n_q[..., None]) | (row == rows)
+    real_columns = (column < n_k[..., None]) | (column == columns)
+    real = real_rows[..., None] & real_columns[..., None, :] & dustbin_exists(n_q, n_k, dustbin)[..., None, None]
+    return jnp.where((row == rows)[:, None] | (column == columns), real, residues)
 
 
 def dustbin_exists(n_q: Lengths, n_k: Lengths, dustbin: Dustbin) -> Bool[Array, "*batch"]:

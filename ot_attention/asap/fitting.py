@@ -14,7 +14,7 @@ from ot_attention import sinkhorn, support
 from ot_attention.api import laid_out
 from ot_attention.asap.maps import Asap, Sample, design, einsum, relative
 from ot_attention.kernel import Kernel
-from ot_attention.problem import Problem, column_potentials, row_potentials
+from ot_attention.problem import Problem, column_potentials
 from ot_attention.spec import Heads, SinkhornSpec
 
 
@@ -43,8 +43,7 @@ def fit(
     """
     if not samples or ridge < 0 or newton_steps < 0:
         raise ValueError(
-            f"{len(samples)} samples, ridge={ridge}, newton_steps={newton_steps}: give at least one sample, and no "
-            "number below 0"
+            f"{len(samples)} samples, ridge={ridge}, newton_steps={newton_steps}: give a sample, and no number below 0"
         )
     gram, moment = _summed(_moments, asap, samples, spec)
     best = _solved(gram, moment, ridge)
@@ -90,21 +89,16 @@ def _moments(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tuple[
     """Compute `X^T X` and `X^T f` of the design X."""
     heads, asap, f = arguments
     problem = Problem.create(heads, spec)
-    x = _design(asap, heads, problem)
+    x = design(asap, heads, problem)
     return einsum("nif,nig->nfg", x, x), einsum("nif,ni->nf", x, relative(f, problem))
 
 
-def _design(asap: Asap, heads: Heads, problem: Problem):
-    first_f = row_potentials(problem, jnp.zeros_like(problem.b)) if "mass" in asap.features else None
-    return design(asap, heads, problem, first_f)
-
-
 def _divergence(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tuple[Array, Array, Array]:
-    """Compute KL(teacher's plan, one-sided plan), its gradient and Hessian in the weights (docs/math.md, section 10)."""
+    """Compute KL(teacher's plan, one-sided plan), gradient and Hessian in the weights (docs/math.md, section 10)."""
     heads, asap, teacher_f = arguments
     problem = Problem.create(heads, spec)
     b, one_column = problem.b, jnp.ones_like(problem.b)
-    x = _design(asap, heads, problem)
+    x = design(asap, heads, problem)
     f = einsum("nif,nf->ni", x, asap.weights)
     g, teacher_g = column_potentials(problem, f), column_potentials(problem, teacher_f)
     plan, teacher = problem.scores.shift(f, g).exp(), problem.scores.shift(teacher_f, teacher_g).exp()

@@ -67,11 +67,9 @@ class Asap:
 
     def of_every_head(self, batch: int, heads: Heads) -> "Asap":
         """Repeat the map for the heads of a batch. Raises ValueError unless it is of such a layer."""
-        (number, _, width), of_layer = self.directions.shape, len(heads.q) // batch
-        if (number, width) != (of_layer, heads.q.shape[2]):
-            raise ValueError(
-                f"asap is a map of {number} heads of width {width}; q has {of_layer} of {heads.q.shape[2]}"
-            )
+        (number, _, width), given = self.directions.shape, (len(heads.q) // batch, heads.q.shape[2])
+        if (number, width) != given:
+            raise ValueError(f"asap is a map of {number} heads of width {width}; q has {given[0]} of {given[1]}")
         tiled = jax.tree.map(lambda x: jnp.tile(x, (batch,) + (1,) * (x.ndim - 1)).astype(heads.q.dtype), self)
         return support.varying_like(heads.q, tiled)
 
@@ -99,7 +97,6 @@ def directions(
     """Return unit vectors to project q and k on.
 
     kind: "random"; "principal", the axes along which queries and keys vary most; "keys", the same of keys alone.
-
     Raises ValueError for an unknown kind, and for more axes than there are.
     """
     heads, width = samples[0].q.shape[2:]
@@ -119,16 +116,17 @@ def directions(
     return jnp.asarray(axes.swapaxes(1, 2)[:, ::-1][:, :number], jnp.float32)
 
 
-def design(asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, "N all_rows design"]:
+def design(asap: Asap, heads: Heads, problem: Problem, first_f=None) -> Float[Array, "N all_rows design"]:
     """Compute the features of every row: of residues relative to their mean, then of the dustbin's row.
 
-    first_f: Sinkhorn's first f, `log a - LSE_j(S)`; not read without the feature "mass".
+    first_f: Sinkhorn's first f, `log a - LSE_j(S)`; computed if None, and not read without the feature "mass".
     """
+    if "mass" in asap.features and first_f is None:
+        first_f = row_potentials(problem, jnp.zeros_like(problem.b))
     real = problem.a[:, :-1, None] > 0
     nothing = jnp.zeros((*heads.q.shape[:2], 0), heads.q.dtype)
-    of_residues = jnp.concatenate(
-        [nothing, *(_features(name, asap, heads, problem, first_f) for name in asap.features)], -1
-    )
+    features = (_features(name, asap, heads, problem, first_f) for name in asap.features)
+    of_residues = jnp.concatenate([nothing, *features], -1)
     of_residues = jnp.where(real, of_residues - _mean(of_residues, real)[:, None], 0)
     logs = (jnp.log(jnp.maximum(n, 1).astype(of_residues.dtype)) for n in (heads.n_q, heads.n_k))
     of_bin = [jnp.ones_like(problem.a[:, -1]), *logs]
@@ -184,10 +182,8 @@ def apply(
 
     `spec` gives epsilon, band and dustbin; its steps and gradient belong to the teacher and are not read. The residual
     is of the sums that are not exact: of columns, or of rows if the map is one-sided. Runs on the XLA backend on every
-    device; no other implementation is offered. Differentiable by JAX, which keeps the band for it.
-
-    Raises:
-        ValueError: as `sinkhorn_attention` does; a map of other heads or widths.
+    device; no other implementation is offered. Differentiable by JAX, which keeps the band for it. Raises ValueError as
+    `sinkhorn_attention` does, and for a map of other heads or widths.
     """
     batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
     heads = support.cleaned(heads)

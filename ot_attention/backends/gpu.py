@@ -5,10 +5,9 @@ potentials and fields of low rank. Every product makes it anew, tile by tile, in
 tensor cores and one exp a cell. Where the band is narrow, `gpu_sweep` makes K once for both half steps.
 
 Compiler: Pallas Triton. It alone lowers through `pl.pallas_call` on jax 0.10 to 0.12, and all of them interpret it on
-a CPU (Mosaic GPU: from 0.12 on). jax 0.11 deprecates it in favour of Mosaic GPU. At full support a pass over the cells
-is faster than cuDNN's attention on an H200 (docs/gpu.md). In narrow bands programs wait more than they compute: there
-the asynchronous copies and specialised warps of Mosaic GPU could help (not measured). Only `gpu_kernels` and
-`gpu_sweep` would change.
+a CPU. jax 0.11 deprecates it in favour of Mosaic GPU (from 0.12 on), whose asynchronous copies and specialised warps
+could help in narrow bands, where programs wait more than they compute (not measured; docs/gpu.md). Only `gpu_kernels`
+and `gpu_sweep` would change.
 """
 
 import functools
@@ -56,14 +55,8 @@ class Scores(NamedTuple):
     g: AllColumns
 
 
-class Term(NamedTuple):
-    """Matrix `exp(scores)`, times the sum of fields `x_i . y_j` if there are any."""
-
-    scores: Scores
-    fields: tuple[Field, ...]
-
-
-Terms = tuple[Term, ...]  # their sum
+# Sum of matrices `exp(scores)`, each times the sum of its fields `x_i . y_j` if there are any.
+Terms = tuple[tuple[Scores, tuple[Field, ...]], ...]
 
 
 @functools.partial(
@@ -109,17 +102,14 @@ class Band:
         return scores._replace(f=scores.f + row, g=scores.g + column)
 
     def exp(self, scores: Scores) -> Terms:
-        return (Term(scores, ()),)
-
-    def scale_by(self, terms: Terms, row: Rows, column: Columns) -> Terms:
-        return self.modulate(terms, (row[..., None], column[..., None]))
+        return ((scores, ()),)
 
     def modulate(self, terms: Terms, *fields: Field) -> Terms:
-        assert not any(term.fields for term in terms), "a term cannot hold a product of fields"
-        return tuple(Term(scores, fields) for scores, _ in terms)
+        assert not any(present for _, present in terms), "a term cannot hold a product of fields"
+        return tuple((scores, fields) for scores, _ in terms)
 
     def minus(self, terms: Terms, others: Terms) -> Terms:
-        negative = (Term(scores, tuple((-x, y) for x, y in fields)) for scores, fields in others if fields)
+        negative = ((scores, tuple((-x, y) for x, y in fields)) for scores, fields in others if fields)
         return (*terms, *negative)
 
     def times(self, terms: Terms, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
@@ -131,7 +121,7 @@ class Band:
     def apply(self, terms: Terms, u: Rows, v: Columns, values) -> Array:
         # The scalings become potentials, so that values may stay bfloat16.
         f, g = (support.with_dustbin(support.log(x)) for x in (u, v))
-        shifted = (Term(self.shift(scores, f, g), fields) for scores, fields in terms)
+        shifted = ((self.shift(scores, f, g), fields) for scores, fields in terms)
         return self.times(tuple(shifted), values)
 
     def scale_once(self, terms: Terms, a: Rows, bin_column: Rows | None) -> tuple[Rows, Columns]:

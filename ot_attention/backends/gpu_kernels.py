@@ -185,9 +185,7 @@ def _kernel(operands: _Operands, out, *, kind: str, matrix: Matrix, tiling: Tili
         inside = None if is_inner else axes.inside((own_side, own_at), (other_side, at))
         if kind == "maximum":
             return jnp.maximum(total, scores if inside is None else jnp.where(inside, scores, -jnp.inf))
-        weights = exp2(scores)
-        if inside is not None:
-            weights = jnp.where(inside, weights, 0)
+        weights = exp2(scores) if inside is None else jnp.where(inside, exp2(scores), 0)
         if fields:
             products = (axes.dot(x, y, dtype) for x, y in zip(own.fields, other.fields, strict=True))
             weights = weights * functools.reduce(jnp.add, products)

@@ -1,9 +1,8 @@
 """Sinkhorn step on a GPU in one visit of each entry: row sums, then column sums from the same entries.
 
-The half steps `u = a / (K 1)` and `v = b / (K^T u)` make K twice if each is a product of its own: a matrix product and
-an exp for every entry, each time. Here a program owns a strip, up to 64 rows and all columns that they meet, and keeps
-the strip's entries in registers. Row sums give u, the same entries give the strip's share of the column sums, and a
-second kernel adds up the shares of the strips that meet a column.
+A program owns a strip, up to 64 rows and all columns that they meet, and keeps the strip's entries in registers: two
+products would make K twice. Row sums give u, the same entries give the strip's share of the column sums, and a second
+kernel adds up the shares of the strips that meet a column.
 
 Strips are cut along the longer of the two sequences, like the blocks of `xla.Band`: windows of a strip begin within 64
 columns of each other, and `64 + 2 W` columns hold all of them. So the tiles inside the support are known beforehand.
@@ -44,17 +43,11 @@ _ADDED = 128  # columns whose shares a program adds up
 
 
 class Cut(NamedTuple):
-    """How strips lie; static, for a kernel is compiled for it.
+    """How strips lie; static, for a kernel is compiled for it."""
 
-    tiles: of 64 columns, that a strip has.
-    slides: whether strips begin where the window of their first row does, which may be before column 0; else all begin
-      at column 0.
-    band: half-width W; None where all is in the support.
-    """
-
-    tiles: int
-    slides: bool
-    band: int | None
+    tiles: int  # of 64 columns, that a strip has
+    slides: bool  # whether strips begin where the window of their first row does, maybe before column 0; else at 0
+    band: int | None  # half-width W; None where all is in the support
 
     def begins(self, tile: int) -> bool:
         """Tell whether windows of a strip's rows may begin after the tile's first column: last rows do not meet it."""

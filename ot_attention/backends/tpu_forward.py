@@ -61,9 +61,6 @@ class _Range(NamedTuple):
         low = jnp.minimum(self.low, jnp.where(exists, scaling, 1).min())
         return _Range(low, jnp.maximum(self.high, scaling.max()))
 
-    def is_safe(self):
-        return (self.low > 1 / _SCALING_RANGE) & (self.high < _SCALING_RANGE)
-
 
 class _Progress(NamedTuple):
     step: Array  # steps done
@@ -149,7 +146,8 @@ class _Iteration:
         if head.dustbin:
             reached = self._scale_bin_row(reached)
         new = ratio(b[...], self.mass[...])
-        fine = reached.including(new, b[...] > 0).is_safe()
+        reached = reached.including(new, b[...] > 0)
+        fine = (reached.low > 1 / _SCALING_RANGE) & (reached.high < _SCALING_RANGE)
 
         @pl.when(fine)
         def _():

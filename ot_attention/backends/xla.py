@@ -117,9 +117,6 @@ class Band:
     def minus(self, tiles, others):
         return tiles - others
 
-    def scale_by(self, tiles, row: Rows, column: Columns):
-        return tiles * self.take_rows(row)[..., None] * self.take_columns(column)[:, :, None, :]
-
     def shift(self, tiles, row: AllRows, column: AllColumns):
         return tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
 
