@@ -97,11 +97,7 @@ def newton_correction(plan: Plan, a: AllRows, steps: int) -> AllColumns:
 
 
 def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
-    """Return the preconditioner `diag(1/a) + Z C^-1 Z^T`: Jacobi with a coarse-grid correction.
-
-    Z is the coarse basis over rows, with one more function for the dustbin's row. C is the Schur complement of the
-    whole system projected onto the basis.
-    """
+    """Return the preconditioner `diag(1/a) + Z C^-1 Z^T` (docs/math.md, section 5)."""
     padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in plan.coarse_basis)
     a, (row_basis, column_basis) = plan.row_sums, (x.at[:, -1, -1].set(1) for x in padded)
     inverse = _coarse_inverse(plan, row_basis, column_basis)

@@ -19,8 +19,7 @@ def row_windows(
 ) -> tuple[Int[Array, "*batch rows"], Int[Array, "*batch rows"]]:
     """Return the first and last column (inclusive) in the support of each row; last < first where there is none.
 
-    The support is `|j - c(i)| <= band` with `c(i) = (i + 1/2) n_k / n_q - 1/2`, evaluated in integers: in float32 the
-    edge of the band would depend on rounding, and implementations would disagree by whole cells.
+    The support is `|j - c(i)| <= band`, in integers: rounding would move the band's edge (docs/math.md, section 2).
     """
     n_q, n_k = n_q[..., None], n_k[..., None]
     if band is None:

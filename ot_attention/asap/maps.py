@@ -21,10 +21,7 @@ from ot_attention.asap.transport import uniform, uniform_staircase
 from ot_attention.problem import Problem, column_potentials, row_potentials
 from ot_attention.spec import AllRows, Heads, SinkhornInfo, SinkhornSpec
 
-# kantorovich: f of one-dimensional transport along every direction, squared cost.
-# squares: of the projections; with them the potentials of the cost -xy, the cost of scores, are in reach.
-# position: place along the sequence, its square, and log of the number of columns in the band.
-# mass: Sinkhorn's own first f, at the price of one product more.
+# docs/math.md, section 10. "mass" costs one product more.
 Feature = Literal["kantorovich", "squares", "position", "mass"]
 Direction = Literal["random", "principal", "keys"]
 

@@ -1,12 +1,9 @@
 """Kernels of `pallas_gpu`: products and maxima of a matrix that is made tile by tile and never stored.
 
 An entry is `exp(S_ij + f_i + g_j)` times a field of low rank. A program owns a block of rows of one head and visits the
-columns that the block meets; for products with the transpose it owns columns and visits rows. Nothing is exchanged
-between programs, so the same call gives the same bits. A whole Sinkhorn step in one visit of each entry is in
-`gpu_sweep`.
-
-Tiles inside the support need no mask: where rows meet many columns, a program visits the tiles at one edge of its
-support, the tiles inside and the tiles at the other edge in three loops of the same body.
+columns that the block meets, or the other way round for products with the transpose. Nothing is exchanged between
+programs, so the same call gives the same bits. Tiles inside the support need no mask: where rows meet many columns,
+tiles at one edge, tiles inside and tiles at the other edge have three loops of the same body.
 
 Microseconds of a call for 262,144 rows on an H200 (heads of 64 in bfloat16, 2,048 residues; float32: heads of 32,
 384 residues, W = 64), by `scripts/tune_gpu.py`. In brackets other numbers of stages; after a semicolon blocks of 128.
@@ -175,12 +172,12 @@ def _kernel(operands: _Operands, out, *, kind: str, matrix: Matrix, tiling: Tili
     by_rows, scale, _, size = matrix
     met = Reach(*(x[block] for x in reach))
     own_at = Place.at(block * size, size, own_side.x.shape[0])
-    own = Part.load(own_side, tuple(x for x, _ in fields), own_at)
+    own = Part(own_at.load(own_side.x), own_at.load(own_side.shift), tuple(own_at.load(x) for x, _ in fields))
     axes = Axes.of(kind == "matrix")
 
     def visit(number, total, is_inner: bool):
         at = Place.at(met.start + number * tile, tile, None if is_inner else met.stop)
-        other = Part.load(other_side, tuple(y for _, y in fields), at)
+        other = Part(at.load(other_side.x), at.load(other_side.shift), tuple(at.load(y) for _, y in fields))
         scores = axes.scores(own, other, scale, own_first=by_rows)
         inside = None if is_inner else axes.inside((own_side, own_at), (other_side, at))
         if kind == "maximum":
@@ -283,10 +280,6 @@ class Part(NamedTuple):
     x: Array
     shift: Array
     fields: tuple[Array, ...] = ()
-
-    @classmethod
-    def load(cls, side: Side, fields: tuple, at: Place) -> "Part":
-        return cls(at.load(side.x), at.load(side.shift), tuple(map(at.load, fields)))
 
 
 def exp2(x: Array) -> Array:
