@@ -34,10 +34,8 @@ def sinkhorn_attention(
     implementation: None chooses; "reference" is dense, "xla" computes the band only on any device, "pallas_gpu" and
     "pallas_tpu" are kernels. A named one is used or refused, never replaced.
 
-    Raises:
-        ValueError: shapes, dtypes or lengths that do not fit, naming the argument. Lengths whose values are not known,
-            inside `jit`, are clipped to the padded length instead.
-        UnsupportedError: the named implementation cannot do this; the message says what to change.
+    Raises ValueError for shapes, dtypes or lengths that do not fit, naming the argument (inside `jit`, lengths are
+    clipped to the padded length instead), and UnsupportedError, saying what to change, if the implementation cannot do this.
     """
     _check_implementation(implementation)
     batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)

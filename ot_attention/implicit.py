@@ -20,6 +20,7 @@ _NEIGHBOURS = 3
 _COLOURS = 2 * _NEIGHBOURS + 1
 _MOST_HATS = 126  # longer sequences have wider hats, so that cost stays linear in the length
 _LARGEST_CHANGE = 2.0  # of a potential in one Newton step
+Basis = tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]
 
 
 class Plan(NamedTuple):
@@ -31,12 +32,10 @@ class Plan(NamedTuple):
     column_sums: AllColumns
     bin_column: AllRows  # the plan's last column and row
     bin_row: AllColumns
-    coarse_basis: tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]
+    coarse_basis: Basis
 
 
-def coarse_basis(
-    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dtype: jnp.dtype
-) -> tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]:
+def coarse_basis(n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dtype: jnp.dtype) -> Basis:
     """Return hat functions of the position along the diagonal that sum to 1, 0 at the dustbin.
 
     Their number m is a multiple of `_COLOURS`.

@@ -71,12 +71,9 @@ def row_tops(problem: Problem, heads: Heads, g: AllColumns, plain: Bool[Array, "
 
     plain: whether g is 0.
     """
-    f = jnp.zeros_like(problem.a)
-    return jax.lax.cond(
-        plain & (_largest_score(heads, problem.spec) < _LARGEST_PLAIN_SCORE),
-        lambda: f,
-        lambda: jnp.where(problem.a > 0, problem.scores.shift(f, g).row_max(), 0),
-    )
+    f, a = jnp.zeros_like(problem.a), problem.a
+    plain &= _largest_score(heads, problem.spec) < _LARGEST_PLAIN_SCORE
+    return jax.lax.cond(plain, lambda: f, lambda: jnp.where(a > 0, problem.scores.shift(f, g).row_max(), 0))
 
 
 def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:

@@ -91,11 +91,8 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
     x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
     d_scores = plan.modulate(values, (-x, y))
-    dq, dk, d_bin = jax.lax.cond(
-        gentle,
-        lambda: pull_back(d_scores),
-        lambda: pull_back(_minus_exact_tail(d_scores, problem, solved, f_bar, g_bar)),
-    )
+    exact = functools.partial(_minus_exact_tail, d_scores, problem, solved, f_bar, g_bar)
+    dq, dk, d_bin = jax.lax.cond(gentle, lambda: pull_back(d_scores), lambda: pull_back(exact()))
     return dq, dk, dv, d_bin
 
 

@@ -100,9 +100,7 @@ def strips(n_q: Lengths, n_k: Lengths, rows: int, columns: int, cut: Cut) -> Str
     return Strips(row, row_stop, column, met_start.astype(jnp.int32), met_stop.astype(jnp.int32), n_k)
 
 
-def scale_once(
-    rows: Side, columns: Side, strips: Strips, bin_column: Rows | None, *, scale: float, cut: Cut
-) -> tuple[Rows, Columns]:
+def scale_once(rows: Side, columns: Side, strips: Strips, bin_column, scale: float, cut: Cut) -> tuple[Rows, Columns]:
     """Return `u = 1 / (K 1 + bin_column)` and `K^T u` for the matrix `K = exp(scale x_i . x_j + f_i + g_j)`.
 
     u is 0 where that sum is 0, and has no meaning beyond the length.

@@ -67,9 +67,7 @@ class _Progress(NamedTuple):
     fine: Array  # whether the last one kept all scalings in range; if not, it changed nothing
 
 
-def forward_kernel(
-    integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec: SinkhornSpec, dtype
-):
+def forward_kernel(integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec, dtype):
     head = Head(integers, scalars, inputs.q, inputs.k, sizes, spec, dtype)
     for x in (*outputs[:3], scratch.f, scratch.g):
         x[...] = jnp.zeros_like(x)

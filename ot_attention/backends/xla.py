@@ -22,6 +22,7 @@ _MIB = 2**20
 # microseconds, and fill the machine: an H100 reads 256 MiB in 80 microseconds (by arithmetic, not measured).
 _GROUP_BYTES = {"cpu": 4 * _MIB, "gpu": 256 * _MIB}
 _PRECISION = "highest"  # float32 products stay float32 on devices that would round them to bfloat16
+Tiles = Float[Array, "N blocks block reach"]
 
 
 @functools.partial(
@@ -97,13 +98,11 @@ class Band:
         update = jax.vmap(lambda start, index, x: getattr(start.at[index], method)(x, mode="drop"))
         return update(start, self.column_index, tiles)
 
-    def outer(
-        self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]
-    ) -> Float[Array, "N blocks block reach"]:
+    def outer(self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]) -> Tiles:
         """Return `x_i . y_j` for every cell of the tiles, in the support or not."""
         return jnp.einsum("nbid,nbjd->nbij", self.take_rows(x), self.take_columns(y), precision=_PRECISION)
 
-    def mask(self, tiles: Float[Array, "N blocks block reach"], fill: float) -> Float[Array, "N blocks block reach"]:
+    def mask(self, tiles: Tiles, fill: float) -> Tiles:
         first, last = (self.take_rows(x)[..., None] for x in (self.first, self.last))
         column = self.column_index[:, :, None, :]
         return jnp.where((column >= first) & (column <= last) & self.in_block[..., None], tiles, fill)
@@ -129,7 +128,7 @@ class Band:
     def transpose_times(self, tiles, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
         # Cells outside the support must be 0: slots without a row hold another row's x.
         products = jnp.einsum("nbij,nbi...->nbj...", tiles, self.take_rows(x), precision=_PRECISION)
-        return self._over_columns("add", products, 0)
+        return self._over_columns("add", products, 0.0)
 
     def row_max(self, tiles) -> Rows:
         return self.put_rows(tiles.max(-1))
@@ -150,10 +149,8 @@ def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, in
     return block, width, blocks
 
 
-def first_row_at(
-    position: Int[Array, "blocks"], n_q: Int[Array, "N 1"], n_k: Int[Array, "N 1"]
-) -> Int[Array, "N blocks"]:
-    """Return the least row i with `(i + 1/2) longer / n_q >= position`, a position along the longer sequence."""
+def first_row_at(position: Int[Array, "blocks"], n_q, n_k) -> Int[Array, "N blocks"]:
+    """Return the least row i with `(i + 1/2) longer / n_q >= position`, along the longer sequence; n are `[N, 1]`."""
     twice_longer = 2 * jnp.maximum(jnp.maximum(n_q, n_k), 1).astype(jnp.uint32)
     product = (2 * position).astype(jnp.uint32) * n_q.astype(jnp.uint32)
     # i >= y - 1/2 with y = product / (2 longer) = whole + rest / (2 longer)
