@@ -35,7 +35,7 @@ def sinkhorn_attention(
     "pallas_tpu" are kernels. A named one is used or refused, never replaced.
 
     Raises ValueError for shapes, dtypes or lengths that do not fit, naming the argument (inside `jit`, lengths are
-    clipped to the padded length instead), and UnsupportedError, saying what to change, if the implementation cannot do this.
+    clipped to the padded length instead), and UnsupportedError, saying what to change, where it cannot do this.
     """
     _check_implementation(implementation)
     batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)

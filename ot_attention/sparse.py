@@ -128,7 +128,6 @@ def sparse_sinkhorn_attention(
 
     scores: the sort network's, places against blocks, `spec.blocks(length)` of each; float32 is best.
     noise: as in `soft_permutation`.
-
     Raises ValueError for shapes that do not fit, naming the argument.
     """
     q, k, v, lengths = _checked(q, k, v, lengths)

@@ -196,7 +196,5 @@ def by_scaling(heads: Heads, problem: Problem) -> Solved:
 
 def _log_step(problem: Problem, progress: _Progress) -> _Progress:
     """Make a step in the log domain, for scores whose rows and columns have nothing in common."""
-    _, g = progress.last(problem.spec)
-    f = row_potentials(problem, g)
-    g = column_potentials(problem, f)
-    return progress._replace(step=progress.step + 1).record(problem.spec, f, g)
+    f = row_potentials(problem, progress.last(problem.spec)[1])
+    return progress._replace(step=progress.step + 1).record(problem.spec, f, column_potentials(problem, f))

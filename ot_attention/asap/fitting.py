@@ -38,7 +38,6 @@ def fit(
 
     asap gives the features and directions; its weights are not read. `spec` is the layer's. `ridge` is for features
     scaled to a mean square of 1. A Newton step costs a product over the band for every feature.
-
     Raises ValueError: no samples, ridge below 0, newton_steps below 0, and as `apply` does.
     """
     if not samples or ridge < 0 or newton_steps < 0:

@@ -36,9 +36,7 @@ class Asap:
     """The map of one layer. Made by `create`, filled in by `fit`.
 
     two_sided: whether a half step renews f from g, so that row sums are exact; else f stays as predicted, and column
-    sums are exact.
-
-    Raises ValueError for unknown features.
+    sums are exact. Raises ValueError for unknown features.
     """
 
     directions: Float[Array, "*heads projections width"]

@@ -269,9 +269,8 @@ class Place(NamedTuple):
             exists = None if exists is None else exists[:, None]
             if not isinstance(where, pl.Slice):
                 where = where[:, None], jnp.arange(ref.shape[1], dtype=jnp.int32)[None, :]
-        if exists is None:
-            return plgpu.load(ref.at[where])
-        return plgpu.load(ref.at[where], mask=exists, other=jnp.array(fill, ref.dtype))
+        masked = {} if exists is None else {"mask": exists, "other": jnp.array(fill, ref.dtype)}
+        return plgpu.load(ref.at[where], **masked)
 
 
 class Part(NamedTuple):
