@@ -1,6 +1,6 @@
 """The two public functions, and the checks and the layout of their arguments."""
 
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,15 @@ def sinkhorn_attention(
 ) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
     """Compute attention whose weights are an entropic transport plan (arXiv 2605.08123; docs/math.md, sections 1 to 3).
 
-    The output has the dtype of v; potentials are float32, or float64 for float64 inputs.
+    The output has the dtype of v; potentials are float32, or float64 for float64 inputs. Scores of queries q and keys k
+    are `q . k / (sqrt(width) * epsilon)`. Lengths, of q and of k and v, are in residues; None is the padded length.
+    `dustbin_score`, of residues with the dustbin, is required if and only if `spec.dustbin` is not "none".
 
-    Args:
-        q: queries.
-        k: keys; scores are `q . k / (sqrt(width) * epsilon)`.
-        v: values.
-        spec: settings.
-        q_lengths: lengths of q in residues; the padded length if None.
-        k_lengths: lengths of k and v in residues; the padded length if None.
-        dustbin_score: score of residues with the dustbin; required if and only if `spec.dustbin` is not "none".
-        implementation: None chooses; "reference" is dense, "xla" computes the band only on any device, "pallas_gpu" and
-            "pallas_tpu" are kernels. A named one is used or refused, never replaced.
+    implementation: None chooses; "reference" is dense, "xla" computes the band only on any device, "pallas_gpu" and
+    "pallas_tpu" are kernels. A named one is used or refused, never replaced.
 
-    Raises:
-        ValueError: shapes, dtypes or lengths that do not fit, naming the argument. Lengths whose values are not known,
-            inside `jit`, are clipped to the padded length instead.
-        UnsupportedError: the named implementation cannot do this; the message says what to change.
+    Raises ValueError for shapes, dtypes or lengths that do not fit, naming the argument (inside `jit`, lengths are
+    clipped to the padded length instead), and UnsupportedError, saying what to change, where it cannot do this.
     """
     _check_implementation(implementation)
     batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
@@ -76,24 +68,13 @@ def transport_plan(
     return plan.reshape(batch, -1, *plan.shape[1:])
 
 
-class Arguments(NamedTuple):
-    """Array arguments after the checks, with defaults filled in."""
-
-    q: Float[Array, "batch rows heads width"]
-    k: Float[Array, "batch columns heads width"]
-    v: Float[Array, "batch columns heads value"]
-    dustbin_score: Float[Array, "heads"]
-    q_lengths: Int[Array, "batch"]
-    k_lengths: Int[Array, "batch"]
-
-
 def laid_out(q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score) -> tuple[int, Heads]:
     """Check arguments, and return the batch size and the inputs of a backend.
 
     v: values; None for problems that need only the plan. Raises ValueError.
     """
     arguments = _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
-    return arguments.q.shape[0], by_head(*arguments)
+    return arguments[0].shape[0], by_head(*arguments)
 
 
 def only_xla(implementation: Implementation | None, what: str) -> None:
@@ -122,8 +103,8 @@ def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
     return result
 
 
-def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> Arguments:
-    """Return the arguments as arrays. Raises ValueError, before anything else can fail on them."""
+def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> tuple[Array, ...]:
+    """Return what `by_head` takes, as arrays. Raises ValueError, before anything else can fail on them."""
     v = k if v is None else v
     for name, x in (("q", q), ("k", k), ("v", v)):
         shape, dtype = jnp.shape(x), jnp.result_type(x)
@@ -135,9 +116,7 @@ def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> Arguments:
     if k.shape != (batch, columns, heads, width):
         raise ValueError(f"k has shape {k.shape}; with q of shape {q.shape} it must be {(batch, 'any', heads, width)}")
     if v.shape[:3] != (batch, columns, heads):
-        raise ValueError(
-            f"v has shape {v.shape}; with k of shape {k.shape} it must be {(batch, columns, heads, 'any')}"
-        )
+        raise ValueError(f"v has shape {v.shape}; for k of shape {k.shape} it must be {(batch, columns, heads, 'any')}")
     if not isinstance(spec, SinkhornSpec):
         raise ValueError(f"spec={spec!r} must be a SinkhornSpec")
     longest = max(rows, columns)
@@ -145,25 +124,21 @@ def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> Arguments:
         raise ValueError(f"q and k of lengths {rows} and {columns} are too long for a band: at most 46276")
     if (dustbin_score is None) != (spec.dustbin == "none"):
         given = "missing" if dustbin_score is None else "given"
-        raise ValueError(
-            f"dustbin_score is {given}, but spec.dustbin={spec.dustbin!r}: give a score per head or 'none'"
-        )
+        raise ValueError(f"dustbin_score is {given}, but spec.dustbin={spec.dustbin!r}: give one a head or 'none'")
     if dustbin_score is None:
         dustbin_score = jnp.zeros(heads, q.dtype)
     elif jnp.shape(dustbin_score) != (heads,) or jnp.result_type(dustbin_score) not in _DTYPES:
         raise ValueError(f"dustbin_score must be {heads} floats, one a head; given {jnp.shape(dustbin_score)}")
-    n_q = _check_lengths("q_lengths", q_lengths, batch, rows)
-    n_k = _check_lengths("k_lengths", k_lengths, batch, columns)
-    return Arguments(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(dustbin_score), n_q, n_k)
+    sides = ("q_lengths", q_lengths, rows), ("k_lengths", k_lengths, columns)
+    return *map(jnp.asarray, (q, k, v, dustbin_score)), *(_check_lengths(*x, batch) for x in sides)
 
 
-def _check_lengths(name: str, lengths, batch: int, longest: int) -> Int[Array, "batch"]:
+def _check_lengths(name: str, lengths, longest: int, batch: int) -> Int[Array, "batch"]:
     if lengths is None:
         return jnp.full(batch, longest, jnp.int32)
-    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise ValueError(
-            f"{name} has shape {jnp.shape(lengths)} and dtype {jnp.result_type(lengths)}; it must be {batch} integers"
-        )
+    shape, dtype = jnp.shape(lengths), jnp.result_type(lengths)
+    if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} has shape {shape} and dtype {dtype}; it must be {batch} integers")
     if not isinstance(lengths, jax.core.Tracer):
         values = np.asarray(lengths)
         if values.min() < 0 or values.max() > longest:

@@ -1,15 +1,4 @@
-"""Bounds on the distance of a plan and its gradient from convergence (docs/math.md, section 7). They run in XLA.
-
-Distances of potentials are oscillations, `osc(x) = max x - min x`, since a constant moves from f to g for free. A half
-step, g -> f or f -> g, never increases them. Two bounds on its contraction are known:
-
-- For all potentials, where every row meets every column: `tanh(Delta / 4)`, Delta the projective diameter of `exp(S)`
-  (Birkhoff 1957, Hopf 1963; Franklin and Lorenz 1989 for Sinkhorn's iteration).
-- Near given potentials, where some columns meet every row, as a dustbin's column does in a band: the derivative of
-  g -> f is minus the matrix of row shares `P_ij / a_i`. Its rows agree in `delta = sum_j min_i P_ij / a_i` of their
-  mass, so that it contracts by `1 - delta` (Dobrushin 1956). Shares change by a factor of at least e^-r within a
-  distance r.
-"""
+"""Bounds on the distance of a plan and its gradient from convergence (docs/math.md, section 7). They run in XLA."""
 
 import functools
 from typing import NamedTuple
@@ -20,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from ot_attention import sinkhorn, support
 from ot_attention.api import laid_out, only_xla
-from ot_attention.kernel import Kernel
 from ot_attention.problem import Problem
 from ot_attention.spec import Heads, Implementation, SinkhornSpec
 from ot_attention.support import cleaned
@@ -126,25 +114,24 @@ def _nearby(heads: Heads, spec: SinkhornSpec) -> tuple[tuple[Array, ...], tuple[
     f, g = solved.f[:, 1], solved.g[:, 0]  # f is the half step from g, so that row sums are met
     rounding = 16 * jnp.finfo(f.dtype).eps * (1 + jnp.abs(f).max(-1) + jnp.abs(g).max(-1))
     changes = _oscillation(f - solved.f[:, 0], problem.a), _oscillation(solved.g[:, 1] - g, problem.b)
-    overlaps = _row_overlap(problem.scores, f, g, problem), _column_overlap(problem.scores, f, solved.g[:, 1], problem)
+    overlaps = _overlaps(problem, f, g, solved.g[:, 1])
     empty = problem.a.sum(-1) == 0
     return tuple(x + rounding for x in changes), tuple(jnp.where(empty, 1, x) for x in overlaps)
 
 
-def _row_overlap(scores: Kernel, f, g, problem: Problem) -> Float[Array, "N"]:
-    """Return `sum_j min_i P_ij / a_i`, over columns that meet every row."""
-    rows = (problem.a > 0).astype(f.dtype)
-    complete = scores.map(_exists).transpose_times(rows) == rows.sum(-1, keepdims=True)
-    shares = scores.shift(f - jnp.log(jnp.where(rows > 0, problem.a, 1)), g)
-    return jnp.where(complete & (problem.b > 0), jnp.exp(-shares.map(_negative).column_max()), 0).sum(-1)
+def _overlaps(problem: Problem, f, g, next_g) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Return `sum_j min_i P_ij / a_i` over columns that meet every row, and `sum_i min_j P_ij / b_j` the other way.
 
-
-def _column_overlap(scores: Kernel, f, g, problem: Problem) -> Float[Array, "N"]:
-    """Return `sum_i min_j P_ij / b_j`, over rows that meet every column."""
-    columns = (problem.b > 0).astype(f.dtype)
-    complete = scores.map(_exists).times(columns) == columns.sum(-1, keepdims=True)
-    shares = scores.shift(f, g - jnp.log(jnp.where(columns > 0, problem.b, 1)))
-    return jnp.where(complete & (problem.a > 0), jnp.exp(-shares.map(_negative).row_max()), 0).sum(-1)
+    The first is of the plan of f and g, the second of f and next_g.
+    """
+    a, b, scores = problem.a, problem.b, problem.scores
+    rows, columns = ((x > 0).astype(f.dtype) for x in (a, b))
+    exists = scores.map(lambda entries: jnp.isfinite(entries).astype(f.dtype))
+    meet_rows = (exists.transpose_times(rows) == rows.sum(-1, keepdims=True)) & (b > 0)
+    meet_columns = (exists.times(columns) == columns.sum(-1, keepdims=True)) & (a > 0)
+    in_columns = jnp.exp(-scores.shift(f - support.log(a), g).map(_negative).column_max())
+    in_rows = jnp.exp(-scores.shift(f, next_g - support.log(b)).map(_negative).row_max())
+    return jnp.where(meet_rows, in_columns, 0).sum(-1), jnp.where(meet_columns, in_rows, 0).sum(-1)
 
 
 def _bias(changes: tuple[Array, ...], overlaps: tuple[Array, ...], everywhere, spec: SinkhornSpec) -> Bias:
@@ -203,10 +190,6 @@ def _oscillation(x: Float[Array, "N length"], target: Float[Array, "N length"]) 
     there = target > 0
     change = jnp.where(there, x, -jnp.inf).max(-1) - jnp.where(there, x, jnp.inf).min(-1)
     return jnp.where(there.any(-1), change, 0)
-
-
-def _exists(scores: Array) -> Array:
-    return jnp.isfinite(scores).astype(scores.dtype)
 
 
 def _negative(scores: Array) -> Array:

@@ -1,13 +1,7 @@
-"""Linear systems with a plan's marginals: Newton steps to a converged plan, and the exact gradient there.
+"""Linear systems with a plan's marginals, for Newton steps and implicit gradients (docs/math.md, sections 5 and 6).
 
-With row and column sums a and b of a plan P both solve (docs/math.md, sections 5 and 6)
-
-    diag(a) x + P y = f_bar        P^T x + diag(b) y = g_bar
-
-by conjugate gradients on the rows, `(diag(a) - P diag(1/b) P^T) x = f_bar - P (g_bar / b)`. They need products with P
-and P^T only. In a narrow band without a dustbin mass moves W columns a step, so that smooth errors last about
-(L / W)^2 steps. A coarse-grid correction (Nicolaides 1987, deflation) takes them: its basis are hat functions every
-W / 2 along the diagonal.
+In a narrow band without a dustbin mass moves W columns a step, so that smooth errors last about (L / W)^2 steps. A
+coarse-grid correction (Nicolaides 1987, deflation) takes them, in a basis of hat functions every W / 2 on the diagonal.
 """
 
 from collections.abc import Callable
@@ -15,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from ot_attention.spec import AllColumns, AllRows, Lengths
 from ot_attention.support import divide
 
 # A hat reaches W / 2 to either side, the band reaches W, and hats are W / 2 apart: the plan connects a hat with this
@@ -25,6 +20,7 @@ _NEIGHBOURS = 3
 _COLOURS = 2 * _NEIGHBOURS + 1
 _MOST_HATS = 126  # longer sequences have wider hats, so that cost stays linear in the length
 _LARGEST_CHANGE = 2.0  # of a potential in one Newton step
+Basis = tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]
 
 
 class Plan(NamedTuple):
@@ -32,16 +28,14 @@ class Plan(NamedTuple):
 
     times: Callable[[Array], Array]  # [N, all_columns] or [N, all_columns, m] -> the same of all_rows
     transpose_times: Callable[[Array], Array]  # [N, all_rows] -> [N, all_columns]
-    row_sums: Float[Array, "N all_rows"]
-    column_sums: Float[Array, "N all_columns"]
-    bin_column: Float[Array, "N all_rows"]  # the plan's last column and row
-    bin_row: Float[Array, "N all_columns"]
-    coarse_basis: tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]
+    row_sums: AllRows
+    column_sums: AllColumns
+    bin_column: AllRows  # the plan's last column and row
+    bin_row: AllColumns
+    coarse_basis: Basis
 
 
-def coarse_basis(
-    n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, band: int | None, dtype: jnp.dtype
-) -> tuple[Float[Array, "N all_rows m"], Float[Array, "N all_columns m"]]:
+def coarse_basis(n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dtype: jnp.dtype) -> Basis:
     """Return hat functions of the position along the diagonal that sum to 1, 0 at the dustbin.
 
     Their number m is a multiple of `_COLOURS`.
@@ -60,9 +54,7 @@ def coarse_basis(
     return at(rows, n_q[:, None]), at(columns, n_k[:, None])
 
 
-def solve(
-    plan: Plan, f_bar: Float[Array, "N all_rows"], g_bar: Float[Array, "N all_columns"], steps: int
-) -> tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]:
+def solve(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: int) -> tuple[AllRows, AllColumns]:
     """Solve the system for x and y by `steps` conjugate gradient steps.
 
     (x + c, y - c) is a solution too for any c. Solutions exist only if f_bar and g_bar have equal sums, as the
@@ -93,7 +85,7 @@ def solve(
     return x, divide(g_bar - plan.transpose_times(x), b)
 
 
-def newton_correction(plan: Plan, a: Float[Array, "N all_rows"], steps: int) -> Float[Array, "N all_columns"]:
+def newton_correction(plan: Plan, a: AllRows, steps: int) -> AllColumns:
     """Return the change of g in a Newton step towards row sums a. Assumes that column sums are met."""
     x, y = solve(plan, a - plan.row_sums, jnp.zeros_like(plan.column_sums), steps)
     centre = divide(_dot(a, x), a.sum(-1, keepdims=True))
@@ -104,12 +96,9 @@ def newton_correction(plan: Plan, a: Float[Array, "N all_rows"], steps: int) -> 
 
 
 def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
-    """Return the preconditioner `diag(1/a) + Z C^-1 Z^T`: Jacobi with a coarse-grid correction.
-
-    Z is the coarse basis over rows, with one more function for the dustbin's row. C is the Schur complement of the
-    whole system projected onto the basis.
-    """
-    a, (row_basis, column_basis) = plan.row_sums, (_with_dustbin(x) for x in plan.coarse_basis)
+    """Return the preconditioner `diag(1/a) + Z C^-1 Z^T` (docs/math.md, section 5)."""
+    padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in plan.coarse_basis)
+    a, (row_basis, column_basis) = plan.row_sums, (x.at[:, -1, -1].set(1) for x in padded)
     inverse = _coarse_inverse(plan, row_basis, column_basis)
 
     def precondition(r):
@@ -161,8 +150,3 @@ def _inverse(x: Float[Array, "N m m"]) -> Float[Array, "N m m"]:
 
 def _dot(x: Float[Array, "N length"], y: Float[Array, "N length"]) -> Float[Array, "N 1"]:
     return (x * y).sum(-1, keepdims=True)
-
-
-def _with_dustbin(basis: Float[Array, "N all m"]) -> Float[Array, "N all m+1"]:
-    """Append a function that is 1 at the dustbin alone."""
-    return jnp.pad(basis, ((0, 0), (0, 0), (0, 1))).at[:, -1, -1].set(1)

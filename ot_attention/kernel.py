@@ -1,6 +1,6 @@
 """Matrices over the augmented support, as the band's tiles and the dustbin's vectors, and their products."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
@@ -8,13 +8,14 @@ from jaxtyping import Array, Float, PyTree
 
 from ot_attention import support
 from ot_attention.backends import Band, RemakingBand
+from ot_attention.spec import AllColumns, AllRows, Columns, Rows
 
 
 class DustbinEntries(NamedTuple):
     """Last column and row of a kernel, and the entry where they meet."""
 
-    column: Float[Array, "N rows"]
-    row: Float[Array, "N columns"]
+    column: Rows
+    row: Columns
     corner: Float[Array, "N 1"]
 
 
@@ -28,45 +29,25 @@ class Kernel(NamedTuple):
     tiles: PyTree[Array]  # only the band looks inside
     bin: DustbinEntries | None
 
-    def shift(self, f: Float[Array, "N all_rows"], g: Float[Array, "N all_columns"]) -> "Kernel":
+    def shift(self, f: AllRows, g: AllColumns) -> "Kernel":
         """Return `S + f_i + g_j`."""
-        f_bin, g_bin = f[:, -1:], g[:, -1:]
-
-        def of_bin(column, row, corner):
-            return column + f[:, :-1] + g_bin, row + f_bin + g[:, :-1], corner + f_bin + g_bin
-
-        return self._remade(self.band.shift(self.tiles, f, g), of_bin)
+        return self._remade(self.band.shift(self.tiles, f, g), lambda entry, f, g: entry + f + g, *_at_bin(f, g))
 
     def map(self, function: Callable[[Array], Array]) -> "Kernel":
         """Apply a function to every entry, also outside the support. For bands whose tiles are arrays."""
-        return self._remade(function(self.tiles), lambda *entries: map(function, entries))
+        return self._remade(function(self.tiles), function)
 
     def exp(self) -> "Kernel":
-        return self._remade(self.band.exp(self.tiles), lambda *entries: map(jnp.exp, entries))
-
-    def scale(self, u: Float[Array, "N all_rows"], v: Float[Array, "N all_columns"]) -> "Kernel":
-        """Return `u_i K v_j`."""
-        u_bin, v_bin = u[:, -1:], v[:, -1:]
-
-        def of_bin(column, row, corner):
-            return column * u[:, :-1] * v_bin, row * u_bin * v[:, :-1], corner * u_bin * v_bin
-
-        return self._remade(self.band.scale_by(self.tiles, u[:, :-1], v[:, :-1]), of_bin)
+        return self._remade(self.band.exp(self.tiles), jnp.exp)
 
     def modulate(self, *fields: tuple[Float[Array, "N all_rows _"], Float[Array, "N all_columns _"]]) -> "Kernel":
         """Return `K_ij` times the sum of fields `x_i . y_j`, each of low rank."""
-
-        def of_bin(column, row, corner):
-            x, y = (jnp.concatenate(side, -1) for side in zip(*fields, strict=True))
-            x_bin, y_bin = x[:, -1:], y[:, -1:]
-            column, row = column * (x[:, :-1] * y_bin).sum(-1), row * (x_bin * y[:, :-1]).sum(-1)
-            return column, row, corner * (x_bin * y_bin).sum(-1)
-
-        return self._remade(self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields)), of_bin)
+        tiles = self.band.modulate(self.tiles, *((x[:, :-1], y[:, :-1]) for x, y in fields))
+        x, y = (jnp.concatenate(side, -1) for side in zip(*fields, strict=True))
+        return self._remade(tiles, lambda entry, x, y: entry * (x * y).sum(-1), *_at_bin(x, y))
 
     def minus(self, other: "Kernel") -> "Kernel":
-        entries = self.bin and other.bin and DustbinEntries(*map(jnp.subtract, self.bin, other.bin))
-        return Kernel(self.band, self.band.minus(self.tiles, other.tiles), entries)
+        return self._remade(self.band.minus(self.tiles, other.tiles), jnp.subtract, other.bin)
 
     def multiplied(self, other: "Kernel") -> "Kernel":
         """Multiply entry by entry; 0 where this kernel is 0."""
@@ -74,8 +55,7 @@ class Kernel(NamedTuple):
         def product(x, y):
             return jnp.where(x == 0, 0, x * y)
 
-        entries = self.bin and other.bin and DustbinEntries(*map(product, self.bin, other.bin))
-        return Kernel(self.band, product(self.tiles, other.tiles), entries)
+        return self._remade(product(self.tiles, other.tiles), product, other.bin)
 
     def times(self, x: Float[Array, "N all_columns ..."]) -> Float[Array, "N all_rows ..."]:
         """Return `K x`, for a vector or several columns at once."""
@@ -86,7 +66,7 @@ class Kernel(NamedTuple):
         dustbin = (row * x[:, :-1]).sum(1, keepdims=True) + corner * x[:, -1:]
         return jnp.concatenate([residues + column * x[:, -1:], dustbin], 1)
 
-    def transpose_times(self, x: Float[Array, "N all_rows"]) -> Float[Array, "N all_columns"]:
+    def transpose_times(self, x: AllRows) -> AllColumns:
         """Return `K^T x`."""
         residues = self.band.transpose_times(self.tiles, x[:, :-1])
         if self.bin is None:
@@ -95,9 +75,7 @@ class Kernel(NamedTuple):
         dustbin = (column * x[:, :-1]).sum(1, keepdims=True) + corner * x[:, -1:]
         return jnp.concatenate([residues + row * x[:, -1:], dustbin], 1)
 
-    def scale_once(
-        self, a: Float[Array, "N all_rows"], b: Float[Array, "N all_columns"]
-    ) -> tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]:
+    def scale_once(self, a: AllRows, b: AllColumns) -> tuple[AllRows, AllColumns]:
         """Compute the scalings of one step, `u = a / (K 1)` and `v = b / (K^T u)`, for a band that remakes entries."""
         band = cast(RemakingBand, self.band)
         if self.bin is None:
@@ -109,20 +87,26 @@ class Kernel(NamedTuple):
         bin_sum = (column * u).sum(1, keepdims=True) + corner * u_bin
         return support.append(u, u_bin), support.divide(b, support.append(sums + row * u_bin, bin_sum))
 
-    def row_max(self) -> Float[Array, "N all_rows"]:
+    def row_max(self) -> AllRows:
         residues = self.band.row_max(self.tiles)
         if self.bin is None:
             return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
         return jnp.concatenate([jnp.maximum(residues, column), jnp.maximum(row.max(-1, keepdims=True), corner)], 1)
 
-    def column_max(self) -> Float[Array, "N all_columns"]:
+    def column_max(self) -> AllColumns:
         residues = self.band.column_max(self.tiles)
         if self.bin is None:
             return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
         return jnp.concatenate([jnp.maximum(residues, row), jnp.maximum(column.max(-1, keepdims=True), corner)], 1)
 
-    def _remade(self, tiles: PyTree[Array], of_bin: Callable[..., Iterable[Array]]) -> "Kernel":
-        """Return a kernel of new tiles, with `of_bin(column, row, corner)` as the dustbin's entries if there is one."""
-        return Kernel(self.band, tiles, self.bin and DustbinEntries(*of_bin(*self.bin)))
+    def _remade(self, tiles: PyTree[Array], function: Callable[..., Array], *others) -> "Kernel":
+        """Return a kernel of new tiles; the dustbin's entries, if any, are mapped together with the others'."""
+        return Kernel(self.band, tiles, self.bin and DustbinEntries(*map(function, self.bin, *others)))
+
+
+def _at_bin(x: Float[Array, "N all_rows ..."], y: Float[Array, "N all_columns ..."]):
+    """Return the entries of x and of y that meet in the dustbin's column, its row and its corner."""
+    x_bin, y_bin = x[:, -1:], y[:, -1:]
+    return (x[:, :-1], x_bin, x_bin), (y_bin, y[:, :-1], y_bin)

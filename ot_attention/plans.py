@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_attention import support
-from ot_attention.spec import SinkhornSpec
+from ot_attention.spec import Rows, SinkhornSpec
 
 _ROWS = 32  # of a banded plan, made at a time
 
+Queries = Float[Array, "N rows width"]
+Keys = Float[Array, "N columns width"]
 Lengths = tuple[Int[Array, "N"], Int[Array, "N"]]
 
 
@@ -32,79 +34,59 @@ class BandedPlan(NamedTuple):
     first: Int[Array, "N rows"]
 
 
-class _Support(NamedTuple):
-    """First and last column (inclusive) in the support of each row."""
-
-    first: Int[Array, "N rows"]
-    last: Int[Array, "N rows"]
-
-    @classmethod
-    def of(cls, rows: int, lengths: Lengths, spec: SinkhornSpec) -> "_Support":
-        n_q, n_k = (n.astype(jnp.int32) for n in lengths)
-        index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (len(n_q), rows))
-        return cls(*support.row_windows(index, n_q, n_k, spec.band))
-
-    def holds(self, columns: Int[Array, "#N #rows _"]) -> Bool[Array, "N rows _"]:
-        return (self.first[..., None] <= columns) & (columns <= self.last[..., None])
+def _windows(rows: int, lengths: Lengths, spec: SinkhornSpec) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]:
+    n_q, n_k = (n.astype(jnp.int32) for n in lengths)
+    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (len(n_q), rows))
+    return support.row_windows(index, n_q, n_k, spec.band)
 
 
-def _scores(q: Float[Array, "N rows width"], k: Float[Array, "N columns width"], spec: SinkhornSpec):
+def _within(windows, columns: Int[Array, "#N #rows _"]) -> Bool[Array, "N rows _"]:
+    first, last = windows
+    return (first[..., None] <= columns) & (columns <= last[..., None])
+
+
+def _scores(q: Queries, k: Keys, spec: SinkhornSpec):
     q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, k))
     return jnp.einsum("nid,njd->nij", q, k, precision="highest") / (math.sqrt(q.shape[-1]) * spec.epsilon)
 
 
 def log_plan(
-    q: Float[Array, "N rows width"],
-    k: Float[Array, "N columns width"],
-    potentials: Potentials,
-    lengths: Lengths,
-    spec: SinkhornSpec,
+    q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec
 ) -> Float[Array, "N rows columns"]:
     """Return `log P_ij`, dense, minus infinity outside the support."""
     f, g = potentials.f[:, : q.shape[1], None], potentials.g[:, None, : k.shape[1]]
-    inside = _Support.of(q.shape[1], lengths, spec).holds(jnp.arange(k.shape[1])[None, None])
+    inside = _within(_windows(q.shape[1], lengths, spec), jnp.arange(k.shape[1])[None, None])
     # The inner `where` keeps gradients finite.
     return jnp.where(inside, jnp.where(inside, _scores(q, k, spec) + f + g, 0), -jnp.inf)
 
 
 def log_plan_at(
-    target: Int[Array, "N rows"],
-    q: Float[Array, "N rows width"],
-    k: Float[Array, "N columns width"],
-    potentials: Potentials,
-    lengths: Lengths,
-    spec: SinkhornSpec,
-) -> Float[Array, "N rows"]:
+    target: Int[Array, "N rows"], q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec
+) -> Rows:
     """Return `log P_i,target(i)`, minus infinity outside the support and for negative targets."""
     column = jnp.maximum(target, 0)
     q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, jnp.take_along_axis(k, column[..., None], axis=1)))
     score = (q * k).sum(-1) / (math.sqrt(q.shape[-1]) * spec.epsilon)
     f, g = potentials.f[:, : q.shape[1]], jnp.take_along_axis(potentials.g, column, axis=1)
-    inside = (target >= 0) & _Support.of(q.shape[1], lengths, spec).holds(column[..., None])[..., 0]
+    inside = (target >= 0) & _within(_windows(q.shape[1], lengths, spec), column[..., None])[..., 0]
     return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
 
 
-def banded_plan(
-    q: Float[Array, "N rows width"],
-    k: Float[Array, "N columns width"],
-    potentials: Potentials,
-    lengths: Lengths,
-    spec: SinkhornSpec,
-) -> BandedPlan:
+def banded_plan(q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec) -> BandedPlan:
     """Return the plan by windows of `2 band + 1` columns; only a few rows at a time are dense."""
     rows, columns = q.shape[1], k.shape[1]
-    band = _Support.of(rows, lengths, spec)
+    windows = _windows(rows, lengths, spec)
     window = jnp.arange(columns if spec.band is None else min(2 * spec.band + 1, columns))
 
     def some_rows(part):
-        q, f, band = part
-        place = band.first[..., None] + window
+        q, f, windows = part
+        place = windows[0][..., None] + window
         log_plan = _scores(q, k, spec) + potentials.g[:, None, :columns]
         log_plan = jnp.take_along_axis(log_plan, jnp.minimum(place, columns - 1), axis=2) + f[..., None]
-        return jnp.where(band.holds(place), jnp.exp(log_plan), 0)
+        return jnp.where(_within(windows, place), jnp.exp(log_plan), 0)
 
     step = math.gcd(rows, _ROWS)
-    given = q, potentials.f[:, :rows], band
+    given = q, potentials.f[:, :rows], windows
     parts = jax.tree.map(lambda x: x.reshape(len(q), -1, step, *x.shape[2:]).swapaxes(0, 1), given)
     values = jax.lax.map(some_rows, parts).swapaxes(0, 1)
-    return BandedPlan(values.reshape(len(q), rows, -1), band.first)
+    return BandedPlan(values.reshape(len(q), rows, -1), windows[0])

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from ot_attention import implicit, support
 from ot_attention.backends import Band
 from ot_attention.backends.xla import Band as XlaBand
 from ot_attention.kernel import DustbinEntries, Kernel
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.spec import AllColumns, AllRows, Heads, Lengths, SinkhornSpec
 
 # Scalings beyond it are absorbed into the potentials. A row's largest kernel entry is 1, or at least e^-16 where the
 # row maximum is skipped: entries too small for float32 hold under 1e-10 of a row or column.
@@ -24,10 +24,10 @@ class Problem(NamedTuple):
     """Scores of a group of heads, and the targets of row and column sums."""
 
     scores: Kernel
-    a: Float[Array, "N all_rows"]
-    b: Float[Array, "N all_columns"]
+    a: AllRows
+    b: AllColumns
     spec: SinkhornSpec
-    lengths: tuple[Int[Array, "N"], Int[Array, "N"]]
+    lengths: tuple[Lengths, Lengths]
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand) -> "Problem":
@@ -38,21 +38,13 @@ class Problem(NamedTuple):
         if spec.dustbin != "none":
             exists = support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None]
             bin_score = bin_score.astype(dtype)[:, None]
-            dustbin = DustbinEntries(
-                column=jnp.where(exists & (a[:, :-1] > 0), bin_score, -jnp.inf),
-                row=jnp.where(exists & (b[:, :-1] > 0), bin_score, -jnp.inf),
-                corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf),
-            )
+            column, row = (jnp.where(exists & (x[:, :-1] > 0), bin_score, -jnp.inf) for x in (a, b))
+            dustbin = DustbinEntries(column, row, corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf))
         created, tiles = band.scores(q, k, n_q, n_k, spec.band, score_scale(heads, spec))
         return cls(Kernel(created, tiles, dustbin), a, b, spec, (n_q, n_k))
 
-    def linear_system(
-        self, kernel: Kernel, u: Float[Array, "N all_rows"], v: Float[Array, "N all_columns"]
-    ) -> implicit.Plan:
-        """Return the linear system of Newton steps and implicit gradients at `diag(u) K diag(v)`.
-
-        Assumes that the plan's column sums are b.
-        """
+    def linear_system(self, kernel: Kernel, u: AllRows, v: AllColumns) -> implicit.Plan:
+        """Return the linear system of Newton steps and implicit gradients at `diag(u) K diag(v)`, of column sums b."""
         bin_column, bin_row = jnp.zeros_like(self.a), jnp.zeros_like(self.b)
         if kernel.bin is not None:
             column, row, corner = kernel.bin
@@ -74,19 +66,14 @@ def score_scale(heads: Heads, spec: SinkhornSpec) -> float:
     return 1 / (math.sqrt(heads.q.shape[-1]) * spec.epsilon)
 
 
-def row_tops(
-    problem: Problem, heads: Heads, g: Float[Array, "N all_columns"], plain: Bool[Array, ""] | bool = True
-) -> Float[Array, "N all_rows"]:
+def row_tops(problem: Problem, heads: Heads, g: AllColumns, plain: Bool[Array, ""] | bool = True) -> AllRows:
     """Return the row maxima to subtract from `S + g` before exp; zeros if g = 0 and scores are below 16.
 
     plain: whether g is 0.
     """
-    f = jnp.zeros_like(problem.a)
-    return jax.lax.cond(
-        plain & (_largest_score(heads, problem.spec) < _LARGEST_PLAIN_SCORE),
-        lambda: f,
-        lambda: jnp.where(problem.a > 0, problem.scores.shift(f, g).row_max(), 0),
-    )
+    f, a = jnp.zeros_like(problem.a), problem.a
+    plain &= _largest_score(heads, problem.spec) < _LARGEST_PLAIN_SCORE
+    return jax.lax.cond(plain, lambda: f, lambda: jnp.where(a > 0, problem.scores.shift(f, g).row_max(), 0))
 
 
 def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
@@ -96,25 +83,22 @@ def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
     return jnp.maximum(longest_q * longest_k * score_scale(heads, spec), jnp.abs(heads.dustbin_score).max())
 
 
-def row_potentials(problem: Problem, g: Float[Array, "N all_columns"]) -> Float[Array, "N all_rows"]:
+def row_potentials(problem: Problem, g: AllColumns) -> AllRows:
     """Compute the half step `f = log a - LSE_j(S + g)` in the log domain."""
     a, b = problem.a, problem.b
     shifted = problem.scores.shift(jnp.zeros_like(a), g)
     top = jnp.where(a > 0, shifted.row_max(), 0)
-    return log(support.divide(a, shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b)))) - top
+    sums = shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b))
+    return support.log(support.divide(a, sums)) - top
 
 
-def column_potentials(problem: Problem, f: Float[Array, "N all_rows"]) -> Float[Array, "N all_columns"]:
+def column_potentials(problem: Problem, f: AllRows) -> AllColumns:
     """Compute the half step `g = log b - LSE_i(S + f)` in the log domain."""
     a, b = problem.a, problem.b
     shifted = problem.scores.shift(f, jnp.zeros_like(b))
     top = jnp.where(b > 0, shifted.column_max(), 0)
-    return log(support.divide(b, shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a)))) - top
-
-
-def log(scaling: Array) -> Array:
-    """Return the logarithm of a scaling, 0 where it is 0: potentials without support are 0."""
-    return jnp.log(jnp.where(scaling == 0, 1, scaling))
+    sums = shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a))
+    return support.log(support.divide(b, sums)) - top
 
 
 def in_range(scaling: Array, target: Array) -> Bool[Array, ""]:

@@ -11,19 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ot_attention import implicit, support
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.backends import Attended
+from ot_attention.spec import AllColumns, AllRows, Heads, SinkhornSpec
 
 platform = None  # any
 
 
 def solve(
     heads: Heads, spec: SinkhornSpec
-) -> tuple[
-    Float[Array, "heads all_rows all_columns"],
-    Float[Array, "heads all_rows"],
-    Float[Array, "heads all_columns"],
-    Float[Array, "heads"],
-]:
+) -> tuple[Float[Array, "N all_rows all_columns"], AllRows, AllColumns, Float[Array, "N"]]:
     """Return plan, log-potentials f and g, and residual of the augmented problem (docs/math.md, section 3)."""
     q, k, _, dustbin_score, n_q, n_k = heads
     rows, columns = q.shape[1], k.shape[1]
@@ -60,14 +56,7 @@ def solve(
     return plan, f, g, jax.lax.stop_gradient(deviation.max(-1))
 
 
-def attend(
-    heads: Heads, spec: SinkhornSpec
-) -> tuple[
-    Float[Array, "heads rows value"],
-    Float[Array, "heads all_rows"],
-    Float[Array, "heads all_columns"],
-    Float[Array, "heads"],
-]:
+def attend(heads: Heads, spec: SinkhornSpec) -> Attended:
     """Return output, f, g and residual."""
     heads = support.cleaned(heads)
     plan, f, g, residual = solve(heads, spec)
@@ -80,13 +69,9 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> None:
     del heads, spec
 
 
-def _system(plan: Float[Array, "heads rows columns"], basis) -> implicit.Plan:
-    def times(x):
-        return jnp.einsum("hij,hj...->hi...", plan, x, precision="highest")
-
-    def transpose_times(x):
-        return jnp.einsum("hij,hi->hj", plan, x, precision="highest")
-
+def _system(plan: Float[Array, "N rows columns"], basis) -> implicit.Plan:
+    products = "hij,hj...->hi...", "hij,hi->hj"
+    times, transpose_times = (functools.partial(jnp.einsum, x, plan, precision="highest") for x in products)
     return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), plan[:, :, -1], plan[:, -1], basis)
 
 
@@ -109,9 +94,7 @@ def _converged_bwd(cg_steps, kept, cotangents):
 _converged.defvjp(_converged_fwd, _converged_bwd)
 
 
-def log_scaling(
-    scores: Float[Array, "*heads rows columns"], target: Float[Array, "*heads side"], axis: int
-) -> Float[Array, "*heads side"]:
+def log_scaling(scores: Float[Array, "*N rows columns"], target: Float[Array, "*N n"], axis: int):
     """Return `log target - logsumexp(scores)` along an axis, 0 (with gradient 0) where there is no support."""
     supported = target > 0
     top = jax.lax.stop_gradient(jnp.where(supported, scores.max(axis), 0))

@@ -77,23 +77,22 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
     f_bar = d_f + support.with_dustbin((d_out * solved.out).sum(-1))
 
-    if spec.gradient == "implicit":
-        x, y = _implicit_terms(problem, plan, f_bar, g_bar)
-    else:
-        change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
-        gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
-        x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
-    d_scores = plan.modulate((support.with_dustbin(d_out), support.with_dustbin(heads.v)), (-x, y))
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
+    values = support.with_dustbin(d_out), support.with_dustbin(heads.v)
     if spec.gradient == "implicit":
-        dq, dk, d_bin = pull_back(d_scores)
-    else:
-        dq, dk, d_bin = jax.lax.cond(
-            gentle,
-            lambda d, *_: pull_back(d),
-            lambda d, *rest: pull_back(_minus_exact_tail(d, problem, *rest)),
-            *(d_scores, solved, f_bar, g_bar),
-        )
+        # dS = P * (G - x_i - y_j), docs/math.md, section 5
+        one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
+        system = problem.linear_system(plan, one_row, one_column)
+        x, y = implicit.solve(system, f_bar, g_bar, spec.cg_steps)
+        terms = -jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)
+        dq, dk, d_bin = pull_back(plan.modulate(values, terms))
+        return dq, dk, dv, d_bin
+    change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
+    gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
+    x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
+    d_scores = plan.modulate(values, (-x, y))
+    exact = functools.partial(_minus_exact_tail, d_scores, problem, solved, f_bar, g_bar)
+    dq, dk, d_bin = jax.lax.cond(gentle, lambda: pull_back(d_scores), lambda: pull_back(exact()))
     return dq, dk, dv, d_bin
 
 
@@ -127,20 +126,13 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
     For potentials that move so far within the tail that the vectors of `_tail_terms` would overflow.
     """
     a, b, scores = problem.a, problem.b, problem.scores
+    one_row, one_column = (jnp.ones_like(x)[..., None] for x in (a, b))
     for r in range(problem.spec.tail_steps, 0, -1):
         f, g, earlier_g = solved.f[:, r], solved.g[:, r], solved.g[:, r - 1]
         factor, y = scores.shift(f, g).exp(), support.divide(g_bar, b)
         f_bar = f_bar - factor.times(y)
-        d_scores = d_scores.minus(factor.scale(jnp.ones_like(a), y))
+        d_scores = d_scores.minus(factor.modulate((one_row, y[..., None])))
         factor, x = scores.shift(f, earlier_g).exp(), support.divide(f_bar, a)
-        d_scores = d_scores.minus(factor.scale(x, jnp.ones_like(b)))
+        d_scores = d_scores.minus(factor.modulate((x[..., None], one_column)))
         f_bar, g_bar = jnp.zeros_like(f_bar), -factor.transpose_times(x)
     return d_scores
-
-
-def _implicit_terms(problem: Problem, plan: Kernel, f_bar, g_bar):
-    """Return the two terms of the converged plan's gradient, `dS = P * (G - x_i - y_j)` (docs/math.md, section 5)."""
-    one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
-    system = problem.linear_system(plan, one_row, one_column)
-    x, y = implicit.solve(system, f_bar, g_bar, problem.spec.cg_steps)
-    return jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)

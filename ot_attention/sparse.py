@@ -2,18 +2,13 @@
 
 A sort network scores every place against every block of keys and values. Sinkhorn steps balance the scores into a soft
 permutation, by which blocks move to places. A query attends, in one softmax, to the block at its place and to its own.
-
-Where the paper leaves room, we chose:
+The paper leaves room for choices beside those that section 11 names:
 
 - The caller brings the sort network (`models/attention.py`), which reads `pooled`. The paper's network has one output
   for every place, and so one length; scores of places against blocks fit any length.
 - A balancing step normalises columns, then rows: every place holds a mean of blocks after any number of steps.
-- The last block may reach over the end of a sequence. The key that comes to a slot is the mean over real residues, and
-  its weight in the softmax is the share of real residues.
-- Causal: a block moves to later places only, since its own place may not see all of it. Column sums run over places up
-  to the current one, since later places depend on residues that it may not see. The only doubly stochastic matrix on
-  that triangle is the shift by one place, and balancing tends to it: after k steps any other block has a share of at
-  most about 1 / k. Take few steps.
+- Causal: column sums run over places up to the current one, since later places depend on residues that it may not see.
+  Balancing tends to the shift by one place: take few steps.
 """
 
 import dataclasses
@@ -25,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ot_attention import reference, support
 
+Residues = Float[Array, "batch length heads width"]
+Values = Float[Array, "batch length heads value"]
 _LEAST_SHARE = 1e-6  # Smaller shares of real residues count as 0: the gradient of their mean would overflow.
 _NEVER = -1e30  # Score of a forbidden block: finite, because cumulative sums of minus infinities have no gradient.
 
@@ -119,19 +116,18 @@ def _balanced_causally(scores, allowed: Bool[Array, "batch 1 places blocks"], st
 
 
 def sparse_sinkhorn_attention(
-    q: Float[Array, "batch length heads width"],
-    k: Float[Array, "batch length heads width"],
-    v: Float[Array, "batch length heads value"],
+    q: Residues,
+    k: Residues,
+    v: Values,
     scores: Float[Array, "batch heads places blocks"],
     spec: SparseSpec,
     lengths: Int[Array, "batch"] | None = None,
     noise: Key[Array, "batch"] | None = None,
-) -> Float[Array, "batch length heads value"]:
+) -> Values:
     """Attend by softmax to the sorted and the own block. The output has the dtype of v, and is 0 at padding.
 
     scores: the sort network's, places against blocks, `spec.blocks(length)` of each; float32 is best.
     noise: as in `soft_permutation`.
-
     Raises ValueError for shapes that do not fit, naming the argument.
     """
     q, k, v, lengths = _checked(q, k, v, lengths)
@@ -150,25 +146,16 @@ def sparse_sinkhorn_attention(
 
 
 def local_attention(
-    q: Float[Array, "batch length heads width"],
-    k: Float[Array, "batch length heads width"],
-    v: Float[Array, "batch length heads value"],
-    spec: SparseSpec,
-    lengths: Int[Array, "batch"] | None = None,
-) -> Float[Array, "batch length heads value"]:
+    q: Residues, k: Residues, v: Values, spec: SparseSpec, lengths: Int[Array, "batch"] | None = None
+) -> Values:
     """Attend by softmax to the own block alone; only `spec.block` and `spec.causal` are read. Raises ValueError."""
     q, k, v, lengths = _checked(q, k, v, lengths)
     return support.zero_padding(_attend_to_blocks(q, k, v, None, spec, lengths), lengths)
 
 
 def softmax_attention(
-    q: Float[Array, "batch length heads width"],
-    k: Float[Array, "batch length heads width"],
-    v: Float[Array, "batch length heads value"],
-    *,
-    causal: bool,
-    lengths: Int[Array, "batch"] | None = None,
-) -> Float[Array, "batch length heads value"]:
+    q: Residues, k: Residues, v: Values, *, causal: bool, lengths: Int[Array, "batch"] | None = None
+) -> Values:
     """Attend by dense softmax; 0 at padding. Raises ValueError for shapes that do not fit."""
     q, k, v, lengths = _checked(q, k, v, lengths)
     one_block = SparseSpec(block=q.shape[1], causal=causal)

@@ -12,6 +12,13 @@ Gradient = Literal["tail", "implicit", "unrolled"]
 Solver = Literal["sinkhorn", "newton"]
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
+# Vectors over the rows and the columns of N problems; "all" means with the dustbin's entry, last.
+Rows = Float[jax.Array, "N rows"]
+Columns = Float[jax.Array, "N columns"]
+AllRows = Float[jax.Array, "N all_rows"]
+AllColumns = Float[jax.Array, "N all_columns"]
+Lengths = Int[jax.Array, "N"]
+
 
 class UnsupportedError(Exception):
     """Error for a named implementation that cannot serve a call. The message says why and what to change."""

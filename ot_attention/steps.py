@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ot_attention import implicit, support
 from ot_attention.kernel import Kernel
-from ot_attention.problem import Problem, column_potentials, in_range, log, row_potentials, row_tops
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.problem import Problem, column_potentials, in_range, row_potentials, row_tops
+from ot_attention.spec import AllColumns, AllRows, Heads, SinkhornSpec
 
 # Beyond e^60 in one step, entries that float32 flushes to 0 would hold more than 1e-12 of a row or column.
 _LARGEST_MOVE = 60.0
@@ -30,14 +30,6 @@ class Solved(NamedTuple):
     residual: Float[Array, "N"]
 
 
-class _Absorbed(NamedTuple):
-    """Potentials so far, and the largest change of each in one step."""
-
-    f: Float[Array, "N all_rows"]
-    g: Float[Array, "N all_columns"]
-    largest: tuple[Float[Array, "N all_rows"], Float[Array, "N all_columns"]]
-
-
 def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, ""]]:
     """Make all steps, absorbing each scaling into the potentials at once, without a look at the data in between.
 
@@ -46,19 +38,20 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
     """
     a, b, spec, scores = problem.a, problem.b, problem.spec, problem.scores
 
-    def step(carry: _Absorbed) -> _Absorbed:
-        f, g, largest = carry
+    def step(carry):
+        """Return the next potentials, and the largest change of each in one step so far."""
+        f, g, *largest = carry
         u, v = scores.shift(f, g).exp().scale_once(a, b)
-        moves = tuple(jnp.log(jnp.where(target > 0, x, 1)) for x, target in ((u, a), (v, b)))
-        f_largest, g_largest = (jnp.maximum(most, jnp.abs(move)) for most, move in zip(largest, moves, strict=True))
-        return _Absorbed(f + moves[0], g + moves[1], (f_largest, g_largest))
+        moves = [jnp.log(jnp.where(target > 0, x, 1)) for x, target in ((u, a), (v, b))]
+        return f + moves[0], g + moves[1], *map(jnp.maximum, largest, map(jnp.abs, moves))
 
-    def newton_step(carry: _Absorbed) -> _Absorbed:
-        system = problem.linear_system(scores.shift(carry.f, carry.g).exp(), jnp.ones_like(a), jnp.ones_like(b))
-        return step(carry._replace(g=carry.g + implicit.newton_correction(system, a, spec.cg_steps)))
+    def newton_step(carry):
+        f, g, *largest = carry
+        system = problem.linear_system(scores.shift(f, g).exp(), jnp.ones_like(a), jnp.ones_like(b))
+        return step((f, g + implicit.newton_correction(system, a, spec.cg_steps), *largest))
 
     zeros = jnp.zeros_like(a), jnp.zeros_like(b)
-    carry = support.varying_like(heads.q, _Absorbed(-row_tops(problem, heads, zeros[1]), zeros[1], zeros))
+    carry = support.varying_like(heads.q, (-row_tops(problem, heads, zeros[1]), zeros[1], *zeros))
     carry = jax.lax.fori_loop(0, spec.base_steps, lambda _, c: step(c), carry)
     if spec.solver == "newton":
         carry = jax.lax.fori_loop(0, spec.newton_steps, lambda _, c: newton_step(c), carry)
@@ -67,10 +60,10 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
         carry = step(carry)
         reached.append(carry[:2])
     f, g = (jnp.stack(side, 1) for side in zip(*reached, strict=True))
-    plan = scores.shift(carry.f, carry.g).exp()
+    plan = scores.shift(*carry[:2]).exp()
     out = plan.band.times(plan.tiles, heads.v)
     residual = jnp.abs(plan.times(jnp.ones_like(b)) - a).max(-1)
-    return Solved(out, f, g, residual), jnp.maximum(*(x.max() for x in carry.largest)) < _LARGEST_MOVE
+    return Solved(out, f, g, residual), jnp.maximum(*(x.max() for x in carry[2:])) < _LARGEST_MOVE
 
 
 class _Progress(NamedTuple):
@@ -108,8 +101,8 @@ class _Scaling(NamedTuple):
 
     progress: _Progress
     fits: Bool[Array, ""]  # whether the last step was made: it was due, and its scalings are in range
-    u: Float[Array, "N all_rows"]
-    v: Float[Array, "N all_columns"]
+    u: AllRows
+    v: AllColumns
 
 
 class _ScaledKernel(NamedTuple):
@@ -117,8 +110,8 @@ class _ScaledKernel(NamedTuple):
 
     problem: Problem
     kernel: Kernel
-    top: Float[Array, "N all_rows"]
-    g: Float[Array, "N all_columns"]
+    top: AllRows
+    g: AllColumns
 
     @classmethod
     def create(cls, heads: Heads, problem: Problem, progress: _Progress) -> "_ScaledKernel":
@@ -170,8 +163,8 @@ class _ScaledKernel(NamedTuple):
         return jax.lax.cond(due & (progress.corrections < spec.newton_steps), correct, lambda c: c, carry)
 
     def _record(self, progress: _Progress, u, v) -> _Progress:
-        f = jnp.where(self.problem.a > 0, log(u) - self.top, 0)
-        return progress.record(self.problem.spec, f, self.g + log(v))
+        f = jnp.where(self.problem.a > 0, support.log(u) - self.top, 0)
+        return progress.record(self.problem.spec, f, self.g + support.log(v))
 
 
 def by_scaling(heads: Heads, problem: Problem) -> Solved:
@@ -203,7 +196,5 @@ def by_scaling(heads: Heads, problem: Problem) -> Solved:
 
 def _log_step(problem: Problem, progress: _Progress) -> _Progress:
     """Make a step in the log domain, for scores whose rows and columns have nothing in common."""
-    _, g = progress.last(problem.spec)
-    f = row_potentials(problem, g)
-    g = column_potentials(problem, f)
-    return progress._replace(step=progress.step + 1).record(problem.spec, f, g)
+    f = row_potentials(problem, progress.last(problem.spec)[1])
+    return progress._replace(step=progress.step + 1).record(problem.spec, f, column_potentials(problem, f))

@@ -1,7 +1,6 @@
 """Support and targets of the plan, from lengths, band and dustbin (docs/math.md, section 2).
 
-Every problem has one more row and one more column, the dustbin, at the end. Without a dustbin their scores are minus
-infinity and their targets 0, so that no other code asks whether there is one.
+Every problem has a dustbin's row and column, at the end. Without a dustbin their scores are minus infinity.
 """
 
 import jax
@@ -10,32 +9,30 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ot_attention.spec import Dustbin, Heads
 
+Lengths = Int[Array, "*batch"]
 # (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
 MAX_BANDED_PRODUCT = 2**31
 
 
 def row_windows(
-    rows: Int[Array, "*batch rows"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
+    rows: Int[Array, "*batch rows"], n_q: Lengths, n_k: Lengths, band: int | None
 ) -> tuple[Int[Array, "*batch rows"], Int[Array, "*batch rows"]]:
     """Return the first and last column (inclusive) in the support of each row; last < first where there is none.
 
-    The support is `|j - c(i)| <= band` with `c(i) = (i + 1/2) n_k / n_q - 1/2`, evaluated in integers: in float32 the
-    edge of the band would depend on rounding, and implementations would disagree by whole cells.
+    The support is `|j - c(i)| <= band`, in integers: rounding would move the band's edge (docs/math.md, section 2).
     """
     n_q, n_k = n_q[..., None], n_k[..., None]
-    last_column = n_k - 1
     if band is None:
-        first, last = jnp.zeros_like(rows), jnp.broadcast_to(last_column, rows.shape)
+        first, last = jnp.zeros_like(rows), jnp.broadcast_to(n_k - 1, rows.shape)
     else:
         ceil_centre, floor_centre = diagonal(rows, n_q, n_k)
-        first = jnp.maximum(ceil_centre - band, 0)
-        last = jnp.minimum(floor_centre + band, last_column)
+        first, last = jnp.maximum(ceil_centre - band, 0), jnp.minimum(floor_centre + band, n_k - 1)
     exists = (rows >= 0) & (rows < n_q)
     return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
 
 
 def column_windows(
-    columns: Int[Array, "*batch columns"], n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], band: int | None
+    columns: Int[Array, "*batch columns"], n_q: Lengths, n_k: Lengths, band: int | None
 ) -> tuple[Int[Array, "*batch columns"], Int[Array, "*batch columns"]]:
     """Return the first and last row (inclusive) in the support of each column; last < first where there is none.
 
@@ -73,46 +70,35 @@ def diagonal(
 
 
 def dense_support(
-    n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], rows: int, columns: int, band: int | None, dustbin: Dustbin
+    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin
 ) -> Bool[Array, "*batch all_rows all_columns"]:
     """Return the support of the augmented problem as a mask, dustbin last."""
-    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
-    first, last = row_windows(index, n_q, n_k, band)
-    column = jnp.arange(columns, dtype=jnp.int32)
+    row, column = jnp.arange(rows + 1, dtype=jnp.int32), jnp.arange(columns + 1, dtype=jnp.int32)
+    first, last = row_windows(jnp.broadcast_to(row, (*n_q.shape, rows + 1)), n_q, n_k, band)
     residues = (column >= first[..., None]) & (column <= last[..., None])
-    corner = dustbin_exists(n_q, n_k, dustbin)[..., None]
-    real_rows = (index < n_q[..., None]) & corner
-    real_columns = (column < n_k[..., None]) & corner
-    return jnp.concatenate(
-        [
-            jnp.concatenate([residues, real_rows[..., None]], axis=-1),
-            jnp.concatenate([real_columns, corner], axis=-1)[..., None, :],
-        ],
-        axis=-2,
-    )
+    real_rows = (row < n_q[..., None]) | (row == rows)
+    real_columns = (column < n_k[..., None]) | (column == columns)
+    real = real_rows[..., None] & real_columns[..., None, :] & dustbin_exists(n_q, n_k, dustbin)[..., None, None]
+    return jnp.where((row == rows)[:, None] | (column == columns), real, residues)
 
 
-def dustbin_exists(n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], dustbin: Dustbin) -> Bool[Array, "*batch"]:
+def dustbin_exists(n_q: Lengths, n_k: Lengths, dustbin: Dustbin) -> Bool[Array, "*batch"]:
     """Tell whether the dustbin's row and column are in the support: not where one side has no residues."""
     return (n_q > 0) & (n_k > 0) & (dustbin != "none")
 
 
 def targets(
-    n_q: Int[Array, "*batch"],
-    n_k: Int[Array, "*batch"],
-    rows: int,
-    columns: int,
-    band: int | None,
-    dustbin: Dustbin,
-    dtype: jnp.dtype,
+    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin, dtype: jnp.dtype
 ) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
     """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support."""
-    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
-    first, last = row_windows(index, n_q, n_k, band)
     exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
-    a = ((first <= last) | exists) & (index < n_q[..., None])
-    b = (_reached(n_q, n_k, columns, band) | exists) & (jnp.arange(columns) < n_k[..., None])
-    a, b = a.astype(dtype), b.astype(dtype)
+
+    def supported(windows, size: int, n):
+        index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (*n_q.shape, size))
+        first, last = windows(index, n_q, n_k, band)  # a band narrower than the slope n_k / n_q misses some columns
+        return (((first <= last) | exists) & (index < n[..., None])).astype(dtype)
+
+    a, b = supported(row_windows, rows, n_q), supported(column_windows, columns, n_k)
     n_q, n_k = n_q[..., None].astype(dtype), n_k[..., None].astype(dtype)
     if dustbin == "none":
         b = b * n_q / jnp.maximum(n_k, 1)
@@ -123,21 +109,6 @@ def targets(
         # The corner can take all the mass that residues match, so that every residue of either side may be a gap.
         row_bin, column_bin = n_k, n_q
     return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
-
-
-def _reached(
-    n_q: Int[Array, "*batch"], n_k: Int[Array, "*batch"], columns: int, band: int | None
-) -> Bool[Array, "*batch columns"]:
-    """Tell which columns are in some row's window. A band narrower than the slope n_k / n_q misses some."""
-    column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (*n_q.shape, columns))
-    # The diagonal is nearest in the rows to either side of (j + 1/2) n_q / n_k - 1/2.
-    odd = (2 * jnp.minimum(column, jnp.maximum(n_k[..., None] - 1, 0)) + 1).astype(jnp.uint32)
-    after = odd * n_q[..., None].astype(jnp.uint32) // (2 * jnp.maximum(n_k[..., None], 1)).astype(jnp.uint32)
-    reached = jnp.zeros(column.shape, bool)
-    for row in (after.astype(jnp.int32) - 1, after.astype(jnp.int32)):
-        first, last = row_windows(row, n_q, n_k, band)
-        reached |= (first <= column) & (column <= last)
-    return reached
 
 
 def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:
@@ -156,7 +127,7 @@ def divide(x: Array, y: Array) -> Array:
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
 
-def zero_padding(x: jax.Array, lengths: Int[Array, "*batch"]) -> jax.Array:
+def zero_padding(x: jax.Array, lengths: Lengths) -> jax.Array:
     """Return `x [*batch, length, ...]` with 0 in place of padding, which may hold NaN."""
     real = jnp.arange(x.shape[lengths.ndim]) < lengths[..., None]
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - real.ndim)), x, jnp.zeros((), x.dtype))
@@ -179,6 +150,11 @@ def cleaned(heads: Heads) -> Heads:
 def potential_dtype(*arrays: jax.Array) -> jnp.dtype:
     """Return the dtype of potentials and marginals, at least float32."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def log(scaling: Array) -> Array:
+    """Return the logarithm of a scaling, 0 where it is 0: potentials without support are 0."""
+    return jnp.log(jnp.where(scaling == 0, 1, scaling))
 
 
 def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:

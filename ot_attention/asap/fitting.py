@@ -14,7 +14,7 @@ from ot_attention import sinkhorn, support
 from ot_attention.api import laid_out
 from ot_attention.asap.maps import Asap, Sample, design, einsum, relative
 from ot_attention.kernel import Kernel
-from ot_attention.problem import Problem, column_potentials, row_potentials
+from ot_attention.problem import Problem, column_potentials
 from ot_attention.spec import Heads, SinkhornSpec
 
 
@@ -36,20 +36,13 @@ def fit(
     Ridge regression on f comes first. Newton steps then decrease KL(teacher's plan, one-sided plan), which is convex in
     the weights. The one-sided plan is made of the predicted f and one half step for g (docs/math.md, section 10).
 
-    Args:
-        asap: gives the features and directions; its weights are not read.
-        samples: inputs and potentials of the frozen layer.
-        spec: the layer's settings.
-        ridge: penalty, for features scaled to a mean square of 1.
-        newton_steps: each costs a product over the band for every feature.
-
-    Raises:
-        ValueError: no samples, ridge below 0, newton_steps below 0, and as `apply` does.
+    asap gives the features and directions; its weights are not read. `spec` is the layer's. `ridge` is for features
+    scaled to a mean square of 1. A Newton step costs a product over the band for every feature.
+    Raises ValueError: no samples, ridge below 0, newton_steps below 0, and as `apply` does.
     """
     if not samples or ridge < 0 or newton_steps < 0:
         raise ValueError(
-            f"{len(samples)} samples, ridge={ridge}, newton_steps={newton_steps}: give at least one sample, and no "
-            "number below 0"
+            f"{len(samples)} samples, ridge={ridge}, newton_steps={newton_steps}: give a sample, and no number below 0"
         )
     gram, moment = _summed(_moments, asap, samples, spec)
     best = _solved(gram, moment, ridge)
@@ -84,13 +77,9 @@ def _summed(function, asap: Asap, samples: Sequence[Sample], spec: SinkhornSpec)
 
 @functools.partial(jax.jit, static_argnames=("function", "spec"))
 def _of_sample(asap: Asap, sample: Sample, function, spec: SinkhornSpec):
-    return _with_potentials(*sample[:2], spec, *sample[2:5], function=function, asap=asap, f=sample.f)
-
-
-def _with_potentials(q, k, spec, q_lengths, k_lengths, dustbin_score, *, function, asap, f):
-    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    batch, heads = laid_out(sample.q, sample.k, None, spec, *sample[2:5])
     heads = support.cleaned(heads)
-    arguments = heads, asap.of_every_head(batch, heads), by_problem(f, spec)
+    arguments = heads, asap.of_every_head(batch, heads), by_problem(sample.f, spec)
     found = sinkhorn.by_group(functools.partial(function, spec=spec), arguments, spec)
     return [x.reshape(batch, -1, *x.shape[1:]) for x in found]
 
@@ -99,25 +88,16 @@ def _moments(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tuple[
     """Compute `X^T X` and `X^T f` of the design X."""
     heads, asap, f = arguments
     problem = Problem.create(heads, spec)
-    x = _design(asap, heads, problem)
+    x = design(asap, heads, problem)
     return einsum("nif,nig->nfg", x, x), einsum("nif,ni->nf", x, relative(f, problem))
 
 
-def _design(asap: Asap, heads: Heads, problem: Problem):
-    first_f = row_potentials(problem, jnp.zeros_like(problem.b)) if "mass" in asap.features else None
-    return design(asap, heads, problem, first_f)
-
-
 def _divergence(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tuple[Array, Array, Array]:
-    """Compute KL(teacher's plan, one-sided plan): value, gradient and Hessian in the weights.
-
-    With g the c-transform of f it is, but for a constant, the dual objective `sum_j b_j LSE_i(S + f) - sum_i r_i f_i`,
-    where r are the teacher's row sums. Its gradient in f is the plan's row sums minus r, and it is convex.
-    """
+    """Compute KL(teacher's plan, one-sided plan), gradient and Hessian in the weights (docs/math.md, section 10)."""
     heads, asap, teacher_f = arguments
     problem = Problem.create(heads, spec)
     b, one_column = problem.b, jnp.ones_like(problem.b)
-    x = _design(asap, heads, problem)
+    x = design(asap, heads, problem)
     f = einsum("nif,nf->ni", x, asap.weights)
     g, teacher_g = column_potentials(problem, f), column_potentials(problem, teacher_f)
     plan, teacher = problem.scores.shift(f, g).exp(), problem.scores.shift(teacher_f, teacher_g).exp()

@@ -1,7 +1,7 @@
 """The map of ASAP, linear for each head, from cheap features of the rows to the log-potential f; attention by it.
 
-Potentials have a gauge, with a dustbin too: `f + c`, `g - c` is the same plan. Features and targets are taken relative
-to their mean over a problem's residues, and so are errors. The dustbin's row has features of its own.
+Features and targets are taken relative to their mean over a problem's residues: potentials have a gauge, with a dustbin
+too. The dustbin's row has features of its own.
 """
 
 import dataclasses
@@ -19,12 +19,9 @@ from ot_attention import sinkhorn, support
 from ot_attention.api import laid_out
 from ot_attention.asap.transport import uniform, uniform_staircase
 from ot_attention.problem import Problem, column_potentials, row_potentials
-from ot_attention.spec import Heads, SinkhornInfo, SinkhornSpec
+from ot_attention.spec import AllRows, Heads, SinkhornInfo, SinkhornSpec
 
-# kantorovich: f of one-dimensional transport along every direction, squared cost.
-# squares: of the projections; with them the potentials of the cost -xy, the cost of scores, are in reach.
-# position: place along the sequence, its square, and log of the number of columns in the band.
-# mass: Sinkhorn's own first f, at the price of one product more.
+# docs/math.md, section 10. "mass" costs one product more.
 Feature = Literal["kantorovich", "squares", "position", "mass"]
 Direction = Literal["random", "principal", "keys"]
 
@@ -39,9 +36,7 @@ class Asap:
     """The map of one layer. Made by `create`, filled in by `fit`.
 
     two_sided: whether a half step renews f from g, so that row sums are exact; else f stays as predicted, and column
-    sums are exact.
-
-    Raises ValueError for unknown features.
+    sums are exact. Raises ValueError for unknown features.
     """
 
     directions: Float[Array, "*heads projections width"]
@@ -67,11 +62,9 @@ class Asap:
 
     def of_every_head(self, batch: int, heads: Heads) -> "Asap":
         """Repeat the map for the heads of a batch. Raises ValueError unless it is of such a layer."""
-        (number, _, width), of_layer = self.directions.shape, len(heads.q) // batch
-        if (number, width) != (of_layer, heads.q.shape[2]):
-            raise ValueError(
-                f"asap is a map of {number} heads of width {width}; q has {of_layer} of {heads.q.shape[2]}"
-            )
+        (number, _, width), given = self.directions.shape, (len(heads.q) // batch, heads.q.shape[2])
+        if (number, width) != given:
+            raise ValueError(f"asap is a map of {number} heads of width {width}; q has {given[0]} of {given[1]}")
         tiled = jax.tree.map(lambda x: jnp.tile(x, (batch,) + (1,) * (x.ndim - 1)).astype(heads.q.dtype), self)
         return support.varying_like(heads.q, tiled)
 
@@ -99,7 +92,6 @@ def directions(
     """Return unit vectors to project q and k on.
 
     kind: "random"; "principal", the axes along which queries and keys vary most; "keys", the same of keys alone.
-
     Raises ValueError for an unknown kind, and for more axes than there are.
     """
     heads, width = samples[0].q.shape[2:]
@@ -119,16 +111,17 @@ def directions(
     return jnp.asarray(axes.swapaxes(1, 2)[:, ::-1][:, :number], jnp.float32)
 
 
-def design(asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, "N all_rows design"]:
+def design(asap: Asap, heads: Heads, problem: Problem, first_f=None) -> Float[Array, "N all_rows design"]:
     """Compute the features of every row: of residues relative to their mean, then of the dustbin's row.
 
-    first_f: Sinkhorn's first f, `log a - LSE_j(S)`; not read without the feature "mass".
+    first_f: Sinkhorn's first f, `log a - LSE_j(S)`; computed if None, and not read without the feature "mass".
     """
+    if "mass" in asap.features and first_f is None:
+        first_f = row_potentials(problem, jnp.zeros_like(problem.b))
     real = problem.a[:, :-1, None] > 0
     nothing = jnp.zeros((*heads.q.shape[:2], 0), heads.q.dtype)
-    of_residues = jnp.concatenate(
-        [nothing, *(_features(name, asap, heads, problem, first_f) for name in asap.features)], -1
-    )
+    features = (_features(name, asap, heads, problem, first_f) for name in asap.features)
+    of_residues = jnp.concatenate([nothing, *features], -1)
     of_residues = jnp.where(real, of_residues - _mean(of_residues, real)[:, None], 0)
     logs = (jnp.log(jnp.maximum(n, 1).astype(of_residues.dtype)) for n in (heads.n_q, heads.n_k))
     of_bin = [jnp.ones_like(problem.a[:, -1]), *logs]
@@ -139,7 +132,7 @@ def design(asap: Asap, heads: Heads, problem: Problem, first_f) -> Float[Array, 
     return jnp.concatenate([first, jnp.pad(last, ((0, 0), (0, 0), (of_residues.shape[-1], 0)))], 1)
 
 
-def relative(f: Float[Array, "N all_rows"], problem: Problem) -> Float[Array, "N all_rows"]:
+def relative(f: AllRows, problem: Problem) -> AllRows:
     """Take a potential, the dustbin's too, relative to its mean over residues; 0 where there is no row."""
     mean = _mean(f[:, :-1], problem.a[:, :-1] > 0)
     return jnp.where(problem.a > 0, f - mean[:, None], 0)
@@ -184,10 +177,8 @@ def apply(
 
     `spec` gives epsilon, band and dustbin; its steps and gradient belong to the teacher and are not read. The residual
     is of the sums that are not exact: of columns, or of rows if the map is one-sided. Runs on the XLA backend on every
-    device; no other implementation is offered. Differentiable by JAX, which keeps the band for it.
-
-    Raises:
-        ValueError: as `sinkhorn_attention` does; a map of other heads or widths.
+    device; no other implementation is offered. Differentiable by JAX, which keeps the band for it. Raises ValueError as
+    `sinkhorn_attention` does, and for a map of other heads or widths.
     """
     batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
     heads = support.cleaned(heads)
@@ -207,7 +198,7 @@ def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, A
     one_row, one_column = jnp.ones_like(a), jnp.ones_like(b)
     top = problems.row_tops(problem, heads, jnp.zeros_like(b))
     kernel = scores.shift(-top, jnp.zeros_like(b)).exp()
-    first_f = problems.log(support.divide(a, kernel.times(one_column))) - top if "mass" in asap.features else None
+    first_f = support.log(support.divide(a, kernel.times(one_column))) - top if "mass" in asap.features else None
     predicted = einsum("nif,nf->ni", design(asap, heads, problem, first_f), asap.weights)
     start = jnp.where(a > 0, predicted + top, -jnp.inf)
     u = jnp.exp(start - jnp.maximum(start.max(-1, keepdims=True), jnp.finfo(start.dtype).min))
@@ -216,7 +207,7 @@ def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, A
         u = support.divide(a, kernel.times(v))
 
     def scaled():
-        f, g = jnp.where(a > 0, problems.log(u) - top, 0), problems.log(v)
+        f, g = jnp.where(a > 0, support.log(u) - top, 0), support.log(v)
         out = u[:, :-1, None] * kernel.band.times(kernel.tiles, v[:, :-1, None] * heads.v)
         off = v * kernel.transpose_times(u) - b if asap.two_sided else u * kernel.times(v) - a
         return out, f, g, jnp.abs(off).max(-1)

@@ -5,10 +5,9 @@ potentials and fields of low rank. Every product makes it anew, tile by tile, in
 tensor cores and one exp a cell. Where the band is narrow, `gpu_sweep` makes K once for both half steps.
 
 Compiler: Pallas Triton. It alone lowers through `pl.pallas_call` on jax 0.10 to 0.12, and all of them interpret it on
-a CPU (Mosaic GPU: from 0.12 on). jax 0.11 deprecates it in favour of Mosaic GPU. At full support a pass over the cells
-is faster than cuDNN's attention on an H200 (docs/gpu.md). In narrow bands programs wait more than they compute: there
-the asynchronous copies and specialised warps of Mosaic GPU could help (not measured). Only `gpu_kernels` and
-`gpu_sweep` would change.
+a CPU. jax 0.11 deprecates it in favour of Mosaic GPU (from 0.12 on), whose asynchronous copies and specialised warps
+could help in narrow bands, where programs wait more than they compute (not measured; docs/gpu.md). Only `gpu_kernels`
+and `gpu_sweep` would change.
 """
 
 import functools
@@ -22,7 +21,7 @@ from ot_attention import support
 from ot_attention.backends import gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Field, Matrix, Reach, Side
 from ot_attention.backends.gpu_sweep import Strips
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Lengths, Rows, SinkhornSpec
 
 _MOST_WIDTH = 256
 _MOST_HEADS = 65535  # blocks along the second axis of a grid
@@ -52,18 +51,12 @@ class Scores(NamedTuple):
 
     q: Float[Array, "N rows width"]
     k: Float[Array, "N columns width"]
-    f: Float[Array, "N all_rows"]
-    g: Float[Array, "N all_columns"]
+    f: AllRows
+    g: AllColumns
 
 
-class Term(NamedTuple):
-    """Matrix `exp(scores)`, times the sum of fields `x_i . y_j` if there are any."""
-
-    scores: Scores
-    fields: tuple[Field, ...]
-
-
-Terms = tuple[Term, ...]  # their sum
+# Sum of matrices `exp(scores)`, each times the sum of its fields `x_i . y_j` if there are any.
+Terms = tuple[tuple[Scores, tuple[Field, ...]], ...]
 
 
 @functools.partial(
@@ -81,23 +74,12 @@ class Band:
         self.scale, self.most, self.block = scale, most, block  # as in gpu_kernels.Matrix
 
     @classmethod
-    def scores(
-        cls,
-        q: Float[Array, "N rows width"],
-        k: Float[Array, "N columns width"],
-        n_q: Int[Array, "N"],
-        n_k: Int[Array, "N"],
-        band: int | None,
-        scale: float,
-    ) -> tuple["Band", Scores]:
-        """Return the band and the scores `scale q_i . k_j` in it."""
+    def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float) -> tuple["Band", Scores]:
         (number, rows, _), columns = q.shape, k.shape[1]
         q, k = (x.astype(jnp.result_type(q, k)) for x in (q, k))
-        index = (jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (number, length)) for length in (rows, columns))
-        of_rows, of_columns = (
-            window(i, n_q, n_k, band)
-            for window, i in zip((support.row_windows, support.column_windows), index, strict=True)
-        )
+        index = [jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (number, length)) for length in (rows, columns)]
+        of_rows = support.row_windows(index[0], n_q, n_k, band)
+        of_columns = support.column_windows(index[1], n_q, n_k, band)
         block = gpu_kernels.block_for(q.dtype, gpu_kernels.padded_width(q.shape[2]))
         reach = _reach(*of_rows, n_q, block), _reach(*of_columns, n_k, block)
         most = columns if band is None else min(columns, 2 * band + 1)
@@ -105,8 +87,8 @@ class Band:
         strips = cut and gpu_sweep.strips(n_q, n_k, rows, columns, cut)
         q, k = map(gpu_kernels.pad_width, (q, k))
         zeros = [jnp.zeros((number, length + 1), support.potential_dtype(q)) for length in (rows, columns)]
-        zeros = support.varying_like(q, zeros)
-        return cls((of_rows, of_columns), reach, strips, cut, scale, most, block), Scores(q, k, *zeros)
+        scores = Scores(q, k, *support.varying_like(q, zeros))
+        return cls((of_rows, of_columns), reach, strips, cut, scale, most, block), scores
 
     def row_windows(self) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]:
         return self.windows[0]
@@ -116,42 +98,33 @@ class Band:
         del rows, columns, band, itemsize
         return number  # nothing is stored that grows with the band
 
-    def shift(self, scores: Scores, row: Float[Array, "N all_rows"], column: Float[Array, "N all_columns"]) -> Scores:
+    def shift(self, scores: Scores, row: AllRows, column: AllColumns) -> Scores:
         return scores._replace(f=scores.f + row, g=scores.g + column)
 
     def exp(self, scores: Scores) -> Terms:
-        return (Term(scores, ()),)
-
-    def scale_by(self, terms: Terms, row: Float[Array, "N rows"], column: Float[Array, "N columns"]) -> Terms:
-        return self.modulate(terms, (row[..., None], column[..., None]))
+        return ((scores, ()),)
 
     def modulate(self, terms: Terms, *fields: Field) -> Terms:
-        assert not any(term.fields for term in terms), "a term cannot hold a product of fields"
-        return tuple(Term(scores, fields) for scores, _ in terms)
+        assert not any(present for _, present in terms), "a term cannot hold a product of fields"
+        return tuple((scores, fields) for scores, _ in terms)
 
     def minus(self, terms: Terms, others: Terms) -> Terms:
-        negative = (Term(scores, tuple((-x, y) for x, y in fields)) for scores, fields in others if fields)
+        negative = ((scores, tuple((-x, y) for x, y in fields)) for scores, fields in others if fields)
         return (*terms, *negative)
 
     def times(self, terms: Terms, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
-        return functools.reduce(jnp.add, (self._product(term, x, by_rows=True) for term in terms))
+        return self._product(terms, x, by_rows=True)
 
     def transpose_times(self, terms: Terms, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
-        return functools.reduce(jnp.add, (self._product(term, x, by_rows=False) for term in terms))
+        return self._product(terms, x, by_rows=False)
 
-    def sums(self, terms: Terms, *, by_rows: bool) -> Array:
-        """Sum the rows of K, or its columns."""
-        return functools.reduce(jnp.add, (self._product(term, None, by_rows) for term in terms))
-
-    def apply(self, terms: Terms, u: Float[Array, "N rows"], v: Float[Array, "N columns"], values) -> Array:
+    def apply(self, terms: Terms, u: Rows, v: Columns, values) -> Array:
         # The scalings become potentials, so that values may stay bfloat16.
-        f, g = (support.with_dustbin(_log(x)) for x in (u, v))
-        shifted = (Term(self.shift(scores, f, g), fields) for scores, fields in terms)
+        f, g = (support.with_dustbin(support.log(x)) for x in (u, v))
+        shifted = ((self.shift(scores, f, g), fields) for scores, fields in terms)
         return self.times(tuple(shifted), values)
 
-    def scale_once(
-        self, terms: Terms, a: Float[Array, "N rows"], bin_column: Float[Array, "N rows"] | None
-    ) -> tuple[Float[Array, "N rows"], Float[Array, "N columns"]]:
+    def scale_once(self, terms: Terms, a: Rows, bin_column: Rows | None) -> tuple[Rows, Columns]:
         """Return scalings `u = a / (K 1 + bin_column)` of rows, and `K^T u`; K is `exp` of scores, without fields.
 
         a: targets of residues' rows, 1 where a row has support, else 0.
@@ -161,23 +134,27 @@ class Band:
             rows, columns = self._sides(scores)
             u, sums = gpu_sweep.scale_once(rows, columns, self.strips, bin_column, scale=self.scale, cut=self.cut)
             return jnp.where(a > 0, u, 0), sums
-        sums = self.sums(terms, by_rows=True)
+        sums = self._product(terms, None, by_rows=True)
         u = support.divide(a, sums if bin_column is None else sums + bin_column)
-        scaled = scores._replace(
-            f=scores.f + support.with_dustbin(_log(u))
-        )  # cheaper than a product of every entry with u
-        return u, self.sums((Term(scaled, ()),), by_rows=False)
+        # This is cheaper than a product of every entry with u.
+        scaled = scores._replace(f=scores.f + support.with_dustbin(support.log(u)))
+        return u, self._product(self.exp(scaled), None, by_rows=False)
 
-    def row_max(self, scores: Scores) -> Float[Array, "N rows"]:
+    def row_max(self, scores: Scores) -> Rows:
         return gpu_kernels.maximum(*self._seen_from(scores, by_rows=True))
 
-    def column_max(self, scores: Scores) -> Float[Array, "N columns"]:
+    def column_max(self, scores: Scores) -> Columns:
         return gpu_kernels.maximum(*self._seen_from(scores, by_rows=False))
 
-    def _product(self, term: Term, x: Array | None, by_rows: bool) -> Array:
-        fields = term.fields if by_rows else tuple((y, x) for x, y in term.fields)
-        own, other, reach, matrix = self._seen_from(term.scores, by_rows)
-        return gpu_kernels.product(own, other, reach, fields, x, matrix)
+    def _product(self, terms: Terms, x: Array | None, by_rows: bool) -> Array:
+        """Multiply by x from the right, from the left if not by_rows; None sums the rows of K, or its columns."""
+
+        def of_term(scores: Scores, fields: tuple[Field, ...]) -> Array:
+            own, other, reach, matrix = self._seen_from(scores, by_rows)
+            fields = fields if by_rows else tuple((y, x) for x, y in fields)
+            return gpu_kernels.product(own, other, reach, fields, x, matrix)
+
+        return functools.reduce(jnp.add, (of_term(*term) for term in terms))
 
     def _seen_from(self, scores: Scores, by_rows: bool) -> tuple[Side, Side, Reach, Matrix]:
         own, sides = 0 if by_rows else 1, self._sides(scores)
@@ -187,7 +164,7 @@ class Band:
         return Side(scores.q, scores.f, *self.windows[0]), Side(scores.k, scores.g, *self.windows[1])
 
 
-def _reach(first: Int[Array, "N length"], last: Int[Array, "N length"], n: Int[Array, "N"], block: int) -> Reach:
+def _reach(first: Int[Array, "N length"], last: Int[Array, "N length"], n: Lengths, block: int) -> Reach:
     """Return the parts of the other side that blocks of positions meet, from the positions' windows.
 
     Windows never move back from one real position to the next. A block that holds padding has no common part.
@@ -199,8 +176,3 @@ def _reach(first: Int[Array, "N length"], last: Int[Array, "N length"], n: Int[A
     stop = jnp.where(end > at, jnp.maximum(until, start), start)
     common = jnp.take_along_axis(first, of_last, axis=1), last[:, ::block] + 1
     return Reach(start, stop, *(jnp.where(end == at + block, x, start) for x in common))
-
-
-def _log(scaling: Array) -> Array:
-    # A scaling of 0 belongs to a row or column without support.
-    return jnp.log(jnp.where(scaling == 0, 1, scaling))

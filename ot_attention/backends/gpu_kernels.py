@@ -1,12 +1,9 @@
 """Kernels of `pallas_gpu`: products and maxima of a matrix that is made tile by tile and never stored.
 
 An entry is `exp(S_ij + f_i + g_j)` times a field of low rank. A program owns a block of rows of one head and visits the
-columns that the block meets; for products with the transpose it owns columns and visits rows. Nothing is exchanged
-between programs, so the same call gives the same bits. A whole Sinkhorn step in one visit of each entry is in
-`gpu_sweep`.
-
-Tiles inside the support need no mask: where rows meet many columns, a program visits the tiles at one edge of its
-support, the tiles inside and the tiles at the other edge in three loops of the same body.
+columns that the block meets, or the other way round for products with the transpose. Nothing is exchanged between
+programs, so the same call gives the same bits. Tiles inside the support need no mask: where rows meet many columns,
+tiles at one edge, tiles inside and tiles at the other edge have three loops of the same body.
 
 Microseconds of a call for 262,144 rows on an H200 (heads of 64 in bfloat16, 2,048 residues; float32: heads of 32,
 384 residues, W = 64), by `scripts/tune_gpu.py`. In brackets other numbers of stages; after a semicolon blocks of 128.
@@ -26,8 +23,7 @@ earlier version.
 
 import functools
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +89,6 @@ class Matrix(NamedTuple):
     block: int  # positions that a program owns
 
 
-class _Static(NamedTuple):
-    kind: Literal["maximum", "sum", "vector", "matrix"]
-    matrix: Matrix
-    tiling: Tiling
-
-
 def product(
     own: Side, other: Side, reach: Reach, fields: tuple[Field, ...], vector: Array | None, matrix: Matrix
 ) -> Array:
@@ -145,17 +135,17 @@ def _call(kind, operands: _Operands, matrix: Matrix) -> Array:
     operands = operands._replace(fields=tuple((pad_width(x), pad_width(y)) for x, y in fields))
     widths = [y.shape[2] for y in (x, operands.vector, *(y for y, _ in fields)) if y is not None and y.ndim == 3]
     tiling = tiling_for(kind, x.dtype, padded_width(max(widths)), matrix.reach)
-    return _run(operands, _Static(kind, matrix, tiling), INTERPRET)
+    return _run(operands, kind, matrix, tiling, INTERPRET)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced and lowered once for all calls alike
-def _run(operands: _Operands, static: _Static, interpret: bool) -> Array:
-    own, block = operands.own, static.matrix.block
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # traced and lowered once for all calls alike
+def _run(operands: _Operands, kind: str, matrix: Matrix, tiling: Tiling, interpret: bool) -> Array:
+    own, block = operands.own, matrix.block
     (number, length, _), vector = own.x.shape, operands.vector
-    width = vector.shape[2:] if static.kind == "matrix" and vector is not None else ()
+    width = vector.shape[2:] if kind == "matrix" and vector is not None else ()
     blocks = pl.cdiv(length, block)
     out = pl.pallas_call(
-        functools.partial(_kernel, static=static),
+        functools.partial(_kernel, kind=kind, matrix=matrix, tiling=tiling),
         out_shape=jax.ShapeDtypeStruct(
             (number, blocks * block, *width),  # whole blocks: a store beyond the end would not be caught
             own.shift.dtype,
@@ -164,9 +154,9 @@ def _run(operands: _Operands, static: _Static, interpret: bool) -> Array:
         grid=(blocks, number),
         in_specs=(jax.tree.map(whole_head, operands),),
         out_specs=pl.BlockSpec((None, block, *width), lambda b, n: (n, b, *(0,) * len(width))),
-        compiler_params=plgpu.CompilerParams(num_warps=static.tiling.warps, num_stages=static.tiling.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
-        name=f"band_{static.kind}",
+        name=f"band_{kind}",
     )(operands)
     return out[:, :length]
 
@@ -176,27 +166,26 @@ def whole_head(x) -> pl.BlockSpec:
     return pl.BlockSpec((None, *x.shape[1:]), lambda _, n: (n, *(0,) * (len(x.shape) - 1)))
 
 
-def _kernel(operands: _Operands, out, *, static: _Static):
+def _kernel(operands: _Operands, out, *, kind: str, matrix: Matrix, tiling: Tiling):
     own_side, other_side, reach, fields, vector = operands
-    block, tile, dtype = pl.program_id(0), static.tiling.tile, own_side.shift.dtype
-    by_rows, scale, _, size = static.matrix
+    block, tile, dtype = pl.program_id(0), tiling.tile, own_side.shift.dtype
+    by_rows, scale, _, size = matrix
     met = Reach(*(x[block] for x in reach))
     own_at = Place.at(block * size, size, own_side.x.shape[0])
-    own = Part.load(own_side, tuple(x for x, _ in fields), own_at)
-    kind, axes = static.kind, Axes.of(static.kind == "matrix")
+    own = Part(own_at.load(own_side.x), own_at.load(own_side.shift), tuple(own_at.load(x) for x, _ in fields))
+    axes = Axes.of(kind == "matrix")
 
     def visit(number, total, is_inner: bool):
         at = Place.at(met.start + number * tile, tile, None if is_inner else met.stop)
-        other = Part.load(other_side, tuple(y for _, y in fields), at)
+        other = Part(at.load(other_side.x), at.load(other_side.shift), tuple(at.load(y) for _, y in fields))
         scores = axes.scores(own, other, scale, own_first=by_rows)
         inside = None if is_inner else axes.inside((own_side, own_at), (other_side, at))
         if kind == "maximum":
             return jnp.maximum(total, scores if inside is None else jnp.where(inside, scores, -jnp.inf))
-        weights = exp2(scores)
-        if inside is not None:
-            weights = jnp.where(inside, weights, 0)
+        weights = exp2(scores) if inside is None else jnp.where(inside, exp2(scores), 0)
         if fields:
-            weights = weights * _sum(axes.dot(x, y, dtype) for x, y in zip(own.fields, other.fields, strict=True))
+            products = (axes.dot(x, y, dtype) for x, y in zip(own.fields, other.fields, strict=True))
+            weights = weights * functools.reduce(jnp.add, products)
         if kind == "vector":
             weights = weights * axes.of_other(at.load(vector))
         return total + (_times(weights, at.load(vector)) if kind == "matrix" else weights)
@@ -204,7 +193,7 @@ def _kernel(operands: _Operands, out, *, static: _Static):
     # Except in products with a matrix, sums across threads are made once, at the end.
     shape = (size, vector.shape[1]) if kind == "matrix" and vector is not None else (tile, size)
     total = jnp.full(shape, -jnp.inf if kind == "maximum" else 0, dtype)
-    for first, last, is_inner in _tiles(met, static.tiling):
+    for first, last, is_inner in _tiles(met, tiling):
         total = jax.lax.fori_loop(first, last, functools.partial(visit, is_inner=is_inner), total)
     if kind == "maximum":
         out[...] = total.max(0) / _LOG2_E
@@ -280,9 +269,8 @@ class Place(NamedTuple):
             exists = None if exists is None else exists[:, None]
             if not isinstance(where, pl.Slice):
                 where = where[:, None], jnp.arange(ref.shape[1], dtype=jnp.int32)[None, :]
-        if exists is None:
-            return plgpu.load(ref.at[where])
-        return plgpu.load(ref.at[where], mask=exists, other=jnp.array(fill, ref.dtype))
+        masked = {} if exists is None else {"mask": exists, "other": jnp.array(fill, ref.dtype)}
+        return plgpu.load(ref.at[where], **masked)
 
 
 class Part(NamedTuple):
@@ -291,10 +279,6 @@ class Part(NamedTuple):
     x: Array
     shift: Array
     fields: tuple[Array, ...] = ()
-
-    @classmethod
-    def load(cls, side: Side, fields: tuple, at: Place) -> "Part":
-        return cls(at.load(side.x), at.load(side.shift), tuple(map(at.load, fields)))
 
 
 def exp2(x: Array) -> Array:
@@ -313,10 +297,6 @@ def _instruction(text: str, x: Array) -> Array:
     return result
 
 
-def _sum(terms: Iterable[Array]) -> Array:
-    return functools.reduce(jnp.add, terms)
-
-
 def _times(weights, matrix) -> Array:
     """Return `weights @ matrix`. For bfloat16, two bfloat16 parts hold 16 bits of the weights.
 
@@ -326,8 +306,8 @@ def _times(weights, matrix) -> Array:
         return _dot(weights, matrix, (1, 0), weights.dtype)
     bits = jax.lax.bitcast_convert_type(weights, jnp.uint32) & jnp.uint32(0xFFFF0000)
     high = jax.lax.bitcast_convert_type(bits, weights.dtype)
-    parts = high, weights - high
-    return _sum(_dot(part.astype(jnp.bfloat16), matrix, (1, 0), weights.dtype) for part in parts)
+    parts = (_dot(part.astype(jnp.bfloat16), matrix, (1, 0), weights.dtype) for part in (high, weights - high))
+    return functools.reduce(jnp.add, parts)
 
 
 def _dot(x, y, contract: tuple[int, int], dtype) -> Array:

@@ -1,9 +1,8 @@
 """Sinkhorn step on a GPU in one visit of each entry: row sums, then column sums from the same entries.
 
-The half steps `u = a / (K 1)` and `v = b / (K^T u)` make K twice if each is a product of its own: a matrix product and
-an exp for every entry, each time. Here a program owns a strip, up to 64 rows and all columns that they meet, and keeps
-the strip's entries in registers. Row sums give u, the same entries give the strip's share of the column sums, and a
-second kernel adds up the shares of the strips that meet a column.
+A program owns a strip, up to 64 rows and all columns that they meet, and keeps the strip's entries in registers: two
+products would make K twice. Row sums give u, the same entries give the strip's share of the column sums, and a second
+kernel adds up the shares of the strips that meet a column.
 
 Strips are cut along the longer of the two sequences, like the blocks of `xla.Band`: windows of a strip begin within 64
 columns of each other, and `64 + 2 W` columns hold all of them. So the tiles inside the support are known beforehand.
@@ -30,11 +29,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ot_attention import support
 from ot_attention.backends import gpu_kernels, xla
 from ot_attention.backends.gpu_kernels import Axes, Part, Place, Side
+from ot_attention.spec import Columns, Lengths, Rows
 
 ROWS = 64  # of a strip
 _TILE = 64  # columns of a tile
@@ -43,17 +43,11 @@ _ADDED = 128  # columns whose shares a program adds up
 
 
 class Cut(NamedTuple):
-    """How strips lie; static, for a kernel is compiled for it.
+    """How strips lie; static, for a kernel is compiled for it."""
 
-    tiles: of 64 columns, that a strip has.
-    slides: whether strips begin where the window of their first row does, which may be before column 0; else all begin
-      at column 0.
-    band: half-width W; None where all is in the support.
-    """
-
-    tiles: int
-    slides: bool
-    band: int | None
+    tiles: int  # of 64 columns, that a strip has
+    slides: bool  # whether strips begin where the window of their first row does, maybe before column 0; else at 0
+    band: int | None  # half-width W; None where all is in the support
 
     def begins(self, tile: int) -> bool:
         """Tell whether windows of a strip's rows may begin after the tile's first column: last rows do not meet it."""
@@ -80,11 +74,8 @@ class Strips(NamedTuple):
     n_k: Int[Array, "N 1"]
 
 
-class _Operands(NamedTuple):
-    rows: Side
-    columns: Side
-    strips: Strips
-    bin_column: Float[Array, "N rows"] | None  # entries of the dustbin's column
+# Rows, columns, strips, and entries of the dustbin's column.
+_Operands = tuple[Side, Side, Strips, Rows | None]
 
 
 def cut_for(columns: int, band: int | None) -> Cut | None:
@@ -94,7 +85,7 @@ def cut_for(columns: int, band: int | None) -> Cut | None:
     return Cut(tiles, reach < columns, band) if tiles <= _MOST_TILES else None
 
 
-def strips(n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, cut: Cut) -> Strips:
+def strips(n_q: Lengths, n_k: Lengths, rows: int, columns: int, cut: Cut) -> Strips:
     """Cut rows into strips of at most 64 rows whose windows lie within the tiles of a strip."""
     n_q, n_k = n_q[:, None], n_k[:, None]
     ends = jnp.arange(math.ceil(max(rows, columns) / ROWS) + 1, dtype=jnp.int32) * ROWS
@@ -109,24 +100,23 @@ def strips(n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, 
     return Strips(row, row_stop, column, met_start.astype(jnp.int32), met_stop.astype(jnp.int32), n_k)
 
 
-def scale_once(
-    rows: Side, columns: Side, strips: Strips, bin_column: Float[Array, "N rows"] | None, *, scale: float, cut: Cut
-) -> tuple[Float[Array, "N rows"], Float[Array, "N columns"]]:
+def scale_once(rows: Side, columns: Side, strips: Strips, bin_column, scale: float, cut: Cut) -> tuple[Rows, Columns]:
     """Return `u = 1 / (K 1 + bin_column)` and `K^T u` for the matrix `K = exp(scale x_i . x_j + f_i + g_j)`.
 
     u is 0 where that sum is 0, and has no meaning beyond the length.
     """
-    return _call(_Operands(rows, columns, strips, bin_column), scale, cut, gpu_kernels.INTERPRET)
+    return _call((rows, columns, strips, bin_column), scale, cut, gpu_kernels.INTERPRET)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # traced and lowered once for all calls alike
 def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple[Array, Array]:
-    (number, length, _), columns = operands.rows.x.shape, operands.columns.x.shape[1]
-    strip_count, groups, reach = operands.strips.row.shape[1], operands.strips.met_start.shape[1], cut.tiles * _TILE
+    rows, columns, strips, _ = operands
+    (number, length, _), reach = rows.x.shape, cut.tiles * _TILE
+    strip_count, groups = strips.row.shape[1], strips.met_start.shape[1]
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
-        varying = jax.typeof(operands.rows.x).manual_axis_type  # axes that heads vary over in shard_map
-        return jax.ShapeDtypeStruct((number, *sizes), operands.rows.shift.dtype, manual_axis_type=varying)
+        varying = jax.typeof(rows.x).manual_axis_type  # axes that heads vary over in shard_map
+        return jax.ShapeDtypeStruct((number, *sizes), rows.shift.dtype, manual_axis_type=varying)
 
     u, shares = pl.pallas_call(
         functools.partial(_strip_kernel, scale=scale, cut=cut),
@@ -141,7 +131,7 @@ def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple
         interpret=interpret,
         name="band_step",
     )(operands)
-    given = shares, operands.strips
+    given = shares, strips
     sums = pl.pallas_call(
         functools.partial(_add_kernel, reach=reach),
         out_shape=shape(groups * _ADDED),
@@ -152,7 +142,7 @@ def _call(operands: _Operands, scale: float, cut: Cut, interpret: bool) -> tuple
         interpret=interpret,
         name="band_shares",
     )(*given)
-    return u, sums[:, :columns]
+    return u, sums[:, : columns.x.shape[1]]
 
 
 def _strip_kernel(operands: _Operands, u_out, shares_out, *, scale: float, cut: Cut):

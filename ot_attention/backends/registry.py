@@ -12,15 +12,12 @@ from ot_attention.spec import Heads, Implementation, SinkhornSpec, UnsupportedEr
 
 
 class Loop(NamedTuple):
-    """Backend made of a band and the loop of `sinkhorn`.
-
-    one_dtype: whether q, k and v must be in the dtype of the potentials.
-    """
+    """Backend made of a band and the loop of `sinkhorn`."""
 
     band: type[Band]
     unsupported_reason: Callable[[Heads, SinkhornSpec], str | None] = lambda heads, spec: None
     platform: str | None = None
-    one_dtype: bool = True
+    one_dtype: bool = True  # whether q, k and v must be in the dtype of the potentials
 
     def attend(self, heads: Heads, spec: SinkhornSpec, /) -> Attended:
         heads = support.cleaned(heads) if self.one_dtype else support.without_padding(heads)
@@ -50,9 +47,7 @@ def choose(name: Implementation | None, heads: Heads, spec: SinkhornSpec) -> Imp
 def _unsupported_reasons(name: Implementation, heads: Heads, spec: SinkhornSpec) -> list[str]:
     reasons = [BACKENDS[name].unsupported_reason(heads, spec)]
     if spec.gradient == "unrolled" and spec.solver == "newton":
-        reasons.append(
-            "gradient='unrolled' goes through plain steps only; use solver='sinkhorn' or gradient='implicit'"
-        )
+        reasons.append("gradient='unrolled' takes plain steps only; use solver='sinkhorn' or gradient='implicit'")
     if spec.gradient == "unrolled" and name != "reference":
         reasons.append("gradient='unrolled' keeps every step; use implementation='reference' or gradient='tail'")
     return [reason for reason in reasons if reason]

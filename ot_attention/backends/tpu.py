@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from ot_attention.backends import tpu_backward, tpu_forward
-from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, compute_dtype, with_dustbin
+from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
+from ot_attention.support import potential_dtype
 
 platform = "tpu"  # see `backends.Backend`
 _MIB = 2**20
@@ -37,8 +38,9 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def forward(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "_Blocks":
-        dtype, tail = compute_dtype(heads), spec.tail_steps
-        q, k, v = _sequences(heads, sizes)
+        dtype, tail = potential_dtype(*heads[:3]), spec.tail_steps
+        lengths = sizes.rows, sizes.columns, sizes.columns
+        q, k, v = (jax.ShapeDtypeStruct((x.shape[2], n), x.dtype) for x, n in zip(heads[:3], lengths, strict=True))
         row, all_rows, column = (_vector(n, dtype) for n in (sizes.rows, sizes.all_rows, sizes.all_columns))
         out = jax.ShapeDtypeStruct((v.shape[0], sizes.rows), v.dtype)
         f_tail, g_tail = _vector(tail * sizes.all_rows, dtype), _vector((tail + 1) * sizes.all_columns, dtype)
@@ -49,7 +51,7 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def backward(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "_Blocks":
-        dtype, tail = compute_dtype(heads), spec.tail_steps
+        dtype, tail = potential_dtype(*heads[:3]), spec.tail_steps
         (q, k, v, column), (out, f_tail, g_tail, lane), forward_scratch = cls.forward(heads, spec, sizes)
         strip, row, all_rows, *_ = forward_scratch
         inputs = tpu_backward.Inputs(q, k, v, column, f_tail, g_tail, d_out=out, d_f=all_rows, d_g=column)
@@ -59,13 +61,8 @@ class _Blocks(NamedTuple):
         return cls(inputs, tpu_backward.Outputs(q, k, v, lane), scratch)
 
     def bytes(self, buffers: int) -> int:
-        once, every_buffer = jax.tree.leaves(self.scratch), jax.tree.leaves((self.inputs, self.outputs))
-        return buffers * sum(map(_vmem_bytes, every_buffer)) + sum(map(_vmem_bytes, once))
-
-
-def _sequences(heads: Heads, sizes: Sizes):
-    lengths = sizes.rows, sizes.columns, sizes.columns
-    return (jax.ShapeDtypeStruct((x.shape[2], n), x.dtype) for x, n in zip(heads[:3], lengths, strict=True))
+        once, more = (sum(map(_vmem_bytes, jax.tree.leaves(x))) for x in (self.scratch, (self.inputs, self.outputs)))
+        return once + buffers * more
 
 
 def _vector(length: int, dtype) -> jax.ShapeDtypeStruct:
@@ -109,7 +106,7 @@ def _tile_dtypes(heads: Heads) -> tuple:
     Rounding q and k has moved scores by 2^-9 times their size. Rounding exp(S) moves them by at most 2^-9, in the base
     steps alone.
     """
-    dtype = compute_dtype(heads)
+    dtype = potential_dtype(*heads[:3])
     return (dtype, jnp.bfloat16) if heads.q.dtype == heads.k.dtype == jnp.bfloat16 else (dtype,)
 
 
@@ -141,7 +138,7 @@ def _call(kernel, blocks: _Blocks, tile_dtypes: tuple, lengths: tuple, heads: He
     The first outputs are sequences of the given `lengths`: their last tile is cut short. `more` are the backward
     kernel's inputs after q, k, v and b.
     """
-    sizes, dtype = Sizes.create(heads, spec), compute_dtype(heads)
+    sizes, dtype = Sizes.create(heads, spec), potential_dtype(*heads[:3])
     memory, tables = _memory(blocks, sizes, tile_dtypes), HeadTables.create(heads, spec, sizes)
     assert memory is not None, "`unsupported_reason` comes first"
     inputs = blocks.inputs._make([*(x.swapaxes(1, 2) for x in heads[:3]), tables.b, *more])
@@ -193,8 +190,7 @@ def attend(heads: Heads, spec: SinkhornSpec):
 
 
 def _attend_fwd(heads: Heads, spec: SinkhornSpec):
-    rows, columns = heads.q.shape[1], heads.k.shape[1]
-    sizes = Sizes.create(heads, spec)
+    rows, columns, sizes = heads.q.shape[1], heads.k.shape[1], Sizes.create(heads, spec)
     blocks = _Blocks.forward(heads, spec, sizes)
     out, f, g, residual = _call(tpu_forward.forward_kernel, blocks, _tile_dtypes(heads), (rows,), heads, spec)
     last_f, last_g = _last(f, sizes, sizes.all_rows, rows), _last(g, sizes, sizes.all_columns, columns)
@@ -202,17 +198,13 @@ def _attend_fwd(heads: Heads, spec: SinkhornSpec):
 
 
 def _attend_bwd(spec, kept, cotangents):
-    heads, f, g = kept
-    d_out, d_f, d_g, _ = cotangents
-    rows, columns = heads.q.shape[1], heads.k.shape[1]
-    sizes = Sizes.create(heads, spec)
-    blocks = _Blocks.backward(heads, spec, sizes)
+    (heads, f, g), (d_out, d_f, d_g, _) = kept, cotangents
+    sizes, dtype = Sizes.create(heads, spec), potential_dtype(*heads[:3])
+    blocks, lengths = _Blocks.backward(heads, spec, sizes), (heads.q.shape[1], heads.k.shape[1], heads.k.shape[1])
     d_f = with_dustbin(d_f, sizes.rows, sizes.all_rows)
     d_g = with_dustbin(d_g, sizes.columns, sizes.all_columns)
-    more, lengths = (f, g, d_out.swapaxes(1, 2), d_f, d_g), (rows, columns, columns)
-    *gradients, d_score = _call(
-        tpu_backward.backward_kernel, blocks, (compute_dtype(heads),), lengths, heads, spec, more
-    )
+    more = f, g, d_out.swapaxes(1, 2), d_f, d_g
+    *gradients, d_score = _call(tpu_backward.backward_kernel, blocks, (dtype,), lengths, heads, spec, more)
     dq, dk, dv = (x.swapaxes(1, 2) for x in gradients)
     return (Heads(dq, dk, dv, d_score[:, 0, 0].astype(heads.dustbin_score.dtype), None, None),)
 

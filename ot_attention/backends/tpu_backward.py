@@ -50,9 +50,7 @@ class Scratch(NamedTuple):
     tiles: Ref | None = None  # the scores of all groups; None makes them anew in every pass
 
 
-def backward_kernel(
-    integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec: SinkhornSpec, dtype
-):
+def backward_kernel(integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec, dtype):
     head, zero = Head(integers, scalars, inputs.q, inputs.k, sizes, spec, dtype), jnp.zeros((1, 1), dtype)
     for x in (outputs.dq, scratch.dk_sum, scratch.dv_sum, scratch.f_bar, scratch.x_rows):
         x[...] = jnp.zeros_like(x)

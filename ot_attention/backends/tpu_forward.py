@@ -61,18 +61,13 @@ class _Range(NamedTuple):
         low = jnp.minimum(self.low, jnp.where(exists, scaling, 1).min())
         return _Range(low, jnp.maximum(self.high, scaling.max()))
 
-    def is_safe(self):
-        return (self.low > 1 / _SCALING_RANGE) & (self.high < _SCALING_RANGE)
-
 
 class _Progress(NamedTuple):
     step: Array  # steps done
     fine: Array  # whether the last one kept all scalings in range; if not, it changed nothing
 
 
-def forward_kernel(
-    integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec: SinkhornSpec, dtype
-):
+def forward_kernel(integers, scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, sizes, spec, dtype):
     head = Head(integers, scalars, inputs.q, inputs.k, sizes, spec, dtype)
     for x in (*outputs[:3], scratch.f, scratch.g):
         x[...] = jnp.zeros_like(x)
@@ -149,7 +144,8 @@ class _Iteration:
         if head.dustbin:
             reached = self._scale_bin_row(reached)
         new = ratio(b[...], self.mass[...])
-        fine = reached.including(new, b[...] > 0).is_safe()
+        reached = reached.including(new, b[...] > 0)
+        fine = (reached.low > 1 / _SCALING_RANGE) & (reached.high < _SCALING_RANGE)
 
         @pl.when(fine)
         def _():

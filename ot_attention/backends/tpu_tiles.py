@@ -21,39 +21,26 @@ Ref = Any  # a reference to VMEM inside a kernel; outside, its `jax.ShapeDtypeSt
 
 
 class Sizes(NamedTuple):
-    """Numbers of tiles in one head's problem."""
+    """Sizes of one head's problem, padded to whole tiles."""
 
     groups: int  # of 128 rows
     chunks: int  # of 128 columns
     tiles: int  # bound on the tiles that all groups visit, the dustbin's included
     dustbin: bool
-
-    @property
-    def rows(self) -> int:
-        return self.groups * TILE
-
-    @property
-    def columns(self) -> int:
-        return self.chunks * TILE
-
-    @property
-    def all_rows(self) -> int:
-        """Rows, and one more tile whose first entry is the dustbin, if there is one."""
-        return self.rows + self.dustbin * TILE
-
-    @property
-    def all_columns(self) -> int:
-        return self.columns + self.dustbin * TILE
+    rows: int
+    columns: int
+    all_rows: int  # with one more tile, whose first entry is the dustbin, if there is one
+    all_columns: int
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec) -> "Sizes":
         groups, chunks = (-(-x.shape[1] // TILE) for x in (heads.q, heads.k))
-        tiles = groups * chunks
+        tiles, dustbin = groups * chunks, spec.dustbin != "none"
         if spec.band is not None:
             # A group's rows span their share of the columns and 2 W more; at either end it touches part of a tile.
             tiles = min(tiles, math.floor(chunks + groups * ((2 * spec.band + TILE - 1) / TILE + 1)))
-        dustbin = spec.dustbin != "none"
-        return cls(groups, chunks, tiles + dustbin * groups, dustbin)
+        lengths = (TILE * n for n in (groups, chunks, groups + dustbin, chunks + dustbin))
+        return cls(groups, chunks, tiles + dustbin * groups, dustbin, *lengths)
 
 
 class HeadTables(NamedTuple):
@@ -65,7 +52,7 @@ class HeadTables(NamedTuple):
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "HeadTables":
-        n_q, n_k, dtype = heads.n_q, heads.n_k, compute_dtype(heads)
+        n_q, n_k, dtype = heads.n_q, heads.n_k, support.potential_dtype(*heads[:3])
         start = jnp.broadcast_to(jnp.arange(0, sizes.rows, TILE, dtype=jnp.int32), (len(n_q), sizes.groups))
         end = jnp.minimum(start + TILE, n_q[:, None])
         # Windows move forward with the row: no window starts before the first row's or ends after the last row's.
@@ -142,10 +129,8 @@ class Head:
     def row_sums(self, group: Group, tile, dustbin: bool = True):
         """Sum `tile(n, columns)` over the columns of the group's tiles, `[128, 1]`."""
 
-        def add(n, columns, total):
-            return total + tile(n, columns)
-
-        return self.fold_tiles(group, add, self.zeros(), dustbin).sum(1, keepdims=True)
+        total = self.fold_tiles(group, lambda n, at, total: total + tile(n, at), self.zeros(), dustbin)
+        return total.sum(1, keepdims=True)
 
     def queries(self, group: Group):
         """Return the group's queries, `[128, width]`."""
@@ -159,18 +144,18 @@ class Head:
             start = pl.multiple_of(jnp.minimum(columns.start, self.sizes.columns - TILE), TILE)
             s = self.scale * dot(queries, self.k[:, pl.ds(start, TILE)], (1, 0)).astype(self.dtype)
             inner = (columns.start >= group.inner * TILE) & (columns.start < group.inner_end * TILE)
-            return jax.lax.cond(inner, lambda: s, lambda: self._masked(group, s, columns))
+            return jax.lax.cond(inner, lambda: s, lambda: masked(s))
+
+        def masked(s):
+            first, last = self._windows(group.rows.start + iota(0, (TILE, 1)))
+            column = columns.start + iota(1)
+            return jnp.where((column >= first) & (column <= last), s, -jnp.inf)
 
         def bin_column():
             row, lane = group.rows.start + iota(0), iota(1)
             return jnp.where((row < self.n_q) & (lane == 0), self.score, -jnp.inf)
 
         return jax.lax.cond(n < group.number, residues, bin_column) if self.dustbin else residues()
-
-    def _masked(self, group: Group, s, columns):
-        first, last = self._windows(group.rows.start + iota(0, (TILE, 1)))
-        column = columns.start + iota(1)
-        return jnp.where((column >= first) & (column <= last), s, -jnp.inf)
 
     def _windows(self, row):
         """Compute `support.row_windows` without dividing integers, which the chip cannot."""
@@ -204,11 +189,11 @@ class Head:
 
     def rows_of(self, ref, group: Group):
         """Read the group's slice of `[width, rows]`, with 0 as padding, whatever stands there."""
-        return _zero_unless(group.rows.start + iota(1, (1, TILE)) < self.n_q, ref[:, group.rows])
+        return jnp.where(group.rows.start + iota(1, (1, TILE)) < self.n_q, ref[:, group.rows], 0)
 
     def columns_of(self, ref, columns):
         """Read a tile's slice of `[width, columns]`, with 0 as padding."""
-        return _zero_unless(columns.start + iota(1, (1, TILE)) < self.n_k, ref[:, columns])
+        return jnp.where(columns.start + iota(1, (1, TILE)) < self.n_k, ref[:, columns], 0)
 
     def zeros(self):
         return jnp.zeros((TILE, TILE), self.dtype)
@@ -217,11 +202,6 @@ class Head:
 def tiles_of(scratch, group: Group) -> tuple[Ref, Array | int]:
     """Return the array that holds the group's tiles, and the place of the first one."""
     return (scratch.strip, 0) if scratch.tiles is None else (scratch.tiles, group.base)
-
-
-def compute_dtype(heads: Heads):
-    """Return the dtype of potentials and marginals, at least float32."""
-    return jnp.promote_types(jnp.result_type(heads.q, heads.k, heads.v), jnp.float32)
 
 
 def with_dustbin(x: Array, length: int, padded: int) -> Array:
@@ -258,10 +238,6 @@ def upright(x):
 def flat(x):
     """Transpose `[128, 1]` to `[1, 128]`."""
     return jnp.where(iota(0) == iota(1), jnp.broadcast_to(x, (TILE, TILE)), 0).sum(0, keepdims=True)
-
-
-def _zero_unless(condition, x):
-    return jnp.where(condition, x, jnp.zeros_like(x))
 
 
 def ratio(x, y, where=None):

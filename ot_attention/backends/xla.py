@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from ot_attention import support
+from ot_attention.spec import AllColumns, AllRows, Columns, Lengths, Rows
 
 _MIB = 2**20
 # Tiles at a time. 4 MiB fit a CPU's cache. On a GPU a product over the tiles must outlast its launch, some 10
 # microseconds, and fill the machine: an H100 reads 256 MiB in 80 microseconds (by arithmetic, not measured).
 _GROUP_BYTES = {"cpu": 4 * _MIB, "gpu": 256 * _MIB}
 _PRECISION = "highest"  # float32 products stay float32 on devices that would round them to bfloat16
+Tiles = Float[Array, "N blocks block reach"]
 
 
 @functools.partial(
@@ -39,7 +41,7 @@ class Band:
         self.rows, self.columns = rows, columns
 
     @classmethod
-    def create(cls, n_q: Int[Array, "N"], n_k: Int[Array, "N"], rows: int, columns: int, band: int | None) -> "Band":
+    def create(cls, n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None) -> "Band":
         index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
         first, last = support.row_windows(index, n_q, n_k, band)
         block, width, blocks = block_shape(rows, columns, band)
@@ -59,16 +61,7 @@ class Band:
         return cls(first, last, row_index, slot, column_index, in_block, rows, columns)
 
     @classmethod
-    def scores(
-        cls,
-        q: Float[Array, "N rows width"],
-        k: Float[Array, "N columns width"],
-        n_q: Int[Array, "N"],
-        n_k: Int[Array, "N"],
-        band: int | None,
-        scale: float,
-    ) -> tuple["Band", Float[Array, "N blocks block reach"]]:
-        """Return the band and the scores `scale q_i . k_j` in it, minus infinity outside the support."""
+    def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float):
         created = cls.create(n_q, n_k, q.shape[1], k.shape[1], band)
         return created, created.mask(created.outer(q * scale, k), -jnp.inf)
 
@@ -97,26 +90,19 @@ class Band:
         flat = tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
         return flat if self._whole else _take(flat, self.slot)
 
-    def add_columns(self, tiles: Float[Array, "N blocks reach ..."]) -> Float[Array, "N columns ..."]:
-        """Sum the entries of several blocks for the same column."""
+    def _over_columns(self, method: str, tiles: Float[Array, "N blocks reach ..."], none: float):
+        """Reduce the entries of several blocks for the same column, to `[N, columns, ...]`."""
         if self._whole:
             return tiles[:, 0]
-        zeros = jnp.zeros((tiles.shape[0], self.columns, *tiles.shape[3:]), tiles.dtype)
-        return jax.vmap(lambda zero, index, x: zero.at[index].add(x, mode="drop"))(zeros, self.column_index, tiles)
+        start = jnp.full((tiles.shape[0], self.columns, *tiles.shape[3:]), none, tiles.dtype)
+        update = jax.vmap(lambda start, index, x: getattr(start.at[index], method)(x, mode="drop"))
+        return update(start, self.column_index, tiles)
 
-    def max_columns(self, tiles: Float[Array, "N blocks reach"]) -> Float[Array, "N columns"]:
-        if self._whole:
-            return tiles[:, 0]
-        low = jnp.full((tiles.shape[0], self.columns), -jnp.inf, tiles.dtype)
-        return jax.vmap(lambda low, index, x: low.at[index].max(x, mode="drop"))(low, self.column_index, tiles)
-
-    def outer(
-        self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]
-    ) -> Float[Array, "N blocks block reach"]:
+    def outer(self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]) -> Tiles:
         """Return `x_i . y_j` for every cell of the tiles, in the support or not."""
         return jnp.einsum("nbid,nbjd->nbij", self.take_rows(x), self.take_columns(y), precision=_PRECISION)
 
-    def mask(self, tiles: Float[Array, "N blocks block reach"], fill: float) -> Float[Array, "N blocks block reach"]:
+    def mask(self, tiles: Tiles, fill: float) -> Tiles:
         first, last = (self.take_rows(x)[..., None] for x in (self.first, self.last))
         column = self.column_index[:, :, None, :]
         return jnp.where((column >= first) & (column <= last) & self.in_block[..., None], tiles, fill)
@@ -130,27 +116,25 @@ class Band:
     def minus(self, tiles, others):
         return tiles - others
 
-    def scale_by(self, tiles, row: Float[Array, "N rows"], column: Float[Array, "N columns"]):
-        return tiles * self.take_rows(row)[..., None] * self.take_columns(column)[:, :, None, :]
-
-    def shift(self, tiles, row: Float[Array, "N all_rows"], column: Float[Array, "N all_columns"]):
+    def shift(self, tiles, row: AllRows, column: AllColumns):
         return tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
 
     def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
         return self.put_rows(jnp.einsum("nbij,nbj...->nbi...", tiles, self.take_columns(x), precision=_PRECISION))
 
-    def apply(self, tiles, u: Float[Array, "N rows"], v: Float[Array, "N columns"], values) -> Array:
+    def apply(self, tiles, u: Rows, v: Columns, values) -> Array:
         return u[..., None] * self.times(tiles, v[..., None] * values)
 
     def transpose_times(self, tiles, x: Float[Array, "N rows ..."]) -> Float[Array, "N columns ..."]:
         # Cells outside the support must be 0: slots without a row hold another row's x.
-        return self.add_columns(jnp.einsum("nbij,nbi...->nbj...", tiles, self.take_rows(x), precision=_PRECISION))
+        products = jnp.einsum("nbij,nbi...->nbj...", tiles, self.take_rows(x), precision=_PRECISION)
+        return self._over_columns("add", products, 0.0)
 
-    def row_max(self, tiles) -> Float[Array, "N rows"]:
+    def row_max(self, tiles) -> Rows:
         return self.put_rows(tiles.max(-1))
 
-    def column_max(self, tiles) -> Float[Array, "N columns"]:
-        return self.max_columns(tiles.max(-2))
+    def column_max(self, tiles) -> Columns:
+        return self._over_columns("max", tiles.max(-2), -jnp.inf)
 
 
 def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, int]:
@@ -165,10 +149,8 @@ def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, in
     return block, width, blocks
 
 
-def first_row_at(
-    position: Int[Array, "blocks"], n_q: Int[Array, "N 1"], n_k: Int[Array, "N 1"]
-) -> Int[Array, "N blocks"]:
-    """Return the least row i with `(i + 1/2) longer / n_q >= position`, a position along the longer sequence."""
+def first_row_at(position: Int[Array, "blocks"], n_q, n_k) -> Int[Array, "N blocks"]:
+    """Return the least row i with `(i + 1/2) longer / n_q >= position`, along the longer sequence; n are `[N, 1]`."""
     twice_longer = 2 * jnp.maximum(jnp.maximum(n_q, n_k), 1).astype(jnp.uint32)
     product = (2 * position).astype(jnp.uint32) * n_q.astype(jnp.uint32)
     # i >= y - 1/2 with y = product / (2 longer) = whole + rest / (2 longer)
