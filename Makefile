@@ -26,7 +26,7 @@ lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/mypy
 
 test: lint
-	JAX_PLATFORMS=cpu $(TEST_VENV)/bin/python -m pytest -n auto --dist=loadgroup --no-loadscope-reorder
+	JAX_PLATFORMS=cpu $(TEST_VENV)/bin/python -m pytest -n auto --dist=loadfile --no-loadscope-reorder
 
 test-slow: $(TEST_VENV)/installed
 	JAX_PLATFORMS=cpu $(TEST_VENV)/bin/python -m pytest -m slow

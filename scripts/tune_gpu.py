@@ -79,7 +79,7 @@ def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]
             few = jnp.stack([vector] * 4, -1)
             made = {
                 "step": lambda: functools.reduce(jnp.add, band.scale_once(terms, jnp.ones_like(vector), None)),
-                "sum": lambda: band.sums(terms, by_rows=True),
+                "sum": lambda: band._product(terms, None, by_rows=True),
                 "vector": lambda: band.transpose_times(terms, vector),
                 "matrix": lambda: band.times(terms, x)[..., 0],
                 # As the gradient of q: fields of the values and of four vectors.

@@ -30,32 +30,32 @@ install_import_hook(
     [*_CHECKED, "data", "models", "training", "alignment", "evaluation"], "beartype.beartype"
 ).__enter__()
 
-# Modules by processor time, longest first. `--dist=loadgroup` hands them out in this order, so that no long one is left
+# Modules by processor time, longest first. `--dist=loadfile` hands them out in this order, so that no long one is left
 # to a single worker at the end.
 _LONGEST_FIRST = [
-    "test_training_step",
-    "test_models",
-    "test_attention",
     "test_conformance",
     "test_eval",
-    "test_bench_attention",
-    "test_sorting",
-    "test_bench_gpu",
-    "test_sharding",
-    "test_compile_asap",
-    "test_asap",
-    "test_nonfinite",
+    "test_attention",
     "test_report",
-    "test_weights",
+    "test_gpu",
+    "test_bench_attention",
+    "test_asap",
+    "test_certificates",
+    "test_training_step",
+    "test_sorting",
+    "test_compile_asap",
+    "test_bench_gpu",
+    "test_nonfinite",
     "test_reliability",
     "test_tpu_tiles",
-    "test_tpu",
-    "test_gpu",
+    "test_models",
+    "test_sharding",
     "test_precision",
     "test_align",
-    "test_train",
     "test_notebook",
-    "test_certificates",
+    "test_weights",
+    "test_tpu",
+    "test_train",
     "test_implicit",
     "test_sparse",
     "test_decode",
@@ -69,16 +69,9 @@ _LONGEST_FIRST = [
 ]
 
 
-# Modules whose tests share nothing that takes long to make: any worker takes any of their tests.
-_SPREAD = {"test_conformance", "test_attention", "test_tpu_tiles", "test_gpu", "test_precision", "test_sparse"}
-
-
 def pytest_collection_modifyitems(items):
     place = {name: n for n, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
-    for item in items:
-        if item.path.stem not in _SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_unconfigure():

@@ -1,6 +1,7 @@
 """scripts/align.py: what goes in, what comes out in every format, and that length costs no memory of its square."""
 
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -239,7 +240,8 @@ def test_a_domain_is_found_anywhere_in_a_long_sequence(model):
 def test_memory_grows_with_the_length_alone(model):
     """The program for two sequences of 1,500 residues never holds as much as their dense plan would take."""
     padded = batching.padded([(np.ones(9, np.int32),) * 2], batching.Shape(1, 1536, 1536, 64))
-    compiled = model._program(64, "posterior", None).lower(model.params, padded).compile()
+    program = functools.partial(inference._compute, model.graph, model.band, (64, "posterior", None))
+    compiled = jax.jit(program).lower(model.params, padded).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1536 * 1536
     rng = np.random.default_rng(2)
     x = rng.integers(1, 21, 1500).astype(np.int32)
@@ -316,7 +318,7 @@ def test_the_plan_is_drawn(run, folder):
         (b">a\nMKV\n>\nMKV\n", r"record 2 \(without an id\)"),
         (b">a\nMK\nV1L\n", r"record 1 \(a\), position 4: '1' is no residue"),
         (b">a\nMK*V\n", r"position 3: '\*' is no residue; '\*' may only be the last symbol"),
-        (b">a\nMK\0V\n", "is no text"),
+        (b">a\nMK\0V\n", "is not text"),
         (gzip.compress(b">a\nMKV\n" * 9, mtime=0)[:-9], "cannot be unpacked"),
         (b">a\nMKV\n", "holds one sequence; give a second file"),
     ],

@@ -30,6 +30,7 @@ def start(output: Path, stages: list[str], environment: dict[str, str]) -> subpr
     return subprocess.Popen(command, cwd=output.parent, env=environment, stdout=-1, stderr=-1, text=True)
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_leaves_what_it_is_for(tmp_path):
     """One test, for the stages take a minute: two workers would run them twice."""
     results = run_all_stages(tmp_path)

@@ -47,7 +47,7 @@ class Verdict(enum.Enum):
     ROLL_BACK = enum.auto()  # to the last checkpoint
 
 
-def judge(policy: NonFinitePolicy, step: TrainedStep, values: dict[str, float], count: int, workdir: Path) -> Verdict:
+def guard(policy: NonFinitePolicy, step: TrainedStep, values: dict[str, float], count: int, workdir: Path) -> Verdict:
     """Return what to do with a non-finite step of these metrics, warn about it, and write its batch to a file.
 
     It is the `count`-th of its run. Raises NonFiniteError if the policy ends the run.

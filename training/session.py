@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data import pipeline
 from training import run_folder, sharding
 from training.checkpoints import Checkpoints
-from training.nonfinite_guard import NonFinitePolicy, TrainedStep, Verdict, judge
+from training.nonfinite_guard import NonFinitePolicy, TrainedStep, Verdict, guard
 from training.processes import gather, is_first_process, warn
 from training.state import Trainer
 
@@ -67,7 +67,7 @@ class Session:
         verdict, policy = Verdict.KEEP, self.parts.policy
         if not finite:
             self.nonfinite += 1
-            verdict = judge(policy, step, values, self.nonfinite, self.workdir)
+            verdict = guard(policy, step, values, self.nonfinite, self.workdir)
         if verdict is Verdict.KEEP:
             counted = {} if policy.on_nonfinite == "stop" else {"nonfinite": self.nonfinite}
             self.log.step(step.number, values | counted, len(step.ids), residues)
