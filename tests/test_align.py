@@ -65,7 +65,7 @@ def model() -> Pretrained:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, model) -> Path:
-    """With weights, and FASTA files in it."""
+    """Make a folder with weights and FASTA files."""
     folder = tmp_path_factory.mktemp("align")
     weights.save(folder / "w.safetensors", model.params, config(), 0)
     (folder / "a.fasta").write_text(f">HBA alpha chain\n{HBA[:70]}\n{HBA[70:].lower()}*\n")
@@ -184,7 +184,7 @@ def test_identical_sequences_are_aligned_residue_by_residue(model):
 
 
 def test_banded_decoding_is_dense_decoding(model):
-    """Of the dense plan by the reference route, and of its windows."""
+    """Compare the decoded dense plan of the reference with its decoded windows."""
     x, y = vocab.encode(HBA.encode()), vocab.encode(HBB.encode())
     lengths = np.array([len(x)], np.int32), np.array([len(y)], np.int32)
 
@@ -211,7 +211,7 @@ def test_banded_decoding_is_dense_decoding(model):
 
 
 def test_a_batch_is_aligned_as_each_pair_is(model):
-    """Of lengths that need several programs and batches, in the order given."""
+    """Lengths need several programs and batches; results come in the order given."""
     rng = np.random.default_rng(0)
     whole = [vocab.encode(s.encode()) for s in (HBA, HBB, HBB[5:])]
     pairs = [(whole[i], whole[j]) for i, j in rng.integers(0, 3, (5, 2))]

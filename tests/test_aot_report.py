@@ -59,7 +59,7 @@ print(json.dumps({"exchanges": [of._asdict() for of in roofline.collectives(text
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict:
-    """What the program printed and wrote."""
+    """Return the output and the report of the program."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (requirements-tpu.txt)")
     output = tmp_path_factory.mktemp("aot") / "report.json"
@@ -201,7 +201,7 @@ def test_loops_count_as_often_as_they_run(monkeypatch):
 
 
 def kernel_operations(base_steps: int, length: int, **options) -> Operations:
-    """Of the attention's forward kernel: one head of width 64."""
+    """Count operations of the attention's forward kernel, for one head of width 64."""
     spec = SinkhornSpec(base_steps=base_steps, **options)
     x, lengths = shape(1, 256, 1, 64), np.full(1, length, np.int32)
 

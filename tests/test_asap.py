@@ -39,7 +39,7 @@ def weighted(features=("kantorovich", "squares", "position", "mass"), seed: int 
 
 
 def transport_cost(x, y, a, b) -> float:
-    """By linear programming."""
+    """Solve the transport problem by linear programming."""
     n, m = len(x), len(y)
     rows, columns = np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))
     cost = ((x[:, None] - y) ** 2).ravel()
@@ -215,7 +215,7 @@ def test_it_works_on_float64_and_under_vmap():
 
 
 def sample(spec: SinkhornSpec, seed: int, f=None, shift: float = 0.0) -> Sample:
-    """With the potentials of Sinkhorn's steps, or those given, moved by a constant."""
+    """Make a sample with potentials of Sinkhorn's steps, or given ones, moved by a constant."""
     q, k, v, *rest = problem(seed, spec.dustbin)
     info = attend(q, k, v, spec, *rest)[1]
     return Sample(q, k, *rest, (info.f if f is None else f(q, k, v, *rest)) + shift)

@@ -152,7 +152,7 @@ def test_only_the_band_is_computed_and_nothing_of_its_size_is_kept():
 
 
 def temporary_bytes(shape: tuple[int, ...], spec: SinkhornSpec) -> int:
-    """Of the compiled gradient."""
+    """Return the temporary memory of the compiled gradient."""
     run = jax.grad(lambda x: sinkhorn_attention(x, x, x, spec, implementation="xla")[0].sum())
     compiled = jax.jit(run).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
     analysis = compiled.memory_analysis()

@@ -107,7 +107,7 @@ def test_a_stage_is_ended_at_its_limit_with_all_that_it_started(tmp_path):
 
 
 def gone(process: int) -> bool:
-    """Whether it ends within some seconds; one that nobody waits for stays as a zombie."""
+    """Tell whether a process ends within some seconds; one that nobody waits for stays as a zombie."""
     status = Path(f"/proc/{process}/stat")
     for _ in range(100):
         if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":

@@ -80,7 +80,7 @@ def test_eval_scores_the_compiled_model(model, maps, tmp_path, capsys):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_each_layer_is_replaced_in_all_that_reads_it(model, maps, layer):
-    """By a map whose f is far off: what depends on the layer must change, what does not must stay."""
+    """Take a map whose f is far off: only results that depend on the layer may change."""
     run = runs.load_weights(model)
     of = asap_maps.load(maps, run.params)[layer]
     far = {layer: dataclasses.replace(of, weights=of.weights + 5, two_sided=False)}

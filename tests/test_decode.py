@@ -143,7 +143,7 @@ def test_posterior_of_a_batch_is_that_of_each_and_ignores_padding():
 
 
 def test_posterior_neither_over_nor_underflows():
-    """Of long sequences of which hardly anything matches, and of long ones that match all along."""
+    """Long sequences that hardly match, and long ones that match all along."""
     lengths = np.array([700]), np.array([600])
     noise = np.random.default_rng(4).random((1, 700, 600)) ** 30
     rows = oracle.posterior(noise, *lengths).sum(axis=2)

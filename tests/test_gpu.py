@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def h100():
-    """What is traced and lowered is for one, as far as JAX goes without its compiler."""
+    """Trace and lower for an H100, as far as JAX goes without its compiler."""
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1), ("data", "model"), abstract_device=device)):
         yield
@@ -236,7 +236,7 @@ def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
 
 @pytest.mark.parametrize("number", [5, 11], ids=lambda n: conformance.CASES[n].name)
 def test_fewer_checks_on_a_gpu_change_no_step(number, monkeypatch):
-    """In one of the cases scalings leave their range in mid-run, several times."""
+    """Scalings of one case leave their range in mid-run, several times."""
     case = conformance.CASES[number]
     arrays, lengths, *_ = conformance.inputs(case, "none", "float32")
     spec = case.spec(base_steps=11)  # 13 steps: two times seven, the last for nothing

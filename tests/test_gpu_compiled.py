@@ -64,7 +64,7 @@ LONG = [(1, 8192, 2, 64, band, "full", "bfloat16") for band in (128, 512)] + [
 
 
 def compiled(program: str) -> list[str]:
-    """What a program prints that compiles for an H100, in a process of its own. No card is needed, nor a driver."""
+    """Return the output of a program that compiles for an H100, in its own process. No card or driver is needed."""
     if not any(
         importlib.metadata.packages_distributions().get(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
     ):

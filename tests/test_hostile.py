@@ -323,7 +323,7 @@ def test_nothing_reads_pickles_or_runs_text():
 
 
 def test_an_archive_cannot_write_outside_its_folder(tmp_path):
-    """As scripts/launch_tpu.py unpacks them."""
+    """Unpack archives like scripts/launch_tpu.py."""
     for name in ("../escaped", "/tmp/escaped"):
         path = tmp_path / "runs.tar"
         with tarfile.open(path, "w") as archive:

@@ -65,7 +65,7 @@ def losses(problem: Problem, spec: SinkhornSpec, dtype="float64"):
 
 
 def oracle(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The same gradients at convergence: the plan by damped dense Newton steps, its derivative by a dense solve."""
+    """Compute the gradients at convergence: the plan by damped dense Newton steps, its derivative by a dense solve."""
     index = np.arange(problem.length)
     scores = problem.q @ problem.k.T / WIDTH**0.5
     scores = np.where(np.abs(index[:, None] - index) <= problem.band, scores, -np.inf)

@@ -163,7 +163,7 @@ class Cloud:
         monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
 
     def logs(self) -> list[str]:
-        """Of every machine, as the bucket has them."""
+        """Return the logs of every machine from the bucket."""
         return [log.read_text() for log in sorted((self.folder / "objects/b/n/logs").iterdir())]
 
     def made(self) -> int:

@@ -77,7 +77,7 @@ def whole(model) -> dict[str, np.ndarray]:
 
 
 def unpadded(result: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """What belongs to residues, pair after pair."""
+    """Return the entries of residues, pair after pair."""
     parts = []
     for n, (rows, columns) in enumerate(zip(X_LENGTHS, Y_LENGTHS, strict=True)):
         parts += [result[name][n, :rows] for name in ("logits", "values", "mass", "barycenter", "log_target")]
@@ -110,7 +110,7 @@ def test_pairs_of_a_batch_do_not_see_each_other(model, whole):
 
 
 def test_x_reaches_its_reconstruction_through_the_plan_alone():
-    """With one residue to choose from, every x_i gets it whole: nothing of x is left in the logits."""
+    """Where one residue is to choose from, every x_i gets it whole: nothing of x is left in the logits."""
     model = make_model(SinkhornSpec(base_steps=4, band=None))
     batch = make_batch() | {"y_length": np.ones(4, np.int32), "target": np.full((4, 20), -1, np.int32)}
     batch["y"] = np.where(np.arange(20) < 1, batch["y"], vocab.PAD)

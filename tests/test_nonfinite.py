@@ -182,7 +182,7 @@ PAIRS = {
 
 
 def test_extreme_pairs_are_aligned():
-    """With the weights that ship."""
+    """Use the weights that ship."""
     model = Pretrained.load(tiny.ROOT / "weights/aligner.safetensors")
     found = model.align([(vocab.encode(x.encode()), vocab.encode(y.encode())) for x, y in PAIRS.values()])
     for (name, (x, y)), of_one in zip(PAIRS.items(), found, strict=True):

@@ -42,7 +42,7 @@ def test_what_is_stored_is_of_one_whole_run(notebook):
 
 
 def test_it_runs(notebook, monkeypatch):
-    """With fewer steps: most of the time goes into compiling all the same."""
+    """Take fewer steps: most of the time goes into compiling all the same."""
     (training,) = [cell for cell in code(notebook) if "STEPS = 300" in cell.source]
     training.source = training.source.replace("STEPS = 300", "STEPS = 10")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # no longer read by jax 0.12

@@ -70,7 +70,7 @@ def test_the_likelihood_is_the_share_of_all_alignments():
 
 
 def test_its_derivative_is_the_posterior_of_the_decoder():
-    """With respect to log P: sharpness times (posterior - reference); also on long sequences that hardly match."""
+    """The derivative by log P is sharpness times (posterior - reference); also on long sequences that hardly match."""
     rng = np.random.default_rng(2)
     plans = np.stack([rng.random((200, 150)) ** 20, rng.random((200, 150))]).astype(np.float32)
     plans[1, np.arange(150), np.arange(150)] = 20
@@ -84,7 +84,7 @@ def test_its_derivative_is_the_posterior_of_the_decoder():
 
 
 def test_derivatives_of_uneven_pairs_are_finite():
-    """Of long x and short y with all matches profitable: what could follow a poor beginning weighs exp(90)."""
+    """Long x and short y, all matches profitable: what could follow a poor beginning weighs exp(90)."""
     log_plan = jnp.full((1, 300, 60), 0.5)
     target, lengths = jnp.full((1, 300), -1, jnp.int32), (jnp.array([290]), jnp.array([60]))
     of_plan, of_gaps = jax.grad(

@@ -81,7 +81,7 @@ def test_votes_sharpen_a_shifted_copy():
 
 
 def test_every_parameter_of_the_votes_learns():
-    """Those before the zero weights only once these have moved."""
+    """Parameters before the zero weights learn only once these weights have moved."""
     model = make_model(refinement=1)
     model.votes.weights.kernel.set_value(jnp.full_like(model.votes.weights.kernel[...], 0.1))
     model.votes.query.kernel.set_value(jnp.full_like(model.votes.query.kernel[...], 0.1))

@@ -204,7 +204,7 @@ def test_names_of_damaged_ones_do_not_collide(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_file_that_cannot_grow_ends_the_run_with_one_line(tmp_path, whole):
-    """As on a full disk, where none can be mounted: no file may have more than 8 kB."""
+    """Imitate a full disk, where none can be mounted: no file may have more than 8 kB."""
     folder = tmp_path / "run"
     copy(whole, folder)
     process = program(folder, total_steps=12, limit=8000)

@@ -188,7 +188,7 @@ def wait_for_step(step: int, workdir: Path, processes: list[subprocess.Popen]) -
 
 
 def kill_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> None:
-    """With no warning to any."""
+    """Kill all processes without a warning."""
     try:
         wait_for_step(step, workdir, processes)
     finally:

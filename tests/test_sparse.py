@@ -68,7 +68,7 @@ def dense(q, k, v, scores, spec, length):
 
 
 def balanced(scores, spec):
-    """By the definition; causal, every sum over the triangle and, of a column, down to the row at hand."""
+    """Balance by the definition; causal, every sum over the triangle and, of a column, down to the row at hand."""
     n = len(scores)
     if not spec.causal:
         for _ in range(spec.steps):
@@ -165,7 +165,7 @@ def test_soft_permutations_are_doubly_stochastic(blocks, seed, spread):
 
 @pytest.mark.parametrize("changes", [{}, {"mixture": True}, {"block": 5}])
 def test_no_causal_output_depends_on_later_residues(changes):
-    """By gradients, through attention and through a sort network that reads the same residues."""
+    """Follow gradients through attention and through a sort network that reads the same residues."""
     spec = dataclasses.replace(SparseSpec(block=4, steps=2, causal=True), **changes)
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
@@ -246,7 +246,7 @@ def test_slots_to_which_almost_nothing_comes(size, sortcut):
 
 @pytest.mark.parametrize("name", ["sorted", "causal", "sortcut"])
 def test_the_sort_network_gets_a_gradient(name):
-    """By finite differences."""
+    """Compare with finite differences."""
     spec, lengths = SPECS[name], jnp.array([19, 14])
     with jax.enable_x64(True):
         q, k, v, scores = problem(19, spec)

@@ -1,4 +1,4 @@
-"""What runs on a TPU is compiled for real ones, which needs libtpu and no TPU."""
+"""Compile the TPU's programs for real chips, which needs libtpu and no TPU."""
 
 import importlib.util
 import os
@@ -80,7 +80,7 @@ def bytes_a_row(topology: str, shapes: list[tuple]) -> list[float]:
 
 
 def run(program: str) -> str:
-    """What a program prints that compiles for TPUs, in a process of its own."""
+    """Return the output of a program that compiles for TPUs, in a process of its own."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (requirements-tpu.txt)")
     settings = {

@@ -21,7 +21,7 @@ from training.state import OptimizerConfig, Trainer
 
 
 def test_the_likelihood_of_the_alignment_is_learned():
-    """Of the very batch: it falls, and the gap model takes part in it."""
+    """The likelihood of the very batch rises, and the gap model takes part."""
     model = AlignerConfig(**(vars(SMALL) | {"gap_model": True, "attention_every": 0}))
     trainer, state = make_trainer(model, LossConfig(reconstruction=0.0, alignment=1.0), learning_rate=0.01)
     update, batch, before = jax.jit(trainer.update), training_batch(), state.params["gaps"]

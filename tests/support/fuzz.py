@@ -26,7 +26,7 @@ READERS = {
 
 
 def reads_stockholm(data: bytes) -> None:
-    """What is read is written and read again the same."""
+    """Check that an alignment that is read can be written, and read again the same."""
     for found in stockholm.read(io.BytesIO(data), max_row_bytes=4000, max_family_bytes=20000, on_bad=lambda _: None):
         (same,) = stockholm.read(io.BytesIO(written(found)))
         assert same.ids == found.ids and (same.rows == found.rows).all()

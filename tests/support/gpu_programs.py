@@ -21,7 +21,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def forward_and_backward(spec: SinkhornSpec):
-    """Of q, k, v, dustbin scores, lengths and the cotangents of output and potentials."""
+    """Attend, and pull back cotangents of output and potentials to q, k, v and the dustbin scores."""
 
     def run(q, k, v, score, lengths, *cotangents):
         def attend(q, k, v, score):

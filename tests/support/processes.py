@@ -63,7 +63,7 @@ def start(*arguments: object, devices: int = 1, **environment: str) -> subproces
 
 
 def finish(*processes: subprocess.Popen, patience: float = PATIENCE) -> list[str]:
-    """What they print; fails if one fails or takes too long."""
+    """Return the output of the processes; fail if one fails or takes too long."""
     deadline = time.monotonic() + patience
     try:
         ended = [process.communicate(timeout=max(deadline - time.monotonic(), 1)) for process in processes]
