@@ -20,8 +20,8 @@ AllColumns = Float[jax.Array, "N all_columns"]
 Lengths = Int[jax.Array, "N"]
 
 
-class UnsupportedError(Exception):
-    """Error for a named implementation that cannot serve a call. The message says why and what to change."""
+class UnsupportedError(ValueError):
+    """Error for a call that an implementation cannot serve. The message says why and what to change."""
 
 
 class SinkhornInfo(NamedTuple):

@@ -20,6 +20,7 @@ LAYERS = {
     "scripts": {"configs", "ot_attention", "data", "models", "training", "alignment", "evaluation", "benchmarks"},
 }
 PROGRAMS = {"train", "eval"}
+FRAME = "command_line"  # of the programs, which imports nothing of ours but the version
 LIBRARIES = ("configs", "ot_attention", "data", "models", "training", "alignment", "evaluation")
 
 
@@ -53,6 +54,14 @@ def identifier(path: Path) -> str:
 def test_a_folder_imports_only_folders_before_it(path):
     folder = path.relative_to(ROOT).parts[0]
     assert layers_of(imports(path)) - {folder} <= LAYERS[folder]
+
+
+def test_only_programs_import_their_frame():
+    assert layers_of(imports(ROOT / f"{FRAME}.py")) <= {"ot_attention"}
+    importers = {
+        path.relative_to(ROOT).parts[0] for folder in LAYERS for path in modules(folder) if FRAME in imports(path)
+    }
+    assert importers <= {"evaluation", "benchmarks", "scripts"}
 
 
 def test_every_folder_with_code_is_in_the_table():

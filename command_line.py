@@ -1,0 +1,124 @@
+"""Run a program from the command line: options that all have, one line for a user's mistake, exit status.
+
+def main(arguments=None) -> int:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--output", type=command_line.path)
+    args = parser.parse_args(arguments)
+    return command_line.run(parser.prog, lambda: work(args), debug=args.debug)
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+UNUSABLE = 1  # input, data, a setting, memory or a file cannot be used; one line on stderr says why
+WRONG_COMMAND_LINE = 2  # argparse's own
+FAULT = 70  # of the program itself; EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130  # by Ctrl-C, as shells say it
+EXIT_STATUS = f"""exit status: 0; {UNUSABLE} if input or settings cannot be used (one line says why; --debug shows
+where); {WRONG_COMMAND_LINE} for a wrong command line; {FAULT} for a fault of the program; {INTERRUPTED} after Ctrl-C"""
+MISTAKES = (ValueError, OSError, ImportError, MemoryError)  # errors that a user can mend
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # of XLA
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a program: its docstring is the help, with the exit status below; --version, --debug and --threads."""
+
+    def __init__(self, description: str | None, *, threads: bool = False, **options):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=layout, epilog=EXIT_STATUS, **options)
+        self.add_argument("--version", action=_Version, help="show the version and exit")
+        self.add_argument("--debug", action="store_true", help="show where an error arose")
+        if threads:
+            self.add_argument("--threads", type=_threads, metavar="N", help="CPU cores to use; default: all")
+
+
+class _Version(argparse.Action):
+    """Print the version, whose import takes a second, only when it is asked for."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser, *_):
+        print(f"{parser.prog} {version()}")
+        parser.exit()
+
+
+def version() -> str:
+    """Return the version of this repository."""
+    import ot_attention
+
+    return ot_attention.__version__
+
+
+def path(text: str) -> Path:
+    """Return a path given on the command line, with `~` as the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
+def file_name(text: str) -> str:
+    """Return a path as text; "-", a standard stream, stays."""
+    return str(path(text))
+
+
+def use_threads(count: int | None) -> None:
+    """Restrict this process, and processes that it starts, to this many CPU cores. JAX must not have run before.
+
+    Libraries count the cores that a process may use, and start as many threads.
+    """
+    if count is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, allowed is 1 or more")
+    return int(text)
+
+
+def run(
+    program: str, work: Callable[[], int | None], *, debug: bool = False, also: tuple[type[BaseException], ...] = ()
+) -> int:
+    """Do the work of a program, and return its exit status.
+
+    One line on stderr tells a mistake: an error of `MISTAKES` or `also`, or XLA's for too little memory. With `debug`,
+    the traceback comes before it. Any other error is a fault of the program, whose traceback is always shown.
+    """
+    try:
+        return work() or 0
+    except BrokenPipeError:  # the reader has seen enough; what is left in the buffer must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return failed(program, "interrupted", INTERRUPTED)
+    except Exception as error:
+        is_mistake = isinstance(error, (*MISTAKES, *also)) or _OUT_OF_MEMORY in str(error)
+        if debug or not is_mistake:
+            traceback.print_exc()
+        if is_mistake:
+            return failed(program, message(error), UNUSABLE)
+        return failed(program, f"a fault of the program, please report it: {message(error)}", FAULT)
+
+
+def failed(program: str, text: str, status: int) -> int:
+    """Tell in one line on stderr why a program ends, and return its exit status."""
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{program}: {text}", file=sys.stderr)
+    return status
+
+
+def message(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY in text:
+        return f"not enough memory ({text or 'no more could be had'}): give smaller input, batches or bands"
+    return text or type(error).__name__
