@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 STANDARD_STREAM = "-"  # as a name: standard input, or standard output
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # errors of reading a truncated or corrupt compressed file
-_OPENERS: dict[bytes, Callable[..., IO[bytes]]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _NOT_READ = {
     b"PK\x03\x04": "a zip archive; unpack it (unzip)",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it (unzstd), or compress by gzip, bzip2 or xz",
