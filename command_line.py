@@ -57,6 +57,8 @@ def version() -> str:
 
 def path(text: str) -> Path:
     """Return a path given on the command line, with `~` as the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path was given")  # of a variable without value; "." is not meant
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

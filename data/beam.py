@@ -8,6 +8,7 @@ and output are paths that all workers see. A family must fit into a worker's mem
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from data.families import SPLITS, Family
 from data.pfam import Pfam, to_example
-from data.recipe import Candidate, Recipe, candidate, choose, read_families
+from data.recipe import Candidate, Recipe, candidate, choose, counts, read_families
 
 try:
     import apache_beam as beam
@@ -32,12 +33,13 @@ class PfamBeam(Pfam, skip_registration=True):
     name = Pfam.name
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager, pipeline: "beam.Pipeline"):
-        inputs, clans = self.local_input(dl_manager)
+        inputs, self.clans = self.local_input(dl_manager)
+        self.report.read = {"files": len(inputs)}
         read = (
             pipeline
             | "Files" >> beam.Create(list(enumerate(inputs)))
             | "OneFileAWorker" >> beam.Reshuffle()
-            | "Parse" >> beam.FlatMap(parse, clans, self.recipe).with_outputs("skipped", main="families")
+            | "Parse" >> beam.FlatMap(parse, self.clans, self.recipe).with_outputs("skipped", main="families")
         )
         chosen = (
             read.families
@@ -45,17 +47,27 @@ class PfamBeam(Pfam, skip_registration=True):
             | "SameAccession" >> beam.GroupByKey()
             | "Choose" >> beam.FlatMap(records_of, self.recipe).with_outputs("dropped", *SPLITS)
         )
+        counted = (
+            read.families
+            | "Count" >> beam.Map(lambda family: counts(family[1][0]))
+            | "Sum" >> beam.CombineGlobally(lambda found: sum(found, Counter()))
+        )
+        texts = {"skipped": read.skipped, "dropped": chosen.dropped}
+        gathered = {kind: found | f"Gather_{kind}" >> beam.combiners.ToList() for kind, found in texts.items()}
         self.notes = Path(self.data_dir) / "notes"
-        for kind, texts in (("skipped", read.skipped), ("dropped", chosen.dropped)):
-            path = str(self.notes.with_suffix(f".{kind}"))
-            _ = texts | f"Gather_{kind}" >> beam.combiners.ToList() | f"Note_{kind}" >> beam.Map(note, path)
+        for kind, found in (gathered | {"read": counted}).items():
+            _ = found | f"Note_{kind}" >> beam.Map(note, str(self.notes.with_suffix(f".{kind}")))
         return {split: chosen[split] for split in SPLITS}
 
     def _process_pipeline_result(self, pipeline_result: "beam.runners.runner.PipelineResult") -> None:
-        for kind in ("skipped", "dropped"):
+        noted = {}
+        for kind in ("skipped", "dropped", "read"):
             path = self.notes.with_suffix(f".{kind}")
-            setattr(self.report, kind, sorted(json.loads(path.read_text())))
+            noted[kind] = json.loads(path.read_text())
             path.unlink()
+        self.report.skipped, self.report.dropped = sorted(noted["skipped"]), sorted(noted["dropped"])
+        self.report.read |= noted["read"]
+        self.report.check(self.clans, noted["read"].get("families", 0) - len(noted["dropped"]))
 
 
 def parse(numbered: tuple[int, str], clans: dict[str, str], recipe: Recipe) -> Iterator:
@@ -63,7 +75,7 @@ def parse(numbered: tuple[int, str], clans: dict[str, str], recipe: Recipe) -> I
     number, path = numbered
     skipped: list[str] = []
     for index, family in enumerate(read_families(path, clans, recipe, skipped.append)):
-        yield family.accession, (candidate((number, index), path, family, recipe), family)
+        yield family.accession, (candidate((number, index), path, family, clans, recipe), family)
     yield from (beam.pvalue.TaggedOutput("skipped", text) for text in skipped)
 
 
@@ -78,5 +90,5 @@ def records_of(same: tuple[str, Iterable[Placed]], recipe: Recipe) -> Iterator["
             yield beam.pvalue.TaggedOutput(split, (accession, to_example(record)))
 
 
-def note(texts: list[str], path: str) -> None:
-    Path(path).write_text(json.dumps(texts))
+def note(found: list[str] | dict[str, int], path: str) -> None:
+    Path(path).write_text(json.dumps(found))

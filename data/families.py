@@ -4,11 +4,10 @@ Every choice is a hash of names and sequences. So a family keeps its split, and 
 of the input and whatever other families are built with it.
 """
 
-import gzip
 import hashlib
 import math
 import random
-import zlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
-from data.stockholm import Alignment, open_unpacked
-from data.vocab import GAPS, is_residue
+from data.files import DAMAGED, display_name, format_of, open_unpacked
+from data.stockholm import Alignment
+from data.vocab import GAPS, count_letters, is_residue, seem_nucleotides
 
 SPLITS = ("train", "validation", "test_iid", "test_ood")
 # Chosen once, before anything was trained: the first of "pfam-0", "pfam-1", ... with which validation and test_ood of
@@ -28,6 +28,9 @@ HELD_OUT_SHARE = 0.15  # of the sequences of a training family
 MIN_SEQUENCES_TO_HOLD_OUT = 10
 PAIRS_PER_FAMILY = 15
 MAX_CLANS_BYTES = 1 << 28  # unpacked; the table of Pfam 37 has 2 MB
+_VERSIONED = re.compile(r"([A-Za-z]+_?\d+)\.\d+")
+_NO_CLAN = ("", "\\N", "-", "NULL", "NONE", "NA", "N/A", "NAN")  # \N is the NULL of Pfam's tables
+_ENDINGS = (".gz", ".bz2", ".xz"), (".sto", ".stk", ".sth", ".stockholm", ".txt")  # of files, left out of names
 
 
 class BadRecordError(ValueError):
@@ -51,38 +54,81 @@ class Family:
         return self.clan or self.accession
 
 
-def from_alignment(alignment: Alignment, clans: dict[str, str]) -> Family:
+def from_alignment(alignment: Alignment, clans: dict[str, str], path: str = "") -> Family:
     """Make a family without evaluation pairs; `clans` maps accessions to clans.
 
-    Its accession is 'PF08975' for '#=GF AC PF08975.5', or the ID without AC. Raises ValueError if both are missing.
+    Its accession is 'PF08975' for '#=GF AC PF08975.5', or the ID without AC. A record without both is named after its
+    file at `path`. Raises ValueError if there is none either, or if the residues are nucleotides.
     """
-    accession = (alignment.feature("AC") or alignment.feature("ID") or "").strip().rstrip(";").split(".")[0]
+    if seem_nucleotides(count_letters(alignment.rows)):
+        raise ValueError("its residues are nucleotides (DNA or RNA), proteins are needed: translate or remove it")
+    given = (alignment.feature(feature) or "" for feature in ("AC", "ID"))
+    stripped = (text.strip().rstrip(";").rstrip() for text in given)
+    accession = without_version(next(filter(None, stripped), "") or _named_after(path, alignment.number))
     if not accession:
         raise ValueError(f"the alignment of {alignment.ids[0]!r} has neither '#=GF AC' nor '#=GF ID'; give it one")
     name, no_pairs = (alignment.feature("ID") or accession).strip(), np.zeros((0, 2), np.int32)
     return Family(accession, name, clans.get(accession, ""), alignment.ids, alignment.rows, no_pairs)
 
 
+def without_version(accession: str) -> str:
+    """Cut the version off an accession: PF00001 of PF00001.25.
+
+    What stays must be letters and a number, since dots are part of other names: CATH's 1.10.275.10, SCOP's a.102.
+    """
+    versioned = _VERSIONED.fullmatch(accession)
+    return versioned[1] if versioned else accession
+
+
+def _named_after(path: str, number: int) -> str:
+    """Return the file's name without its endings; of a later record followed by its number, as in globins/2."""
+    name = Path(path).name
+    for endings in _ENDINGS:
+        ending = next((ending for ending in endings if name.lower().endswith(ending)), "")
+        name = name[: len(name) - len(ending)] or name
+    return f"{name}/{number}" if name and number > 1 else name
+
+
 def read_clans(path: str | Path) -> dict[str, str]:
-    """Read Pfam-A.clans.tsv, plain or gzip, as accession -> clan; "" for a family without clan."""
-    try:
-        with open_unpacked(path) as file:
+    """Read Pfam-A.clans.tsv, plain or compressed, as accession -> clan; "" for a family without clan.
+
+    Raises ValueError, with file and line, for a table without rows, a line without a clan's column, and two clans of
+    one accession.
+    """
+    name, columns = display_name(path), "'accession<tab>clan<tab>...'"
+    clans: dict[str, str] = {}
+    lines = re.split(r"\r\n|\r|\n", _read_table(path))
+    first = next((line for line in lines if line.strip()), "").encode("latin-1")
+    seems = f"; the file seems to be {format_of(first)}" if format_of(first) else ""
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        accession, *others = (field.strip() for field in line.split("\t"))
+        if not accession or not others:
+            raise ValueError(f"{name}, line {number}: expected {columns}, found {line[:60]!r}{seems}")
+        accession, clan = without_version(accession), "" if others[0].upper() in _NO_CLAN else others[0]
+        if clans.setdefault(accession, clan) != clan:
+            raise ValueError(
+                f"{name}, line {number}: {accession!r} is in {clan!r} here and in {clans[accession]!r} before; "
+                f"columns are {columns}, and a family has one clan: correct the table, or swap its columns"
+            )
+    if not clans:
+        raise ValueError(f"{name} has no row: expected {columns} as in Pfam-A.clans.tsv{seems}")
+    return clans
+
+
+def _read_table(path: str | Path) -> str:
+    name = display_name(path)
+    with open_unpacked(path) as file:
+        try:
             raw = file.read(MAX_CLANS_BYTES + 1)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+        except DAMAGED as error:
+            raise ValueError(f"{name} is truncated or corrupt ({error}); fetch it again") from error
     if len(raw) > MAX_CLANS_BYTES:
         raise ValueError(
-            f"{path} has more than {MAX_CLANS_BYTES} bytes (unpacked): is it the table of clans? Give Pfam-A.clans.tsv"
+            f"{name} has more than {MAX_CLANS_BYTES} bytes (unpacked): is it the table of clans? Give Pfam-A.clans.tsv"
         )
-    clans = {}
-    for number, line in enumerate(raw.decode("latin-1").split("\n"), 1):
-        if not line.strip():
-            continue
-        fields = line.rstrip("\r").split("\t")
-        if len(fields) < 2:
-            raise ValueError(f"{path}, line {number}: expected 'accession<tab>clan<tab>...', found {line[:60]!r}")
-        clans[fields[0].split(".")[0]] = "" if fields[1] == "\\N" else fields[1]  # \N: the dump's NULL
-    return clans
+    return raw.decode("latin-1")
 
 
 def split_of(unit: str) -> str:

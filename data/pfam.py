@@ -7,6 +7,7 @@ A build appears at its place whole or not at all: it is written to `<out>.incomp
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,10 +23,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from data import build_folder
+from data.build_folder import CHECKSUMS
 from data.families import SALT, SPLITS, BadRecordError, Family, read_clans
-from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, read_inputs
+from data.files import expanded, visible
+from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, counts, read_inputs
 
-CHECKSUMS = "SHA256SUMS"
 RECORDS = "records.json"  # split -> accessions in the order of its records, to name a record that is damaged
 REPORT = "report.json"
 _TEXTS = "accession", "name", "clan"
@@ -63,13 +66,14 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         inputs, clans = self.local_input(dl_manager)
         kept = self.survey(inputs, clans)
-        counts = Counter(split for splits in kept.values() for split in splits)
+        self.report.check(clans, len(kept))
+        sizes = Counter(split for splits in kept.values() for split in splits)
         num_shards = self.recipe.num_shards or 1
-        for split, count in counts.items():
-            if num_shards > count:
-                raise ValueError(f"num_shards={num_shards}: split {split} has {count} records; ask for fewer")
+        for split, size in sizes.items():
+            if num_shards > size:
+                raise ValueError(f"num_shards={num_shards}: split {split} has {size} records; ask for fewer")
         # TFDS cannot write a split without records.
-        return {split: self._generate_examples(inputs, clans, kept, split) for split in SPLITS if counts[split]}
+        return {split: self._generate_examples(inputs, clans, kept, split) for split in SPLITS if sizes[split]}
 
     def local_input(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], dict[str, str]]:
         """Return the Stockholm files and the clan of each accession; downloads both if the recipe names a release."""
@@ -87,9 +91,13 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
     def survey(self, inputs: tuple[str, ...], clans: dict[str, str]) -> dict[Place, tuple[str, ...]]:
         """Read all input once, before anything is written; return the places of the families to keep, with splits."""
         candidates: dict[str, list[Candidate]] = {}
+        read = Counter(files=len(inputs))
         placed = read_inputs(inputs, clans, self.recipe, self.report.skipped.append)
-        for place, family in tqdm(placed, desc="Reading families", unit=" families", mininterval=1.0):
-            candidates.setdefault(family.accession, []).append(candidate(place, inputs[place[0]], family, self.recipe))
+        for place, family in tqdm(placed, desc="Reading families", unit=" families", mininterval=1.0, disable=None):
+            found = candidate(place, inputs[place[0]], family, clans, self.recipe)
+            read.update(counts(found))
+            candidates.setdefault(family.accession, []).append(found)
+        self.report.read = dict(read)
         kept = {}
         for same in candidates.values():
             best, left_out = choose(same)
@@ -130,29 +138,36 @@ def build(
 ) -> Report:
     """Build the shards in `out`/pfam; `config` goes to tfds.download.DownloadConfig (beam_options, for example).
 
-    Raises FileExistsError if `out` has a data set and `overwrite` is off. No error changes `out`.
+    Raises FileExistsError if `out` has a data set and `overwrite` is off, or holds something else at the place of the
+    data set, which is never deleted. No error changes `out`.
     """
-    out = Path(out).resolve()
-    final = out / builder.name
-    if final.exists() and not overwrite:
-        raise FileExistsError(f"out={out} has a data set: choose another folder, or overwrite=True (--overwrite)")
-    for path in (*recipe.inputs, *filter(None, [recipe.clans])):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"input {path} is not a file")
-    growing = out.with_name(out.name + ".incomplete")
-    shutil.rmtree(growing, ignore_errors=True)  # of a build that was killed
+    out = Path(expanded(out)).resolve()
+    if not out.name:
+        raise ValueError(f"out={out} is the root of all folders: give another folder")
+    final, growing = out / builder.name, out.with_name(out.name + ".incomplete")
+    build_folder.check_inputs(recipe, out)
+    build_folder.check_place(out, final, overwrite)
+    build_folder.remove_unfinished(growing, builder.name)
+    missing = [folder for folder in growing.parents if not folder.exists()]
     kept_downloads = out.with_name(out.name + ".downloads") if recipe.release else growing / "downloads"
-    prepared = builder(recipe=recipe, data_dir=str(growing))
-    prepared.download_and_prepare(
-        download_dir=str(download_dir or kept_downloads),
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=recipe.num_shards, **config),
-    )
-    _finish(prepared)
-    out.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        final.replace(growing / "replaced")
-    (growing / builder.name).replace(final)
-    shutil.rmtree(growing)
+    try:
+        growing.mkdir(parents=True)
+        prepared = builder(recipe=recipe, data_dir=str(growing))
+        prepared.download_and_prepare(
+            download_dir=expanded(download_dir or kept_downloads),
+            download_config=tfds.download.DownloadConfig(
+                try_download_gcs=False, num_shards=recipe.num_shards, **config
+            ),
+        )
+        _finish(prepared)
+        build_folder.exchange(growing / builder.name, final, growing / "replaced")
+    except BaseException:
+        shutil.rmtree(growing, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in missing:
+                folder.rmdir()
+        raise
+    shutil.rmtree(growing, ignore_errors=True)
     return prepared.report
 
 
@@ -176,8 +191,7 @@ def verify(data_dir: str | Path) -> str:
     Raises ValueError if files are missing, changed or unknown, and FileNotFoundError if `data_dir` holds no data set.
     """
     folder = find_dataset(data_dir)
-    lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
-    expected = {name: checksum for checksum, name in lines}
+    expected = build_folder.read_checksums(folder)
     found = {path.name: _sha256(path) for path in _listed(folder)}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -192,13 +206,15 @@ def verify(data_dir: str | Path) -> str:
 
 def find_dataset(data_dir: str | Path) -> Path:
     """Return the one folder below `data_dir` that holds a finished data set."""
-    data_dir = Path(data_dir)
+    data_dir = Path(expanded(data_dir))
     if not data_dir.is_dir():
         raise FileNotFoundError(
             f"data.dir={data_dir} is not a folder; build one with scripts/build_pfam.py --out {data_dir}"
         )
     # The checksums are written last: a folder without them is of a build that was killed.
-    folders = sorted(p.parent for p in data_dir.rglob(CHECKSUMS) if p.with_name("dataset_info.json").is_file())
+    found = (path.parent for path in data_dir.rglob(CHECKSUMS) if path.with_name("dataset_info.json").is_file())
+    hidden = (".", "__MACOSX")  # beginnings of names
+    folders = sorted(p for p in found if not any(part.startswith(hidden) for part in p.relative_to(data_dir).parts))
     if not folders:
         raise FileNotFoundError(f"data.dir={data_dir} holds no data set; build one with scripts/build_pfam.py")
     if len(folders) > 1:
@@ -211,7 +227,11 @@ class FamilySource:
 
     def __init__(self, folder: Path, split: str):
         self.folder, self.split = folder, split
-        dataset = tfds.builder_from_directory(str(folder))
+        try:
+            dataset = tfds.builder_from_directory(str(folder))
+        except Exception as error:  # of json or protobuf, depending on the damage
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise ValueError(f"{folder} cannot be read ({reason}); build or copy the data again") from error
         if split not in dataset.info.splits:
             raise ValueError(
                 f"split {split!r} is empty in {folder}; it has {', '.join(dataset.info.splits)}: add families"
@@ -222,7 +242,10 @@ class FamilySource:
                 raise FileNotFoundError(f"shard {path} is missing; build or copy the data again")
         self.records = dataset.as_data_source(split=split)
         listed = folder / RECORDS  # data sets of early versions have none
-        self.accessions: list[str] = json.loads(listed.read_text())[split] if listed.exists() else []
+        try:
+            self.accessions: list[str] = json.loads(listed.read_text())[split] if listed.exists() else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{listed} is damaged ({error!r}); build or copy the data again") from error
 
     def __len__(self) -> int:
         return len(self.records)
@@ -265,7 +288,7 @@ def open_split(data_dir: str | Path, split: str) -> FamilySource:
 
 
 def _listed(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    return [path for path in visible(folder) if path.is_file() and path.name != CHECKSUMS]
 
 
 def _sha256(path: Path) -> str:

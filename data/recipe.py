@@ -1,23 +1,27 @@
 """Input of a build and choice of the records to keep; shared by the plain and by the Beam build."""
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from data import stockholm
+from data import stockholm, vocab
 from data.families import PAIRS_PER_FAMILY, Family, from_alignment, limit_rows, split_records
+from data.files import STANDARD_STREAM, expanded
 from data.stockholm import StockholmError
 
 RELEASES = "https://ftp.ebi.ac.uk/pub/databases/Pfam/releases"
 Place = tuple[int, int]  # the number of the input, and of the record in it
 Skipped = Callable[[str], object]  # takes the message about a malformed family
+MAX_PAIRS = 1_000_000  # a family; drawn pairs are kept in memory
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Input and options of a build."""
 
-    inputs: tuple[str, ...] = ()  # Stockholm files, plain or gzip
-    clans: str = ""  # Pfam-A.clans.tsv, plain or gzip; needed with inputs unless evaluation_only
+    inputs: tuple[str, ...] = ()  # Stockholm files, plain or compressed
+    clans: str = ""  # Pfam-A.clans.tsv, plain or compressed; needed with inputs unless evaluation_only
     release: str = ""  # Pfam release such as "37.0", downloaded from `mirror` in place of inputs and clans
     mirror: str = RELEASES
     skip_bad: bool = False  # list malformed families in the report instead of stopping at the first
@@ -28,6 +32,8 @@ class Recipe:
     pairs: int = PAIRS_PER_FAMILY  # most evaluation pairs a family
 
     def __post_init__(self):
+        object.__setattr__(self, "inputs", tuple(map(expanded, self.inputs)))
+        object.__setattr__(self, "clans", expanded(self.clans))
         if bool(self.release) == bool(self.inputs):
             raise ValueError(f"give either a release or inputs, not {'both' if self.release else 'neither'}")
         if self.inputs and not (self.clans or self.evaluation_only):
@@ -35,10 +41,20 @@ class Recipe:
                 "inputs need clans (--clans Pfam-A.clans.tsv[.gz]): without them homologous families would be split "
                 "apart; only data that are never trained on need none (evaluation_only, --evaluation-only)"
             )
-        if self.pairs < 1:
-            raise ValueError(f"pairs={self.pairs}: at least 1 evaluation pair a family is needed")
+        if self.release and self.clans:
+            raise ValueError(f"clans={self.clans} was given, but a release brings its own: leave one of them out")
+        if STANDARD_STREAM in self.inputs:
+            raise ValueError("inputs: '-' (standard input) can be read once, a build reads twice: save it as a file")
+        if not 1 <= self.pairs <= MAX_PAIRS:
+            raise ValueError(f"pairs={self.pairs}: at least 1 evaluation pair a family is needed, at most {MAX_PAIRS}")
         if self.max_rows is not None and self.max_rows < 2:
             raise ValueError(f"max_rows={self.max_rows}: at least 2 are needed, one row makes no pair")
+        if self.num_shards is not None and self.num_shards < 1:
+            raise ValueError(
+                f"num_shards={self.num_shards}: a split has at least 1; by default it follows from the size"
+            )
+        if self.max_family_bytes < 1:
+            raise ValueError(f"max_family_bytes={self.max_family_bytes}: at least 1 is needed, to read any family")
 
     def records(self, family: Family) -> Iterator[tuple[str, Family]]:
         """Yield the (split, record) that one family gives."""
@@ -52,6 +68,35 @@ class Report:
     records: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    read: dict[str, int] = field(default_factory=dict)  # files, and the sums of `counts` over all families
+
+    def summary(self, with_clans: bool) -> str:
+        """Return a line that says what was read; `with_clans` if there was a table of clans."""
+        read = Counter(self.read)
+        families, unknown = read["families"], ", ".join(vocab.AMBIGUOUS)
+        files = f"{read['files']:,} file{'s' * (read['files'] != 1)}: {families:,} families, {read['rows']:,} rows"
+        residues = f"{read['residues']:,} residues, {read['unknown_letters']:,} of them unknown ({unknown})"
+        known = f"; the table of clans knows {read['known_to_clans']:,} of {families:,} families" if with_clans else ""
+        return f"read {files}, {residues}{known}"
+
+    def check(self, clans: dict[str, str], kept: int) -> None:
+        """Raise ValueError if no family is kept, or none is in the table of clans; warn if fewer than half are."""
+        read = Counter(self.read)
+        if not kept:
+            reasons = [*self.skipped, *self.dropped]
+            first = f"; the first: {reasons[0]}" if reasons else ""
+            told = f"{len(self.skipped)} malformed, {len(self.dropped)} left out"
+            raise ValueError(f"no family to write: {read['families']} were read, {told}{first}")
+        if not clans or 2 * read["known_to_clans"] >= read["families"]:
+            return
+        accession, clan = next(iter(clans.items()))
+        told = (
+            f"clans: the table knows {read['known_to_clans']} of the {read['families']} families; expected are lines "
+            f"'accession<tab>clan<tab>...', the first has the accession {accession!r} and the clan {clan!r}"
+        )
+        if not read["known_to_clans"]:
+            raise ValueError(f"{told}: give the table of these families")
+        warnings.warn(f"{told}: each other family is a clan of its own", stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -63,11 +108,21 @@ class Candidate:
     accession: str
     rows: int
     splits: tuple[str, ...]
+    residues: int
+    unknown_letters: int
+    known_to_clans: bool
 
 
-def candidate(place: Place, path: str, family: Family, recipe: Recipe) -> Candidate:
-    splits = tuple(split for split, _ in recipe.records(family))
-    return Candidate(place, path, family.accession, len(family.rows), splits)
+def candidate(place: Place, path: str, family: Family, clans: dict[str, str], recipe: Recipe) -> Candidate:
+    splits, letters = tuple(split for split, _ in recipe.records(family)), vocab.count_letters(family.alignment)
+    unknown, known = sum(letters[letter] for letter in vocab.AMBIGUOUS), family.accession in clans
+    return Candidate(place, path, family.accession, len(family.rows), splits, letters.total(), unknown, known)
+
+
+def counts(found: Candidate) -> Counter[str]:
+    """Return what a family adds to `Report.read`."""
+    names = ("rows", "residues", "unknown_letters", "known_to_clans")
+    return Counter(families=1, **{name: int(getattr(found, name)) for name in names})
 
 
 def choose(candidates: list[Candidate]) -> tuple[Candidate | None, list[str]]:
@@ -93,16 +148,26 @@ def read_inputs(
 def read_families(path: str, clans: dict[str, str], recipe: Recipe, skipped: Skipped) -> Iterator[Family]:
     """Yield the families of one file, with at most `max_rows` rows.
 
-    A malformed family, or one without name, raises StockholmError; with `skip_bad`, `skipped` gets the message.
+    A malformed family, nucleotides, or a file without any family raise ValueError; with `skip_bad`, `skipped` gets the
+    message.
     """
-    bad = (lambda error: skipped(str(error))) if recipe.skip_bad else None
-    for alignment in stockholm.read(path, max_family_bytes=recipe.max_family_bytes, on_bad=bad):
+    families = 0
+
+    def bad(error: ValueError) -> None:
+        nonlocal families
+        families += 1
+        if not recipe.skip_bad:
+            raise error
+        skipped(str(error))
+
+    on_bad = bad if recipe.skip_bad else None
+    for alignment in stockholm.read(path, max_family_bytes=recipe.max_family_bytes, on_bad=on_bad):
+        families += 1
         try:
-            family = from_alignment(alignment, clans)
+            family = from_alignment(alignment, clans, path)
         except ValueError as error:
-            unnamed = StockholmError(path, alignment.line, "without name", str(error))
-            if bad is None:
-                raise unnamed from error
-            bad(unnamed)
+            bad(StockholmError(path, alignment.line, alignment.name, str(error)))
         else:
             yield limit_rows(family, recipe.max_rows)
+    if not families:
+        bad(ValueError(f"{path} holds no family: it is empty; give Stockholm alignments"))

@@ -7,11 +7,10 @@ Format: https://sonnhammer.sbc.su.se/Stockholm.html, with the blocks of Easel: a
 occurs twice within a block is a duplicate row, and in a later block it continues the row.
 """
 
-import gzip
+import re
 import string
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -19,8 +18,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-SYMBOLS = (string.ascii_letters + "-.").encode()
-HEADER = b"# STOCKHOLM 1.0"
+from data.files import DAMAGED, display_name, format_of, open_unpacked
+from data.vocab import GAPS
+
+SYMBOLS = string.ascii_letters.encode() + GAPS
+HEADER = "# STOCKHOLM 1.0"
+_HEADER = re.compile(rb"(\xef\xbb\xbf)?\s*#\s*STOCKHOLM\s+1(\.\d+)?(\s|$)", re.IGNORECASE)
 MAX_ROW_BYTES = 1 << 20  # the widest alignment of Pfam-A.full stays far below; a longer row is a damaged file
 MAX_FAMILY_BYTES = 1 << 30
 
@@ -48,17 +51,28 @@ class Alignment:
     gr: dict[tuple[str, str], str]  # (row name, feature) -> one character a column
     comments: tuple[str, ...]  # other lines that begin with '#'
     line: int  # of the header, for messages
+    number: int  # of the record in its file, from 1
 
     def feature(self, name: str) -> str | None:
         """Return the first #=GF text of a feature, or None."""
         return next((text for feature, text in self.gf if feature == name), None)
 
+    @property
+    def name(self) -> str:
+        """Accession, else ID, else number in the file, for messages."""
+        return _name(self.gf, self.number)
 
-@contextmanager
-def open_unpacked(path: str | Path) -> Iterator[BufferedIOBase]:
-    """Open a plain or gzip file; what is read are its unpacked bytes."""
-    with Path(path).open("rb") as raw:
-        yield gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+
+def is_header(line: bytes) -> bool:
+    """Say whether a line begins a record. Case and white space may differ, and a byte order mark may come first."""
+    return _HEADER.match(line) is not None
+
+
+def no_header(line: bytes) -> str:
+    """Return a message about a line where a record should begin."""
+    seems = format_of(line)
+    advice = f"; it seems to be {seems}" if seems else ""
+    return f"expected the header {HEADER!r}, found {_shown(line)}{advice}"
 
 
 def read(
@@ -68,22 +82,22 @@ def read(
     max_family_bytes: int = MAX_FAMILY_BYTES,
     on_bad: Callable[[StockholmError], object] | None = None,
 ) -> Iterator[Alignment]:
-    """Yield the alignments of a plain or gzip file, or of a binary handle, which stays open, one at a time.
+    """Yield the alignments of a file, or of a binary handle, which stays open, one at a time.
 
-    Longer lines or rows than `max_row_bytes` and larger families than `max_family_bytes` are malformed. `on_bad` is
-    called with the StockholmError of every malformed family, for example a list's append. The family is left out and
-    reading continues after its `//`; truncated gzip data end the reading. By default the error is raised, and that of a
-    wrong gzip checksum is raised in any case, since the families read before it may be wrong.
+    A file may be plain or compressed, or "-" for standard input (`data.files.open_unpacked`). Longer lines or rows than
+    `max_row_bytes` and larger families than `max_family_bytes` are malformed. By default the first malformed family
+    raises StockholmError. With `on_bad`, for example a list's append, `on_bad` gets the error instead, and reading
+    continues after the family's `//`; truncated compressed data end the reading. Corrupt compressed data always raise
+    the error, since the families read before may be wrong.
     """
-    opened = open_unpacked(source) if isinstance(source, str | Path) else nullcontext(source)
-    name = str(source if isinstance(source, str | Path) else getattr(source, "name", "<stream>"))
-    with opened as handle:
-        parser = _Parser(handle, name, max_row_bytes, max_family_bytes)
+    name = display_name(source if isinstance(source, str | Path) else getattr(source, "name", "<stream>"))
+    with ExitStack() as opened:
+        parser = _Parser(_open(source, opened), name, max_row_bytes, max_family_bytes)
         while not parser.at_end:
             try:
                 alignment = parser.next_family()
             except StockholmError as error:
-                if on_bad is None or isinstance(error.__cause__, gzip.BadGzipFile):
+                if on_bad is None or (error.__cause__ is not None and not isinstance(error.__cause__, EOFError)):
                     raise
                 on_bad(error)
             else:
@@ -91,10 +105,22 @@ def read(
                     yield alignment
 
 
+def _open(source: str | Path | BufferedIOBase, opened: ExitStack) -> BufferedIOBase | BaseException:
+    """Return a handle, or the error of a file whose first bytes cannot be unpacked."""
+    if not isinstance(source, str | Path):
+        return source
+    try:
+        return opened.enter_context(open_unpacked(source))
+    except ValueError as error:
+        if isinstance(error.__cause__, DAMAGED):
+            return error.__cause__
+        raise
+
+
 class _Parser:
     """Position in a file and the family that is read there."""
 
-    def __init__(self, handle: BufferedIOBase, path: str, max_row_bytes: int, max_family_bytes: int):
+    def __init__(self, handle: BufferedIOBase | BaseException, path: str, max_row_bytes: int, max_family_bytes: int):
         self.path, self.max_row_bytes, self.max_family_bytes = path, max_row_bytes, max_family_bytes
         self.line = self.families = 0  # read so far
         self.record: _Record | None = None  # between a header and its `//`
@@ -115,17 +141,20 @@ class _Parser:
     def _take(self, line: bytes) -> Alignment | None:
         """Take one line; return the family that it ends."""
         record, self.record = self.record, None
-        at_end = line.rstrip() == b"//"
-        if line.startswith(HEADER):
+        at_end, begins = line.strip() == b"//", is_header(line)
+        if (begins or record is not None) and (wrong := _no_text(line)):
+            self.skipping = True
+            raise (record or self._begin()).error(wrong, self.line)
+        if begins:
             self.record, self.skipping = self._begin(), False
             if record is not None:
                 raise record.error("a new header begins before the `//` that ends this family", self.line)
         elif self.skipping:
             self.skipping = not at_end
         elif record is None:
-            self.skipping = bool(line.strip())
+            self.skipping = bool(line.strip()) and not at_end  # a second `//` ends nothing
             if self.skipping:
-                raise self._begin().error(f"expected the header {HEADER.decode()!r}, found {_shown(line)}")
+                raise self._begin().error(no_header(line))
         elif at_end:
             return record.close(self.line)
         else:
@@ -138,9 +167,11 @@ class _Parser:
         self.families += 1
         return _Record(self, self.line)
 
-    def _lines(self, handle: BufferedIOBase) -> Iterator[bytes]:
+    def _lines(self, handle: BufferedIOBase | BaseException) -> Iterator[bytes]:
         """Yield lines without their end; of one that is too long, the first max_row_bytes + 1 bytes."""
         try:
+            if isinstance(handle, BaseException):
+                raise handle
             while line := handle.readline(self.max_row_bytes + 1):
                 self.line += 1
                 too_long = len(line) > self.max_row_bytes and not line.endswith(b"\n")
@@ -148,7 +179,7 @@ class _Parser:
                 while too_long and rest and not rest.endswith(b"\n"):
                     rest = handle.readline(self.max_row_bytes)
                 yield line if too_long else line.rstrip(b"\r\n")
-        except (EOFError, OSError, zlib.error) as error:
+        except DAMAGED as error:
             record, self.record = self.record or self._begin(), None
             reason = f"the file cannot be read further ({error}); it is truncated or corrupt, fetch it again"
             raise record.error(reason, self.line + 1) from error
@@ -158,7 +189,7 @@ class _Record:
     """One family while it is read. A key is (kind, name, ...), for example ("GR", row, feature)."""
 
     def __init__(self, parser: _Parser, line: int):
-        self.path, self.ordinal, self.header_line, self.line = parser.path, parser.families, line, line
+        self.path, self.number, self.header_line, self.line = parser.path, parser.families, line, line
         self.max_row_bytes, self.max_family_bytes, self.bytes = parser.max_row_bytes, parser.max_family_bytes, 0
         self.gf: list[tuple[str, str]] = []
         self.gs: list[tuple[str, str, str]] = []
@@ -168,13 +199,12 @@ class _Record:
         self.block: set[str] = set()  # rows since the last blank line
 
     def error(self, reason: str, line: int | None = None) -> StockholmError:
-        features = dict(reversed(self.gf))
-        family = features.get("AC") or features.get("ID") or f"number {self.ordinal} of the file"
-        return StockholmError(self.path, line or self.line, family, reason)
+        return StockholmError(self.path, line or self.line, _name(self.gf, self.number), reason)
 
     def take(self, line: bytes, number: int) -> None:
         """Add a line between header and `//`."""
         self.line = number
+        line = line.lstrip()
         self.bytes += len(line)
         if len(line) > self.max_row_bytes:
             raise self.error(f"line of more than max_row_bytes={self.max_row_bytes} bytes")
@@ -211,7 +241,9 @@ class _Record:
             raise self.error(f"a row is a name and its residues, found {len(parts)} fields: {_shown(line)}")
         name, residues = parts[0].decode("latin-1"), parts[1]
         if unknown := residues.translate(None, SYMBOLS):
-            raise self.error(f"unknown symbol {_shown(unknown[:1])} in row {name!r}; letters, '-' and '.' are allowed")
+            what = f"unknown symbol {_shown(unknown[:1])} in row {name!r}"
+            stop = "; a stop is no residue: write X in its place" if unknown[:1] == b"*" else ""
+            raise self.error(f"{what}; letters and the gaps '-', '.', '_' and '~' are allowed{stop}")
         if name in self.block:
             raise self.error(f"duplicate row {name!r}")
         self.block.add(name)
@@ -233,7 +265,8 @@ class _Record:
         rows = np.frombuffer(b"".join(joined["row", name] for name in ids), np.uint8).reshape(len(ids), -1)
         gc = {key[1]: value for key, value in text.items() if key[0] == "GC"}
         gr = {(key[1], key[2]): value for key, value in text.items() if key[0] == "GR"}
-        return Alignment(ids, rows, tuple(self.gf), tuple(self.gs), gc, gr, tuple(self.comments), self.header_line)
+        gf, gs, comments = tuple(self.gf), tuple(self.gs), tuple(self.comments)
+        return Alignment(ids, rows, gf, gs, gc, gr, comments, self.header_line, self.number)
 
     def _check_lengths(self, joined: dict[tuple[str, ...], bytes], ids: tuple[str, ...]) -> None:
         """Raise StockholmError unless all rows are of one length and annotations are of rows that exist."""
@@ -247,6 +280,20 @@ class _Record:
         for key, line in self.last_line.items():
             if key[0] in ("GS", "GR") and ("row", key[1]) not in joined:
                 raise self.error(f"#={key[0]} annotates {key[1]!r}, which is no row of the family", line)
+
+
+def _no_text(line: bytes) -> str:
+    """Return what is wrong with a line that holds bytes which no line of text has, else ""."""
+    if b"\r" in line:
+        return "a line holds a carriage return: lines of old Macs end so; convert them (tr '\\r' '\\n')"
+    if b"\0" in line:
+        return "a line holds a zero byte: the file is no text, or text in UTF-16; save it as UTF-8"
+    return ""
+
+
+def _name(gf: Iterable[tuple[str, str]], number: int) -> str:
+    features = dict(reversed([*gf]))
+    return features.get("AC") or features.get("ID") or f"number {number} of the file"
 
 
 def _shown(line: bytes) -> str:

@@ -3,6 +3,9 @@
 The amino acids stand in the order of the BLOSUM matrices, so row n of a substitution matrix belongs to token n + 1.
 """
 
+from collections import Counter
+from string import ascii_uppercase
+
 import numpy as np
 import parasail
 from jaxtyping import Int, Int32, UInt8
@@ -14,9 +17,12 @@ MASK = 22
 SIZE = 23
 
 AMBIGUOUS = "BJOUXZ"  # codes for ambiguous, rare (U selenocysteine, O pyrrolysine) or unknown residues: all become X
-GAPS = b"-."
+GAPS = b"-.~_"  # HMMER and Easel write '~' for missing data, and read '_' as a gap
 # Gap penalties used with BLOSUM62, in half bits: of the first residue of a gap, and of each further one.
 FIRST_GAP, FURTHER_GAP = 11, 1
+
+_NUCLEOTIDES = "ACGTUN"
+_IUPAC_NUCLEOTIDES = _NUCLEOTIDES + "RYKMSWBDHV"
 
 _INVALID = 255
 _LETTERS = "?" + RESIDUES + "X?"  # by token; padding and mask have no letter of their own
@@ -30,6 +36,30 @@ for _token, _letters in [*enumerate(RESIDUES, start=1), (X, AMBIGUOUS)]:
 def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:
     """Mask the ASCII symbols that are residues, in either case, ambiguity codes included."""
     return _TOKENS[symbols] != _INVALID
+
+
+def count_letters(symbols: UInt8[np.ndarray, "*shape"]) -> Counter[str]:
+    """Count the letters of ASCII symbols, as upper case."""
+    counts = np.bincount(symbols.ravel(), minlength=256)
+    return Counter({letter: int(counts[ord(letter)] + counts[ord(letter.lower())]) for letter in ascii_uppercase})
+
+
+def seem_nucleotides(letters: Counter[str]) -> bool:
+    """Say whether the letters of a sequence or a family are DNA or RNA.
+
+    A, C, G, T and N are amino acids too. So there must be 20 letters, A, C, G and T or U among them, and at most 5 %
+    others; more ambiguity codes of IUPAC if there is nothing else. U is rare in proteins: 8 letters are enough with it.
+    """
+    total = letters.total() - letters["X"]
+    nucleotides = _sum(letters, _NUCLEOTIDES)
+    iupac_alone = _sum(letters, _IUPAC_NUCLEOTIDES) == total and nucleotides >= 0.75 * total
+    has_all = all(_sum(letters, base) for base in ("A", "C", "G", "TU"))
+    is_rna = total >= 8 and letters["U"] >= 0.05 * total
+    return (nucleotides >= 0.95 * total or iupac_alone) and (is_rna or (has_all and total >= 20))
+
+
+def _sum(letters: Counter[str], chosen: str) -> int:
+    return sum(letters[letter] for letter in chosen)
 
 
 def encode(sequence: UInt8[np.ndarray, " length"] | bytes) -> Int32[np.ndarray, " length"]:

@@ -12,37 +12,50 @@ Examples:
 import argparse
 import dataclasses
 import sys
+import warnings
 
+import tensorflow_datasets as tfds
+
+import command_line
 from data.families import PAIRS_PER_FAMILY
 from data.pfam import Pfam, build, verify
 from data.recipe import RELEASES, Recipe, Report
 from data.stockholm import MAX_FAMILY_BYTES
 
+PROGRAM = "build_pfam"
+PACKED = "plain or packed by gzip, bzip2 or xz"
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        if args.verify:
-            print(verify(args.verify))
-        else:
-            recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-            options = {"overwrite": args.overwrite, "download_dir": args.download_dir, **engine(args)}
-            show(build(recipe, args.out, **options), args.out)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"build_pfam: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run(PROGRAM, lambda: work(args), debug=args.debug)
+
+
+def work(args: argparse.Namespace) -> None:
+    if args.verify:
+        print(verify(args.verify))
+        return
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
+    options = {"overwrite": args.overwrite, "download_dir": args.download_dir, **engine(args)}
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+        report = build(recipe, args.out, **options)
+    show(report, recipe, args.out)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser, path = command_line.Parser(__doc__), command_line.file_name
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", default=[], metavar="FILE", help="Stockholm files, plain or gzip")
+    source.add_argument("--input", nargs="+", default=[], type=path, metavar="FILE", help=f"Stockholm files, {PACKED}")
     source.add_argument("--release", default="", metavar="37.0", help="download Pfam-A.seed and the clans of a release")
-    source.add_argument("--verify", metavar="DIR", help="check the checksums of the data set in DIR; build nothing")
+    source.add_argument(
+        "--verify", type=path, metavar="DIR", help="check the checksums of the data set in DIR; build nothing"
+    )
     add = parser.add_argument
-    add("--clans", default="", metavar="FILE", help="Pfam-A.clans.tsv[.gz]; needed with --input")
-    add("--out", metavar="DIR", help="folder to make, for data.dir")
+    add("--clans", type=path, metavar="FILE", help=f"Pfam-A.clans.tsv, {PACKED}; needed with --input")
+    add("--out", type=path, metavar="DIR", help="folder to make, for data.dir")
     add("--overwrite", action="store_true", help="replace the data set in DIR")
     add("--skip-bad", action="store_true", help="list malformed families instead of stopping at the first")
     add("--max-rows", type=int, metavar="N", help="keep N rows a family, always the same ones")
@@ -51,11 +64,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pairs-per-family", type=int, default=PAIRS_PER_FAMILY, metavar="N", help="evaluation pairs, at most")
     add("--num-shards", type=int, metavar="N", help="shards a split; default: by size")
     add("--mirror", default=RELEASES, metavar="URL", help="parent of the Pfam37.0 folders")
-    add("--download-dir", metavar="DIR", help="folder that keeps downloads for later builds; default: OUT.downloads")
+    add(
+        "--download-dir",
+        type=path,
+        metavar="DIR",
+        help="folder that keeps downloads for later builds; default: OUT.downloads",
+    )
     add("--beam", action="store_true", help="run as an Apache Beam pipeline (requirements-beam.txt)")
     add("--beam-options", nargs=argparse.REMAINDER, default=[], help="all that follows goes to Beam")
     args = parser.parse_args(argv)
-    args.inputs, args.pairs = tuple(args.input), args.pairs_per_family
+    args.inputs, args.pairs, args.clans = tuple(args.input), args.pairs_per_family, args.clans or ""
     if not (args.out or args.verify):
         parser.error("--out is missing: give the folder to make, for example --out runs/pfam")
     return args
@@ -70,11 +88,12 @@ def engine(args: argparse.Namespace) -> dict:
     return {"builder": PfamBeam, "beam_options": PipelineOptions(args.beam_options)}
 
 
-def show(report: Report, out: str) -> None:
+def show(report: Report, recipe: Recipe, out: str) -> None:
     for title, lines in (("malformed, skipped", report.skipped), ("left out", report.dropped)):
         for line in lines:
             print(f"{title}: {line}", file=sys.stderr)
         print(f"{len(lines)} families {title}", file=sys.stderr)
+    print(report.summary(with_clans=bool(recipe.clans or recipe.release)))
     print(f"{out}: " + ", ".join(f"{split} {count}" for split, count in report.records.items()))
 
 

@@ -6,46 +6,81 @@ Example, for parts/part-00000-of-00064.sto.gz and so on:
 
 import argparse
 import gzip
+import shutil
 import sys
-import zlib
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.stockholm import open_unpacked
+import command_line
+from data.files import DAMAGED, display_name, open_unpacked
+from data.stockholm import MAX_ROW_BYTES, is_header, no_header
+
+MAX_PARTS = 1000  # all are open at once; systems allow a process 1,024 files or more
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="Stockholm file, plain or gzip")
-    parser.add_argument("--parts", type=int, required=True, metavar="N")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("input", type=command_line.file_name, help="Stockholm file, plain or packed; - reads stdin")
+    parser.add_argument("--parts", type=parts, required=True, metavar="N", help=f"at most {MAX_PARTS}")
+    parser.add_argument("--out", type=command_line.path, required=True, metavar="DIR", help="a new folder")
     args = parser.parse_args(argv)
-    if args.parts < 1:
-        parser.error(f"--parts {args.parts}: at least 1")
-    try:
-        split(args.input, args.parts, args.out)
-    except (OSError, EOFError, zlib.error) as error:
-        print(f"split_stockholm: {args.input} -> {args.out}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run("split_stockholm", lambda: split(args.input, args.parts, args.out), debug=args.debug)
 
 
-def split(source: Path, parts: int, out: Path) -> None:
-    """Copy each family to the part that is smallest so far. The build checks the lines later."""
-    with ExitStack() as stack:
-        lines = stack.enter_context(open_unpacked(source))
+def parts(text: str) -> int:
+    """Return the number of parts given on the command line."""
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, allowed are 1 to {MAX_PARTS}")
+    return int(text)
+
+
+def split(source: str, parts: int, out: Path) -> None:
+    """Copy each family to the part that is smallest so far. The build checks the lines later.
+
+    Raises ValueError, and leaves no folder, if the input has fewer families than there are parts.
+    """
+    if out.exists():
+        raise FileExistsError(f"--out {out} exists: give a new folder")
+    with open_unpacked(source) as lines:
         out.mkdir(parents=True)
-        names = [out / f"part-{i:05d}-of-{parts:05d}.sto.gz" for i in range(parts)]
+        try:
+            names = [out / f"part-{i:05d}-of-{parts:05d}.sto.gz" for i in range(parts)]
+            families = _divide(iter(lambda: lines.readline(MAX_ROW_BYTES), b""), display_name(source), names)
+            if families < parts:
+                raise ValueError(f"--parts {parts}: {display_name(source)} has only {families} families")
+        except BaseException:
+            shutil.rmtree(out)
+            raise
+
+
+def _divide(lines: Iterable[bytes], source: str, names: list[Path]) -> int:
+    """Return the number of families."""
+    families = target = 0
+    with ExitStack() as stack:
         handles = [stack.enter_context(gzip.open(name, "wb", compresslevel=1)) for name in names]
-        sizes = [0] * parts
-        target = 0
-        for line in tqdm(lines, unit=" lines", unit_scale=True, mininterval=1.0):
+        sizes = [0] * len(names)
+        for line in tqdm(_readable(lines, source), unit=" lines", unit_scale=True, mininterval=1.0, disable=None):
+            if is_header(line):
+                families += 1
+                target = sizes.index(min(sizes))
+            elif not families and line.strip():
+                raise ValueError(f"{source}: {no_header(line)}")
             handles[target].write(line)
             sizes[target] += len(line)
-            if line.rstrip() == b"//":
-                target = sizes.index(min(sizes))
+    if not families:
+        raise ValueError(f"{source} holds no family: it is empty; give Stockholm alignments")
+    return families
+
+
+def _readable(lines: Iterable[bytes], source: str) -> Iterable[bytes]:
+    """Yield lines; raise ValueError where the file cannot be unpacked further."""
+    try:
+        yield from lines
+    except DAMAGED as error:
+        raise ValueError(f"{source} cannot be read further ({error}); it is truncated or corrupt") from error
 
 
 if __name__ == "__main__":
