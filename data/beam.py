@@ -32,6 +32,16 @@ class PfamBeam(Pfam, skip_registration=True):
 
     name = Pfam.name
 
+    def download_and_prepare(self, **options) -> None:
+        try:
+            super().download_and_prepare(**options)
+        except ValueError as error:
+            if "number of generated examples is 0" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} Beam writes no split without records: give families of every split, or build without --beam"
+            ) from error
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager, pipeline: "beam.Pipeline"):
         inputs, self.clans = self.local_input(dl_manager)
         self.report.read = {"files": len(inputs)}
@@ -50,14 +60,14 @@ class PfamBeam(Pfam, skip_registration=True):
         counted = (
             read.families
             | "Count" >> beam.Map(lambda family: counts(family[1][0]))
-            | "Sum" >> beam.CombineGlobally(lambda found: sum(found, Counter()))
+            | "Sum" >> beam.CombineGlobally(total)
         )
         texts = {"skipped": read.skipped, "dropped": chosen.dropped}
         gathered = {kind: found | f"Gather_{kind}" >> beam.combiners.ToList() for kind, found in texts.items()}
         self.notes = Path(self.data_dir) / "notes"
         for kind, found in (gathered | {"read": counted}).items():
             _ = found | f"Note_{kind}" >> beam.Map(note, str(self.notes.with_suffix(f".{kind}")))
-        return {split: chosen[split] for split in SPLITS}
+        return {split: chosen[split] for split in (["test_ood"] if self.recipe.evaluation_only else SPLITS)}
 
     def _process_pipeline_result(self, pipeline_result: "beam.runners.runner.PipelineResult") -> None:
         noted = {}
@@ -88,6 +98,14 @@ def records_of(same: tuple[str, Iterable[Placed]], recipe: Recipe) -> Iterator["
     if best is not None:
         for split, record in recipe.records(families[best]):
             yield beam.pvalue.TaggedOutput(split, (accession, to_example(record)))
+
+
+def total(found: Iterable[Counter[str]]) -> Counter[str]:
+    """Add counts; `sum` would leave out zeros."""
+    added: Counter[str] = Counter()
+    for one in found:
+        added.update(one)
+    return added
 
 
 def note(found: list[str] | dict[str, int], path: str) -> None:

@@ -72,7 +72,8 @@ def no_header(line: bytes) -> str:
     """Return a message about a line where a record should begin."""
     seems = format_of(line)
     advice = f"; it seems to be {seems}" if seems else ""
-    return f"expected the header {HEADER!r}, found {_shown(line)}{advice}"
+    found = _shown(line) if line[:60].decode("latin-1").isprintable() or b"\t" in line else "other bytes"
+    return f"expected the header {HEADER!r}, found {found}{advice}"
 
 
 def read(

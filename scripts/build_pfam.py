@@ -11,6 +11,7 @@ Examples:
 
 import argparse
 import dataclasses
+import logging
 import sys
 import warnings
 
@@ -85,6 +86,8 @@ def engine(args: argparse.Namespace) -> dict:
         return {"builder": Pfam}
     from data.beam import PfamBeam, PipelineOptions
 
+    if not args.debug:
+        logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)  # tracebacks of errors told below
     return {"builder": PfamBeam, "beam_options": PipelineOptions(args.beam_options)}
 
 
