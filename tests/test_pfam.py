@@ -394,6 +394,20 @@ def test_beam_writes_the_same_records(made, capsys):
     verify(made / "out")
 
 
+@needs_beam
+def test_beam_builds_for_evaluation_alone_and_reports_no_success_for_nothing(made, capsys):
+    beam = ["--evaluation-only", "--beam", "--beam-options", "--direct_num_workers=1"]
+    assert run(made, "--input", str(made / "in.sto"), *beam) == 0
+    assert report_of(made / "out")["records"] == {"test_ood": 4}
+    before = contents(made / "out")
+    (made / "bad.sto").write_bytes(BAD)
+    capsys.readouterr()
+    assert run(made, "--input", str(made / "bad.sto"), "--skip-bad", "--overwrite", *beam) == 1
+    assert "Beam writes no split without records" in capsys.readouterr().err
+    assert contents(made / "out") == before
+    assert not (made / "out.incomplete").exists()
+
+
 def test_missing_beam_is_named(made, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     monkeypatch.delitem(sys.modules, "data.beam", raising=False)
