@@ -95,7 +95,7 @@ def positive(text: str) -> float:
     """Return an option that is a finite number above 0."""
     number = float(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, allowed is a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} was given, it must be above 0")
     return number
 
 

@@ -179,6 +179,6 @@ class SortingTask(Task):
 
 def resolve_data_dir(directory: str) -> Path:
     """Return the folder as given if it exists, else relative to the repository, which holds the shipped data."""
-    path = Path(directory)
+    path = Path(directory).expanduser()
     beside = _ROOT / path
     return beside if not path.exists() and beside.exists() else path
