@@ -107,8 +107,10 @@ def check_writable(path: str | Path) -> None:
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     if path.is_dir():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    replaced = path.is_file() or not path.exists()  # else a device
+    for needed in [folder, path] if replaced else [path]:
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(needed))
 
 
 def write(path: str | Path, text: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import command_line
 import ot_attention
+from data import files
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(
@@ -174,6 +175,32 @@ def test_numbers_out_of_range_are_refused_by_the_command_line(called):
     for text in ("0", "-1", "nan", "inf"):
         status, _, errors = called("scripts/gpu_wheels.py", f"--limit={text}")
         assert status == command_line.WRONG_COMMAND_LINE and "it must be above 0" in errors
+
+
+def test_wheels_that_do_not_come_leave_the_earlier_ones(called, tmp_path, monkeypatch):
+    (tmp_path / "old.whl").touch()
+    monkeypatch.setattr(
+        loaded("scripts/gpu_wheels.py"), "download", lambda folder: (folder / "half.whl").write_bytes(b"x")
+    )
+    monkeypatch.setattr(loaded("scripts/gpu_wheels.py"), "check", lambda *_: 1 / 0)
+    assert called("scripts/gpu_wheels.py", f"--output={tmp_path}")[0] == command_line.FAULT
+    assert [path.name for path in tmp_path.iterdir()] == ["old.whl"]
+    monkeypatch.setattr(loaded("scripts/gpu_wheels.py"), "check", lambda *_: 1.0)
+    assert called("scripts/gpu_wheels.py", f"--output={tmp_path}")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["half.whl"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    files.check_writable(tmp_path / "new" / "deeper" / "x.json")
+    files.check_writable("/dev/null")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    files.check_writable(tmp_path / "file")
+    for path, error in ((tmp_path / "file/x", NotADirectoryError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(error):
+            files.check_writable(path)
+    with mock.patch.object(os, "access", lambda *_: False), pytest.raises(PermissionError):
+        files.check_writable(tmp_path / "new")
 
 
 # ---- silence ----
