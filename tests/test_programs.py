@@ -106,7 +106,8 @@ def test_a_mistake_is_one_line(program, called, tmp_path):
     status, _, errors = called(program, *arguments)
     assert status == command_line.UNUSABLE, errors
     (line,) = told(errors)
-    assert line.startswith(f"{Path(program).name}: ") and "Traceback" not in line
+    name, _, text = line.partition(": ")
+    assert name in (Path(program).name, Path(program).stem) and text and "Traceback" not in text
     assert not [path for path in tmp_path.iterdir() if path.name != "file"]
 
 
@@ -135,7 +136,7 @@ def test_ctrl_c_is_one_line(program, called, tmp_path, monkeypatch):
     )  # whatever the work is
     status, _, errors = called(program, *mistake(program, tmp_path))
     assert status == command_line.INTERRUPTED
-    assert told(errors) == [f"{Path(program).name}: interrupted"]
+    assert told(errors) in ([f"{Path(program).name}: interrupted"], [f"{Path(program).stem}: interrupted"])
 
 
 def actions(program: str) -> list[argparse.Action]:
@@ -163,7 +164,7 @@ def test_a_path_may_begin_in_the_home_folder(program, monkeypatch):
     assert paths, "none was found: are the names in this test out of date?"
     for action in paths:
         assert callable(action.type), f"{action.dest}: a text that nobody expands"
-        assert str(action.type("~/x")) == "/home/of/someone/x", action.dest
+        assert str(action.type("~/x.png")) == "/home/of/someone/x.png", action.dest
 
 
 def test_numbers_out_of_range_are_refused_by_the_command_line(called):
