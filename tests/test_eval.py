@@ -55,8 +55,6 @@ def test_report_has_the_documented_shape(scored):
                         assert metric["low"] is None and metric["high"] is None
                     else:
                         assert metric["low"] <= metric["high"]
-    assert report["splits"]["test_iid"]["model"]["families"] < metrics.LEAST_FAMILIES  # both are tried
-    assert report["splits"]["test_ood"]["model"]["families"] >= metrics.LEAST_FAMILIES
     assert report["splits"]["test_iid"] != report["splits"]["test_ood"]
 
 
