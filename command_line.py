@@ -9,6 +9,8 @@ def main(arguments=None) -> int:
 
 import argparse
 import contextlib
+import itertools
+import math
 import os
 import sys
 import traceback
@@ -23,6 +25,7 @@ EXIT_STATUS = f"""exit status: 0; {UNUSABLE} if input or settings cannot be used
 where); {WRONG_COMMAND_LINE} for a wrong command line; {FAULT} for a fault of the program; {INTERRUPTED} after Ctrl-C"""
 MISTAKES = (ValueError, OSError, ImportError, MemoryError)  # errors that a user can mend
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # of XLA
+_ACCELERATOR = {"TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost"}  # for libtpu without a TPU
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action=_Version, help="show the version and exit")
         self.add_argument("--debug", action="store_true", help="show where an error arose")
         if threads:
-            self.add_argument("--threads", type=_threads, metavar="N", help="CPU cores to use; default: all")
+            self.add_argument("--threads", type=at_least(1), metavar="N", help="CPU cores to use; default: all")
 
 
 class _Version(argparse.Action):
@@ -79,10 +82,23 @@ def use_threads(count: int | None) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
-def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, allowed is 1 or more")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the type of an option that is a whole number of this size or more."""
+
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} was given, allowed is {least} or more")
+        return int(text)
+
+    return whole_number
+
+
+def positive(text: str) -> float:
+    """Return an option that is a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, it must be above 0")
+    return number
 
 
 def run(
@@ -93,6 +109,7 @@ def run(
     One line on stderr tells a mistake: an error of `MISTAKES` or `also`, or XLA's for too little memory. With `debug`,
     the traceback comes before it. Any other error is a fault of the program, whose traceback is always shown.
     """
+    _silence_libtpu()
     try:
         return work() or 0
     except BrokenPipeError:  # the reader has seen enough; what is left in the buffer must not fail at exit
@@ -107,6 +124,18 @@ def run(
         if is_mistake:
             return failed(program, message(error), UNUSABLE)
         return failed(program, f"a fault of the program, please report it: {message(error)}", FAULT)
+
+
+def _silence_libtpu() -> None:
+    """Name an accelerator to libtpu where there is none.
+
+    JAX loads libtpu, where it is installed, when it first computes. Without a TPU, libtpu looks for the name of one,
+    and complains in five lines on stderr; with a name it finds in silence that there is no device. JAX then takes
+    another one as before. What the user has set stays.
+    """
+    if not any(itertools.chain(Path("/dev").glob("accel[0-9]*"), Path("/dev/vfio").glob("[0-9]*"))):
+        for name, value in _ACCELERATOR.items():
+            os.environ.setdefault(name, value)
 
 
 def failed(program: str, text: str, status: int) -> int:

@@ -17,45 +17,52 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import logging
 from tabulate import tabulate
 
-from evaluation import figures, model_options
+import command_line
+from data import files
+from evaluation import figures, metrics, model_options
 from evaluation.report import Examples, write_html
 from evaluation.tasks import SPLITS
 from models.attention import Certificate
 from training.run_folder import read_metrics
 
+_NO_INTERVAL = "(?)"
+_FOOTNOTES = {
+    _NO_INTERVAL: f"no interval: fewer than {metrics.LEAST_FAMILIES} {{resampled}} have the metric",
+    "*": f"fewer than {metrics.FEW_PAIRS} {{unit}}: chance decides",
+}
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; print the table, or exit with one line that says what is wrong."""
-    args = _parse(arguments)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
-    try:
-        print(_evaluate(args, shlex.join(sys.argv[1:] if arguments is None else arguments)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit status."""
+    parser = _parser()
+    args = model_options.parse(parser, arguments)
+    command_line.use_threads(args.threads)
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    return command_line.run("eval.py", lambda: print(_evaluate(args, given)), debug=args.debug)
 
 
 def _evaluate(args: argparse.Namespace, command: str) -> str:
     """Evaluate and write all files; return the table and the names of the files."""
-    run = model_options.load(args)
     folder, suffix = args.workdir or Path("runs") / f"eval_{args.weights.stem}", "_asap" if args.asap else ""
     pictures, output = folder / f"figures{suffix}", args.output or folder / f"eval_{args.split}{suffix}.json"
-    examples = Examples() if args.report else None
+    page = args.report and args.report / "report.html"
+    run = model_options.load(args)
+    for path in filter(None, (output, page)):
+        files.check_writable(path)
+    rows = read_metrics(args.workdir) if args.workdir else []
+    examples = Examples() if page else None
     options = {"data_dir": args.data, "limit": args.limit, "examples": examples}
     report = run.task.evaluate(run, args.split, pictures=pictures, **options)
     report |= {"asap": str(args.asap)} if args.asap else {}
-    rows = read_metrics(args.workdir) if args.workdir else []
     if rows:
-        pictures.mkdir(parents=True, exist_ok=True)
         figures.metric_curves(rows, pictures / "training.png")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    files.write(output, json.dumps(report, indent=1) + "\n")
     told = [table(report), f"\nwritten: {output}" + (f", figures in {pictures}" if pictures.exists() else "")]
-    if examples:
-        write_html(args.report / "report.html", report, examples, rows, f"python eval.py {command}")
-        told.append(f"the page: {args.report / 'report.html'}")
+    if page:
+        write_html(page, report, examples or Examples(), rows, f"python eval.py {command}")
+        told.append(f"the page: {page}")
     return "\n".join(told)
 
 
@@ -67,15 +74,24 @@ def table(report: dict) -> str:
 def _table_of_split(report: dict, split: str) -> str:
     result = report["splits"][split]
     model, is_sorting = result["model"], "exact_match" in result["model"]["overall"]
-    unit, resampled = ("sequences", "sequences") if is_sorting else ("pairs", "families")
+    size = {"pairs": "sequences"} if is_sorting else {"pairs": "pairs", "families": "families"}
+    unit, resampled = size["pairs"], "sequences" if is_sorting else "families"
     asap = f", compiled by {report['asap']}" if "asap" in report else ""
-    title = f"\n{split}: {model['pairs']} {unit}, step {report['step']}{asap}; 95 % intervals over {resampled}"
+    counts = " of ".join(f"{model[key]} {name}" for key, name in size.items())
+    title = f"\n{split}: {counts}, step {report['step']}{asap}; 95 % intervals over {resampled}"
     rows = [[name, *(_cell(of["overall"].get(name)) for of in result.values())] for name in model["overall"]]
-    metric, label = ("exact_match", "exact match, length") if is_sorting else ("f1", "f1, identity")
-    for name in model["bins"]:
-        rows.append([f"{label} {name}", *(f"{of['bins'][name][metric]['value']:.3f}" for of in result.values())])
     parts = [title, _text(rows, ["", *result])]
-    return "\n".join(parts if is_sorting else [*parts, _certificates(report["certificates"][split])])
+    metric, label = ("exact_match", "exact match, length") if is_sorting else ("f1", "f1, identity")
+    bins = []
+    for name, of_bin in model["bins"].items():
+        sizes = [str(of_bin[key]) for key in size]
+        sizes[0] += " *" if of_bin["pairs"] < metrics.FEW_PAIRS else ""
+        values = (of["bins"].get(name, {}).get(metric) for of in result.values())
+        bins.append([f"{label} {name}", *sizes, *("-" if of is None else f"{of['value']:.3f}" for of in values)])
+    parts += [_text(bins, ["", *size.values(), *result])] if bins else []
+    text = "\n".join(parts if is_sorting else [*parts, _certificates(report["certificates"][split])])
+    found = [f"{mark} {told}".format(unit=unit, resampled=resampled) for mark, told in _FOOTNOTES.items()]
+    return "\n".join([text, *(line for line, mark in zip(found, _FOOTNOTES, strict=True) if f" {mark}" in text)])
 
 
 def _certificates(layers: dict[str, dict]) -> str:
@@ -92,21 +108,25 @@ def _text(rows: list[list[str]], head: list[str]) -> str:
 
 
 def _cell(metric: dict | None) -> str:
-    return "-" if metric is None else f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"
+    if metric is None:
+        return "-"
+    interval = _NO_INTERVAL if metric["low"] is None else f"({metric['low']:.3f}-{metric['high']:.3f})"
+    return f"{metric['value']:.3f} {interval}"
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(__doc__, threads=True)
     model_options.add_model_options(parser)
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test, which is both test splits")
-    parser.add_argument(
-        "--output", type=Path, help="JSON file; default: eval_SPLIT.json in WORKDIR or in runs/eval_NAME of the weights"
-    )
-    parser.add_argument("--report", type=Path, metavar="DIR", help="also writes one page, DIR/report.html")
-    parser.add_argument("--data", help="folder with other shards than those the run was trained on")
-    parser.add_argument("--limit", type=int, help="at most this many pairs a split, for a quick look")
-    return model_options.parse(parser, arguments)
+    where = "JSON file; default: eval_SPLIT.json in WORKDIR or in runs/eval_NAME of the weights"
+    parser.add_argument("--output", type=command_line.path, metavar="FILE", help=where)
+    parser.add_argument("--report", type=command_line.path, metavar="DIR", help="also writes one page, DIR/report.html")
+    told = "folder with other shards than those the run was trained on"
+    parser.add_argument("--data", type=command_line.file_name, metavar="DIR", help=told)
+    told = "at most this many pairs a split, for a quick look"
+    parser.add_argument("--limit", type=command_line.at_least(1), metavar="N", help=told)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

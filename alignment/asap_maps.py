@@ -34,16 +34,20 @@ def load(path: Path, params: PyTree) -> dict[str, Asap]:
     config, _ = weights.read_config(path)
     if "layers" not in config:
         raise ValueError(f"{path} holds no compiled layers but a model; write them with scripts/compile_asap.py")
-    if config["params"] != fingerprint(params):
+    if config.get("params") != fingerprint(params):
+        provenance = json.dumps(config.get("provenance"))
         raise ValueError(
-            f"{path} was fitted to other parameters than the given ones ({json.dumps(config['provenance'])}): compile "
+            f"{path} was fitted to other parameters than the given ones ({provenance}): compile "
             "these with scripts/compile_asap.py"
         )
     arrays = jax.tree.map(jnp.asarray, weights.load_by_layer(path))
-    return {
-        layer: Asap(**arrays[layer], features=tuple(of["features"]), two_sided=of["two_sided"])
-        for layer, of in config["layers"].items()
-    }
+    try:
+        return {
+            layer: Asap(**arrays[layer], features=tuple(of["features"]), two_sided=of["two_sided"])
+            for layer, of in config["layers"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); write it again with scripts/compile_asap.py") from error
 
 
 def into(graph: nnx.GraphDef, params: PyTree, maps: Mapping[str, Asap]) -> nnx.GraphDef:

@@ -114,7 +114,10 @@ class Pretrained:
     def load(cls, path: Path) -> "Pretrained":
         """Load a file of `weights.save`. Raises ValueError or OSError as that module does."""
         config, _ = weights.read_config(path)
-        model, (spec, blocks) = AlignerConfig(**config["model"]), specs_of(config)
+        try:
+            model, (spec, blocks) = AlignerConfig(**config["model"]), specs_of(config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold an aligner of this version: {error!r}") from error
         graph, like = nnx.split(nnx.eval_shape(lambda: Aligner(model, spec, encoder=blocks, rngs=nnx.Rngs(0))))
         return cls(graph, weights.load(path, nnx.to_pure_dict(like)), spec.band)
 

@@ -6,16 +6,19 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from data import files
 
 
 def save(path: Path, params: PyTree, config: dict[str, Any], step: int) -> None:
-    """Write the file, and its folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the file, which appears when it is finished, and its folder if there is none."""
     header = {"config": json.dumps(config), "step": str(step)}
-    save_file({name: np.asarray(array) for name, array in _named(params).items()}, path, metadata=header)
+    arrays = {name: np.asarray(array) for name, array in _named(params).items()}
+    with files.finished(path, "wb") as file:
+        file.write(safetensors.numpy.save(arrays, metadata=header))
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], int]:
@@ -53,6 +56,8 @@ def load_by_layer(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _open(path: Path):
+    with path.open("rb"):  # whose errors name the file
+        pass
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:

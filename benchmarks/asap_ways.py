@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +56,7 @@ def attended(run: runs.Run, batches: Iterable[pipeline.Batch], progress: str) ->
         given = run.trainer.model(params).attention_inputs(*pair)
         return {name: [(x.q, x.k, x.v, *x.lengths, x.dustbin_score) for x in of] for name, of in given.items()}
 
-    for batch in tqdm(list(batches), desc=progress, unit=" batches"):
+    for batch in tqdm(list(batches), desc=progress, unit=" batches", disable=None):
         pair = (jnp.asarray(batch[name]) for name in ("x", "y", "x_length", "y_length"))
         for name, of in inputs(run.params, *pair).items():
             for q, k, v, *rest in of:
@@ -119,15 +118,17 @@ def spread(spec: SinkhornSpec, inputs: list[Given], way: Way) -> dict[str, dict]
     }
 
 
-def metrics(run: runs.Run, maps: Path, families: pipeline.Families, batches: list, steps: Iterable[int]) -> dict:
+def metrics(
+    run: runs.Run, maps: Mapping[str, Asap], families: pipeline.Families, batches: list, steps: Iterable[int]
+) -> dict:
     """Score the model as trained, with maps, and with truncated steps, on the same pairs."""
-    compared = {"teacher": run, "asap": runs.with_asap(run, maps)}
+    compared = {"teacher": run, "asap": runs.with_maps(run, maps)}
     for k in steps:
         config = run.config.copy_and_resolve_references()
         config.attention.update(base_steps=k - 1, tail_steps=1, solver="sinkhorn")
         compared[f"sinkhorn {k}"] = run._replace(config=config, trainer=runs.make_trainer(config))
     scored = {}
-    for name, of in tqdm(compared.items(), desc="scoring", unit=" models"):
+    for name, of in tqdm(compared.items(), desc="scoring", unit=" models", disable=None):
         scores = scoring.score_split(of.pretrained(), families, batches)
         scored[name] = {who: scores[who]["overall"] for who in ("model", "transport") if who in scores}
     return scored

@@ -198,7 +198,7 @@ def measure(name: str, case: Case, implementation: str, rounds: int) -> list[har
     """Measure error, compile time, memory and time of every method of a case; ott-jax only where it is installed."""
     arguments, rows, calls = case.arguments(), {}, {}
     methods = [method for method in case.methods if HAS_OTT or not method.startswith("ott")]
-    for method in tqdm(methods, desc=name, unit=" methods"):
+    for method in tqdm(methods, desc=name, unit=" methods", disable=None):
         row: harness.Row = {}
         for part, function in parts(METHODS[method](case, implementation)).items():
             program, facts = harness.compile_program(function, *arguments)

@@ -1,6 +1,5 @@
 """The harness that all benchmarks share: compile, take turns against the clock, write JSON rows at once."""
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 from tabulate import tabulate
 
+import command_line
 from ot_attention import UnsupportedError
 
 Row = dict[str, Any]
@@ -88,17 +88,27 @@ def machine() -> Row:
 
 
 @contextlib.contextmanager
-def row_writer(path: Path, mode: str = "w") -> Iterator[Callable[[Row], None]]:
-    """Open a file of JSON rows; each row is on disk before the next one is measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open(mode) as file:
+def row_writer(path: Path, *, append: bool = False) -> Iterator[Callable[[Row], None]]:
+    """Open a file of JSON rows; each row is on disk before the next one is measured.
+
+    Rows are appended to the file, or else to PATH.part, which replaces it at the end: an interrupted run leaves an
+    earlier result as it is, and its own rows there. Raises ValueError if there is no row at the end.
+    """
+    growing, rows = path if append else path.with_name(f"{path.name}.part"), 0
+    growing.parent.mkdir(parents=True, exist_ok=True)
+    with growing.open("a" if append else "w") as file:
 
         def write(row: Row) -> None:  # JSON has no NaN
+            nonlocal rows
             finite = {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
             file.write(json.dumps(finite) + "\n")
             file.flush()
+            rows += 1
 
         yield write
+    if not rows:
+        raise ValueError("nothing was measured: there is no row to write")
+    growing.replace(path)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -126,10 +136,12 @@ def _shown(column: str, row: Row) -> str:
     return str(value) if value is not None else "all" if column == "band" else ""
 
 
-def parser(description: str | None, output: str, rounds: int | None = None) -> argparse.ArgumentParser:
+def parser(description: str | None, output: str, rounds: int | None = None) -> command_line.Parser:
     """Make a command line with the options that the benchmarks share."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--output", type=Path, default=Path(output), help="rows and tables; default: %(default)s")
+    made = command_line.Parser(description)
+    told = "rows and tables; default: %(default)s"
+    made.add_argument("--output", type=command_line.path, default=Path(output), help=told)
     if rounds:
-        made.add_argument("--rounds", type=int, default=rounds, help="timed calls a program; default: %(default)s")
+        told, least = "timed calls a program; default: %(default)s", command_line.at_least(1)
+        made.add_argument("--rounds", type=least, default=rounds, metavar="N", help=told)
     return made

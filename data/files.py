@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import contextlib
+import errno
 import gzip
 import io
 import lzma
@@ -131,7 +132,7 @@ def finished(path: str | Path, mode: str = "w") -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open(mode) as file:
+        with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -140,6 +141,20 @@ def finished(path: str | Path, mode: str = "w") -> Iterator[IO]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError if a file cannot be written to `path`, before the work for it. Missing folders are no fault."""
+    path = Path(path).resolve()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    replaced = path.is_file() or not path.exists()  # else a device
+    for needed in [folder, path] if replaced else [path]:
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(needed))
 
 
 def write(path: str | Path, text: str) -> None:

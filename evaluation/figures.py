@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from alignment.decoding import NO_MATCH
+from data import files
+from evaluation.metrics import FEW_PAIRS
 
 # Okabe and Ito's palette for any colour vision (https://jfly.uni-koeln.de/color/), without its yellow, which is pale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -42,7 +44,7 @@ LABELS = {
 
 MetricRow = Mapping[str, Any]  # one line of metrics.jsonl: "step", and numbers under "metric" or "split/metric"
 Where = Path | str | io.BytesIO  # a file, or memory
-Bars = Mapping[str, Mapping[str, Mapping[str, float]]]
+Bars = Mapping[str, Mapping[str, Mapping[str, Any]]]
 Curve = tuple[list[int | float], list[int | float]]  # steps, values
 
 
@@ -80,7 +82,7 @@ def plan_heatmap(
             rows = np.flatnonzero(of != NO_MATCH)
             axes.plot(of[rows], rows, linestyle="none", markeredgewidth=0.7, markersize=size, **style)
             axes.legend(loc="upper right", markerscale=8 / (size + 2))
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path)
 
 
 def metric_curves(rows: Sequence[MetricRow], path: Where, *, metrics: Sequence[str] | None = None) -> None:
@@ -105,9 +107,9 @@ def comparison_bars(
 ) -> None:
     """Draw final metrics of runs (coloured) beside baselines (grey), with intervals, a panel for each metric.
 
-    Both have the form {name: {metric: {"value", "low", "high"}}}, as `overall` in eval.py's JSON. A name without a
-    metric (a diagonal has no cross-entropy) keeps an empty line in that panel. Raises ValueError if there is nothing to
-    draw, or nobody has one of `metrics`.
+    Both have the form {name: {metric: {"value", "low", "high"}}}, as `overall` in eval.py's JSON. A value without an
+    interval (None) has a question mark. A name without a metric (a diagonal has no cross-entropy) keeps an empty line.
+    Raises ValueError if there is nothing to draw, or nobody has one of `metrics`.
     """
     bars = {**runs, **baselines}
     colours = [*itertools.islice(itertools.cycle(_COLOURS), len(runs)), *[_BASELINE] * len(baselines)]
@@ -116,10 +118,12 @@ def comparison_bars(
         for row, (colour, summary) in enumerate(zip(colours, bars.values(), strict=True)):
             if name in summary:
                 value, low, high = (summary[name][key] for key in ("value", "low", "high"))
-                end = max(value, high), row
+                end = (value if high is None else max(value, high)), row
                 axes.barh(row, value, height=0.7, color=colour)
-                axes.plot([low, high], [row, row], color="black", linewidth=1.2, solid_capstyle="butt")
-                axes.annotate(f"{value:#.3g}", end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+                if low is not None:
+                    axes.plot([low, high], [row, row], color="black", linewidth=1.2, solid_capstyle="butt")
+                told = f"{value:#.3g}" + (" (?)" if low is None else "")
+                axes.annotate(told, end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_yticks(range(len(bars)), list(bars))
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.margins(x=0.22)
@@ -131,8 +135,8 @@ def comparison_bars(
 def identity_bins(summaries: Mapping[str, Mapping[str, Any]], path: Where, *, metric: str = "f1") -> None:
     """Draw one metric by identity of the aligned residues, the model in colour and baselines in grey, with intervals.
 
-    Summaries have the form of a split in eval.py's JSON; the first is the model. Raises ValueError if no bin holds the
-    metric.
+    Summaries have the form of a split in eval.py's JSON; the first is the model. Bins with few pairs get a star. Raises
+    ValueError if no bin holds the metric.
     """
     names = list(dict.fromkeys(name for summary in summaries.values() for name in summary["bins"]))
     if not any(metric in values for summary in summaries.values() for values in summary["bins"].values()):
@@ -142,29 +146,40 @@ def identity_bins(summaries: Mapping[str, Mapping[str, Any]], path: Where, *, me
     for n, ((who, summary), (colour, marker)) in enumerate(zip(summaries.items(), styles, strict=False)):
         places = [k for k, name in enumerate(names) if metric in summary["bins"].get(name, {})]
         found = [summary["bins"][names[k]][metric] for k in places]
-        value, low, high = (np.array([of[key] for of in found]) for key in ("value", "low", "high"))
+        # None, where there is no interval, becomes NaN, which is not drawn.
+        value, low, high = (np.array([of[key] for of in found], np.float64) for key in ("value", "low", "high"))
         beside = np.array(places) + 0.06 * (n - (len(summaries) - 1) / 2)  # intervals would hide each other
-        # A bootstrap interval need not hold the value, over two families say.
+        # A bootstrap interval need not hold the value, over few families say.
         spread, width = np.maximum(np.stack([value - low, high - value]), 0), 2 if n == 0 else 1
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": width}
         axes.errorbar(beside, value, spread, capsize=2, label=who, **style)
-    axes.set_xticks(range(len(names)), names)
-    axes.set(xlabel="identity of the aligned residues", ylabel=LABELS.get(metric, metric), ylim=(0, 1.02))
+    sizes = [(name, of.get("pairs", FEW_PAIRS)) for of_one in summaries.values() for name, of in of_one["bins"].items()]
+    few = {name for name, pairs in sizes if pairs < FEW_PAIRS}
+    axes.set_xticks(range(len(names)), [f"{name} *" if name in few else name for name in names])
+    label = "identity of the aligned residues" + (f" (* fewer than {FEW_PAIRS} pairs)" if few else "")
+    axes.set(xlabel=label, ylabel=LABELS.get(metric, metric), ylim=(0, 1.02))
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path)
 
 
 def reliability(tenths: Sequence[Mapping[str, float]], path: Where) -> None:
-    """Draw the share of correct residue pairs against their confidence, from `metrics.Reliability.tenths`."""
+    """Draw the share of correct residue pairs against their confidence, from `metrics.Reliability.tenths`.
+
+    Tenths with few pairs are hollow.
+    """
     figure, (left, right) = _figure(1, 2, 7.2, 3.2)
     confidence, correct, pairs = ([of[key] for of in tenths] for key in ("confidence", "correct", "pairs"))
     left.plot([0, 1], [0, 1], color=_BASELINE, linewidth=1, label="confidence is the probability")
     left.plot(confidence, correct, color=_COLOURS[0], marker="o", label="found")
+    if few := [n for n, number in enumerate(pairs) if number < FEW_PAIRS]:
+        x, y = ([of[n] for n in few] for of in (confidence, correct))
+        hollow: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": _COLOURS[0], "markerfacecolor": "white"}
+        left.plot(x, y, **hollow, label=f"fewer than {FEW_PAIRS} pairs")
     left.set(xlabel="mean confidence", ylabel="share in the reference", xlim=(0, 1), ylim=(0, 1.02))
     left.legend(frameon=False, fontsize=8, loc="upper left")
     right.bar(confidence, np.array(pairs) / max(sum(pairs), 1), width=0.06, color=_COLOURS[0])
     right.set(xlabel="mean confidence", ylabel="share of decoded pairs", xlim=(0, 1))
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path)
 
 
 def _curves(rows: Sequence[MetricRow]) -> dict[str, dict[str, Curve]]:
@@ -226,7 +241,16 @@ def _panels(
     if legend:
         figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=min(len(legend), 4))
     figure.suptitle(title)
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Where) -> None:
+    """Write a figure into memory, or a file that appears when it is finished, in the format of its name."""
+    if isinstance(path, io.BytesIO):
+        figure.savefig(path, dpi=_DPI)
+        return
+    with files.finished(path, "wb") as file:
+        figure.savefig(file, dpi=_DPI, format=Path(path).suffix[1:] or None)
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -17,10 +17,12 @@ BINS = ("<.15", ".15-.20", ".20-.25", ".25-.30", ".30-.40", ".40-.60", ">.60")
 _BIN_EDGES = (0.15, 0.20, 0.25, 0.30, 0.40, 0.60)  # a bin holds its lower edge
 _TENTHS = 10  # groups of confidence
 _RESAMPLES = 1000  # samples of the bootstrap
+LEAST_FAMILIES = 5  # of an interval: the bootstrap of fewer is far too narrow, and without width for one
+FEW_PAIRS = 10  # a figure of fewer pairs is marked
 PROBABILITY_FLOOR = 1e-6  # a true column outside the band costs 13.8 nats, not infinitely many
 
 Ratio = Float64[np.ndarray, "2 pairs"]  # numerator and denominator of each pair
-Summary = dict[str, dict[str, float]]  # {metric: {"value", "low", "high"}}
+Summary = dict[str, dict[str, float | None]]  # {metric: {"value", "low", "high"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +141,10 @@ class Reliability:
 def summarise(scores: Sequence[PairScores]) -> dict:
     """Pool the sums of all pairs, with bootstrap 95 % intervals over families, overall and by identity bin.
 
-    Pairs of one family are not independent: families are drawn with replacement, each with all its pairs. An interval
-    over few families is optimistic; over a single family it has no width. The summary is {"overall": {metric:
-    {"value", "low", "high"}}, "bins": {bin: {metric: ...}}, "pairs": number of pairs}. Metrics that apply to no pair,
-    and bins without a pair, are left out.
+    Pairs of one family are not independent: families are drawn with replacement, each with all its pairs. "low" and
+    "high" are None for a metric that applies to fewer than `LEAST_FAMILIES`. The summary is {"overall": {metric:
+    {"value", "low", "high"}}, "bins": {bin: {metric: ..., "pairs": number, "families": number}}, "pairs": number,
+    "families": number}. Metrics that apply to no pair, and bins without a pair, are left out.
     """
     ratios = {name: _ratio(scores, *fields) for name, fields in METRICS.items()}
     families = np.unique([score.family for score in scores], return_inverse=True)[1]
@@ -150,13 +152,17 @@ def summarise(scores: Sequence[PairScores]) -> dict:
 
 
 def by_bin(ratios: dict[str, Ratio], families: np.ndarray, bins: np.ndarray, names: Iterable[str]) -> dict:
-    """Compute `intervals` over all pairs and over those of each bin that holds any."""
+    """Compute `intervals` over all pairs and in each bin that holds any, and count pairs and families."""
 
     def group(members: np.ndarray) -> Summary:
         return intervals({name: ratio[:, members] for name, ratio in ratios.items()}, families[members])
 
-    of_bins = {name: group(np.flatnonzero(bins == name)) for name in names if (bins == name).any()}
-    return {"overall": group(np.arange(len(bins))), "bins": of_bins, "pairs": len(bins)}
+    def sizes(members: np.ndarray) -> dict[str, int]:
+        return {"pairs": len(members), "families": len(np.unique(families[members]))}
+
+    everything, of_bins = np.arange(len(bins)), {name: np.flatnonzero(bins == name) for name in names}
+    summaries = {name: group(members) | sizes(members) for name, members in of_bins.items() if len(members)}
+    return {"overall": group(everything), "bins": summaries} | sizes(everything)
 
 
 def _ratio(scores: Sequence[PairScores], numerator: Sequence[str], denominator: Sequence[str]) -> Ratio:
@@ -168,7 +174,10 @@ def _ratio(scores: Sequence[PairScores], numerator: Sequence[str], denominator: 
 
 
 def intervals(ratios: dict[str, Ratio], family: Int[np.ndarray, " pairs"]) -> Summary:
-    """Compute ratios of sums over pairs, from numerators and denominators, with bootstrap intervals over families."""
+    """Compute ratios of sums over pairs, from numerators and denominators, with bootstrap intervals over families.
+
+    Metrics that apply to no pair are left out; for fewer than `LEAST_FAMILIES`, "low" and "high" are None.
+    """
     ratios = {name: ratio for name, ratio in ratios.items() if ratio[1].sum() > 0}
     if not ratios:
         return {}
@@ -176,11 +185,15 @@ def intervals(ratios: dict[str, Ratio], family: Int[np.ndarray, " pairs"]) -> Su
     count = int(family.max()) + 1
     sums = np.array([[np.bincount(family, part, count) for part in ratio] for ratio in ratios.values()])
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    drawn = sums @ weights.T.astype(np.float64)  # [metrics, 2, resamples]
-    # NaN: the metric applies to none of the families that were drawn.
-    drawn = np.where(drawn[:, 1] > 0, drawn[:, 0] / np.where(drawn[:, 1] > 0, drawn[:, 1], 1), np.nan)
-    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=1)
-    value = sums[:, 0].sum(axis=1) / sums[:, 1].sum(axis=1)
-    return {
-        name: {"value": float(value[k]), "low": float(low[k]), "high": float(high[k])} for k, name in enumerate(ratios)
-    }
+    return {name: _interval(of, weights.astype(np.float64)) for name, of in zip(ratios, sums, strict=True)}
+
+
+def _interval(sums: Float64[np.ndarray, "2 families"], weights: Float64[np.ndarray, "resamples families"]) -> dict:
+    """Return the ratio of sums over families, and its 95 % interval over families that are drawn so often."""
+    value = float(sums[0].sum() / sums[1].sum())
+    if np.count_nonzero(sums[1]) < LEAST_FAMILIES:
+        return {"value": value, "low": None, "high": None}
+    numerator, denominator = sums @ weights.T
+    drawn = denominator > 0  # else the metric applies to none of the families that were drawn
+    low, high = np.quantile(numerator[drawn] / denominator[drawn], [0.025, 0.975])
+    return {"value": value, "low": float(low), "high": float(high)}

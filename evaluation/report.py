@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from alignment import formats
 from alignment.sequences import Record
-from data import vocab
+from data import files, vocab
 from data.families import Family
 from data.transforms import Pair
 from evaluation import figures, metrics
@@ -107,6 +107,8 @@ def write_html(
     devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     page = environment.get_template(TEMPLATE).render(
         report=report,
+        least_families=metrics.LEAST_FAMILIES,
+        few_pairs=metrics.FEW_PAIRS,
         splits=[_split(name, report, examples) for name in report["splits"]],
         curves=_drawn(figures.metric_curves, rows, metrics=curves) if curves else "",
         configuration=sorted(flatten_dict(report["config"], sep=".").items()),
@@ -114,8 +116,7 @@ def write_html(
         versions=f"Python {platform.python_version()}, {packages}; {devices}",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    files.write(path, page)
 
 
 def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
@@ -146,7 +147,13 @@ def _row(metric: str, result: Mapping[str, Any], of_bin: str = "") -> dict[str, 
     cells = [(of["bins"].get(of_bin, {}) if of_bin else of["overall"]).get(metric) for of in result.values()]
     values = [cell["value"] for cell in cells if cell]
     best = (min if metric in _LOWER_IS_BETTER else max)(values) if len(values) > 1 else None
-    return {"label": of_bin or figures.LABELS[metric], "cells": cells, "best": best}
+    return {"label": _bin(of_bin, result) if of_bin else figures.LABELS[metric], "cells": cells, "best": best}
+
+
+def _bin(name: str, result: Mapping[str, Any]) -> str:
+    """Return the name of a bin and its size, with a star if it has few pairs."""
+    pairs, families = (result["model"]["bins"][name][of] for of in ("pairs", "families"))
+    return f"{name} ({pairs:,} of {families:,}){' *' if pairs < metrics.FEW_PAIRS else ''}"
 
 
 def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:

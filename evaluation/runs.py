@@ -1,6 +1,8 @@
 """Load trained models from the folder of a run or from a file of weights, with trainer and mesh."""
 
+import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +15,9 @@ from alignment import asap_maps, weights
 from alignment.inference import Pretrained
 from evaluation import scoring
 from evaluation.tasks import AlignmentTask, Task, task_of
+from models.attention import Asap
 from training import sharding
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, DamagedCheckpointError
 from training.run_folder import read_config
 from training.state import OptimizerConfig, Trainer
 
@@ -40,12 +43,20 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: Path, step: int | None = None) -> Run:
-    """Load a checkpoint of a run, by default the newest."""
+    """Load a checkpoint of a run, by default the newest. Raises ValueError or OSError that says what is wrong."""
     config = read_config(workdir)
     trainer, mesh = described(config, workdir / "config.json")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        try:
+            state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
+        except DamagedCheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{workdir} holds a checkpoint that does not fit its config.json ({told}): bring back the config.json "
+                "of the run, which is config/metadata in the checkpoint"
+            ) from error
     return Run(config, trainer, mesh, state.ema, int(state.step))
 
 
@@ -60,7 +71,12 @@ def load_weights(path: Path) -> Run:
 def with_asap(run: Run, path: Path) -> Run:
     """Replace layers by the maps of a file of scripts/compile_asap.py. Raises ValueError if they are of another run."""
     check_aligns(run)
-    graph = asap_maps.into(run.trainer.graph, run.params, asap_maps.load(path, run.params))
+    return with_maps(run, asap_maps.load(path, run.params))
+
+
+def with_maps(run: Run, maps: Mapping[str, Asap]) -> Run:
+    """Replace layers by maps that were fitted to them."""
+    graph = asap_maps.into(run.trainer.graph, run.params, maps)
     return run._replace(trainer=dataclasses.replace(run.trainer, graph=graph))
 
 
@@ -73,6 +89,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
 def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
     """Make trainer and local mesh of a stored configuration. Raises ValueError naming the file."""
     try:
+        task_of(config).check_data()
         return make_trainer(config), local_mesh(config.batch_size)
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{path} does not describe a model of this version: {error}") from error
@@ -86,5 +103,7 @@ def check_aligns(run: Run) -> None:
 
 def local_mesh(batch_size: int) -> Mesh:
     """Return a mesh of the largest number of this machine's devices that share a batch evenly."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     data = max(n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0)
     return sharding.make_mesh(sharding.MeshConfig(data), batch_size)

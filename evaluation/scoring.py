@@ -66,12 +66,17 @@ def score_split(
 
     A model with a gap model is scored by the posterior of its pair HMM, from which its alignments are decoded. The
     entry `transport` then scores the transport plan itself, with the same alignments. The ids in `batches` refer to
-    `families`. `see` is called with every pair; `progress` names the progress bar, which is not shown if it is empty.
+    `families`. `see` is called with every pair. `progress` names the progress bar, which is shown on a terminal, and
+    not if the name is empty. Raises ValueError if there is no pair.
     """
     scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
     pairs = [of_one for batch in batches for of_one in pipeline.unbatch(batch)]
+    if not pairs:
+        raise ValueError("there is no pair to score")
     predictions = model.predict([(pair.x, pair.y) for _, pair in pairs], measure=reconstruction)
-    for n, found in tqdm(predictions, desc=progress, unit=" pairs", total=len(pairs), disable=not progress):
+    for n, found in tqdm(
+        predictions, desc=progress, unit=" pairs", total=len(pairs), disable=None if progress else True
+    ):
         (index, *rows), pair = pairs[n]
         family, plan, posterior = families[index], found.plan.dense(), found.posterior.dense()
         score = metrics.score_plan(family.accession, pair, posterior, found.match)

@@ -14,12 +14,17 @@ _BIN = 5  # lengths
 
 
 def score_split(write: Callable, batches: Iterable[SortingBatch]) -> dict[str, dict]:
-    """Average over sequences of a split with bootstrap 95 % intervals, overall and by length."""
+    """Average over sequences of a split with bootstrap 95 % intervals, overall and by length.
+
+    Each sequence is a family of its own. Raises ValueError if there is none.
+    """
     scores = []
     for batch in batches:
         written, real = write(batch), batch["id"] >= 0
         of_batch = exact(written, batch), edit_distances(written, batch), batch["length"] - 1
         scores.append([x[real] for x in of_batch])
+    if not sum(len(of[0]) for of in scores):
+        raise ValueError("there is no sequence to score")
     right, distance, length = (np.concatenate(x) for x in zip(*scores, strict=True))
     ones, first = np.ones(len(length)), (length - 1) // _BIN * _BIN + 1
     ratios = {"exact_match": np.stack([right, ones]), "edit_distance": np.stack([distance, ones])}

@@ -45,6 +45,10 @@ class Task(abc.ABC):
         """Make the objective. Raises ValueError or TypeError for settings out of range and misspelt keys."""
 
     @abc.abstractmethod
+    def check_data(self) -> None:
+        """Raise ValueError, TypeError, AttributeError or KeyError unless `config.data` says what to score on."""
+
+    @abc.abstractmethod
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         """Open the training batches; this process gets its part of each."""
 
@@ -89,6 +93,10 @@ class AlignmentTask(Task):
     def objective(self) -> AlignmentObjective:
         spec, blocks = specs_of(self.config.to_dict())
         return AlignmentObjective(AlignerConfig(**self.config.model), spec, LossConfig(**self.config.loss), blocks)
+
+    def check_data(self) -> None:
+        pipeline.check_buckets(self.config.data.buckets)
+        resolve_data_dir(self.config.data.dir)
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         options = self.config.data.to_dict()
@@ -141,6 +149,9 @@ class SortingTask(Task):
             raise ValueError("attention.kind='sinkhorn' cannot be causal; sort with sparse_sinkhorn, local or softmax")
         return SortingObjective(SorterConfig(**self.config.model), blocks, self.config.data.symbols)
 
+    def check_data(self) -> None:
+        self._data()
+
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         index, count = sharding.host_shard(mesh)
         return pipeline.BatchIterator(sorting.SortingStream(self._data(), shard_index=index, shard_count=count))
@@ -156,7 +167,8 @@ class SortingTask(Task):
         write = run.trainer.compiled_evaluation(sorting_scores.writer(run.trainer), run.mesh)
 
         def score(name: str) -> dict[str, Any]:
-            batches = tqdm(list(sorting.evaluation_batches(self._data(), name, options.limit)), name, unit=" batches")
+            batches = list(sorting.evaluation_batches(self._data(), name, options.limit))
+            batches = tqdm(batches, name, unit=" batches", disable=None)  # None: unless stderr is a terminal
             return {"splits": sorting_scores.score_split(functools.partial(write, run.params), batches)}
 
         return score
@@ -167,6 +179,6 @@ class SortingTask(Task):
 
 def resolve_data_dir(directory: str) -> Path:
     """Return the folder as given if it exists, else relative to the repository, which holds the shipped data."""
-    path = Path(directory)
+    path = Path(directory).expanduser()
     beside = _ROOT / path
     return beside if not path.exists() and beside.exists() else path

@@ -24,7 +24,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -36,9 +35,10 @@ from ml_collections import ConfigDict, config_flags
 from tabulate import tabulate
 from tqdm import tqdm
 
+import command_line
 from benchmarks import counting, roofline
 from benchmarks.roofline import CHIPS, Chip
-from data import pfam
+from data import files, pfam
 from data.sampling import LengthIndex
 from evaluation import runs, tasks
 from ot_attention import UnsupportedError
@@ -50,17 +50,23 @@ _EXAMPLES = "v6e:2x4, v6e:1x1, v6e:4x4, v5e:2x4, v5p:2x2x1"
 _MIB = 2**20
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args, config = _parse(arguments)
-    try:
-        report = report_on(config, args.topology, args.bucket or config.data.buckets)
-    except (ValueError, OSError, UnsupportedError) as error:
-        sys.exit(f"aot_report.py: {error}")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = _parser()
+    args, config = _parse(parser, arguments)
+    return command_line.run("aot_report.py", lambda: write_report(args, config), debug=args.debug)
+
+
+def write_report(args: argparse.Namespace, config: ConfigDict) -> None:
+    """Print the report, and write it if asked to. Raises ValueError if a step does not fit."""
+    if args.output:
+        files.check_writable(args.output)
+    report = report_on(config, args.topology, args.bucket or config.data.buckets)
     print(text(report))
     if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        files.write(args.output, json.dumps(report, indent=1) + "\n")
     if failures := [f"bucket {row['bucket']}: {row['failure']}" for row in report["buckets"] if row["failure"]]:
-        sys.exit("aot_report.py: " + "\n".join(failures))
+        raise ValueError("; ".join(failures))
 
 
 def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict:
@@ -68,7 +74,7 @@ def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict
     mesh, chip = make_mesh(config, topology), CHIPS[topology.partition(":")[0]]
     resolved = _resolved(config, mesh)
     trainer = runs.make_trainer(resolved)
-    progress = tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}")
+    progress = tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}", disable=None)
     rows = [report_bucket(trainer, config.batch_size, bucket, mesh, chip) for bucket in progress]
     report = {"config": config.to_dict(), "topology": topology, "mesh": dict(mesh.shape)}
     report |= {"attention": resolved.model.implementation, "memory": chip.memory, "buckets": rows}
@@ -193,18 +199,23 @@ def _resolved(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     return config
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
+def _parser() -> command_line.Parser:
     usage = "aot_report.py --config=FILE [--config.KEY=VALUE ...] [options]"
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser, natural = command_line.Parser(__doc__, usage=usage, allow_abbrev=False), command_line.at_least(1)
     parser.add_argument("--topology", default="v6e:2x4", help=f"name in libtpu; default: v6e:2x4; also {_EXAMPLES}")
-    parser.add_argument("--bucket", type=int, nargs="+", help="padded lengths; default: all of the configuration")
-    parser.add_argument("--output", type=Path, help="JSON file to write as well")
+    told = "padded lengths; default: all of the configuration"
+    parser.add_argument("--bucket", type=natural, nargs="+", metavar="N", help=told)
+    parser.add_argument("--output", type=command_line.path, metavar="FILE", help="JSON file to write as well")
+    return parser
+
+
+def _parse(parser: command_line.Parser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
+    """Return the options of this program, and the configuration that all others describe."""
     args, rest = parser.parse_known_args(arguments)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     try:
-        unknown = values(["aot_report.py", *rest])[1:]
+        unknown = values(["aot_report.py", *map(_expanded, rest)])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     if unknown:
@@ -214,5 +225,11 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigD
     return args, values.config
 
 
+def _expanded(option: str) -> str:
+    """Return --config=FILE with `~` as the home folder, which a shell leaves there, and other options unchanged."""
+    name, _, file = option.partition("=")
+    return f"{name}={command_line.file_name(file)}" if name.lstrip("-") == "config" and file else option
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,44 +7,53 @@
 In every round each method of a case is called once to warm up and once against the clock, in turn. Times are medians.
 Ratios are to the faster of the two softmax programs. The first error is the largest deviation from the same computation
 in float64, relative to its largest value. Gradients are also compared with the gradient at Sinkhorn's fixed point.
+Rows are appended to OUTPUT.part, which becomes OUTPUT at the end.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+import command_line
 from benchmarks import attention, harness
-from ot_attention import UnsupportedError
+from data import files
 
 _COLUMNS = "case method error_out error_gradient error_gradient_to_converged forward_ms forward_to_softmax "
 _COLUMNS += "forward_backward_ms forward_backward_to_softmax temporary_MB"
 _TITLES = {"scaling": "W = 256", "sparse": "blocks of 64"}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
     parser = harness.parser(__doc__, "runs/bench/rows.jsonl", rounds=9)
     names = [*attention.CASES, *attention.SERIES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=f"of {names}")
     parser.add_argument("--implementation", default="xla", help="of ours: xla, pallas_tpu, pallas_gpu; default: xla")
     figure = Path("runs/bench/scaling.png")
-    parser.add_argument("--figure", type=Path, default=figure, help="default: %(default)s; _sparse beside it")
+    parser.add_argument(
+        "--figure", type=command_line.path, default=figure, help="default: %(default)s; _sparse beside it"
+    )
     args = parser.parse_args(arguments)
+    return command_line.run("bench_attention.py", lambda: compare(args), debug=args.debug)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure the chosen cases; write rows and figures, and print the table."""
+    files.check_writable(args.figure)
     cases = {name: case for name, case in attention.CASES.items() if name in args.cases}
     for name, series in attention.SERIES.items():
         cases |= series if name in args.cases else {}
     if not attention.HAS_OTT:
         print("ott-jax is not installed and left out (pip install ott-jax)", file=sys.stderr)
     rows: list[harness.Row] = []
-    try:
-        with harness.row_writer(args.output) as write:
-            for name, case in cases.items():
-                for row in attention.measure(name, case, args.implementation, args.rounds):
-                    write(row)
-                    rows.append(row)
-    except UnsupportedError as error:
-        sys.exit(f"bench_attention.py: {error}")
+    with harness.row_writer(args.output) as write:
+        for name, case in cases.items():
+            for row in attention.measure(name, case, args.implementation, args.rounds):
+                write(row)
+                rows.append(row)
     print(table(rows))
     for name, series in attention.SERIES.items():
         if of_series := [row for row in rows if row["case"] in series]:
@@ -91,9 +100,9 @@ def draw(rows: list[harness.Row], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.suptitle(f"one head, {title}, forward + backward, temporary memory of the compiled program")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with files.finished(path, "wb") as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:] or None)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,8 +15,9 @@ The stages run in this order. Each is a process of its own that is killed at its
   alignments    pairs a second of scripts/align.py
   training_run  train.py with --config and --data until the time is over; the last stage gets the time that others leave
 
-The output folder holds rows.jsonl (a JSON row for each result, written at once), table.md, stages.log (what the stages
-print) and, of training_run, metrics.jsonl and the averaged weights. Exit status: 0; 1 if a row or a stage failed.
+The output folder holds rows.jsonl (a JSON row for each result, appended at once; an earlier file is emptied first),
+table.md, stages.log (what the stages print) and, of training_run, metrics.jsonl and the averaged weights. The exit
+status is 1 if a row or a stage failed.
 """
 
 import argparse
@@ -32,9 +33,11 @@ from typing import IO
 
 import jax
 
+import command_line
 from benchmarks import gpu_rates, harness
 from benchmarks.gpu_programs import ROOT, Settings, nvidia_smi
 from benchmarks.gpu_stages import STAGES
+from data import files
 from ot_attention.backends import gpu_kernels
 
 ROWS, TABLE, LOG = "rows.jsonl", "table.md", "stages.log"
@@ -43,14 +46,19 @@ _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     args = _parse(given)
-    if args.stage:
+    if args.stage:  # whose process writes into the log, traceback and all
         return run_stage(args.stage, args)
+    return command_line.run("bench_gpu.py", lambda: run_stages(args, given), debug=args.debug)
+
+
+def run_stages(args: argparse.Namespace, given: list[str]) -> None:
+    """Run the chosen stages and print their tables. Raises ValueError if one fails, or there is no card."""
     if not args.tiny and not has_card():
         told = "there is no GPU here (neither /dev/nvidia0 nor a working nvidia-smi). Run it on a machine with an"
-        print(f"bench_gpu.py: {told} NVIDIA card, or give --tiny to try every stage on the CPU", file=sys.stderr)
-        return 1
+        raise ValueError(f"{told} NVIDIA card, or give --tiny to try every stage on the CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage too
     for folder in (args.output, args.work):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     print((args.output / TABLE).read_text())
     print(f"results: {args.output}")
     if failed:
-        print(f"bench_gpu.py: failed: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+        raise ValueError(f"failed: {', '.join(failed)}")
+    if not harness.read_rows(args.output / ROWS):
+        raise ValueError("nothing was measured: no stage wrote a row in its time, give more --minutes")
 
 
 def has_card() -> bool:
@@ -84,7 +93,7 @@ def schedule(args: argparse.Namespace, given: list[str]) -> list[str]:
         rows = harness.read_rows(args.output / ROWS)
         if state == "failed" or any("failed" in row for row in rows if row["stage"] == name):
             failed.append(name)
-        (args.output / TABLE).write_text(tables(rows))
+        files.write(args.output / TABLE, tables(rows))
         shorten(args.output / LOG)
     return failed
 
@@ -125,7 +134,7 @@ def run_stage(name: str, args: argparse.Namespace) -> int:
     """Write the rows of a stage as they come; a missing package or another failure is a row too."""
     if args.tiny and STAGES[name].on_device:
         gpu_kernels.INTERPRET = True
-    with harness.row_writer(args.output / ROWS, "a") as write:
+    with harness.row_writer(args.output / ROWS, append=True) as write:
         try:
             if not args.tiny and (found := backend(STAGES[name].on_device)) != "gpu":
                 todo = "install jax[cuda13] of the version of jax, and look at the driver with nvidia-smi"
@@ -174,27 +183,33 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_const", dest="stages", const=list(STAGES), help="all stages")
     which.add_argument("--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}")
-    parser.add_argument("--minutes", type=float, default=12, help="of all stages together; default: %(default)s")
-    parser.add_argument("--work", type=Path, default="runs/bench/gpu_work", help="scratch files; default: %(default)s")
+    positive, path, natural = command_line.positive, command_line.path, command_line.at_least(1)
+    parser.add_argument("--minutes", type=positive, default=12, help="of all stages together; default: %(default)s")
+    work = Path("runs/bench/gpu_work")
+    parser.add_argument("--work", type=path, default=work, metavar="DIR", help="scratch files; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at tiny sizes, kernels interpreted")
     run = parser.add_argument_group("training_run")
-    run.add_argument("--config", type=Path, default=ROOT / "configs/aligner.py", help="default: configs/aligner.py")
-    run.add_argument("--data", default="data/default", help="shards; default: %(default)s")
+    config = ROOT / "configs/aligner.py"
+    run.add_argument("--config", type=path, default=config, metavar="FILE", help="default: configs/aligner.py")
+    told = "shards; default: %(default)s"
+    run.add_argument("--data", type=command_line.file_name, default="data/default", metavar="DIR", help=told)
     run.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     rates = parser.add_argument_group("rates", "all combinations of these, in place of the usual rows")
-    rates.add_argument("--lengths", nargs="+", type=int, help="residues")
-    rates.add_argument("--bands", nargs="+", type=lambda x: None if x == "full" else int(x), help="half-widths or full")
+    rates.add_argument("--lengths", nargs="+", type=natural, metavar="N", help="residues")
+    rates.add_argument("--bands", nargs="+", type=_band, metavar="N", help="half-widths or full")
     rates.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"])
     rates.add_argument("--methods", nargs="+", choices=list(gpu_rates.METHODS))
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)  # of the process that runs it
     parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.minutes <= 0:
-        parser.error(f"--minutes={args.minutes:g} must be above 0")
     if wrong := [override for override in args.override if "=" not in override]:
         parser.error(f"--override {wrong[0]}: write KEY=VALUE, for example total_steps=3000")
     args.output, args.work = args.output.resolve(), args.work.resolve()
     return args
+
+
+def _band(text: str) -> int | None:
+    return None if text == "full" else command_line.at_least(1)(text)
 
 
 if __name__ == "__main__":

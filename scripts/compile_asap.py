@@ -24,13 +24,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from absl import logging
 from tabulate import tabulate
 from tqdm import tqdm
 
+import command_line
 from alignment import asap_maps
 from benchmarks import asap_ways
-from data import pfam, pipeline
+from data import files, pfam, pipeline
 from evaluation import model_options, runs, tasks
 from models.attention import Asap, SinkhornSpec
 from ot_attention import asap
@@ -80,57 +80,49 @@ ABLATION = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what it reads is read-only
-    try:
-        report = compile_model(args)
-    except (ValueError, OSError) as error:
-        print(f"compile_asap: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    print(f"\nwritten: {args.output}, {args.output.with_suffix('.json')}")
-    return 0
+    """Run the command line; return its exit status."""
+    parser = _parser()
+    args = model_options.parse(parser, argv)
+    command_line.use_threads(args.threads)
+    args.output = args.output or (args.workdir or Path("runs") / args.weights.stem) / "asap.safetensors"
+    return command_line.run("compile_asap.py", lambda: compile_model(args), debug=args.debug)
 
 
-def compile_model(args: argparse.Namespace) -> dict[str, Any]:
-    """Fit and write the maps; measure them, and write the report after each part of it."""
-    run = model_options.load(args)
+def compile_model(args: argparse.Namespace) -> None:
+    """Fit the maps and measure them; write maps and report at the end, and print the table."""
+    run, beside = model_options.load(args), args.output.with_suffix(".json")
     runs.check_aligns(run)
+    for path in (args.output, beside):
+        files.check_writable(path)
     shards = tasks.resolve_data_dir(args.data or run.config.data.dir)
     buckets = tuple(args.buckets or run.config.data.buckets)
     of_map = tuple(args.features), args.directions, args.projections, args.ridge, args.newton_steps, not args.one_sided
     settings = Settings(*of_map)
     layers = asap_ways.attended(run, _batches(run, shards, args.split, buckets, args.pairs), "calibration")
-    fitting = tqdm(layers.items(), desc="fitting", unit=" layers")
+    fitting = tqdm(layers.items(), desc="fitting", unit=" layers", disable=None)
     maps = {name: settings.fit(layer.samples(), layer.spec) for name, layer in fitting}
     provenance = {"run": str(args.weights or args.workdir), "step": run.step, "split": args.split, "pairs": args.pairs}
     provenance |= {"buckets": buckets, "settings": dataclasses.asdict(settings)}
-    asap_maps.save(args.output, maps, run.params, run.step, provenance)
 
     batches = list(_batches(run, shards, "validation", run.config.data.buckets, args.pairs))
     report: dict[str, Any] = {"provenance": provenance, "layers": {}, "lengths": {}, "ablation": {}, "metrics": {}}
-
-    def write() -> None:
-        args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-
     held_out = asap_ways.attended(run, batches, "validation")
     for name, layer in held_out.items():
         ways = asap_ways.ways(layer.spec, maps[name], args.steps)
         report["layers"][name] = asap_ways.compare(layer, ways, args.rounds)
         off = {n: asap_ways.spread(layer.spec, inputs, ways["asap"]) for n, inputs in layer.inputs.items()}
         report["lengths"][name] = off
-        write()
     if not args.no_scores:
         scored, families = [k for k in args.steps if k <= _SCORED], pfam.open_split(shards, "validation")
-        report["metrics"] = asap_ways.metrics(run, args.output, families, batches, scored)
-        write()
+        report["metrics"] = asap_ways.metrics(run, maps, families, batches, scored)
     for name, layer in held_out.items() if args.ablation else ():
-        fitting = tqdm(ABLATION, desc=f"{name}: others")
+        fitting = tqdm(ABLATION, desc=f"{name}: others", disable=None)
         fitted = {str(of): of.fit(layers[name].samples(), layer.spec) for of in fitting}
         others = {of: functools.partial(asap_ways.apply, of=x, spec=layer.spec) for of, x in fitted.items()}
         report["ablation"][name] = asap_ways.compare(layer, others, args.rounds)
-        write()
-    return report
+    asap_maps.save(args.output, maps, run.params, run.step, provenance)
+    files.write(beside, json.dumps(report, indent=1) + "\n")
+    print(f"{table(report)}\n\nwritten: {args.output}, {beside}")
 
 
 def _batches(run: runs.Run, shards: Path, split: str, buckets: Sequence[int], pairs: int) -> Iterator[pipeline.Batch]:
@@ -169,32 +161,32 @@ def table(report: dict) -> str:
     return "\n\n".join(parts)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> command_line.Parser:
+    parser, natural = command_line.Parser(__doc__, threads=True), command_line.at_least(1)
     model_options.add_model_options(parser, asap=False)
     where = "default: asap.safetensors in WORKDIR or in runs/NAME"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=where)
-    parser.add_argument("--data", help="folder with other shards than those the run was trained on")
+    parser.add_argument("--output", type=command_line.path, metavar="FILE", help=where)
+    told = "folder with other shards than those the run was trained on"
+    parser.add_argument("--data", type=command_line.file_name, metavar="DIR", help=told)
     parser.add_argument("--split", default="train", choices=("train", "validation"), help="to fit on; default: train")
-    parser.add_argument("--pairs", type=int, default=256, help="to fit on, and as many to measure on; default: 256")
-    parser.add_argument("--buckets", type=int, nargs="+", metavar="N", help="lengths to fit on; default: the run's")
+    told = "to fit on, and as many to measure on; default: 256"
+    parser.add_argument("--pairs", type=natural, default=256, metavar="N", help=told)
+    parser.add_argument("--buckets", type=natural, nargs="+", metavar="N", help="lengths to fit on; default: the run's")
     features, directions = get_args(Feature), get_args(Direction)
     parser.add_argument("--features", nargs="*", choices=features, default=Settings.features, help="default: mass")
     parser.add_argument("--directions", choices=directions, default=Settings.directions, help="of projections")
-    parser.add_argument("--projections", type=int, default=Settings.projections, help="default: %(default)s a head")
-    parser.add_argument("--ridge", type=float, default=Settings.ridge, help="default: %(default)s")
-    parser.add_argument("--newton-steps", type=int, default=Settings.newton_steps, help="0: ridge alone; default: 3")
+    told = "default: %(default)s a head"
+    parser.add_argument("--projections", type=natural, default=Settings.projections, metavar="N", help=told)
+    parser.add_argument("--ridge", type=command_line.positive, default=Settings.ridge, help="default: %(default)s")
+    told, least = "0: ridge alone; default: 3", command_line.at_least(0)
+    parser.add_argument("--newton-steps", type=least, default=Settings.newton_steps, metavar="N", help=told)
     parser.add_argument("--one-sided", action="store_true", help="leave the predicted f as it is")
     parser.add_argument("--ablation", action="store_true", help="also fit and measure other maps")
     parser.add_argument("--no-scores", action="store_true", help="compare the layers alone, not the models' metrics")
-    parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 3, 5, 8), help="of Sinkhorn stopped early")
-    parser.add_argument("--rounds", type=int, default=9, help="timed calls; default: 9")
-    args = model_options.parse(parser, argv)
-    for name, least in ("pairs", args.pairs), ("rounds", args.rounds), ("steps", min(args.steps)):
-        if least < 1:
-            parser.error(f"--{name}={least} must be at least 1")
-    args.output = args.output or (args.workdir or Path("runs") / args.weights.stem) / "asap.safetensors"
-    return args
+    told = "of Sinkhorn stopped early"
+    parser.add_argument("--steps", type=natural, nargs="+", default=(1, 2, 3, 5, 8), metavar="N", help=told)
+    parser.add_argument("--rounds", type=natural, default=9, metavar="N", help="timed calls; default: 9")
+    return parser
 
 
 if __name__ == "__main__":

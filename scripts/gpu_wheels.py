@@ -12,13 +12,15 @@ The wheels are the packages that pyproject.toml names for training and the machi
 expected to have jax 0.11 with its CUDA plugin and the rest of THERE. Downloads use pip as it is configured here.
 """
 
-import argparse
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+import command_line
 
 PYTHON = "3.12"
 PLATFORMS = "--platform=manylinux_2_28_x86_64", "--platform=manylinux2014_x86_64"
@@ -40,20 +42,27 @@ SOURCES = ["promise>=2.3"]  # has no wheel: a pure Python package, built here
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(".wheels"), help="folder; default: %(default)s")
-    parser.add_argument("--limit", type=float, default=45, metavar="MIB", help="of all wheels; default: %(default)s")
+    """Run the command line; return its exit status."""
+    parser = command_line.Parser(__doc__)
+    add, told = parser.add_argument, "default: %(default)s"
+    add("--output", type=command_line.path, default=Path(".wheels"), metavar="DIR", help=f"folder; {told}")
+    add("--limit", type=command_line.positive, default=45, metavar="MIB", help=f"of all wheels; {told}")
     args = parser.parse_args(argv)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        download(args.output)
-        wheels = sorted(args.output.glob("*.whl"))
-        size = check(wheels, args.limit)
-    except (ValueError, OSError) as error:
-        print(f"gpu_wheels.py: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.output}: {len(wheels)} wheels, {size:.1f} MiB")
-    return 0
+    return command_line.run("gpu_wheels.py", lambda: collect(args.output, args.limit), debug=args.debug)
+
+
+def collect(folder: Path, limit: float) -> None:
+    """Replace the wheels in a folder when all are there and fit. Raises ValueError if not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new", dir=folder) as name:
+        download(Path(name))
+        wheels = sorted(Path(name).glob("*.whl"))
+        size = check(wheels, limit)
+        for old in folder.glob("*.whl"):
+            old.unlink()
+        for wheel in wheels:
+            wheel.rename(folder / wheel.name)
+    print(f"{folder}: {len(wheels)} wheels, {size:.1f} MiB")
 
 
 def wanted() -> list[str]:
@@ -65,9 +74,7 @@ def wanted() -> list[str]:
 
 
 def download(folder: Path) -> None:
-    """Replace the wheels in a folder, without resolving dependencies: all are named. ValueError if pip fails."""
-    for old in folder.glob("*.whl"):
-        old.unlink()
+    """Download wheels into a folder, without resolving dependencies: all are named. Raises ValueError if pip fails."""
     target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp", *PLATFORMS]
     for command in ["download", *target, f"--dest={folder}", *wanted()], ["wheel", f"--wheel-dir={folder}", *SOURCES]:
         if status := subprocess.run([sys.executable, "-m", "pip", *command, "--no-deps", "--quiet"]).returncode:
@@ -77,6 +84,8 @@ def download(folder: Path) -> None:
 
 def check(wheels: list[Path], limit: float) -> float:
     """Return the total size in MiB. Raise ValueError if it is above the limit, or for wheels of this machine alone."""
+    if not wheels:
+        raise ValueError("pip downloaded no wheel")
     if bound := [path.name for path in wheels if "-linux_" in path.name]:
         raise ValueError(f"built for this machine only, and of no use elsewhere: {', '.join(bound)}")
     if (size := sum(path.stat().st_size for path in wheels) / 2**20) > limit:

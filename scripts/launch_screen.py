@@ -17,10 +17,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
+import command_line
+from data import files
 from evaluation import figures, tasks
 from evaluation.baselines import BASELINES
 from evaluation.metrics import METRICS
@@ -32,11 +35,18 @@ SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
 SPLITS = ("validation", *tasks.SPLITS["test"])
 
 
-def main() -> None:
-    args = _parse()
-    (on_tpu if args.target == "tpu" else here)(args)
-    if not args.dry_run:
-        collect(args.configs, args.out)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = _parser()
+    args = _parse(parser, arguments)
+
+    def work() -> None:
+        (on_tpu if args.target == "tpu" else here)(args)
+        if not args.dry_run:
+            collect(args.configs, args.out)
+
+    also = launch_tpu.LaunchError, subprocess.CalledProcessError
+    return command_line.run("launch_screen.py", work, debug=args.debug, also=also)
 
 
 def here(args: argparse.Namespace) -> None:
@@ -60,10 +70,7 @@ def on_tpu(args: argparse.Namespace) -> None:
     folder, data = f"{args.bucket.rstrip('/')}/{args.name}", args.data and args.data.absolute()
     of_google = args.name, args.project, args.zone, folder, args.accelerator, not args.on_demand
     tpu = launch_tpu.Tpu(*of_google, data, tuple(arguments), args.snapshot_every, args.poll_every)
-    try:
-        launch_tpu.show(tpu) if args.dry_run else launch_tpu.run(tpu, args.out)
-    except launch_tpu.LaunchError as error:
-        sys.exit(f"launch_screen.py: {error}")
+    launch_tpu.show(tpu) if args.dry_run else launch_tpu.run(tpu, args.out)
 
 
 def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
@@ -89,11 +96,12 @@ def collect(names: list[str], out: Path) -> None:
 
     runs = {name: ((name, "start"), (name, "end")) for name in names}
     report = {split: {name: [read(*of, split) for of in pair] for name, pair in runs.items()} for split in SPLITS}
-    (out / "screen.json").write_text(json.dumps(report, indent=1) + "\n")
+    files.write(out / "screen.json", json.dumps(report, indent=1) + "\n")
     text = "\n\n".join(f"### {split}\n\n{markdown(of_runs)}" for split, of_runs in report.items())
-    (out / "screen.md").write_text(text + "\n")
+    files.write(out / "screen.md", text + "\n")
     curves = {name: run_folder.read_metrics(out / name) for name in names}
-    figures.screen_figure(curves, out / "curves.png")
+    if any(key.startswith("validation/") for rows in curves.values() for row in rows for key in row):
+        figures.screen_figure(curves, out / "curves.png")
     for split, of_runs in report.items():
         ends = {name: end["model"]["overall"] for name, (_, end) in of_runs.items()}
         baselines = {who: next(iter(of_runs.values()))[1][who]["overall"] for who in BASELINES}
@@ -112,13 +120,15 @@ def markdown(of_runs: dict[str, list[dict]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> command_line.Parser:
+    parser, path, natural = command_line.Parser(__doc__), command_line.path, command_line.at_least(1)
     parser.add_argument("--configs", nargs="+", default=list(SCREEN), help=f"default: {' '.join(SCREEN)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/screen"), help="folder of the runs and the table")
-    parser.add_argument("--data", type=Path, help="shards made by build_pfam.py; default: those that ship")
-    parser.add_argument("--steps", type=int, help="total_steps of every run; default: the configuration's")
-    parser.add_argument("--limit", type=int, help="score at most this many pairs a split, for a quick look")
+    parser.add_argument("--out", type=path, default=Path("runs/screen"), help="folder of the runs and the table")
+    parser.add_argument("--data", type=path, help="shards made by build_pfam.py; default: those that ship")
+    told = "total_steps of every run; default: the configuration's"
+    parser.add_argument("--steps", type=natural, metavar="N", help=told)
+    told = "score at most this many pairs a split, for a quick look"
+    parser.add_argument("--limit", type=natural, metavar="N", help=told)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("overrides", nargs="*", help="after --: further options for train.py")
     parser.add_argument("--target", choices=("local", "tpu"), default="local", help="where; default: local")
@@ -129,9 +139,16 @@ def _parse() -> argparse.Namespace:
     tpu.add_argument("--name", default="ot-screen", help="name of the TPU and the screen; default: ot-screen")
     tpu.add_argument("--accelerator", choices=launch_tpu.RUNTIMES, default="v6e-8", help="default: v6e-8")
     tpu.add_argument("--on-demand", action="store_true", help="a TPU that is never preempted, at a higher price")
-    tpu.add_argument("--snapshot-every", type=int, default=120, metavar="S", help="seconds; default: 120")
-    tpu.add_argument("--poll-every", type=int, default=30, metavar="S", help="seconds; default: 30")
-    args = parser.parse_args()
+    tpu.add_argument("--snapshot-every", type=natural, default=120, metavar="S", help="seconds; default: 120")
+    tpu.add_argument("--poll-every", type=natural, default=30, metavar="S", help="seconds; default: 30")
+    return parser
+
+
+def _parse(parser: command_line.Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    args = parser.parse_args(arguments)
+    known = sorted(path.stem for path in (launch_tpu.ROOT / "configs").glob("*.py"))
+    if unknown := [name for name in args.configs if name not in known]:
+        parser.error(f"--configs: {', '.join(unknown)} not found in configs/; there are {', '.join(known)}")
     if args.target == "tpu":
         if missing := [f"--{name}" for name in ("project", "zone", "bucket") if not getattr(args, name)]:
             parser.error(f"--target=tpu needs {', '.join(missing)}")
@@ -141,4 +158,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,9 +4,11 @@
   python scripts/tune_gpu.py --kinds step sum --output runs/bench/tilings.jsonl
 
 A row is one kernel with one tiling: milliseconds of a call, and picoseconds a cell of the support. The library does not
-read the rows: the fastest tilings are written into `tiling_for` and `cut_for` by hand.
+read the rows: the fastest tilings are written into `tiling_for` and `cut_for` by hand. Rows are appended to
+OUTPUT.part, which becomes OUTPUT at the end.
 """
 
+import argparse
 import functools
 import itertools
 import json
@@ -19,6 +21,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+import command_line
 from benchmarks import harness
 from benchmarks.attention import Case
 from ot_attention.backends import gpu, gpu_kernels, gpu_sweep
@@ -97,13 +100,21 @@ def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]
         return jax.jit(run).lower(q, k, x, n), (q, k, x, n)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
     parser = harness.parser(__doc__, "runs/bench/tilings.jsonl", rounds=7)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of kernels; default: all")
-    parser.add_argument("--residues", type=int, default=1 << 18, help="of all heads; default: %(default)s")
+    longest = max(problem.length for problem in (NARROW, FLOAT32))
+    least, told = command_line.at_least(longest), "of all heads; default: %(default)s"
+    parser.add_argument("--residues", type=least, default=1 << 18, metavar="N", help=told)
     args = parser.parse_args(arguments)
+    return command_line.run("tune_gpu.py", lambda: tune(args), debug=args.debug)
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Time the chosen kernels. Raises ValueError without a GPU, or if no kernel could be timed."""
     if jax.default_backend() != "gpu" and not gpu_kernels.INTERPRET:
-        sys.exit("tune_gpu.py: there is no GPU here; run it on a machine with an NVIDIA card and jax[cuda13]")
+        raise ValueError("there is no GPU here; run it on a machine with an NVIDIA card and jax[cuda13]")
     programs = {variant: lowered(variant, args.residues) for kind in args.kinds for variant in variants(kind)}
     compiling = {
         variant: lambda program=program: {"run": program.compile()} for variant, (program, _) in programs.items()
@@ -123,7 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
                 row |= {"ms": 1e3 * seconds, "ps_a_cell": 1e12 * seconds / cells}
             print(json.dumps(row), flush=True)
             write(row)
+    if all("failed" in of for of in found.values()):
+        raise ValueError(f"no kernel could be compiled, see {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

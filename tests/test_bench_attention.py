@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import attention
+from benchmarks import attention, harness
 from benchmarks.attention import Case
 from scripts import bench_attention
 
@@ -64,11 +64,38 @@ def test_times_memory_and_ratios_are_reported(measured):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_an_implementation_cannot_do_is_told(tmp_path):
-    arguments = ["--cases", "short", "--implementation=pallas_gpu", f"--output={tmp_path / 'rows.jsonl'}"]
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(SystemExit, match="implementation 'pallas_gpu'"),
-    ):
-        patch.setattr(attention, "CASES", {"short": Case(1, 1, 8, 2, ("tail",))})
-        bench_attention.main(arguments)
+def test_what_an_implementation_cannot_do_is_told(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rows.jsonl"
+    output.write_text("earlier")
+    monkeypatch.setattr(attention, "CASES", {"short": Case(1, 1, 8, 2, ("tail",))})
+    arguments = ["--cases", "short", "--implementation=pallas_gpu", f"--output={output}", f"--figure={tmp_path / 'x'}"]
+    assert bench_attention.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bench_attention.py: ") and "implementation 'pallas_gpu'" in line
+    assert output.read_text() == "earlier"
+
+
+def test_no_row_is_no_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention, "CASES", {"short": Case(1, 1, 8, 2, ())})
+    monkeypatch.setattr(attention, "measure", lambda *_: [])
+    arguments = ["--cases", "short", f"--output={tmp_path / 'rows.jsonl'}", f"--figure={tmp_path / 'x'}"]
+    assert bench_attention.main(arguments) == 1
+    assert "nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_rows_replace_an_earlier_result_at_the_end(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    for number in (1, 2):
+        with harness.row_writer(path) as write:
+            write({"number": number, "error": float("nan")})
+            assert harness.read_rows(tmp_path / "new/rows.jsonl.part") == [{"number": number, "error": "nan"}]
+            assert not path.exists() or harness.read_rows(path) == [{"number": 1, "error": "nan"}]
+    with pytest.raises(KeyboardInterrupt), harness.row_writer(path) as write:
+        write({"number": 3})
+        raise KeyboardInterrupt
+    assert [row["number"] for row in harness.read_rows(path)] == [2]
+    assert harness.read_rows(tmp_path / "new/rows.jsonl.part") == [{"number": 3}]  # what was measured is not lost
+    with harness.row_writer(path, append=True) as write:
+        write({"number": 4})
+    assert [row["number"] for row in harness.read_rows(path)] == [2, 4]

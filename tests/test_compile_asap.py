@@ -11,6 +11,7 @@ import pytest
 import eval as eval_program
 from alignment import asap_maps, weights
 from alignment.inference import Pretrained
+from benchmarks import asap_ways
 from data import pfam, pipeline
 from evaluation import runs
 from ot_attention.asap import Deviation
@@ -128,6 +129,20 @@ def test_maps_of_other_models_and_other_files_are_refused(model, maps, tmp_path,
         asap_maps.into(other.graph, other.params, {"head": asap_maps.load(maps, other.params)["plan"]})
     assert compile_asap.main([f"--workdir={tmp_path}", DATA]) == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_maps_that_are_not_measured_leave_the_earlier_ones(model, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no scores")
+
+    monkeypatch.setattr(asap_ways, "attended", lambda *_: {})
+    monkeypatch.setattr(asap_ways, "metrics", fail)
+    paths = [tmp_path / "asap.safetensors", tmp_path / "asap.json"]
+    for path in paths:
+        path.write_text("earlier")
+    assert compile_asap.main([f"--weights={model}", DATA, f"--output={paths[0]}", "--pairs=2"]) == 1
+    assert capsys.readouterr().err == "compile_asap.py: no scores\n"
+    assert [path.read_text() for path in paths] == ["earlier", "earlier"] and len(list(tmp_path.iterdir())) == 2
 
 
 def test_values_and_keys_survive_the_file(model, maps, tmp_path):

@@ -1,6 +1,8 @@
 """eval.py: the report of a run, its table and its figures."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from alignment.inference import Pretrained
 from data import pfam, pipeline
 from evaluation import metrics, runs, scoring
 from evaluation.baselines import BASELINES
+from evaluation.tasks import AlignmentTask
 from tests.support import tiny
 from training import run_folder
 
@@ -28,7 +31,7 @@ def scored(finished, tmp_path_factory) -> tuple[dict, str]:
     """The JSON that the command line writes, and what it prints."""
     output = tmp_path_factory.mktemp("scores") / "deep" / "scores.json"
     done = tiny.program("eval.py", f"--workdir={finished}", f"--output={output}", "--limit=64")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")  # no progress without a terminal, no chatter of libraries
     return json.loads(output.read_text()), done.stdout
 
 
@@ -39,14 +42,19 @@ def test_report_has_the_documented_shape(scored):
     for result in report["splits"].values():
         assert list(result) == ["model", "diagonal", "scaled_diagonal", "nw_blosum62"]
         for who, summary in result.items():
-            assert summary.keys() == {"overall", "bins", "pairs"}
+            assert summary.keys() == {"overall", "bins", "pairs", "families"}
             assert summary["overall"].keys() == metrics.METRICS.keys() - (set() if who == "model" else OF_A_MODEL)
             assert summary["pairs"] == result["model"]["pairs"] > 40
             assert summary["bins"].keys() == result["model"]["bins"].keys() <= set(metrics.BINS)
-            for group in (summary["overall"], *summary["bins"].values()):
-                for metric in group.values():
+            assert 2 < summary["families"] <= summary["pairs"] >= sum(of["pairs"] for of in summary["bins"].values())
+            for group in (summary | summary["overall"], *summary["bins"].values()):
+                assert 1 <= group["families"] <= group["pairs"]
+                for metric in (group[name] for name in metrics.METRICS.keys() & group.keys()):
                     assert metric.keys() == {"value", "low", "high"}
-                    assert metric["low"] <= metric["high"]
+                    if group["families"] < metrics.LEAST_FAMILIES:
+                        assert metric["low"] is None and metric["high"] is None
+                    else:
+                        assert metric["low"] <= metric["high"]
     assert report["splits"]["test_iid"] != report["splits"]["test_ood"]
 
 
@@ -66,11 +74,34 @@ def test_the_table_holds_every_number_of_the_report(scored):
         for name in metrics.METRICS:
             known = [who for who in WHO if name in result[who]["overall"]]
             cells = [result[who]["overall"][name] for who in known]
-            told = [f"{cell['value']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})" for cell in cells]
+            told = [
+                f"{of['value']:.3f} " + ("(?)" if of["low"] is None else f"({of['low']:.3f}-{of['high']:.3f})")
+                for of in cells
+            ]
             assert table[name].split("  ", 1)[1].split() == " ".join(told + ["-"] * (len(WHO) - len(known))).split()
-        for name in result["model"]["bins"]:
+        counts = f"{result['model']['pairs']} pairs of {result['model']['families']} families, step"
+        assert f"{split}: {counts}" in printed
+        for name, of_bin in result["model"]["bins"].items():
             told = [f"{result[who]['bins'][name]['f1']['value']:.3f}" for who in WHO]
-            assert table[f"f1, identity {name}"].split()[-len(WHO) :] == told
+            sizes = f"{of_bin['pairs']}{' *' if of_bin['pairs'] < metrics.FEW_PAIRS else ''} {of_bin['families']}"
+            assert table[f"f1, identity {name}"].split()[3:] == [*sizes.split(), *told]
+
+
+def few(families: int, pairs: int) -> dict:
+    """A report of one split: pairs of this many families."""
+    found = {"abs_error": 5.0, "true_positives": 6.0, "predicted": 9.0, "reference": 10.0}
+    some = [metrics.PairScores(f"f{k % families}", identity=0.5, aligned=10, **found) for k in range(pairs)]
+    splits = {"validation": dict.fromkeys(WHO, metrics.summarise(some))}
+    return {"step": 1, "splits": splits, "certificates": {"validation": {}}}
+
+
+def test_what_chance_decides_is_marked_in_the_table():
+    told = eval_program.table(few(families=4, pairs=9))
+    assert "validation: 9 pairs of 4 families, step 1" in told and "0.500 (?)" in told
+    assert "(?) no interval: fewer than 5 families have the metric" in told
+    assert re.search(r"f1, identity \.40-\.60 +9 \* +4 ", told) and "* fewer than 10 pairs: chance decides" in told
+    told = eval_program.table(few(families=5, pairs=10))
+    assert "(?)" not in told and "*" not in told and "0.500 (0.500-0.500)" in told
 
 
 def test_a_gap_model_is_scored_by_its_posterior_too(finished, tmp_path):
@@ -140,10 +171,92 @@ def test_a_restored_checkpoint_scores_as_it_did_while_training(finished):
         (["--step=4"], "holds the steps 0, 6, not step 4"),
         (["--data=nowhere"], "nowhere is not a folder"),
         (["--workdir=nowhere"], "nowhere holds no run"),
+        (["--output={run}/config.json/x"], "config.json: Not a directory"),
+        (["--output={run}"], "Is a directory"),
+        (["--report={run}/config.json"], "config.json: Not a directory"),
+        (["--asap={run}/config.json"], "config.json is no safetensors file"),
+        (["--asap={run}"], "Is a directory"),
+        (["--asap={run}/none"], "none does not exist"),
     ],
 )
-def test_mistakes_are_told(finished, arguments, told):
-    with pytest.raises(SystemExit) as stopped:
-        eval_program.main([f"--workdir={finished}", *arguments])
-    assert told in str(stopped.value) and str(stopped.value).startswith("eval.py: ")
-    assert "\n" not in str(stopped.value)
+def test_mistakes_are_told(finished, arguments, told, capsys):
+    before = sorted(finished.rglob("*"))
+    arguments = [argument.format(run=finished) for argument in arguments]
+    assert eval_program.main([f"--workdir={finished}", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and line.startswith("eval.py: ")
+    assert sorted(finished.rglob("*")) == before or "--data=nowhere" in arguments  # which is found when pairs are read
+
+
+def changed(config: dict, **settings) -> str:
+    for name, value in settings.items():
+        *parents, key = name.split("__")
+        table = config
+        for parent in parents:
+            table = table[parent]
+        table.pop(key) if value is None else table.update({key: value})
+    return json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda config: "", "config.json is damaged"),
+        (lambda config: json.dumps(config)[:100], "config.json is damaged"),
+        (lambda config: "[1, 2]", "config.json is damaged"),
+        (lambda config: "null", "config.json does not describe a model of this version"),
+        (lambda config: "{}", "config.json does not describe a model of this version"),
+        (lambda config: changed(config, model=None), "config.json does not describe a model of this version"),
+        (lambda config: changed(config, data__buckets=None), "config.json does not describe a model of this version"),
+        (lambda config: changed(config, data__buckets="x"), "config.json does not describe a model of this version"),
+        (lambda config: changed(config, batch_size="x"), "config.json does not describe a model of this version"),
+        (lambda config: changed(config, batch_size=0), "config.json does not describe a model of this version"),
+        (lambda config: changed(config, model__new=1), "config.json does not describe a model of this version"),
+        (lambda config: changed(config, model__width=32), "a checkpoint that does not fit its config.json"),
+        (lambda config: changed(config, model__depth=2), "a checkpoint that does not fit its config.json"),
+    ],
+)
+def test_a_run_whose_configuration_is_unusable_is_named(finished, tmp_path, make, told, capsys):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    config = json.loads((finished / "config.json").read_text())
+    (tmp_path / "config.json").write_text(make(config))
+    assert eval_program.main([f"--workdir={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and str(tmp_path) in line and len(line) < 1000
+
+
+def test_files_of_weights_that_are_none_are_named(finished, tmp_path, capsys):
+    good = (tiny.ROOT / "weights/aligner.safetensors").read_bytes()
+    made = {"empty": b"", "short": good[:-100], "header": good[:1000], "text": b"no weights at all"}
+    for name, data in made.items():
+        (tmp_path / name).write_bytes(data)
+    for name in (*made, "none", "", "empty/x"):
+        assert eval_program.main([f"--weights={tmp_path / name}", "--limit=1"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path) in line, name
+
+
+def test_without_a_checkpoint_it_says_so(finished, tmp_path, capsys):
+    shutil.copy(finished / "config.json", tmp_path)
+    assert eval_program.main([f"--workdir={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds no checkpoint" in line
+
+
+def test_nothing_to_score_is_an_error(finished):
+    run = runs.load_run(finished)
+    with pytest.raises(ValueError, match="there is no pair to score"):
+        scoring.score_split(run.pretrained(), [], [])
+
+
+def test_a_failed_evaluation_leaves_the_earlier_result(finished, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "scores.json"
+    output.write_text("earlier")
+    unwritable = few(5, 10) | {"step": object()}  # no JSON
+    monkeypatch.setattr(AlignmentTask, "evaluate", lambda *_, **__: unwritable)
+    assert eval_program.main([f"--workdir={finished}", f"--output={output}"]) == 70
+    assert "a fault of the program" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(AlignmentTask, "evaluate", lambda *_, **__: few(5, 10))
+    assert eval_program.main([f"--workdir={finished}", f"--output={tmp_path}/new/scores.json"]) == 0
+    assert output.read_text() == "earlier" and [path.name for path in tmp_path.iterdir()] == ["scores.json", "new"]
+    assert json.loads((tmp_path / "new/scores.json").read_text())["step"] == 1

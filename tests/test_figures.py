@@ -91,6 +91,49 @@ def test_bars_leave_out_what_a_baseline_lacks(tmp_path, drawn):
     assert [label.get_text() for label in cross_entropy.get_yticklabels()] == ["r1", "nw"]
 
 
+def test_a_value_without_interval_is_drawn_and_marked(tmp_path, drawn):
+    alone = {"f1": {"value": 0.5, "low": None, "high": None}}
+    figures.comparison_bars({"r1": alone}, {"nw": {"f1": SUMMARY["f1"]}}, tmp_path / "bars.png")
+    (axes,) = drawn[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.5] and len(axes.lines) == 1
+    assert [text.get_text() for text in axes.texts] == ["0.500 (?)", "0.500"]
+
+
+def test_bins_with_few_pairs_are_marked(tmp_path, drawn):
+    alone = {"f1": {"value": 0.5, "low": None, "high": None}, "pairs": 9, "families": 3}
+    summary = {"bins": {"<.15": alone, ">.60": {"f1": SUMMARY["f1"], "pairs": 10, "families": 9}}}
+    figures.identity_bins({"model": summary}, tmp_path / "bins.png")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["<.15 *", ">.60"]
+    assert "* fewer than 10 pairs" in axes.get_xlabel()
+    (bars,) = [artist for artist in axes.collections if hasattr(artist, "get_segments")]
+    ends = [np.asarray(segment)[:, 1] for segment in bars.get_segments() if len(segment)]
+    np.testing.assert_allclose(ends, [[0.4, 0.6]])
+
+
+def test_tenths_with_few_pairs_are_hollow(tmp_path, drawn):
+    tenths = [{"confidence": 0.15, "correct": 1.0, "pairs": 9}, {"confidence": 0.95, "correct": 0.9, "pairs": 10}]
+    figures.reliability(tenths, tmp_path / "reliability.png")
+    hollow = drawn[0].axes[0].lines[-1]
+    assert hollow.get_markerfacecolor() == "white" and list(hollow.get_xdata()) == [0.15]
+
+
+def test_a_picture_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "plan.pdf"
+    figures.plan_heatmap(np.eye(3, dtype=np.float32), path)
+    earlier = path.read_bytes()
+    assert earlier.startswith(b"%PDF")
+
+    def half(self, file, **options):
+        file.write(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="the disk is full"):
+        figures.plan_heatmap(np.eye(3, dtype=np.float32), path)
+    assert path.read_bytes() == earlier and list(path.parent.iterdir()) == [path]
+
+
 def test_an_unknown_metric_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="metrics: auc not found; there are loss, learning_rate, f1"):
         figures.metric_curves(ROWS, tmp_path / "curves.png", metrics=["loss", "auc"])

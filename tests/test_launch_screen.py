@@ -92,6 +92,24 @@ def test_tables_and_figures_of_a_screen(runs, capsys):
         assert (runs / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_screen_without_validation_has_its_table(runs):
+    for run in "ab":
+        (runs / run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    launch_screen.collect(["a", "b"], runs)
+    assert (runs / "screen.md").exists() and not (runs / "curves.png").exists()
+
+
+def test_values_without_intervals_are_shown(runs):
+    path = runs / "a/end_test_iid.json"
+    report = json.loads(path.read_text())
+    for of in report["splits"]["test_iid"].values():
+        for metric in of["overall"].values():
+            metric |= {"low": None, "high": None}
+    path.write_text(json.dumps(report))
+    launch_screen.collect(["a", "b"], runs)
+    assert "0.00 → 0.260" in (runs / "screen.md").read_text()
+
+
 def test_a_missing_report_is_named(runs):
     (runs / "b" / "end_test_iid.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"b/end_test_iid\.json"):
@@ -103,16 +121,15 @@ TPU = ["--target=tpu", "--project=p", "--zone=z", "--bucket=gs://b/of/mine/", "-
 
 @pytest.fixture
 def launch(monkeypatch, capsys):
-    """Runs the command line where nothing is on PATH; its exit code or message, and what it printed."""
+    """Runs the command line where nothing is on PATH; its exit status, and what it printed."""
     monkeypatch.setenv("PATH", "")
 
     def run(*options: str):
-        monkeypatch.setattr(sys, "argv", ["launch_screen.py", *options])
         try:
-            launch_screen.main()
+            status = launch_screen.main(options)
         except SystemExit as stop:
-            return stop.code, capsys.readouterr()
-        return 0, capsys.readouterr()
+            status = stop.code
+        return status, capsys.readouterr()
 
     return run
 
@@ -141,11 +158,13 @@ def test_dry_run_for_a_tpu_needs_no_gcloud(launch, tmp_path):
         (["--target=tpu", "--zone=z"], "--target=tpu needs --project, --bucket"),
         ([*TPU, "--bucket=b"], "--bucket=b must begin with gs://"),
         ([*TPU, "--accelerator=v6e-16"], "invalid choice: 'v6e-16'"),
+        (["--configs", "r2_balanced", "r3"], "--configs: r3 not found in configs/; there are aligner, "),
+        (["--limit=0"], "argument --limit: '0' was given, allowed is 1 or more"),
     ],
 )
 def test_what_is_missing_for_a_tpu_is_said(launch, options, message, tmp_path):
     code, (_, errors) = launch(*options, f"--out={tmp_path / 'out'}")
-    assert code and message in f"{code}{errors}"
+    assert code in (1, 2) and message in errors.splitlines()[-1]
 
 
 class Cloud:
@@ -212,8 +231,7 @@ def test_a_preempted_screen_on_a_tpu_goes_on_and_ends_with_the_table(tmp_path, m
     cloud, out = Cloud(tmp_path / "cloud", monkeypatch, sys.executable), tmp_path / "out"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     options = ["--bucket=gs://b", "--configs", "r2_dustbin", "--limit=4", "--snapshot-every=1", "--poll-every=1"]
-    monkeypatch.setattr(sys, "argv", ["launch_screen.py", *TPU, *options, f"--out={out}", "--", *tiny.flags()])
-    launch_screen.main()
+    assert launch_screen.main([*TPU, *options, f"--out={out}", "--", *tiny.flags()]) == 0
     printed = capsys.readouterr().out
     assert "TPU SUSPENDED" in printed and "screen finished" in printed
     assert "### test_ood" in printed and "| r2_dustbin " in printed

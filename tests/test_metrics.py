@@ -75,11 +75,19 @@ def test_summary_has_its_shape_and_leaves_out_what_does_not_apply():
     assert set(got["overall"]) == {"barycenter_within_1"}
     assert set(got["overall"]["barycenter_within_1"]) == {"value", "low", "high"}
     assert set(got["bins"]) == {"<.15", ">.60"}
-    assert got["bins"][">.60"] == {}
+    assert got["bins"][">.60"] == {"pairs": 1, "families": 1}
     assert got["bins"]["<.15"]["barycenter_within_1"]["value"] == 0.5
     # pairs to which a metric does not apply weigh nothing in its denominator
     assert got["overall"]["barycenter_within_1"]["value"] == pytest.approx(6 / 20)
-    assert metrics.summarise([]) == {"overall": {}, "bins": {}, "pairs": 0}
+    assert metrics.summarise([]) == {"overall": {}, "bins": {}, "pairs": 0, "families": 0}
+
+
+def test_pairs_and_families_are_counted_everywhere():
+    some = [scores(f"f{k % 3}", 0.1 if k < 4 else 0.5, abs_error=1.0) for k in range(9)]
+    got = metrics.summarise(some)
+    assert (got["pairs"], got["families"]) == (9, 3)
+    sizes = {name: (of["pairs"], of["families"]) for name, of in got["bins"].items()}
+    assert sizes == {"<.15": (4, 3), ".40-.60": (5, 3)}
 
 
 def test_reconstruction_is_reported_both_ways():
@@ -101,11 +109,31 @@ def test_interval_draws_whole_families():
     assert first["low"] < first["value"] < first["high"]
 
 
-def test_interval_is_reproducible_and_without_width_for_one_family():
+def test_interval_is_reproducible():
     some = [scores(f"f{k}", abs_error=float(k)) for k in range(10)]
     assert metrics.summarise(some) == metrics.summarise(some)
-    alone = metrics.summarise([scores("f", abs_error=1.0), scores("f", abs_error=3.0)])["overall"]["barycenter_mae"]
-    assert alone == {"value": pytest.approx(0.2), "low": pytest.approx(0.2), "high": pytest.approx(0.2)}
+
+
+@pytest.mark.parametrize("families", [1, 2, 4, 5, 6])
+def test_fewer_than_five_families_have_no_interval(families):
+    some = [scores(f"f{k}", abs_error=1.0 + k) for k in range(families) for _ in range(40)]
+    found = metrics.summarise(some)
+    for summary in (found["overall"], found["bins"][".40-.60"]):
+        mae = summary["barycenter_mae"]
+        assert mae["value"] == pytest.approx(np.mean(np.arange(families) + 1) / 10)
+        if families < 5:
+            assert (mae["low"], mae["high"]) == (None, None)
+        else:
+            assert mae["low"] < mae["value"] < mae["high"]
+
+
+def test_families_without_the_metric_do_not_count():
+    have, lack = [scores(f"a{k}", within_1=3.0) for k in range(4)], [scores(f"b{k}") for k in range(900)]
+    assert metrics.summarise([*have, *lack])["overall"]["barycenter_within_1"]["low"] is None
+    have.append(scores("a4", within_1=8.0))
+    found = metrics.summarise([*have, *lack])["overall"]["barycenter_within_1"]
+    assert (found["value"], found["low"]) == (pytest.approx(0.4), pytest.approx(0.3))
+    assert 0.4 < found["high"] <= 0.8
 
 
 def test_unusable_predictions_are_refused():

@@ -71,7 +71,13 @@ def test_the_numbers_are_those_of_the_json(written):
     assert page.values == expected
     for result in scores["splits"].values():
         metric = result["model"]["overall"]["barycenter_mae"]
-        assert f"{metric['value']:.3f} {metric['low']:.3f}–{metric['high']:.3f}" in page.texts["td"]
+        told = "no interval" if metric["low"] is None else f"{metric['low']:.3f}–{metric['high']:.3f}"
+        assert f"{metric['value']:.3f} {told}" in page.texts["td"]
+        model = result["model"]
+        assert any(f"{model['pairs']} pairs of {model['families']} families" in text for text in page.texts["h2"])
+        for name, of_bin in model["bins"].items():
+            mark = " *" if of_bin["pairs"] < metrics.FEW_PAIRS else ""
+            assert f"{name} ({of_bin['pairs']} of {of_bin['families']}){mark}" in page.texts["th"]
         for spread in scores["certificates"]["test_ood"].values():
             assert f"{spread['residual']['median']:.2g} / {spread['residual']['worst']:.2g}" in page.texts["td"]
 

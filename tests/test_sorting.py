@@ -146,5 +146,5 @@ def test_a_run_sorts_and_is_scored(tmp_path, capsys):
     (tmp_path / "a.fasta").write_text(">x\nMKV\n>y\nMKV\n")
     assert align.main([f"--workdir={tmp_path}", str(tmp_path / "a.fasta")]) == 1
     assert "was trained to sort" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="--report"):
-        eval_program.main([f"--workdir={tmp_path}", "--split=validation", f"--report={tmp_path / 'page'}"])
+    assert eval_program.main([f"--workdir={tmp_path}", "--split=validation", f"--report={tmp_path / 'page'}"]) == 1
+    assert "--report need a model that aligns" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """alignment/weights.py and scripts/export_weights.py: the file alone gives the run's table."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -64,6 +65,30 @@ def test_weights_that_do_not_fit_are_refused(exported, tmp_path):
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="is no safetensors file"):
         runs.load_weights(tmp_path / "text.safetensors")
+
+
+def test_a_failed_export_leaves_the_earlier_file(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "w.safetensors"
+    output.write_bytes(b"earlier")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert export_weights.main([f"--workdir={tiny.trained()}", f"--output={output}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+    assert output.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("option", [["--gaps", "1", "nan", "4"], ["--gaps", "1", "3", "0"], ["--band=-2"]])
+def test_replacements_out_of_range_are_refused(option, tmp_path, capsys):
+    config = tiny.config_of(tiny.trained(), model__gap_model=True)
+    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
+    weights.save(tmp_path / "gaps", trainer.initial_state(mesh).params, config.to_dict(), 0)
+    assert export_weights.main([f"--weights={tmp_path / 'gaps'}", f"--output={tmp_path / 'new'}", *option]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert option[0].split("=")[0].lstrip("-") in line and not (tmp_path / "new").exists()
 
 
 def test_a_step_is_of_a_run_only(exported, capsys):
