@@ -226,7 +226,7 @@ class _Summary(NamedTuple):
     def pairs(self) -> int:
         return len(self.aligned.pairs)
 
-    def share(self, count: int) -> str:
+    def share(self, count: int | float) -> str:
         """Return a share of the aligned pairs."""
         return f"{count / max(1, self.pairs):.4f}"
 
