@@ -11,7 +11,7 @@ _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch on a CPU
 _BATCH_RESIDUES_OF_ACCELERATOR = 1024 * 192
 _BATCH_CELLS = 1 << 27  # plan entries in a batch on an accelerator; decoding takes about 30 bytes for each
 _SMALLEST, _LARGEST = 64, 46_080  # padded lengths; the band's arithmetic is exact to 46,276
-# Bytes that the shipped aligner takes on a CPU, by XLA's analysis of memory: 37 to 52 a plan entry, 5,170 a residue.
+# What the shipped aligner takes on a CPU, by XLA's analysis of memory (37 to 52 a plan entry, 5,170 a residue).
 _BYTES_OF_CELL, _BYTES_OF_RESIDUE = 40, 5200
 
 Tokens = Int[np.ndarray, "_"]  # one sequence
@@ -51,8 +51,9 @@ def batch_size(rows: int, columns: int, band: int | None) -> int:
 
 def memory(shape: Shape, pairs: int) -> int:
     """Return about how many bytes the batches of this many pairs take on a CPU."""
-    of_pair = _BYTES_OF_CELL * _cells(shape.rows, shape.columns, shape.band)
-    return _size(shape, pairs) * (of_pair + _BYTES_OF_RESIDUE * (shape.rows + shape.columns))
+    decoding = _BYTES_OF_CELL * _cells(shape.rows, shape.columns, shape.band)
+    encoding = _BYTES_OF_RESIDUE * (shape.rows + shape.columns)
+    return _size(shape, pairs) * max(decoding, encoding)  # one after the other, in the same memory
 
 
 def _size(shape: Shape, pairs: int) -> int:

@@ -258,7 +258,8 @@ def _summarised(aligned: Aligned) -> _Summary:
     columns = columns_of(aligned)
     places = np.flatnonzero(~_alone(columns))
     within = slice(places[0], places[-1] + 1) if len(places) else slice(0)
-    core = Columns(*(part[within] for part in columns))
+    i, j, x, y, confidence = columns
+    core = Columns(i[within], j[within], x[within], y[within], confidence[within])
     identical = np.array(list(core.x), "U1") == np.array(list(core.y), "U1")
     positive = identical | (~_alone(core) & (_substitutions(core) > 0))
     gaps = [positions == NO_POSITION for positions in (core.i, core.j)]

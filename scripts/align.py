@@ -243,6 +243,8 @@ def _file_name(identifier: str) -> str:
 def _opened(path: Path | None) -> Iterator[Callable[[str], object]]:
     """Open a file, which is compressed if its name says so, or standard output; what is yielded writes text to it."""
     if path is None or str(path) == files.STANDARD_STREAM:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed; give --output=FILE")
         yield sys.stdout.write
         sys.stdout.flush()
         return

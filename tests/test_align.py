@@ -489,7 +489,7 @@ def test_the_estimate_of_memory_is_that_of_the_compiler(model):
     for shape in (
         batching.Shape(1, 1536, 1536, None),
         batching.Shape(1, 1536, 1536, 256),
-        batching.Shape(8, 192, 192, None),
+        batching.Shape(2, 768, 768, None),
     ):
         padded = batching.padded([(np.ones(9, np.int32),) * 2], shape)
         program = functools.partial(inference._compute, model.graph, model.band, (shape.band, "posterior", None))
