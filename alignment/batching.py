@@ -10,7 +10,9 @@ from jaxtyping import Int
 _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch on a CPU
 _BATCH_RESIDUES_OF_ACCELERATOR = 1024 * 192
 _BATCH_CELLS = 1 << 27  # plan entries in a batch on an accelerator; decoding takes about 30 bytes for each
-_SMALLEST = 64  # padded length
+_SMALLEST, _LARGEST = 64, 46_080  # padded lengths; the band's arithmetic is exact to 46,276
+# What the shipped aligner takes on a CPU, by XLA's analysis of memory (37 to 52 a plan entry, 5,170 a residue).
+_BYTES_OF_CELL, _BYTES_OF_RESIDUE = 40, 5200
 
 Tokens = Int[np.ndarray, "_"]  # one sequence
 PairOfTokens = tuple[Tokens, Tokens]
@@ -34,17 +36,34 @@ def shape_of(x_length: int, y_length: int, band: int | None) -> Shape:
 
 
 def bucket(length: int) -> int:
-    """Return the padded length: 64, 96, 128, 192, 256, 384, and so on."""
+    """Return the padded length: 64, 96, 128, 192, 256, 384, and so on, up to 46,080."""
     power = max(_SMALLEST, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if power > _SMALLEST and length <= power * 3 // 4 else power
+    return min(_LARGEST, power * 3 // 4 if power > _SMALLEST and length <= power * 3 // 4 else power)
 
 
 def batch_size(rows: int, columns: int, band: int | None) -> int:
     """Return the number of pairs that are computed at once."""
     if jax.default_backend() == "cpu":
         return max(1, _BATCH_RESIDUES // max(rows, columns))
-    width = columns if band is None else min(2 * band + 1, columns)
-    return max(1, min(_BATCH_RESIDUES_OF_ACCELERATOR // max(rows, columns), _BATCH_CELLS // (rows * width)))
+    cells = _cells(rows, columns, band)
+    return max(1, min(_BATCH_RESIDUES_OF_ACCELERATOR // max(rows, columns), _BATCH_CELLS // cells))
+
+
+def memory(shape: Shape, pairs: int) -> int:
+    """Return about how many bytes the batches of this many pairs take on a CPU."""
+    decoding = _BYTES_OF_CELL * _cells(shape.rows, shape.columns, shape.band)
+    encoding = _BYTES_OF_RESIDUE * (shape.rows + shape.columns)
+    return _size(shape, pairs) * max(decoding, encoding)  # one after the other, in the same memory
+
+
+def _size(shape: Shape, pairs: int) -> int:
+    """Return the number of pairs in each batch of this many pairs."""
+    return shape.batch if pairs > max(1, shape.batch // 8) else 1
+
+
+def _cells(rows: int, columns: int, band: int | None) -> int:
+    """Return the number of plan entries that are held."""
+    return rows * (columns if band is None else min(2 * band + 1, columns))
 
 
 def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape, list[int]]]:
@@ -67,8 +86,7 @@ def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape,
         if larger and len(members) < 2 * shape.batch:
             groups[larger] += members
             continue
-        size = shape.batch if len(members) > max(1, shape.batch // 8) else 1
-        size = -(-size // multiple) * multiple
+        size = -(-_size(shape, len(members)) // multiple) * multiple
         for start in range(0, len(members), size):
             yield shape._replace(batch=size), members[start : start + size]
 

@@ -1,17 +1,20 @@
 """Write pairwise alignments as text, for people and in the formats of other programs.
 
-Positions are counted from 1 in `text` and from 0 in `tsv` and `jsonl`. The confidence of a column is the probability
-that its two residues are aligned, or that its only residue is aligned with none.
+Positions are counted from 1 in `text` and in tables of pairs (`tsv:id,identity`), and from 0 in `tsv` and `jsonl`. The
+confidence of a column is the probability that its two residues are aligned, or that its only residue is aligned with
+none.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from alignment.sequences import Record
+from alignment.sequences import Record, told_apart
 from data import vocab
 
 GAP = "-"
@@ -20,6 +23,9 @@ _WIDEST_NAME = 20
 NO_POSITION = -1
 _STEPS = 10_000  # values of confidence between 0 and 1, in JSON
 _DIGITS = [repr(n / _STEPS) for n in range(_STEPS + 1)]
+# Karlin and Altschul's parameters of BLOSUM62 with BLAST's gap costs, where a gap of k residues costs 11 + k.
+LAMBDA, K = 0.267, 0.041
+_BLAST_OPENING, _BLAST_RESIDUE = 11, 1
 
 
 class Aligned(NamedTuple):
@@ -156,7 +162,7 @@ def stockholm(aligned: Aligned) -> str:
     """
     columns = columns_of(aligned)
     marks = np.array(list("0123456789*"))[np.floor(columns.confidence * 10 + 0.5).astype(int)]
-    names = aligned.x.id, aligned.y.id + ("_2" if aligned.x.id == aligned.y.id else "")  # each name only once
+    names = [f"_{name}" if name.startswith(("#", "//")) else name for name in _names(aligned)]  # other lines begin so
     width = max(len("#=GC PP_cons"), *(len(f"#=GR {name} PP") for name in names))
     described = zip(names, (aligned.x.description, aligned.y.description), strict=True)
     lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}", *(f"#=GS {name} DE {of}" for name, of in described if of)]
@@ -168,19 +174,24 @@ def stockholm(aligned: Aligned) -> str:
 
 def fasta(aligned: Aligned) -> str:
     """Write both sequences with gaps."""
-    columns = columns_of(aligned)
-    return _fasta(aligned.x, columns.x) + _fasta(aligned.y, columns.y)
+    columns, (x, y) = columns_of(aligned), _names(aligned)
+    return _fasta(x, aligned.x.description, columns.x) + _fasta(y, aligned.y.description, columns.y)
 
 
-def a3m(aligned: Aligned) -> str:
+def a3m(aligned: Aligned, name: str | None = None) -> str:
     """Write y relative to x: a column for each residue of x, unaligned residues of y in lower case."""
     columns = columns_of(aligned)
     relative = (b.lower() if a == GAP else b for a, b in zip(columns.x, columns.y, strict=True))
-    return _fasta(aligned.y, "".join(relative))
+    return _fasta(name or aligned.y.id, aligned.y.description, "".join(relative))
 
 
-def _fasta(record: Record, written: str) -> str:
-    return f">{record.id}{' ' if record.description else ''}{record.description}\n{written}\n"
+def _fasta(name: str, description: str, written: str) -> str:
+    return f">{name}{' ' if description else ''}{description}\n{written}\n"
+
+
+def _names(aligned: Aligned) -> tuple[str, str]:
+    """Return the ids of x and y, told apart."""
+    return aligned.x.id, told_apart(aligned.y.id, (aligned.x.id,))
 
 
 def tsv(aligned: Aligned) -> str:
@@ -200,16 +211,155 @@ def jsonl(aligned: Aligned) -> str:
     return f'{{"id": {json.dumps(aligned.id)}, "pairs": [{pairs}], "confidence": [{confidence}]}}\n'
 
 
+class _Summary(NamedTuple):
+    """Counts of an alignment, from which columns of a table are made."""
+
+    aligned: Aligned
+    columns: Columns
+    core: Columns  # from the first aligned pair to the last
+    identical: int
+    positive: int
+    gaps: int  # columns of the core
+    openings: int  # of gaps in the core
+
+    @property
+    def pairs(self) -> int:
+        return len(self.aligned.pairs)
+
+    def share(self, count: int | float) -> str:
+        """Return a share of the aligned pairs."""
+        return f"{count / max(1, self.pairs):.4f}"
+
+    def place(self, which: int, side: int) -> int:
+        """Return a position, counted from 1, in the first or last aligned pair; 0 if there is none."""
+        return int(self.aligned.pairs[which, side]) + 1 if self.pairs else 0
+
+    @property
+    def percent_identity(self) -> float:
+        return 100 * self.identical / max(1, len(self.core.x))
+
+    @property
+    def bits(self) -> float:
+        score = int(_substitutions(self.core).sum()) - _BLAST_OPENING * self.openings - _BLAST_RESIDUE * self.gaps
+        return (LAMBDA * score - math.log(K)) / math.log(2) if self.pairs else 0.0
+
+    @property
+    def expected(self) -> float:
+        return len(self.aligned.x.residues) * len(self.aligned.y.residues) * 2.0 ** min(1000.0, -self.bits)
+
+    @property
+    def cigar(self) -> str:
+        i, j = self.columns.i, self.columns.j
+        kinds = np.select([i == NO_POSITION, j == NO_POSITION], ["D", "I"], "M").tolist()
+        return "".join(f"{len(list(run))}{kind}" for kind, run in itertools.groupby(kinds))
+
+
+def _summarised(aligned: Aligned) -> _Summary:
+    columns = columns_of(aligned)
+    places = np.flatnonzero(~_alone(columns))
+    within = slice(places[0], places[-1] + 1) if len(places) else slice(0)
+    i, j, x, y, confidence = columns
+    core = Columns(i[within], j[within], x[within], y[within], confidence[within])
+    identical = np.array(list(core.x), "U1") == np.array(list(core.y), "U1")
+    positive = identical | (~_alone(core) & (_substitutions(core) > 0))
+    gaps = [positions == NO_POSITION for positions in (core.i, core.j)]
+    openings = sum(int((gap[1:] & ~gap[:-1]).sum()) for gap in gaps)  # a core begins with an aligned pair
+    count = int(identical.sum()), int(positive.sum()), int(_alone(core).sum())
+    return _Summary(aligned, columns, core, *count, openings)
+
+
+# Columns of tables: what they hold, for the help of align.py, and their text.
+COLUMNS: dict[str, tuple[str, Callable[[_Summary], object]]] = {
+    "id": ("id of the pair", lambda of: of.aligned.id),
+    "x": ("id of x", lambda of: of.aligned.x.id),
+    "y": ("id of y", lambda of: of.aligned.y.id),
+    "x_start": ("first aligned residue of x, counted from 1; 0 if none is aligned", lambda of: of.place(0, 0)),
+    "x_end": ("last aligned residue of x", lambda of: of.place(-1, 0)),
+    "y_start": ("first aligned residue of y", lambda of: of.place(0, 1)),
+    "y_end": ("last aligned residue of y", lambda of: of.place(-1, 1)),
+    "x_length": ("residues of x", lambda of: len(of.aligned.x.residues)),
+    "y_length": ("residues of y", lambda of: len(of.aligned.y.residues)),
+    "length": ("columns from the first aligned pair to the last", lambda of: len(of.core.x)),
+    "aligned": ("aligned pairs of residues", lambda of: of.pairs),
+    "identity": ("identical pairs, as a share (0 to 1) of the aligned ones", lambda of: of.share(of.identical)),
+    "positives": ("pairs identical or of positive BLOSUM62 score, as a share", lambda of: of.share(of.positive)),
+    "gaps": ("columns with a gap, from the first aligned pair to the last", lambda of: of.gaps),
+    "x_coverage": ("aligned share of x", lambda of: f"{of.pairs / len(of.aligned.x.residues):.4f}"),
+    "y_coverage": ("aligned share of y", lambda of: f"{of.pairs / len(of.aligned.y.residues):.4f}"),
+    "score": ("BLOSUM62 score from end to end, gaps 11 and 1", lambda of: _score(of.columns)),
+    "confidence": ("mean over the aligned pairs", lambda of: of.share(float(of.aligned.confidence.sum()))),
+    "cigar": ("from end to end, x as query: I only in x, D only in y", lambda of: of.cigar),
+    "qseqid": ("x", lambda of: of.aligned.x.id),
+    "sseqid": ("y", lambda of: of.aligned.y.id),
+    "pident": ("identical pairs in per cent of length", lambda of: f"{of.percent_identity:.3f}"),
+    "mismatch": ("aligned pairs that are not identical", lambda of: of.pairs - of.identical),
+    "gapopen": ("gaps from the first aligned pair to the last", lambda of: of.openings),
+    "qstart": ("x_start", lambda of: of.place(0, 0)),
+    "qend": ("x_end", lambda of: of.place(-1, 0)),
+    "sstart": ("y_start", lambda of: of.place(0, 1)),
+    "send": ("y_end", lambda of: of.place(-1, 1)),
+    "evalue": ("expected number in a search space of x_length y_length", lambda of: f"{of.expected:.2e}"),
+    "bitscore": ("BLAST's, of this alignment from its first pair to its last", lambda of: f"{of.bits:.1f}"),
+}
+BLAST = "blast12"
+_BLAST_COLUMNS = (
+    *("qseqid", "sseqid", "pident", "length", "mismatch", "gapopen"),
+    *("qstart", "qend", "sstart", "send", "evalue", "bitscore"),
+)
+_TABLE = "tsv:"
+
 FORMATS: dict[str, Callable[[Aligned], str]] = {of.__name__: of for of in (text, stockholm, a3m, fasta, tsv, jsonl)}
+_SUFFIXES = {"text": ".txt", "stockholm": ".sto"}
+
+
+def check_format(form: str) -> None:
+    """Raise ValueError unless the name is of `FORMATS`, or "tsv:" before names of `COLUMNS` with commas between."""
+    if form.startswith(_TABLE):
+        unknown = [name for name in _columns_in(form) if name not in COLUMNS]
+        if unknown:
+            allowed = f"{BLAST}, {', '.join(COLUMNS)}"
+            raise ValueError(f"{form}: {unknown[0]!r} is no column; allowed are {allowed}")
+    elif form not in FORMATS:
+        raise ValueError(f"{form!r} was given, allowed are {', '.join(FORMATS)}, and tsv: with names of columns")
+
+
+def suffix(form: str) -> str:
+    """Return how names of files in a format end."""
+    name = form.partition(":")[0]
+    return _SUFFIXES.get(name, f".{name}")
 
 
 def written(alignments: Iterator[Aligned], form: str) -> Iterator[str]:
-    """Write all alignments in one of the `FORMATS`; an A3M names a query once for all pairs that follow it."""
-    query: Record | None = None
-    if form == "tsv":
-        yield "id\ti\tj\tx\ty\tconfidence\n"
+    """Write all alignments in a format that `check_format` knows; A3M begins with x, the query, of all of them."""
+    if form.startswith(_TABLE):
+        yield from _table(alignments, _columns_in(form), header=form != _TABLE + BLAST)
+    elif form == "a3m":
+        yield from _a3m_of_query(alignments)
+    else:
+        if form == "tsv":
+            yield "id\ti\tj\tx\ty\tconfidence\n"
+        yield from map(FORMATS[form], alignments)
+
+
+def _columns_in(form: str) -> Sequence[str]:
+    names = form.removeprefix(_TABLE).split(",")
+    return [column for name in names for column in (_BLAST_COLUMNS if name == BLAST else [name])]
+
+
+def _table(alignments: Iterator[Aligned], names: Sequence[str], *, header: bool) -> Iterator[str]:
+    """Write a line for each pair of sequences. BLAST's own table has no header."""
+    if header:
+        yield "\t".join(names) + "\n"
+    for summary in map(_summarised, alignments):
+        yield "\t".join(str(COLUMNS[name][1](summary)) for name in names) + "\n"
+
+
+def _a3m_of_query(alignments: Iterator[Aligned]) -> Iterator[str]:
+    names: set[str] = set()
     for aligned in alignments:
-        if form == "a3m" and aligned.x != query:
-            query = aligned.x
-            yield _fasta(query, query.residues)
-        yield FORMATS[form](aligned)
+        if not names:
+            names.add(aligned.x.id)
+            yield _fasta(aligned.x.id, aligned.x.description, aligned.x.residues)
+        name = told_apart(aligned.y.id, names)
+        names.add(name)
+        yield a3m(aligned, name)

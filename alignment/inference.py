@@ -18,14 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
 from alignment import asap_maps, batching, decoding, weights
-from alignment.batching import PairOfTokens, Tokens
+from alignment.batching import PairOfTokens
+from alignment.sequences import MAX_LENGTH
 from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 
 DECODERS = ("posterior", "plan")
 MAX_CELLS = 16_000_000  # plan entries of a band that is widened by itself; decoding takes about 50 bytes for each
-MAX_LENGTH = 46_000  # what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
 _CHUNK_BATCHES, _SMALLEST_CHUNK = 16, 2048  # batches, and pairs, in a chunk of `chunk_size`
 _AHEAD, _AHEAD_OF_ACCELERATOR = 1, 16  # batches that are started before the results of one are fetched
 _LONG, _LONG_BAND = 1024, 256  # a model that was trained without a band gets this band at greater lengths than this
@@ -139,18 +139,17 @@ class Pretrained:
         """
         padded = batching.bucket(max(x_length, y_length))
         band = self.band or _LONG_BAND
-        needed = abs(x_length - y_length) + band // 2
+        needed = self._needed(x_length, y_length)
         while band < needed and x_length * min(8 * band + 1, y_length) <= MAX_CELLS:
             band *= 4  # each width is a program of its own
         if 2 * band >= padded or (self.band is None and padded <= _LONG):
             return None
-        if band < needed:
-            warnings.warn(
-                f"lengths {x_length} and {y_length} differ by more than the band of {band} residues reaches; --band=N "
-                "widens it, for more memory",
-                stacklevel=2,
-            )
         return band
+
+    def memory(self, x_length: int, y_length: int, *, pairs: int = 1, band: int | None = None) -> int:
+        """Return about how many bytes it takes on a CPU to align pairs of these lengths, beside programs."""
+        shape = batching.shape_of(x_length, y_length, self._half_width(x_length, y_length, band))
+        return batching.memory(shape, pairs)
 
     def chunk_size(self) -> int:
         """Return the number of pairs of usual lengths that are best sorted by length and aligned together."""
@@ -205,9 +204,12 @@ class Pretrained:
         decoder = decoder or self.decoder
         if decoder not in DECODERS:
             raise ValueError(f"decoder: {decoder!r} was given, allowed are {', '.join(DECODERS)}")
+        warned = band is not None
         for pairs in chunks:
             left = len(pairs)
-            for shape, members in batching.batches([self._shape(x, y, band) for x, y in pairs], self.multiple):
+            shapes = [self._shape(n, pair, band) for n, pair in enumerate(pairs)]
+            warned = warned or self._warned_of_reach(pairs, shapes)
+            for shape, members in batching.batches(shapes, self.multiple):
                 batch = [pairs[n] for n in members]
                 key = shape.band, decoder, measure
                 if key not in self.programs:
@@ -216,12 +218,32 @@ class Pretrained:
                 left -= len(members)
                 yield _Batch(members, [(len(x), len(y)) for x, y in batch], outputs, last=not left)
 
-    def _shape(self, x: Tokens, y: Tokens, band: int | None) -> batching.Shape:
-        for name, tokens in (("x", x), ("y", y)):
-            if not 1 <= len(tokens) <= MAX_LENGTH:
-                raise ValueError(f"{name}: {len(tokens)} residues were given, allowed are 1 to {MAX_LENGTH}")
-        half_width = self.band_for(len(x), len(y)) if band is None else None if band == -1 else band
-        return batching.shape_of(len(x), len(y), half_width)
+    def _warned_of_reach(self, pairs: Pairs, shapes: Sequence[batching.Shape]) -> bool:
+        """Warn of the first pair whose shorter sequence does not fit anywhere into the longer one. Return whether."""
+        for (x, y), shape in zip(pairs, shapes, strict=True):
+            if shape.band is not None and shape.band < self._needed(len(x), len(y)):
+                warnings.warn(
+                    f"lengths {len(x)} and {len(y)}, and perhaps others, differ by more than the band of {shape.band} "
+                    "residues reaches; --band=N widens it, for more memory",
+                    stacklevel=4,
+                )
+                return True
+        return False
+
+    def _needed(self, x_length: int, y_length: int) -> int:
+        return abs(x_length - y_length) + (self.band or _LONG_BAND) // 2
+
+    def _shape(self, place: int, pair: PairOfTokens, band: int | None) -> batching.Shape:
+        lengths = len(pair[0]), len(pair[1])
+        for name, length in zip("xy", lengths, strict=True):
+            if not 1 <= length <= MAX_LENGTH:
+                raise ValueError(f"pair {place}, {name}: {length} residues were given, allowed are 1 to {MAX_LENGTH}")
+        return batching.shape_of(*lengths, self._half_width(*lengths, band))
+
+    def _half_width(self, x_length: int, y_length: int, band: int | None) -> int | None:
+        if band is None:
+            return self.band_for(x_length, y_length)
+        return None if band == -1 or band >= MAX_LENGTH else band
 
 
 def _compute(

@@ -1,30 +1,81 @@
-"""Read protein sequences from FASTA files, and pairs of sequences from tables.
+"""Read protein sequences from FASTA or PIR files, and pairs of sequences from tables.
 
-Residues may be in either case (soft masking has no effect) and are returned in upper case. White space and a stop, `*`
-at the end, are dropped; the gaps `-` and `.` are dropped with a warning. B, J, O, U, X and Z are kept and are aligned
-as "any residue". Any other symbol is an error that names its place.
+Residues may be in either case (soft masking has no effect) and are returned in upper case. White space and stops, `*`,
+at the end are dropped. The gaps `-`, `.`, `_` and `~` are dropped, and a stop inside becomes X, both with a warning. B,
+J, O, U, X and Z are kept and are aligned as "any residue". Any other symbol is an error that names its place.
 """
 
-import codecs
-import contextlib
-import gzip
 import io
-import sys
+import itertools
+import re
 import warnings
-import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from Bio.SeqIO.FastaIO import SimpleFastaParser
+from data import files, vocab
 
-from data import vocab
-
-STANDARD_INPUT = "-"
 MAX_BYTES = 1 << 30  # in a file, unpacked; Swiss-Prot has 0.3 GB
-_GZIP = b"\x1f\x8b"
-_ALLOWED = frozenset(vocab.RESIDUES + vocab.AMBIGUOUS + "-.")
+MAX_LENGTH = 46_000  # residues; what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
+_GAPS, _STOP, _UNKNOWN = "-._~", "*", "X"
+_LETTERS = vocab.RESIDUES + vocab.AMBIGUOUS
+_ALLOWED = frozenset(_LETTERS + _LETTERS.lower() + _GAPS + _STOP)
+_WITHOUT_GAPS = str.maketrans("", "", _GAPS)
+_HINTS = {
+    **dict.fromkeys("0123456789", "; remove the numbers of lines"),
+    ">": "; a header must begin its line",
+    "/": "; give each chain a record of its own",
+}
+_SPACE = re.compile(r"[\s\x00-\x1f\x7f]+")  # control characters too: they would reach the user's terminal
 _NUCLEOTIDES = "ACGTUN"
-_SUSPICIOUS = 20  # residues; shorter peptides may be made of A, C, G and T
+_SUSPICIOUS = 20  # letters; fewer may be a peptide of A, C, G and T
+
+# https://salilab.org/modeller/10.5/manual/node501.html; P1 is a protein, F1 a fragment of one, XX of unknown kind.
+_PIR = re.compile(r"(P1|F1|D1|DL|DC|RL|RC|N1|N3|XX);\s*")
+_PIR_PROTEINS = ("P1", "F1", "XX")
+_PIR_ANNOTATION = re.compile(r"\w{1,2};|\s*$")
+
+_TO_FASTA = "write its sequences as FASTA"
+_ALIGNMENT = "write its sequences as FASTA (esl-reformat fasta FILE)"
+_OTHER_FORMATS = {  # by the first line that is not empty
+    r"#\s*STOCKHOLM": ("a Stockholm alignment", _ALIGNMENT),
+    r"(CLUSTAL|MUSCLE \(|PROBCONS|T-COFFEE|MSAPROBS)": ("a Clustal alignment", _ALIGNMENT),
+    r"(PileUp|!!AA|!!NA)": ("a GCG alignment", _ALIGNMENT),
+    r"#NEXUS": ("a NEXUS file", _TO_FASTA),
+    r" *\d+ +\d+( +\w)? *$": ("a PHYLIP alignment", _ALIGNMENT),
+    r"LOCUS ": ("a GenBank file", _TO_FASTA),
+    r"ID   ": ("an EMBL or UniProt flat file", _TO_FASTA),
+    r"(HEADER|ATOM|HETATM|REMARK|TITLE|MODEL|CRYST1|SEQRES|COMPND|OBSLTE|EXPDTA) ": ("a PDB file", _TO_FASTA),
+    r"data_": ("an mmCIF file", _TO_FASTA),
+    r"@(HD|SQ|RG|PG|CO)\t": ("a SAM file", "translate its nucleotides to proteins"),
+    r"@": ("FASTQ, reads of nucleotides", "translate them to proteins"),
+    r"[{[]": ("JSON", _TO_FASTA),
+    r"<": ("HTML or XML", "download the FASTA file itself"),
+    r"##gff": ("a GFF table of features", "give sequences as FASTA"),
+    r"HMMER\d": ("a profile HMM", "give sequences as FASTA"),
+    r"%PDF": ("a PDF document", "give sequences as FASTA"),
+}
+_OTHER_TEXT = {
+    r"[;#!]": ("a comment", "remove the lines before the first '>'"),
+    r"[^\t]*\t[^\t]*\t[^\t]*$": ("a table", "give it as --pairs if its columns are id, x, y"),
+    r".*[\t,;]": ("a table", _TO_FASTA),
+    rf"[{_LETTERS}{_LETTERS.lower()}\-*.\s]+$": (
+        "a sequence without a header",
+        "put a line '>id' before each sequence",
+    ),
+}
+# Names that people give to columns: "id", "pair name"; "x", "seq1", "first sequence", "protein_b".
+_FIRST_COLUMN = re.compile(
+    r"(?:(?:ids?|names?|pairs?|key|label|accession|identifier|number|nr|no)[\W_]*)+", re.IGNORECASE
+)
+_WORDS = (
+    "(?:ids?|names?|seq(?:uence)?|query|target|ref(?:erence)?|subject|hit|template|protein|chain|first|second|left|right|"
+    "one|two|residues)"
+)
+_FURTHER_COLUMN = re.compile(rf"(?:{_WORDS}[\W_\d]*)+[a-z]?|[a-z][\W_\d]*{_WORDS}?", re.IGNORECASE)
+_SEPARATORS = {",": "commas", ";": "semicolons", "|": "bars", " ": "spaces"}
+
+OnBad = Callable[[ValueError], object]
 
 
 class Record(NamedTuple):
@@ -43,89 +94,279 @@ class PairRecord(NamedTuple):
     y: Record
 
 
-def read_fasta(path: str) -> list[Record]:
-    """Read all records of a FASTA file, plain or gzip, or of standard input ("-").
+def read_fasta(path: str, on_bad: OnBad | None = None) -> list[Record]:
+    """Read all records of a FASTA or PIR file, plain or compressed, or of standard input ("-").
 
-    Raises OSError if it cannot be read, and ValueError, with file, record and position, if it is no FASTA file of
-    proteins, a record is empty or an id occurs twice.
+    A record without an id gets the name of the file and its number. `on_bad` is called with the error of every record
+    that cannot be read, which is left out; by default the error is raised. Raises OSError if the file cannot be read,
+    and ValueError, with file, record and position, if it is no FASTA file of proteins, a record is empty or longer than
+    `MAX_LENGTH`, an id occurs twice, or no record is left.
     """
-    name, text = _name(path), _read_text(path)
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    name, text = files.display_name(path), _read_text(path)
+    first = _first_line(text)
     if not first:
         raise ValueError(f"{name} is empty; a FASTA file begins with '>'")
     if not first.startswith(">"):
-        raise ValueError(f"{name} begins with {first[:20]!r}, not with '>': it is no FASTA file")
-    records: dict[str, Record] = {}
-    for n, (header, sequence) in enumerate(SimpleFastaParser(io.StringIO(text, newline=None)), start=1):
-        identifier, _, description = header.strip().partition(" ")
-        where = f"{name}, record {n} ({identifier or 'without an id'})"
-        if not identifier:
-            raise ValueError(f"{where}: '>' must be followed by an id")
-        if identifier in records:
-            raise ValueError(f"{where}: this id has occurred before; give each sequence its own")
-        records[identifier] = Record(identifier, description.strip(), _residues(sequence, where))
+        is_what, remedy = _format_of(first, _OTHER_FORMATS | _OTHER_TEXT) or ("no FASTA file", _TO_FASTA)
+        raise ValueError(f"{name} begins with {first[:20]!r}, not with '>': it is {is_what}; {remedy}")
+    notes, records = _Notes(name), dict[str, Record]()
+    for n, (header, lines) in enumerate(_split(text), start=1):
+        where = f"{name}, record {n}"
+        try:
+            identifier, description, sequence = _fields_of_record(header, lines, where)
+            if not identifier:
+                identifier = told_apart(_numbered(path, n), records)
+                notes.add("ids are missing, and made of file and number,", f"record {n}: {identifier}")
+            where = f"{where} ({identifier})"
+            if identifier in records:
+                raise ValueError(f"{where}: this id has occurred before; give each sequence its own")
+            records[identifier] = Record(identifier, description, _residues(sequence, where, notes))
+        except ValueError as error:
+            _take(error, on_bad)
+    if not records:
+        raise ValueError(f"{name}: none of its records can be read")
+    _check_proteins([record.residues for record in records.values()], name)
+    notes.warn()
     return list(records.values())
 
 
-def read_pairs(path: str) -> list[PairRecord]:
-    """Read lines `id <tab> x <tab> y`, where x and y are sequences; plain, gzip or standard input ("-").
+def read_pairs(path: str, on_bad: OnBad | None = None) -> list[PairRecord]:
+    """Read lines `id <tab> x <tab> y`, where x and y are sequences; plain, compressed or standard input ("-").
 
-    Empty lines, lines that begin with '#' and a first line `id x y` are skipped. An id may occur more than once. Raises
-    as `read_fasta` does.
+    Empty lines, lines that begin with '#' and a first line of column names are skipped. Fields may be quoted. An id may
+    occur more than once; a pair without one gets the name of the file and its line. `on_bad` and errors are those of
+    `read_fasta`.
     """
-    name, pairs = _name(path), []
-    for n, line in enumerate(_read_text(path).splitlines(), start=1):
-        fields = [field.strip() for field in line.split("\t")]
-        if not line.strip() or line.startswith("#") or (n == 1 and [f.lower() for f in fields] == ["id", "x", "y"]):
-            continue
-        if len(fields) != 3:
-            raise ValueError(f"{name}, line {n}: {len(fields)} columns; there must be 3 with tabs between: id, x, y")
-        identifier, x, y = fields
-        x, y = (_residues(s, f"{name}, line {n} ({identifier}), {side}") for s, side in ((x, "x"), (y, "y")))
-        pairs.append(PairRecord(identifier, Record(f"{identifier}/x", "", x), Record(f"{identifier}/y", "", y)))
-    if not pairs:
-        raise ValueError(f"{name} holds no pair; each line must be id, x, y with tabs between")
+    name = files.display_name(path)
+    notes = _Notes(name)
+
+    def pair(n: int, fields: list[str]) -> PairRecord:
+        identifier, *sides = fields
+        identifier = _SPACE.sub(" ", identifier) or _numbered(path, n)
+        x, y = (
+            Record(
+                f"{identifier.replace(' ', '_')}/{side}",
+                "",
+                _residues(s, f"{name}, line {n} ({identifier}), {side}", notes),
+            )
+            for side, s in zip("xy", sides, strict=True)
+        )
+        return PairRecord(identifier, x, y)
+
+    pairs = _read_table(path, ("id", "x", "y"), pair, _names_columns, on_bad)
+    _check_proteins([side.residues for pair in pairs for side in pair[1:]], name)
+    notes.warn()
     return pairs
 
 
-def _name(path: str) -> str:
-    return "standard input" if path == STANDARD_INPUT else path
+def read_pairs_of_ids(path: str, x: list[Record], y: list[Record], on_bad: OnBad | None = None) -> list[PairRecord]:
+    """Read lines `x_id <tab> y_id`, where the ids are of `x` and `y`, as `read_pairs` reads lines of sequences."""
+    known = [{record.id: record for record in of} for of in (x, y)]
+
+    def pair(n: int, fields: list[str]) -> PairRecord:
+        for identifier, records in zip(fields, known, strict=True):
+            if identifier not in records:
+                raise ValueError(f"{files.display_name(path)}, line {n}: no sequence has the id {identifier!r}")
+        one, other = (records[identifier] for identifier, records in zip(fields, known, strict=True))
+        return PairRecord(f"{one.id}:{other.id}", one, other)
+
+    def is_header(fields: list[str]) -> bool:
+        return _names_columns(["id", *fields]) and not (fields[0] in known[0] or fields[-1] in known[1])
+
+    return _read_table(path, ("id of x", "id of y"), pair, is_header, on_bad)
+
+
+def told_apart(name: str, used: Collection[str], key: Callable[[str], str] = str) -> str:
+    """Return a name whose key is not in use: the name itself, or with _2, _3 and so on at its end."""
+    candidates = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+    return next(candidate for candidate in candidates if key(candidate) not in used)
+
+
+class _Notes:
+    """Count what is odd in a file, to warn once of each kind."""
+
+    def __init__(self, file: str):
+        self.file = file
+        self.found: dict[str, tuple[int, str]] = {}  # number of sequences, place of the first
+
+    def add(self, kind: str, where: str) -> None:
+        number, first = self.found.get(kind, (0, where))
+        self.found[kind] = number + 1, first.removeprefix(f"{self.file}, ")
+
+    def warn(self) -> None:
+        for kind, (number, first) in self.found.items():
+            sequences = "1 sequence," if number == 1 else f"{number} sequences, first in"
+            warnings.warn(f"{self.file}: {kind} in {sequences} {first}", stacklevel=3)
+
+
+def _take(error: ValueError, on_bad: OnBad | None) -> None:
+    if on_bad is None:
+        raise error
+    on_bad(error)
 
 
 def _read_text(path: str) -> str:
-    with contextlib.nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else Path(path).open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if data[:2] == _GZIP:
+    name = files.display_name(path)
+    with files.open_unpacked(path) as file:
         try:
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{_name(path)} begins as gzip does and cannot be unpacked: {error}") from error
+            data = file.read(MAX_BYTES + 1)
+        except files.DAMAGED as error:
+            raise ValueError(
+                f"{name} cannot be unpacked ({error}): it is truncated or corrupt, fetch it again"
+            ) from error
     if len(data) > MAX_BYTES:
-        raise ValueError(f"{_name(path)} has more than {MAX_BYTES} bytes (unpacked): cut it into parts")
+        raise ValueError(f"{name} has more than {MAX_BYTES} bytes (unpacked): cut it into parts")
     if b"\0" in data:
-        raise ValueError(f"{_name(path)} is not text (it holds a zero byte); give plain text or gzip")
-    data = data.removeprefix(codecs.BOM_UTF8)
+        raise ValueError(
+            f"{name} is not text (it holds a zero byte); give plain text, or text packed by gzip, bzip2 or xz"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        warnings.warn(f"{_name(path)} is not UTF-8 (byte {error.start}); read as Latin-1", stacklevel=2)
+        warnings.warn(f"{name} is not UTF-8 (byte {error.start}); read as Latin-1", stacklevel=3)
         return data.decode("latin-1")
 
 
-def _residues(sequence: str, where: str) -> str:
-    residues = "".join(sequence.split()).upper().removesuffix("*")
-    ungapped = residues.replace("-", "").replace(".", "")
-    if len(ungapped) < len(residues):
-        warnings.warn(f"{where}: {len(residues) - len(ungapped)} gaps ('-', '.') are left out", stacklevel=3)
-    if not _ALLOWED.issuperset(residues):
-        bad = next(n for n, letter in enumerate(residues) if letter not in _ALLOWED)
-        stop = "; '*' may only be the last symbol" if residues[bad] == "*" else ""
+def _lines(text: str) -> Iterator[str]:
+    """Yield lines that end as on any system. str.splitlines would also cut at characters that headers may hold."""
+    return (line.removesuffix("\n") for line in io.StringIO(text, newline=None))
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in _lines(text) if line.strip()), "")
+
+
+def _format_of(line: str, formats: dict[str, tuple[str, str]]) -> tuple[str, str] | None:
+    """Return what a file is that begins with this line, and what to do."""
+    return next((told for pattern, told in formats.items() if re.match(pattern, line)), None)
+
+
+def _split(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the header of each record, without its '>', and its further lines."""
+    header, lines = "", list[str]()
+    found = False
+    for line in _lines(text):
+        if not line.startswith(">"):
+            lines.append(line)
+            continue
+        if found:
+            yield header, lines
+        header, lines, found = line[1:], [], True
+    yield header, lines
+
+
+def _fields_of_record(header: str, lines: list[str], where: str) -> tuple[str, str, str]:
+    """Return id, description and sequence of a record of FASTA or PIR."""
+    if kind := _PIR.match(header):
+        if kind[1] not in _PIR_PROTEINS:
+            raise ValueError(f"{where}: '>{kind[1]};' begins nucleotides in PIR; translate them to proteins")
+        # The description stands on a line of its own.
+        header, lines = f"{header[kind.end() :]} {' '.join(lines[:1])}", _pir_sequence(lines[1:], where)
+    identifier, _, description = _SPACE.sub(" ", header).partition(" ")
+    return identifier, description.strip(), "".join(lines)
+
+
+def _pir_sequence(lines: list[str], where: str) -> list[str]:
+    """Return the lines of a sequence in PIR, which ends with '*'; lines of annotation may follow."""
+    last = next((n for n, line in enumerate(lines) if _STOP in line), None)
+    if last is None:
+        raise ValueError(f"{where}: a record that begins with '>P1;' is PIR: a line of description, and '*' at the end")
+    if not lines[last].rstrip().endswith(_STOP) or not all(map(_PIR_ANNOTATION.match, lines[last + 1 :])):
+        raise ValueError(f"{where}: residues follow the '*' that ends a sequence in PIR")
+    return lines[: last + 1]
+
+
+def _numbered(path: str, number: int) -> str:
+    """Return an id for what has none."""
+    stem = "stdin" if path == files.STANDARD_STREAM else Path(path).name.split(".")[0]
+    return f"{_SPACE.sub('_', stem) or 'sequence'}_{number}"
+
+
+def _read_table(
+    path: str,
+    columns: Sequence[str],
+    pair: Callable[[int, list[str]], PairRecord],
+    is_header: Callable[[list[str]], bool],
+    on_bad: OnBad | None,
+) -> list[PairRecord]:
+    """Make a pair of each line, from the number of the line and its fields."""
+    name, text, pairs = files.display_name(path), _read_text(path), list[PairRecord]()
+    first, wanted = _first_line(text), ", ".join(columns)
+    if first.startswith(">"):
+        raise ValueError(f"{name} is a FASTA file, not a table of pairs: give it without --pairs")
+    if "\t" not in first and (other := _format_of(first, _OTHER_FORMATS)):
+        raise ValueError(f"{name} is {other[0]}, not a table of pairs; each line must be {wanted} with tabs between")
+    rows = ((n, line) for n, line in enumerate(_lines(text), start=1) if line.strip() and not line.startswith("#"))
+    for place, (n, line) in enumerate(rows):
+        fields = [_unquoted(field.strip()) for field in line.split("\t")]
+        if place == 0 and len(fields) == len(columns) and is_header(fields):
+            if [field.lower() for field in fields] != ["id", "x", "y"]:
+                warnings.warn(f"{name}, line {n} is taken for names of columns: {' '.join(fields)}", stacklevel=3)
+            continue
+        try:
+            if len(fields) != len(columns):
+                told = _told_columns(fields)
+                raise ValueError(f"{name}, line {n}: {told}; there must be {len(columns)} with tabs between: {wanted}")
+            pairs.append(pair(n, fields))
+        except ValueError as error:
+            _take(error, on_bad)
+    if not pairs:
+        raise ValueError(f"{name} holds no pair; each line must be {wanted} with tabs between")
+    return pairs
+
+
+def _unquoted(field: str) -> str:
+    return field[1:-1].strip() if len(field) > 1 and field[0] == field[-1] and field[0] in "\"'" else field
+
+
+def _told_columns(fields: list[str]) -> str:
+    if len(fields) > 1:
+        return f"{len(fields)} columns"
+    separator = next((name for mark, name in _SEPARATORS.items() if mark in fields[0]), None)
+    return f"1 column, with {separator} in place of tabs" if separator else "1 column"
+
+
+def _names_columns(fields: list[str]) -> bool:
+    """Tell names of columns (id, seq1, seq2) from an id and two sequences."""
+    return bool(_FIRST_COLUMN.fullmatch(fields[0])) and all(map(_FURTHER_COLUMN.fullmatch, fields[1:]))
+
+
+def _residues(sequence: str, where: str, notes: _Notes) -> str:
+    letters = "".join(sequence.split())
+    if not _ALLOWED.issuperset(letters):
+        bad = next(n for n, letter in enumerate(letters) if letter not in _ALLOWED)
         raise ValueError(
-            f"{where}, position {bad + 1}: {residues[bad]!r} is no residue{stop}; allowed are the letters "
-            f"{vocab.RESIDUES}{vocab.AMBIGUOUS} in either case"
+            f"{where}, position {bad + 1}: {letters[bad]!r} is no residue{_HINTS.get(letters[bad], '')}; allowed are "
+            f"the letters {_LETTERS} in either case"
         )
-    if not ungapped:
+    residues = letters.translate(_WITHOUT_GAPS).rstrip(_STOP).upper()
+    if not residues:
         raise ValueError(f"{where}: the sequence is empty")
-    if len(ungapped) >= _SUSPICIOUS and sum(map(ungapped.count, _NUCLEOTIDES)) > 0.95 * len(ungapped):
-        warnings.warn(f"{where}: looks like nucleotides; it is aligned as a protein all the same", stacklevel=3)
-    return ungapped
+    if len(residues) > MAX_LENGTH:
+        raise ValueError(
+            f"{where}: {len(residues)} residues were given, allowed are at most {MAX_LENGTH}; cut it into domains"
+        )
+    if _WITHOUT_GAPS.keys() & set(map(ord, set(letters))):
+        notes.add("gaps ('-', '.', '_', '~') are left out", where)
+    if _STOP in residues:
+        notes.add("'*' is read as X", f"{where}, position {letters.index(_STOP) + 1}")
+    if len(residues) >= _SUSPICIOUS and _of_nucleotides(residues):
+        notes.add("what looks like nucleotides is aligned as a protein", where)
+    return residues.replace(_STOP, _UNKNOWN)
+
+
+def _of_nucleotides(residues: str) -> bool:
+    return sum(map(residues.count, _NUCLEOTIDES)) > 0.95 * len(residues)
+
+
+def _check_proteins(sequences: list[str], name: str) -> None:
+    """Raise ValueError if all sequences look like DNA or RNA, with each of its letters.
+
+    Proteins of glycine and alanine, and peptides of a few residues, may look so too.
+    """
+    if sum(map(len, sequences)) < _SUSPICIOUS or not all(map(_of_nucleotides, sequences)):
+        return
+    found = set().union(*sequences)
+    if found >= set("ACG") and found & set("TU"):
+        kind = "RNA" if "U" in found else "DNA"
+        raise ValueError(f"{name} holds {kind}, it seems, and proteins are aligned here: translate it")

@@ -91,7 +91,7 @@ def open_unpacked(path: str | Path) -> Iterator[io.BufferedIOBase]:
     the format if it is another archive, another compression or UTF-16. Reading may raise one of `DAMAGED`.
     """
     with contextlib.ExitStack() as opened:
-        raw = sys.stdin.buffer if str(path) == STANDARD_STREAM else opened.enter_context(Path(path).open("rb"))
+        raw = _standard_input() if str(path) == STANDARD_STREAM else opened.enter_context(Path(path).open("rb"))
         file: Any = raw if hasattr(raw, "peek") else io.BufferedReader(cast(io.RawIOBase, raw), _PEEKED)
         begin = file.peek(_PEEKED)[:_PEEKED]
         opener = next((opener for mark, opener in _OPENERS.items() if begin.startswith(mark)), None)
@@ -106,6 +106,12 @@ def open_unpacked(path: str | Path) -> Iterator[io.BufferedIOBase]:
         if begin.startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         yield file
+
+
+def _standard_input() -> IO[bytes]:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give a file, or a pipe")
+    return sys.stdin.buffer
 
 
 def _peeked(file, path: str | Path) -> bytes:

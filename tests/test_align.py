@@ -1,15 +1,20 @@
 """scripts/align.py: what goes in, what comes out in every format, and that length costs no memory of its square."""
 
+import bz2
 import dataclasses
 import functools
 import gzip
 import io
 import json
+import lzma
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -17,10 +22,10 @@ import pytest
 from Bio import AlignIO, SeqIO
 from flax import nnx
 
-from alignment import batching, decoding, formats, inference, weights
+from alignment import batching, decoding, formats, inference, sequences, weights
 from alignment.inference import Pretrained
 from alignment.sequences import Record
-from data import vocab
+from data import stockholm, vocab
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 from ot_attention import transport_plan
@@ -74,11 +79,18 @@ def folder(tmp_path_factory, model) -> Path:
     return folder
 
 
+@functools.cache
+def loaded(path: Path, load=Pretrained.load) -> Pretrained:
+    """Load weights once: their programs are compiled once."""
+    return load(path)
+
+
 @pytest.fixture
 def run(folder, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """The command line with the test's weights: exit status, standard output, standard error."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(Pretrained, "load", loaded)
 
     def of(*arguments: str) -> tuple[int, str, str]:
         status = align.main(["--weights=w.safetensors", *arguments])
@@ -313,20 +325,25 @@ def test_the_plan_is_drawn(run, folder):
     [
         (b"", "bad.fasta is empty"),
         (b"MKV\n", "begins with 'MKV', not with '>'"),
+        (b"HEADER    OXYGEN TRANSPORT\n", "it is a PDB file"),
         (b">a\nMKV\n>a\nMKV\n", r"record 2 \(a\): this id has occurred before"),
-        (b">a\nMKV\n>b\n\n>c\nM\n", r"record 2 \(b\): the sequence is empty"),
-        (b">a\nMKV\n>\nMKV\n", r"record 2 \(without an id\)"),
         (b">a\nMK\nV1L\n", r"record 1 \(a\), position 4: '1' is no residue"),
-        (b">a\nMK*V\n", r"position 3: '\*' is no residue; '\*' may only be the last symbol"),
+        (
+            b">a\n" + b"M" * 46_001 + b"\n>b\nM\n",
+            r"record 1 \(a\): 46001 residues were given, allowed are at most 46000",
+        ),
         (b">a\nMK\0V\n", "is not text"),
         (gzip.compress(b">a\nMKV\n" * 9, mtime=0)[:-9], "cannot be unpacked"),
+        (b">a\n" + b"ACGT" * 9 + b"\n>b\n" + b"ACGT" * 9, "holds DNA, it seems"),
         (b">a\nMKV\n", "holds one sequence; give a second file"),
     ],
 )
-def test_bad_input_is_named(run, folder, content, message):
+def test_bad_input_is_named_and_what_was_written_before_stays(run, folder, content, message):
     (folder / "bad.fasta").write_bytes(content)
-    status, output, errors = run("bad.fasta")
-    assert status == 1 and output == ""
+    (folder / "kept.txt").write_text("before")
+    with mock.patch.object(align, "_load", side_effect=AssertionError("the model is loaded")):
+        status, output, errors = run("bad.fasta", "--output=kept.txt")
+    assert status == 1 and output == "" and (folder / "kept.txt").read_text() == "before"
     assert errors.count("\n") == 1 and errors.startswith("align.py: bad.fasta")
     assert re.search(message, errors)
 
@@ -334,10 +351,8 @@ def test_bad_input_is_named(run, folder, content, message):
 def test_bad_tables_and_files_are_named(run, folder):
     (folder / "bad.tsv").write_text("a\tMKV\tMKV\nb\tMKV\n")
     assert "bad.tsv, line 2: 2 columns" in run("--pairs=bad.tsv")[2]
-    (folder / "bad.tsv").write_text("a\tMKV\tM?V\n")
-    assert "bad.tsv, line 1 (a), y, position 2: '?' is no residue" in run("--pairs=bad.tsv")[2]
-    (folder / "bad.tsv").write_text("id\tx\ty\n")
-    assert "bad.tsv holds no pair" in run("--pairs=bad.tsv")[2]
+    (folder / "bad.tsv").write_text("HBA\tHBB\nHBA\tnobody\n")
+    assert "bad.tsv, line 2: no sequence has the id 'nobody'" in run("--pairs=bad.tsv", "many.fasta")[2]
     status, _, errors = run("nowhere.fasta")
     assert status == 1 and "nowhere.fasta" in errors and errors.count("\n") == 1
     status, _, errors = run("a.fasta", "b.fasta", "--weights=nowhere.safetensors")
@@ -345,12 +360,153 @@ def test_bad_tables_and_files_are_named(run, folder):
 
 
 def test_doubtful_input_is_warned_of(run, folder):
-    (folder / "odd.fasta").write_bytes(b"\xef\xbb\xbf>dna\n" + b"ACGT" * 8 + b"\r\n>gaps caf\xe9\r\nM-K.VUX\r\n")
+    (folder / "odd.fasta").write_bytes(b"\xef\xbb\xbf>dna\n" + b"ACGT" * 8 + b"\r\n>gaps caf\xe9\r\nM-K.V*UX\r\n")
     status, output, errors = run("odd.fasta", "--format=fasta")
-    assert status == 0 and "caf" in output and "MKVUX" in output.replace("-", "")
-    for part in ("is not UTF-8", "(dna): looks like nucleotides", "(gaps caf", "2 gaps ('-', '.') are left out"):
-        assert part.replace("(gaps caf", "(gaps)") in errors
+    assert status == 0 and "caf" in output and "MKVXUX" in output.replace("-", "")
+    for part in (
+        "is not UTF-8",
+        "nucleotides",
+        "gaps (",
+        "'*' is read as X in 1 sequence, record 2 (gaps), position 6",
+    ):
+        assert part in errors
+    assert errors.count("\n") == errors.count("align.py: warning: odd.fasta") == 4
     assert run("odd.fasta", "--format=fasta", "--quiet")[2] == ""
+
+
+def test_records_that_cannot_be_read_are_left_out_on_demand(run, folder):
+    (folder / "mixed.fasta").write_text(f">HBA\n{HBA}\n>bad\nMK1\n>HBB\n{HBB}\n>HBB\n{HBB}\n")
+    assert run("mixed.fasta")[0] == 1
+    status, output, errors = run("mixed.fasta", "--skip-bad", "--format=jsonl")
+    assert status == 0 and [json.loads(line)["id"] for line in output.splitlines()] == ["HBA:HBB"]
+    assert "left out: mixed.fasta, record 2 (bad), position 3" in errors and "left out: mixed.fasta, record 4" in errors
+    assert errors.splitlines()[-1] == "align.py: warning: 2 records or pairs that cannot be read were left out"
+    (folder / "mixed.fasta").write_text(">bad\nMK1\n")
+    (folder / "kept.txt").write_text("before")
+    status, _, errors = run("mixed.fasta", "a.fasta", "--skip-bad", "--output=kept.txt")
+    assert status == 1 and "none of its records can be read" in errors and (folder / "kept.txt").read_text() == "before"
+
+
+def test_a_table_of_ids_beside_sequences(run, folder):
+    (folder / "ids.tsv").write_text("x\ty\nHBB\tpart\nHBA\tHBB\nHBB\tone\n")
+    status, output, _ = run("--pairs=ids.tsv", "many.fasta", "--format=jsonl")
+    assert status == 0 and [json.loads(line)["id"] for line in output.splitlines()] == [
+        "HBB:part",
+        "HBA:HBB",
+        "HBB:one",
+    ]
+    status, _, _ = run("--pairs=ids.tsv", "many.fasta", "--format=a3m", "--output-dir=of_ids")
+    assert status == 0 and sorted(path.name for path in (folder / "of_ids").iterdir()) == ["HBA.a3m", "HBB.a3m"]
+    records = SeqIO.parse(folder / "of_ids" / "HBB.a3m", "fasta")
+    assert [record.id for record in records] == ["HBB", "part", "one"]
+
+
+def test_an_a3m_has_one_query(run, folder):
+    (folder / "queries.fasta").write_text(f">q/1\n{FRAGMENT}\n>q_1\n{HBA}\n>Q_1\n{HBB}\n>..\nMKVL\n")
+    (folder / "kept.a3m").write_text("before")
+    for arguments in (["queries.fasta", "many.fasta"], ["many.fasta", "--all-pairs"]):
+        status, output, errors = run(*arguments, "--format=a3m", "--output=kept.a3m")
+        assert status == 1 and output == "" and (folder / "kept.a3m").read_text() == "before"
+        assert "an A3M holds one query" in errors and "--output-dir=DIR" in errors
+    assert run("queries.fasta", "many.fasta", "--format=a3m", "--output-dir=hits/new")[:2] == (0, "")
+    written = {path.name: list(SeqIO.parse(path, "fasta")) for path in (folder / "hits/new").iterdir()}
+    assert {name: records[0].id for name, records in written.items()} == {
+        "q_1.a3m": "q/1",
+        "q_1_2.a3m": "q_1",
+        "Q_1_3.a3m": "Q_1",
+        "_..a3m": "..",
+    }
+    for query, *others in written.values():
+        assert [record.id for record in others] == ["HBA", "HBB", "part", "one"]
+        assert {sum(not c.islower() for c in record.seq) for record in others} == {len(query)}
+
+
+@pytest.mark.parametrize("form", [*formats.FORMATS, "tsv:id,aligned"])
+def test_every_format_can_be_written_to_a_file_a_query(run, folder, form):
+    status, *_ = run("b.fasta", "a.fasta", f"--format={form}", "--output-dir=each")
+    text = (folder / "each" / f"HBB{formats.suffix(form)}").read_text()
+    assert status == 0 and text == run("b.fasta", "a.fasta", f"--format={form}")[1] != ""
+
+
+def test_ids_of_an_a3m_are_told_apart(run):
+    records = SeqIO.parse(io.StringIO(run("a.fasta", "many.fasta", "--format=a3m")[1]), "fasta")
+    assert [record.id for record in records] == ["HBA", "HBA_2", "HBB", "part", "one"]
+
+
+def test_ids_shift_no_column(run, folder):
+    (folder / "tabs.fasta").write_text(f">#hb1\talpha\tchain\n{HBA}\n>//\tbeta\n{HBB}\n")
+    rows = [line.split("\t") for line in run("tabs.fasta", "--format=tsv")[1].splitlines()]
+    assert {len(row) for row in rows} == {6} and rows[1][0] == "#hb1://"
+    (folder / "tabs.sto").write_text(run("tabs.fasta", "--format=stockholm")[1])
+    (found,) = stockholm.read(folder / "tabs.sto")
+    assert found.ids == ("_#hb1", "_//") and ("_#hb1", "DE", "alpha chain") in found.gs
+    assert [bytes(row).decode().replace("-", "") for row in found.rows] == [HBA, HBB]
+
+
+def test_output_is_replaced_by_a_finished_run_only(run, folder):
+    (folder / "kept.jsonl").write_text("before")
+    with mock.patch.object(Pretrained, "align_chunks", side_effect=KeyboardInterrupt):
+        status, _, errors = run("a.fasta", "b.fasta", "--format=jsonl", "--output=kept.jsonl")
+    assert (status, errors) == (130, "align.py: interrupted\n") and (folder / "kept.jsonl").read_text() == "before"
+
+    def half(alignments, form):
+        yield "half of it"
+        raise OSError("no space left")
+
+    with mock.patch.object(formats, "written", half):
+        status, _, errors = run("a.fasta", "b.fasta", "--output=kept.jsonl")
+    assert (status, errors) == (1, "align.py: no space left\n") and (folder / "kept.jsonl").read_text() == "before"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")], "nothing is left beside it"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "unpack"), [(".gz", gzip.decompress), (".bz2", bz2.decompress), (".xz", lzma.decompress)]
+)
+def test_names_say_how_output_is_packed(run, folder, suffix, unpack):
+    assert run("a.fasta", "b.fasta", "--format=tsv", f"--output=new/o.tsv{suffix}")[:2] == (0, "")
+    assert unpack((folder / f"new/o.tsv{suffix}").read_bytes()).decode() == run("a.fasta", "b.fasta", "--format=tsv")[1]
+
+
+def test_home_is_the_home_folder(run, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert run("~/a.fasta", "~/b.fasta", "--output=~/at_home.txt", "--plot=~/at_home.png")[0] == 0
+    assert (folder / "at_home.txt").exists() and (folder / "at_home.png").exists()
+
+
+def test_a_pair_that_memory_cannot_hold_is_named_before_it_is_compiled(run, folder):
+    (folder / "long.fasta").write_text(f">short\n{HBA}\n>q\n{HBA * 20}\n>long\n{HBB * 30}\n")
+    with mock.patch("data.memory.available", return_value=300_000_000):
+        with mock.patch.object(Pretrained, "align_chunks", side_effect=AssertionError("aligned")):
+            status, output, errors = run("long.fasta", "--all-pairs", "--band=-1")
+        assert (status, output, errors.count("\n")) == (1, "", 1)
+        assert re.search(
+            r"q:long, 2840 x 4410 residues: .* about 1\.6 GB of memory, 0\.3 GB are left; --band=N", errors
+        )
+        assert run("a.fasta", "b.fasta")[0] == 0
+
+
+def test_the_estimate_of_memory_is_that_of_the_compiler(model):
+    for shape in (
+        batching.Shape(1, 1536, 1536, None),
+        batching.Shape(1, 1536, 1536, 256),
+        batching.Shape(2, 768, 768, None),
+    ):
+        padded = batching.padded([(np.ones(9, np.int32),) * 2], shape)
+        program = functools.partial(inference._compute, model.graph, model.band, (shape.band, "posterior", None))
+        found = jax.jit(program).lower(model.params, padded).compile().memory_analysis().temp_size_in_bytes
+        assert 0.5 < batching.memory(shape, shape.batch) / found < 1.5
+
+
+def test_the_longest_sequences_are_aligned(model):
+    """Padding may not exceed what the arithmetic of the band allows."""
+    for length in (33_000, sequences.MAX_LENGTH):
+        assert length <= batching.bucket(length) <= 46_276
+    padded = {
+        name: jax.ShapeDtypeStruct(of.shape, of.dtype)
+        for name, of in batching.padded([], batching.shape_of(sequences.MAX_LENGTH, 40_000, 64)).items()
+    }
+    program = functools.partial(inference._compute, model.graph, model.band, (64, "posterior", None))
+    assert jax.eval_shape(program, model.params, padded).decoded.match.shape == (1, 46_080)
 
 
 @pytest.mark.parametrize(
@@ -358,27 +514,67 @@ def test_doubtful_input_is_warned_of(run, folder):
     [
         [],
         ["a", "b", "c"],
-        ["a", "--pairs=p"],
         ["a", "b", "--all-pairs"],
         ["-", "-"],
         ["a", "--band=0"],
         ["a", "--format=x"],
+        ["a", "--format=tsv:"],
+        ["a", "--format=tsv:id,nothing"],
+        ["a", "--output=o", "--output-dir=d"],
+        ["a", "--plot=plan"],
+        ["a", "--plot=plan.txt"],
+        ["a", "--threads=0"],
+        ["a", "--pairs=p", "--all-pairs"],
+        ["a", "b", "c", "--pairs=p"],
+        ["-", "--pairs=-"],
+        [__file__, "--output=" + __file__],
         ["a", "--weights=w", "--workdir=r"],
     ],
 )
-def test_wrong_command_lines(arguments):
+def test_wrong_command_lines(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         align.main(arguments)
-    assert error.value.code == 2
+    errors = capsys.readouterr().err
+    assert error.value.code == 2 and "align.py: error: " in errors
+    if "nothing" in "".join(arguments):
+        assert "'nothing' is no column; allowed are blast12, id, x, y, x_start" in errors
 
 
-def test_a_reader_that_stops_is_no_error(folder):
-    command = [sys.executable, str(tiny.ROOT / "scripts/align.py"), "--weights=w.safetensors", "many.fasta"]
+@pytest.fixture(scope="module")
+def command(folder) -> Callable[..., subprocess.Popen]:
+    """Start the command line as a process of its own."""
     environment = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache"), "PATH": "/usr/bin:/bin"}
-    done = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment["PYTHONPATH"] = str(tiny.ROOT)
+
+    def start(*arguments: str) -> subprocess.Popen:
+        program = [sys.executable, str(tiny.ROOT / "scripts/align.py"), "--weights=w.safetensors", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(program, cwd=folder, env=environment, **pipes)
+
+    return start
+
+
+def test_a_reader_that_stops_is_no_error(folder, command):
+    done = command("many.fasta")
     done.stdout.close()
     assert done.stderr.read() == b"" and done.wait() == 0
     assert list((folder / "cache" / "ot-attention").iterdir()), "compiled programs are kept"
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_output(folder, command):
+    rng = np.random.default_rng(0)
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+    rows = ("".join(letters[rng.integers(0, 20, 300)]) for _ in range(400))
+    (folder / "much.fasta").write_text("".join(f">{n}\n{row}\n" for n, row in enumerate(rows)))
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background of a shell ignores Ctrl-C
+    started = command("much.fasta", "--all-pairs", "--format=jsonl", "--output=much.jsonl", "--threads=1")
+    signal.signal(signal.SIGINT, before)
+    while not list(folder.glob(".much.jsonl.*")) and started.poll() is None:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    output, errors = started.communicate(timeout=60)
+    assert (started.returncode, output, errors) == (130, b"", b"align.py: interrupted\n")
+    assert not list(folder.glob("*much.jsonl*")) and not list(folder.glob(".much*"))
 
 
 def test_the_weights_that_ship_align_globins(run):
@@ -390,7 +586,7 @@ def test_the_weights_that_ship_align_globins(run):
 
 def test_lengths_and_decoders_are_checked(model):
     one = np.ones(1, np.int32)
-    with pytest.raises(ValueError, match="y: 0 residues were given, allowed are 1 to 46000"):
+    with pytest.raises(ValueError, match="pair 0, y: 0 residues were given, allowed are 1 to 46000"):
         model.align([(one, one[:0])])
     with pytest.raises(ValueError, match="decoder: 'viterbi' was given, allowed are posterior, plan"):
         model.align([(one, one)], decoder="viterbi")
@@ -403,8 +599,16 @@ def test_the_band_reaches_wherever_the_shorter_sequence_fits(model):
     assert model.band_for(5000, 5000) == model.band_for(1500, 1520) == 64
     unbanded = dataclasses.replace(model, band=None)
     assert unbanded.band_for(1000, 300) is None and unbanded.band_for(5000, 5000) == 256
-    with pytest.warns(UserWarning, match=r"lengths 20000 and 40000 differ by more than the band of \d+ residues"):
-        assert model.band_for(20_000, 40_000) * 40_000 <= inference.MAX_CELLS
+    assert model.band_for(20_000, 40_000) * 40_000 <= inference.MAX_CELLS
+
+
+def test_a_band_that_does_not_reach_is_warned_of_once(model):
+    pairs = [(np.ones(length, np.int32), np.ones(40_000, np.int32)) for length in (39_990, 20_000, 20_001)]
+    compiled = dataclasses.replace(model, compile=lambda _: lambda *_: inference._Outputs(None))
+    with pytest.warns(UserWarning, match="differ by more than") as found:
+        chunks = list(compiled._started([pairs, pairs], None, None, None))
+    assert len(found) == 1 and len(chunks) > 1
+    assert "lengths 20000 and 40000, and perhaps others, differ by more than the band of 64" in str(found[0].message)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 96, 97, 129, 5000, 46_000])
