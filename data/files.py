@@ -130,11 +130,12 @@ def finished(path: str | Path, mode: str = "w") -> Iterator[IO]:
     It is written beside `path`, as `.<name>.<process>.tmp`, flushed to the disk and renamed. A device or a pipe at
     `path` is written to at once. Missing folders are made.
     """
-    path = Path(path).resolve()  # through symbolic links, which stay
+    path = Path(path)
     if path.exists() and not path.is_file():
         with path.open(mode) as file:
             yield file
         return
+    path = path.resolve()  # through symbolic links, which stay
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
