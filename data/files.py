@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+# Names, in lower case, of files and folders that operating systems leave anywhere; so do names that begin with a dot.
+_STRAY = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found", "@eadir", "__macosx", "$recycle.bin"}
 STANDARD_STREAM = "-"  # as a name: standard input, or standard output
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # errors of reading a truncated or corrupt compressed file
 _OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -36,6 +38,11 @@ _PEEKED = 512  # bytes
 def display_name(path: str | Path) -> str:
     """Return the name of a file for messages."""
     return "standard input" if str(path) == STANDARD_STREAM else str(path)
+
+
+def is_stray(name: str) -> bool:
+    """Tell whether an operating system, a network disk or an editor leaves files or folders of this name anywhere."""
+    return name.startswith((".", "~$", "#")) or name.endswith("~") or name.lower() in _STRAY
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def with_asap(run: Run, path: Path) -> Run:
 
 def make_trainer(config: ConfigDict) -> Trainer:
     """Make the trainer that a configuration describes; a misspelt key fails here."""
-    settings = OptimizerConfig(**config.optimizer)
+    settings = OptimizerConfig.of(config.optimizer.to_dict())
     return Trainer.create(task_of(config).objective(), settings, total_steps=config.total_steps, seed=config.seed)
 
 
