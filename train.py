@@ -221,7 +221,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; tell mistakes in one line, and exit."""
     asked = {"--help", "-h", "-?", "--helpshort"}.intersection(argv)
     if asked:
-        app.usage(shorthelp=True, writeto_stdout=True)
+        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
     argv, given = _with_home(argv)
     if given is None and "--version" not in argv:
@@ -229,7 +229,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(command_line.failed(_NAME, told, command_line.WRONG_COMMAND_LINE))
     config = None
     try:
-        config = _read_config(given) if given else None
+        config = None if given is None else _read_config(given)
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
         known = ", ".join(

@@ -122,9 +122,9 @@ def test_too_many_of_them_stop_the_run(poisoned, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"train__on_nonfinite": "ignore"}, r"train\.on_nonfinite='ignore' must be stop, skip or rollback"),
-        ({"train__max_nonfinite": -1}, r"train\.max_nonfinite=-1 must be at least 0"),
-        ({"data__max_bad_records": -1}, r"max_bad_records: -1 was given"),
+        ({"train__on_nonfinite": "ignore"}, r"train\.on_nonfinite='ignore': allowed is one of stop, skip, rollback"),
+        ({"train__max_nonfinite": -1}, r"train\.max_nonfinite=-1: allowed is an integer, 0 or more"),
+        ({"data__max_bad_records": -1}, r"data\.max_bad_records=-1: allowed"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(changes, named, tmp_path):

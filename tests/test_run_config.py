@@ -226,12 +226,15 @@ def test_no_band_is_a_band_of_the_diagonal_alone():
 def ended(monkeypatch, capsys, tmp_path):
     """Run the command line in this process; return exit status and what was told, and demand that no folder is made."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "open_folder", None)  # no test gets there
     workdir = tmp_path / "runs" / "run"
 
     def run(*arguments: str, workdir: str | None = str(workdir)) -> tuple[int, str]:
         argv = ["train.py", *arguments, *([f"--workdir={workdir}"] if workdir is not None else [])]
         monkeypatch.setattr(sys, "argv", argv)
         flags.FLAGS.unparse_flags()
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:  # of the call before
+            delattr(flags.FLAGS, name)
         before = sorted(tmp_path.iterdir())
         try:
             status = train.main(train.parse_flags(argv))
@@ -313,7 +316,7 @@ def test_a_command_line_that_is_wrong(ended, tmp_path):
 
 def test_help_and_version(ended):
     status, told = ended("--help")
-    assert status == 0 and "exit status: 0, finished;" in told and "--threads" in told and "python train.py" in told
+    assert status == 0 and "exit status: 0, finished;" in told and "python train.py" in told
     status, told = ended("--version")
     assert status == 0 and told == f"train.py {command_line.version()}\n"
 
@@ -384,7 +387,7 @@ def small(**overrides) -> ConfigDict:
 
 def test_a_model_that_cannot_be_traced_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="unrolled"):
-        train.train(small(attention__gradient="unrolled"), tmp_path / "new" / "run")
+        train.train(small(attention__gradient="unrolled", model__implementation="xla"), tmp_path / "new" / "run")
     assert list(tmp_path.iterdir()) == []
 
 
