@@ -522,8 +522,9 @@ def test_what_an_operating_system_leaves_is_no_damage(trained, tmp_path):
     assert int(train.train(config, run).step) == 3
     (checkpoints / "3" / "state" / "more").write_text("unknown")
     assert "more" in damage_of(checkpoints / "3")
-    (checkpoints / "2" / "state" / "_METADATA").unlink()
-    assert "_METADATA" in damage_of(checkpoints / "2")
+    (checkpoints / "3" / "state" / "more").unlink()
+    (checkpoints / "3" / "state" / "_METADATA").unlink()
+    assert "_METADATA" in damage_of(checkpoints / "3")
 
 
 def test_a_listed_file_counts_whatever_its_name(tmp_path):
