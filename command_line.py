@@ -26,6 +26,7 @@ where); {WRONG_COMMAND_LINE} for a wrong command line; {FAULT} for a fault of th
 MISTAKES = (ValueError, OSError, ImportError, MemoryError)  # errors that a user can mend
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # of XLA
 _ACCELERATOR = {"TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost"}  # for libtpu without a TPU
+_MARKS = _OUT_OF_MEMORY, "Unable to initialize backend"  # the second is JAX's, for a platform that is not there
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,8 +107,9 @@ def run(
 ) -> int:
     """Do the work of a program, and return its exit status.
 
-    One line on stderr tells a mistake: an error of `MISTAKES` or `also`, or XLA's for too little memory. With `debug`,
-    the traceback comes before it. Any other error is a fault of the program, whose traceback is always shown.
+    One line on stderr tells a mistake: an error of `MISTAKES` or `also`, XLA's for too little memory, or JAX's for a
+    platform that is not there. With `debug`, the traceback comes before it. Any other error is a fault of the program,
+    whose traceback is always shown.
     """
     _silence_libtpu()
     try:
@@ -118,7 +120,7 @@ def run(
     except KeyboardInterrupt:
         return failed(program, "interrupted", INTERRUPTED)
     except Exception as error:
-        is_mistake = isinstance(error, (*MISTAKES, *also)) or _OUT_OF_MEMORY in str(error)
+        is_mistake = isinstance(error, (*MISTAKES, *also)) or any(mark in str(error) for mark in _MARKS)
         if debug or not is_mistake:
             traceback.print_exc()
         if is_mistake:

@@ -14,25 +14,31 @@ start the same command in each, with one --workdir and one --config.data.dir tha
 
 A run may be resumed with another number of processes or devices; its batches stay the same.
 
-Exit codes: 0, finished; 75, interrupted by SIGTERM (after saving) or by the loss of another process: start it again;
-anything else: see the message.
+exit status: 0, finished; 1 if a setting, the data, the folder or the devices cannot be used (one line says why; --debug
+shows where; a run that cannot start leaves no folder); 2 for a wrong command line; 70 for a fault of the program; 75,
+interrupted by SIGTERM (after saving) or by the loss of another process: start it again; 130 after Ctrl-C
 """
 
 import contextlib
-import json
 import os
+import re
+import runpy
 import sys
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from configs import base
+import command_line
+from data import files
 from evaluation.runs import make_trainer
-from evaluation.tasks import task_of
+from evaluation.tasks import checked, completed, task_of
 from training import run_folder, sharding
-from training.checkpoints import set_damaged_aside
+from training.checkpoints import newest_position, set_damaged_aside
 from training.nonfinite_guard import NonFiniteError, NonFinitePolicy, TrainedStep, Verdict
 from training.processes import in_all_processes, is_first_process, join, on_sigterm, warn
 from training.session import Parts, Profile, Session
@@ -47,33 +53,52 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; with --coordinator=HOST:PORT")
 _PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0; with --coordinator=HOST:PORT")
+_THREADS = flags.DEFINE_integer("threads", None, "CPU cores to use; default: all", lower_bound=1)
+_DEBUG = flags.DEFINE_boolean("debug", False, "show where an error arose")
+_VERSION = flags.DEFINE_boolean("version", False, "show the version and exit")
+_NAME = "train.py"
+# Kind of the devices that these implementations run on.
+_DEVICES = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 class Stopped(Exception):
     """SIGTERM came in the middle of a run; the run is saved."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Run the command line, whose flags are parsed, and return the exit status."""
+    if _VERSION.value:
+        print(f"{_NAME} {command_line.version()}")
+        return 0
     if len(argv) > 1:
-        sys.exit(f"train.py: unknown argument {argv[1]!r}; options are written --name=value, see --help")
-    if _CONFIG.value is None:
-        sys.exit("train.py: --config is missing, for example --config=configs/r2_balanced.py")
+        told = f"unknown argument {argv[1]!r}; options are written --name=value, see --help"
+        return command_line.failed(_NAME, told, command_line.WRONG_COMMAND_LINE)
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    command_line.use_threads(_THREADS.value)
+    return command_line.run(_NAME, _work, debug=_DEBUG.value, also=(NonFiniteError,))
+
+
+def _work() -> int:
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    if _WORKDIR.value is not None and not _WORKDIR.value.strip():
+        raise ValueError("--workdir is empty; give the name of a folder, or leave it out")
+    try:
+        workdir = Path(_WORKDIR.value or f"runs/{Path(path).stem}").expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"--workdir={_WORKDIR.value}: {error}") from error
     try:
         join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
-    except (ValueError, TypeError, OSError, NonFiniteError) as error:
-        sys.exit(f"train.py: {error}")
+        train(_CONFIG.value, workdir)
     except Stopped as stopped:
-        print(f"train.py: {stopped}", file=sys.stderr)
-        sys.exit(STOPPED)
+        return command_line.failed(_NAME, str(stopped), STOPPED)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        print(f"train.py: another process is gone; start all of them again to go on ({error})", file=sys.stderr)
+        told = f"another process is gone; start all of them again to go on ({command_line.message(error)})"
+        command_line.failed(_NAME, told, STOPPED)
         sys.stderr.flush()
         os._exit(STOPPED)  # JAX would wait for the others to end with this one
+    return 0
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:
@@ -82,23 +107,24 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     Raises ValueError or OSError if a setting, the data or the folder cannot be used; NonFiniteError if `config.train`
     ends the run at a loss or gradient that is not finite; Stopped if SIGTERM came, and the run is saved.
     """
-    # ---- model, data and folder ----
+    # ---- settings, model, data and folder ----
+    config = in_all_processes(checked, config)
     parts = in_all_processes(prepare, config, workdir)
     with contextlib.ExitStack() as resources:
         stop_wanted = resources.enter_context(on_sigterm())
-        for damage in in_all_processes(open_folder, config, workdir, resources):
-            warn(damage)
-        in_all_processes(run_folder.check_shared, workdir, config)
+        with run_folder.removed_on_failure(workdir) if is_first_process() else contextlib.nullcontext():
+            for damage in in_all_processes(open_folder, config, workdir, parts, resources):
+                warn(damage)
+            in_all_processes(run_folder.check_shared, workdir, config)
 
-        # ---- start or resume ----
-        session = Session(config, workdir, parts, resources)
+            # ---- start or resume ----
+            session = Session(config, workdir, parts, resources)
         if session.start == 0:
             session.save()
         if session.lacks_validation():
             session.validate(session.start)
 
         # ---- the loop: step n is checked and logged while step n + 1 computes ----
-        update = parts.trainer.compiled_update(parts.mesh)
         # On CPUs the collectives of two steps at once can wait for each other for ever.
         one_at_a_time = jax.default_backend() == "cpu" and parts.mesh.size > 1
         profile = Profile(workdir, config, session.start)
@@ -108,17 +134,17 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             profile.before(step)
             batch = session.next_batch()
             ids = batch.pop("id")
-            session.state, metrics = update(session.state, batch)
+            session.state, metrics = parts.update(session.state, batch)
             if one_at_a_time:
                 jax.block_until_ready(session.state)
             profile.after(step, session.state)
             unchecked.append(TrainedStep(step, parts.batches.step, metrics, ids))
             stop = stop_wanted(step)
-            save = step % config.checkpoint.every == 0 or step == config.total_steps or stop
+            save = session.is_saved(step) or stop
             evaluate = session.is_evaluated(step) and not stop
             due = len(unchecked) - (0 if save or evaluate else 1)  # nothing is saved or evaluated unchecked
-            checked, unchecked = unchecked[:due], unchecked[due:]
-            bad = next((one for one in checked if session.record(one) is Verdict.ROLL_BACK), None)
+            ready, unchecked = unchecked[:due], unchecked[due:]
+            bad = next((one for one in ready if session.record(one) is Verdict.ROLL_BACK), None)
             if bad:
                 step, unchecked = session.roll_back(bad), []
                 continue
@@ -136,43 +162,118 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
 def prepare(config: ConfigDict, workdir: Path) -> Parts:
     """Make the parts of a run without touching its folder. Raises ValueError or OSError if something does not fit."""
-    policy = NonFinitePolicy(**config.train)
-    run_folder.check_workdir(workdir, config)
+    run_folder.check_writable(workdir)
+    run_folder.check_workdir(workdir, config, completed)
+    run_folder.check_wandb(config.log.wandb)
+    policy = NonFinitePolicy.of(config.train.to_dict())
+    mesh = sharding.make_mesh(sharding.MeshConfig.of(config.mesh.to_dict()), config.batch_size)
+    _check_implementation(config, mesh)
     task, trainer = task_of(config), make_trainer(config)
-    mesh = sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size)
     if config.batch_size % (mesh.shape["data"] * config.optimizer.accumulate):
         raise ValueError(
             f"batch_size={config.batch_size} must be divisible by optimizer.accumulate={config.optimizer.accumulate} "
             f"times mesh.data={mesh.shape['data']}"
         )
     score = task.validation(trainer, mesh) if config.log.eval_every else None
-    return Parts(policy, trainer, mesh, task.batches(mesh), score)
+    batches, update = task.batches(mesh), trainer.compiled_update(mesh)
+    # What the model cannot do is raised when it is traced; the first step uses the trace again.
+    jax.eval_shape(update, trainer.abstract_state(mesh), _abstract(batches.stream[0], config.batch_size, mesh))
+    return Parts(policy, trainer, mesh, update, batches, score)
 
 
-def open_folder(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> list[str]:
+def _check_implementation(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError if the named implementation of the attention does not run on the devices of the mesh."""
+    named, found = config.model.get("implementation"), mesh.devices.flat[0].platform
+    if (needed := _DEVICES.get(named, found)) != found:
+        raise ValueError(
+            f"model.implementation={named!r}: needs a {needed.upper()}, JAX found a {found.upper()} here; allowed are "
+            "auto, xla and reference"
+        )
+
+
+def _abstract(batch: Mapping[str, np.ndarray], batch_size: int, mesh: jax.sharding.Mesh) -> dict:
+    """Return the shapes of a whole training batch from this process's part of it."""
+    placed = sharding.by_example(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=placed)
+        for name, x in batch.items()
+        if name != "id"
+    }
+
+
+def open_folder(config: ConfigDict, workdir: Path, parts: Parts, resources: contextlib.ExitStack) -> list[str]:
     """Lock the folder, write the configuration and set damaged checkpoints aside, with a message for each.
 
-    Only the first process does it.
+    Only the first process does it. Raises ValueError if the folder holds a run of other settings or data.
     """
     if not is_first_process():
         return []
     resources.enter_context(run_folder.run_lock(workdir))
-    run_folder.check_workdir(workdir, config)  # again: from now on no other run changes it
-    run_folder.replace(workdir / "config.json", run_folder.as_text(config))
-    return set_damaged_aside(workdir)
+    run_folder.check_workdir(workdir, config, completed)  # again: from now on no other run changes it
+    damaged = set_damaged_aside(workdir)
+    if position := newest_position(workdir):
+        parts.batches.check(position)
+    files.write(workdir / "config.json", run_folder.as_text(config))
+    return damaged
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse flags; tell mistakes in one line where ml_collections would show a traceback."""
+    """Parse the command line; tell mistakes in one line, and exit."""
+    asked = {"--help", "-h", "-?", "--helpshort"}.intersection(argv)
+    if asked:
+        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
+    argv, given = _with_home(argv)
+    if given is None and "--version" not in argv:
+        told = "--config is missing, for example --config=configs/r2_balanced.py"
+        sys.exit(command_line.failed(_NAME, told, command_line.WRONG_COMMAND_LINE))
+    config = None
     try:
-        return app.parse_flags_with_usage(argv)
+        config = None if given is None else _read_config(given)
+        return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
-        settings = run_folder.differences({}, json.loads(base.get_config().to_json()))
-        known = ", ".join(f"--config.{key}" for key, *_ in settings)
+        known = ", ".join(
+            f"--config.{key}" for key, *_ in run_folder.differences({}, config.to_dict() if config else {})
+        )
         missing = " ".join(str(error.args[0]).split())
-        sys.exit(f"train.py: the configuration has no key {missing}. There are: {known}")
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
+        told, status = f"the configuration has no key {missing}. There are: {known}", command_line.UNUSABLE
+    except (flags.Error, ValueError, TypeError, OSError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        told = command_line.message(error)
+        is_command = isinstance(error, flags.Error) and "--config" not in told
+        status = command_line.WRONG_COMMAND_LINE if is_command else command_line.UNUSABLE
+    sys.exit(command_line.failed(_NAME, told, status))
+
+
+def _with_home(argv: list[str]) -> tuple[list[str], str | None]:
+    """Return the command line with `~` of --config as the home folder, and the value of --config."""
+    argv, given = list(argv), None
+    for n, argument in enumerate(argv):
+        if found := re.fullmatch(r"(--?config=)(.*)", argument):
+            given = os.path.expanduser(found[2])  # noqa: PTH111  # may have a colon and an argument behind the path
+            argv[n] = found[1] + given
+        elif n and argv[n - 1] in ("--config", "-config"):
+            argv[n] = given = os.path.expanduser(argument)  # noqa: PTH111
+    return argv, given
+
+
+def _read_config(given: str) -> ConfigDict:
+    """Read a configuration file. Raises ValueError in one line where ml_collections shows a traceback or nothing."""
+    path, *argument = given.split(":", 1)
+    if not Path(path).is_file():
+        raise ValueError(f"--config={given}: there is no such file; configs/ has some")
+    try:
+        config = runpy.run_path(path)["get_config"](*argument)
+    except KeyError as error:
+        told = "get_config() is missing" if error.args == ("get_config",) else f"KeyError: {error}"
+        raise ValueError(f"--config={given} cannot be used ({told})") from error
+    except Exception as error:  # any kind: the file is a program
+        told = f"{type(error).__name__}: {command_line.message(error)}"
+        raise ValueError(f"--config={given} cannot be used ({told})") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config={given}: get_config() returned {type(config).__name__}, allowed is a ConfigDict")
+    return config
 
 
 if __name__ == "__main__":

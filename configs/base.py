@@ -1,4 +1,7 @@
-"""Settings that all configurations share; train with another one: `python train.py --config=configs/r2_balanced.py`."""
+"""Settings that all configurations share; train with another one: `python train.py --config=configs/r2_balanced.py`.
+
+For every key, 0 means off or none, -1 means all, and None is never needed. Values are checked before a run begins.
+"""
 
 from ml_collections import ConfigDict
 
@@ -18,7 +21,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "dir": "data/default",  # shards made by scripts/build_pfam.py
                 "buckets": (64, 128, 192, 256, 384),  # padded lengths in residues; longer pairs are left out
-                "pairs_per_family": 100,  # largest weight of a family; a family weighs as much as it has pairs
+                "pairs_per_family": 100,  # largest weight of a family, else its number of pairs; -1 for no limit
                 "crop": 0.0,  # share of pairs in which one sequence loses up to half at one end
                 "workers": 0,  # processes that make batches; 0 for a thread
                 "prefetch": 4,  # batches made ahead, by each worker
@@ -46,7 +49,7 @@ def get_config() -> ConfigDict:
                 "epsilon": 1.0,  # entropic temperature
                 "base_steps": 20,  # without gradient
                 "tail_steps": 2,  # differentiated
-                "band": 64,  # residues to either side of the scaled diagonal; -1 for all
+                "band": 64,  # residues to either side of the scaled diagonal; 0 for it alone, -1 for all
                 "dustbin": "none",  # or "unit", "full"
                 "gradient": "tail",  # or "implicit", "unrolled"
                 "solver": "sinkhorn",  # or "newton"
@@ -71,7 +74,7 @@ def get_config() -> ConfigDict:
                 "warmup_steps": 50,
                 "final_fraction": 0.02,  # of the learning rate, at the last step
                 "weight_decay": 1e-3,
-                "clip_norm": 1.0,  # of the gradient
+                "clip_norm": 1.0,  # of the gradient; 0 for no clipping
                 "ema": 0.99,  # decay of the moving average of the parameters, which is evaluated
                 "accumulate": 1,  # parts of a batch, computed one after the other
             },
@@ -84,14 +87,14 @@ def get_config() -> ConfigDict:
                 "max_nonfinite": 10,  # most steps of a run to skip or roll back
             },
             "checkpoint": {
-                "every": 100,  # steps
-                "keep": 2,  # latest checkpoints
+                "every": 100,  # steps; 0 for the first and the last alone
+                "keep": 2,  # latest checkpoints; -1 for all
                 "keep_every": 0,  # steps whose multiples are kept for good; 0 for none
             },
             "log": {
-                "every": 10,  # steps between lines of metrics.jsonl
+                "every": 10,  # steps between lines of metrics.jsonl; 0 for none
                 "eval_every": 200,  # steps between evaluations on the validation split; 0 for none
-                "eval_pairs": 256,  # of the validation split
+                "eval_pairs": 256,  # of the validation split; -1 for all
                 "trace": 0,  # first of three steps to trace into <workdir>/trace; 0 for none
                 "wandb": "offline",  # "offline", "online" (needs an account) or "disabled"
             },

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
+# Names, in lower case, of files and folders that operating systems leave anywhere; so do names that begin with a dot.
+_STRAY = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found", "@eadir", "__macosx", "$recycle.bin"}
 STANDARD_STREAM = "-"  # as a name: standard input, or standard output
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # errors of reading a truncated or corrupt compressed file
 _OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -32,7 +34,6 @@ _NOT_READ = {
     codecs.BOM_UTF16_BE: "text in UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
 }
 _TAR = slice(257, 262), b"ustar"
-_LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"}  # beside dot files
 _ALIGNMENTS = "convert it, for example by esl-reformat of HMMER"
 # Formats by their first line, with advice for a reader who needs another one.
 _FORMATS = [
@@ -74,13 +75,18 @@ def expanded(path: str | PurePath) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """Return what a folder holds, sorted, without what systems leave there: dot files, Thumbs.db and the like."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LEFT_BY_SYSTEMS)
+    """Return what a folder holds, sorted, without what systems and editors leave there (`is_stray`)."""
+    return sorted(path for path in folder.iterdir() if not is_stray(path.name))
 
 
 def format_of(line: bytes) -> str:
     """Return the format, with advice, of which a line seems to be the first; "" if it could be anything."""
     return next((told for pattern, told in _FORMATS if re.match(pattern, line, re.DOTALL)), "")
+
+
+def is_stray(name: str) -> bool:
+    """Tell whether an operating system, a network disk or an editor leaves files or folders of this name anywhere."""
+    return name.startswith((".", "~$", "#")) or name.endswith("~") or name.lower() in _STRAY
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ class Stream(Protocol):
 
     config: Any  # with `workers` and `prefetch`
     bad: tuple[str, ...]  # messages about the records that were left out
+    content: str  # hash of the data, "" where the settings decide all of it
 
     def __getitem__(self, step: int) -> Any: ...
-    def fingerprint(self) -> str: ...  # hash of all that decides the batches, so that no run is resumed with others
+    def fingerprint(self) -> str: ...  # hash of all that decides which data are drawn, `content` apart
     def description(self) -> str: ...  # phrase for the first line of a run
 
 
@@ -60,21 +61,30 @@ class BatchIterator(grain.DatasetIterator):
         )
 
     def get_state(self) -> dict[str, Any]:
-        return {"step": self.step, "stream": self._fingerprint}
+        return {"step": self.step, "stream": self._fingerprint, "content": self.stream.content}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue at the saved step.
+        """Continue at the saved step. Raises ValueError as `check` does."""
+        self.check(state)
+        self._batches.close()
+        self._seek(state["step"])
 
-        Raises ValueError if the state is of a stream with another seed, batch size, buckets, cap or data.
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state is of a stream with another seed, batch size, buckets, cap or data.
+
+        The data's place and name do not matter. States of earlier versions tell data of other lengths only.
         """
         if state["stream"] != self._fingerprint:
             raise ValueError(
-                f"state: saved by stream {state['stream']}, this is {self._fingerprint}: they differ in data, seed, "
-                "batch_size, buckets, pairs_per_family or crop; restore with the values of the saved run, or start a "
-                "new one"
+                f"the batches of the saved run are others (stream {state['stream']}, this is {self._fingerprint}): "
+                "they differ in the data at data.dir, seed, batch_size, data.buckets, data.pairs_per_family or "
+                "data.crop; give the values of the saved run, or start a new one in another --workdir"
             )
-        self._batches.close()
-        self._seek(state["step"])
+        if state.get("content", self.stream.content) != self.stream.content:
+            raise ValueError(
+                f"the saved run was trained on other sequences or alignments (hash {state['content']}, of the training "
+                f"split at data.dir {self.stream.content}); give its data, or start a new run in another --workdir"
+            )
 
     def close(self) -> None:
         self._batches.close()

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import Annotated, ClassVar, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int32, Int64
@@ -18,10 +18,11 @@ from jaxtyping import Bool, Float64, Int, Int32, Int64
 from data import vocab
 from data.iterator import BatchIterator, Stream, shard_rows
 from data.sampling import Families, LengthIndex, check_buckets, readable, row_lengths
+from data.settings import BATCH_SIZE, MOST, SEED, Integer, Lengths, Number, Section
 from data.transforms import NO_TARGET, Pair, crop, pair
 
 Ids = Int64[np.ndarray, "pairs 3"]
-Lengths = Int64[np.ndarray, " pairs"]
+PairLengths = Int64[np.ndarray, " pairs"]
 
 _ATTEMPTS = 4  # draws of an example before a pair without any aligned residue is accepted
 _CACHED_FAMILIES = 512  # decoded records kept, mostly below 50 KB each; reading one takes longer than making its pair
@@ -39,27 +40,21 @@ class Batch(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineConfig:
+class PipelineConfig(Section):
     """Settings of the training batches. `workers` and `prefetch` do not change the batches."""
 
-    buckets: Sequence[int] = (64, 128, 256, 512)  # ascending; a pair is padded to the first that holds both sequences
-    batch_size: int = 64  # pairs a step, over all hosts
-    seed: int = 0  # of the pairs and crops that are drawn
-    pairs_per_family: int = 1000  # largest weight of a family; below, a family weighs as much as it has pairs
-    crop: float = 0.0  # share of pairs in which one sequence loses up to half at one end
-    workers: int = 0  # processes that make batches; 0 for a thread
-    prefetch: int = 4  # batches made ahead, by each worker
-    max_bad_records: int = 0  # damaged records that may be left out; one more is an error
+    name: ClassVar[str] = "data"
 
-    def __post_init__(self):
-        check_buckets(self.buckets)
-        at_least_1 = ("batch_size", "pairs_per_family", "prefetch")
-        for name in (*at_least_1, "seed", "workers", "max_bad_records"):
-            value, least = getattr(self, name), int(name in at_least_1)
-            if value < least:
-                raise ValueError(f"{name}: {value} was given, allowed is {least} or more")
-        if not 0 <= self.crop <= 1:
-            raise ValueError(f"crop: {self.crop} was given, allowed is a share, 0 to 1")
+    # ascending; a pair is padded to the first that holds both sequences
+    buckets: Annotated[Sequence[int], Lengths()] = (64, 128, 256, 512)
+    batch_size: Annotated[int, BATCH_SIZE] = 64  # pairs a step, over all hosts
+    seed: Annotated[int, SEED] = 0  # of the pairs and crops that are drawn
+    # largest weight of a family; below, a family weighs as much as it has pairs
+    pairs_per_family: Annotated[int, Integer(1, or_all=True)] = 1000
+    crop: Annotated[float, Number(0.0, 1.0)] = 0.0  # share of pairs in which one sequence loses up to half at one end
+    workers: Annotated[int, Integer(0, 1024)] = 0  # processes that make batches; 0 for a thread
+    prefetch: Annotated[int, Integer(1, 1 << 16)] = 4  # batches made ahead, by each worker
+    max_bad_records: Annotated[int, Integer()] = 0  # damaged records that may be left out; one more is an error
 
 
 class PairStream(Stream):
@@ -70,8 +65,9 @@ class PairStream(Stream):
 
     def __init__(self, families: Families, config: PipelineConfig, *, shard_index: int = 0, shard_count: int = 1):
         self.config = config
-        self.index = LengthIndex.build(families, config.buckets, config.pairs_per_family, config.max_bad_records)
-        self.bad = self.index.bad
+        most = MOST if config.pairs_per_family == -1 else config.pairs_per_family
+        self.index = LengthIndex.build(families, config.buckets, most, config.max_bad_records)
+        self.bad, self.content = self.index.bad, self.index.content
         self._shard = shard_rows(config.batch_size, shard_index, shard_count)
         self._read = _Reader(families)
 
@@ -85,7 +81,7 @@ class PairStream(Stream):
         return _assemble(cropped, np.array(ids), self.config.buckets[bucket])
 
     def fingerprint(self) -> str:
-        """Return a hash of seed, sizes and data; hosts and workers do not change it."""
+        """Return a hash of seed, sizes and lengths; hosts and workers do not change it."""
         c = self.config
         digest = hashlib.sha256(repr((tuple(c.buckets), c.batch_size, c.seed, c.crop)).encode())
         for array in (self.index.rows, self.index.first, self.index.ranks, self.index.mass):
@@ -207,7 +203,7 @@ def _assemble(pairs: Sequence[Pair], ids: Int[np.ndarray, "batch 3"], length: in
     return batch
 
 
-def _evaluation_pairs(families: Families, max_bad: int) -> tuple[Ids, Lengths]:
+def _evaluation_pairs(families: Families, max_bad: int) -> tuple[Ids, PairLengths]:
     """Return the ids of all evaluation pairs, family after family, and the length of each pair's longer sequence."""
     ids, lengths = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)]
     bad: list[str] = []

@@ -1,6 +1,7 @@
 """Random draws of pairs from a split, by counts of pairs a family and length bucket; the pairs are never listed."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
@@ -34,6 +35,7 @@ class LengthIndex:
     mass: Float64[np.ndarray, "families buckets"]  # pairs, scaled so that a family has at most `pairs_per_family`
     left_out: float  # share of these pairs that are longer than the largest bucket, 0 to 1
     bad: tuple[str, ...] = ()  # a message for each damaged record; its family counts as one without rows
+    content: str = ""  # hash of all alignments in order
 
     @classmethod
     def build(
@@ -47,8 +49,13 @@ class LengthIndex:
         if not len(families):
             raise ValueError("families: the split is empty; training needs at least one family")
         bad: list[str] = []
-        counted = (_rows_by_length(family, buckets) for family in readable(families, max_bad, bad))
-        rows, edges = zip(*counted, strict=True)
+        digest = hashlib.sha256()
+        rows, edges = [], []
+        for family in readable(families, max_bad, bad):
+            digest.update(b"damaged" if family is None else _packed(family))
+            of_family = _rows_by_length(family, buckets)
+            rows.append(of_family[0])
+            edges.append(of_family[1])
         sizes = np.array([len(r) for r in rows])
         ranks = _rank(np.stack(edges), 0)
         total = _rank(sizes, 0)
@@ -60,7 +67,8 @@ class LengthIndex:
                 "give larger buckets, or families with at least two sequences"
             )
         left_out = 1 - mass.sum() / weight.sum()
-        return cls(np.concatenate(rows), np.cumsum(sizes) - sizes, ranks, mass, float(left_out), tuple(bad))
+        first, content = np.cumsum(sizes) - sizes, digest.hexdigest()[:16]
+        return cls(np.concatenate(rows), first, ranks, mass, float(left_out), tuple(bad), content)
 
     def draw(
         self, family: Int64[np.ndarray, "*shape"], bucket: int, rng: np.random.Generator
@@ -91,6 +99,11 @@ def readable(families: Families, max_bad: int, bad: list[str]) -> Iterator[Famil
 def row_lengths(family: Family) -> Int64[np.ndarray, " rows"]:
     """Return the number of residues of every row."""
     return vocab.is_residue(family.alignment).sum(axis=1)
+
+
+def _packed(family: Family) -> bytes:
+    """Return all that pairs of a family are made of."""
+    return repr(family.alignment.shape).encode() + family.alignment.tobytes()
 
 
 def _rows_by_length(

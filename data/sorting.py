@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import Annotated, ClassVar, TypedDict
 
 import numpy as np
 from jaxtyping import Int32
 
 from data.iterator import Stream, shard_rows
+from data.settings import BATCH_SIZE, SEED, Integer, Section
 
 # By split: number of its random stream, and its lengths: n * longest + 1 to (n + 1) * longest. Stream 0 is training.
 EVALUATION_SPLITS = {"validation": (1, 0), "test_iid": (2, 0), "test_ood": (3, 1)}
@@ -30,32 +31,33 @@ class SortingBatch(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class SortingConfig:
+class SortingConfig(Section):
     """Settings of the batches: `config.data` of a run, its batch size and its seed."""
 
-    batch_size: int = 128
-    seed: int = 0
-    sequences: int = 100_000  # to train on, drawn once, with lengths 1 to `longest`
-    test_sequences: int = 5_000  # of each evaluation split; test_ood has lengths from `longest` + 1 to 2 `longest`
-    symbols: int = 20
-    longest: int = 10
-    workers: int = 0  # as in pipeline.PipelineConfig
-    prefetch: int = 4
+    name: ClassVar[str] = "data"
+
+    batch_size: Annotated[int, BATCH_SIZE] = 128
+    seed: Annotated[int, SEED] = 0
+    sequences: Annotated[int, Integer(1)] = 100_000  # to train on, drawn once, with lengths 1 to `longest`
+    # of each evaluation split; test_ood has lengths from `longest` + 1 to 2 `longest`
+    test_sequences: Annotated[int, Integer(1)] = 5_000
+    symbols: Annotated[int, Integer(1, 1 << 20)] = 20
+    longest: Annotated[int, Integer(1, 1 << 20)] = 10
+    workers: Annotated[int, Integer(0, 1024)] = 0  # as in pipeline.PipelineConfig
+    prefetch: Annotated[int, Integer(1, 1 << 16)] = 4
 
     def __post_init__(self):
-        least = {"workers": 0, "seed": 0}
-        for field in dataclasses.fields(self):
-            value, at_least = getattr(self, field.name), least.get(field.name, 1)
-            if value < at_least:
-                raise ValueError(f"{field.name}: {value} was given, allowed is {at_least} or more")
-        if self.sequences < (least := self.batch_size):
-            raise ValueError(f"sequences: {self.sequences} was given, allowed is batch_size = {least} or more")
+        super().__post_init__()
+        if self.sequences < self.batch_size:
+            given = self.given("sequences", self.sequences)
+            raise ValueError(f"{given}: allowed is batch_size={self.batch_size} or more")
 
 
 class SortingStream(Stream):
     """Training batches by step number: `stream[step]` is this host's part. An epoch has every sequence at most once."""
 
     bad: tuple[str, ...] = ()
+    content = ""  # settings decide all
 
     def __init__(self, config: SortingConfig, *, shard_index: int = 0, shard_count: int = 1):
         self.config = config

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignment import asap_maps, weights
 from alignment.inference import Pretrained
 from evaluation import scoring
-from evaluation.tasks import AlignmentTask, Task, task_of
+from evaluation.tasks import AlignmentTask, Task, checked, task_of
 from models.attention import Asap
 from training import sharding
 from training.checkpoints import Checkpoints, DamagedCheckpointError
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 def load_run(workdir: Path, step: int | None = None) -> Run:
     """Load a checkpoint of a run, by default the newest. Raises ValueError or OSError that says what is wrong."""
     config = read_config(workdir)
-    trainer, mesh = described(config, workdir / "config.json")
+    config, trainer, mesh = described(config, workdir / "config.json")
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         try:
             state, _ = checkpoints.restore(trainer.abstract_state(mesh), step)
@@ -63,8 +63,7 @@ def load_run(workdir: Path, step: int | None = None) -> Run:
 def load_weights(path: Path) -> Run:
     """Load a file of `scripts/export_weights.py`."""
     values, step = weights.read_config(path)
-    config = ConfigDict(values)
-    trainer, mesh = described(config, path)
+    config, trainer, mesh = described(ConfigDict(values), path)
     return Run(config, trainer, mesh, weights.load(path, trainer.abstract_state(mesh).params), step)
 
 
@@ -82,15 +81,15 @@ def with_maps(run: Run, maps: Mapping[str, Asap]) -> Run:
 
 def make_trainer(config: ConfigDict) -> Trainer:
     """Make the trainer that a configuration describes; a misspelt key fails here."""
-    settings = OptimizerConfig(**config.optimizer)
+    settings = OptimizerConfig.of(config.optimizer.to_dict())
     return Trainer.create(task_of(config).objective(), settings, total_steps=config.total_steps, seed=config.seed)
 
 
-def described(config: ConfigDict, path: Path) -> tuple[Trainer, Mesh]:
-    """Make trainer and local mesh of a stored configuration. Raises ValueError naming the file."""
+def described(config: ConfigDict, path: Path) -> tuple[ConfigDict, Trainer, Mesh]:
+    """Complete a stored configuration, and make its trainer and local mesh. Raises ValueError naming the file."""
     try:
-        task_of(config).check_data()
-        return make_trainer(config), local_mesh(config.batch_size)
+        config = checked(config)
+        return config, make_trainer(config), local_mesh(config.batch_size)
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{path} does not describe a model of this version: {error}") from error
 

@@ -8,23 +8,26 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data import pfam, pipeline, sorting
+from data import files, pfam, pipeline, sorting
+from data.settings import Folder, Section
 from evaluation import baselines, figures, scoring
 from evaluation import sorting as sorting_scores
 from evaluation.report import Examples
 from models.aligner import AlignerConfig
-from models.attention import specs_of
+from models.attention import AttentionConfig, SparseConfig, specs_of
 from models.objectives import AlignmentObjective, LossConfig, Objective
 from models.sorter import SorterConfig, SortingObjective
 from training import sharding
-from training.state import Trainer
+from training.nonfinite_guard import NonFinitePolicy
+from training.settings import CheckpointConfig, LogConfig, RunConfig
+from training.state import OptimizerConfig, Trainer
 
 if TYPE_CHECKING:
     from evaluation.runs import Run
@@ -34,8 +37,22 @@ _ROOT = Path(__file__).parents[1]
 _CERTIFIED = 128  # pairs of a split whose plans are certified
 
 
+_OF_ALL_TASKS = (
+    RunConfig,
+    AttentionConfig,
+    SparseConfig,
+    OptimizerConfig,
+    sharding.MeshConfig,
+    NonFinitePolicy,
+    CheckpointConfig,
+    LogConfig,
+)
+
+
 class Task(abc.ABC):
     """A task that models are trained for, as a configuration describes it."""
+
+    sections: ClassVar[tuple[type[Section], ...]]  # of the configuration
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -43,10 +60,6 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def objective(self) -> Objective:
         """Make the objective. Raises ValueError or TypeError for settings out of range and misspelt keys."""
-
-    @abc.abstractmethod
-    def check_data(self) -> None:
-        """Raise ValueError, TypeError, AttributeError or KeyError unless `config.data` says what to score on."""
 
     @abc.abstractmethod
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
@@ -84,24 +97,61 @@ class Options(NamedTuple):
 
 def task_of(config: ConfigDict) -> Task:
     """Make the task that a configuration names: sorting, or else alignment."""
-    return SortingTask(config) if config.get("task") == "sorting" else AlignmentTask(config)
+    return _kind_of(config)(config)
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Add to the settings of a configuration the default of every key that is missing; values are not checked."""
+    result = dict(settings)
+    for section in _kind_of(settings).sections:
+        if not section.name:
+            result = section.defaults() | result
+        elif isinstance(given := settings.get(section.name, {}), dict):
+            result[section.name] = section.defaults() | given
+    return result
+
+
+def checked(config: ConfigDict) -> ConfigDict:
+    """Return a configuration with every key, in plain values.
+
+    Raises ValueError that names the key if there is no such key, or if its value is not allowed.
+    """
+    settings = completed(config.to_dict())
+    sections = {section.name: section for section in _kind_of(settings).sections}
+    run = sections.pop("").of({key: value for key, value in settings.items() if key not in sections})
+    result = {key: getattr(run, key) for key in run.defaults()}
+    for name, section in sections.items():
+        own, shared = settings[name], {} if name != "data" else {key: result[key] for key in ("batch_size", "seed")}
+        read = section.of(own | shared if isinstance(own, dict) else own)
+        result[name] = {key: getattr(read, key) for key in section.defaults()}
+    return ConfigDict(result)
+
+
+def _kind_of(settings: Any) -> "type[Task]":
+    return SortingTask if settings.get("task") == "sorting" else AlignmentTask
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(pipeline.PipelineConfig):
+    """`config.data` of an aligner: a folder, and the settings of the batches."""
+
+    dir: Annotated[str, Folder()] = "data/default"
 
 
 class AlignmentTask(Task):
     """Align pairs of rows of Pfam alignments; score beside the baselines on the same pairs."""
 
+    sections = (*_OF_ALL_TASKS, DataConfig, AlignerConfig, LossConfig)
+
     def objective(self) -> AlignmentObjective:
         spec, blocks = specs_of(self.config.to_dict())
-        return AlignmentObjective(AlignerConfig(**self.config.model), spec, LossConfig(**self.config.loss), blocks)
-
-    def check_data(self) -> None:
-        pipeline.check_buckets(self.config.data.buckets)
-        resolve_data_dir(self.config.data.dir)
+        return AlignmentObjective(
+            AlignerConfig.of(self.config.model.to_dict()), spec, LossConfig.of(self.config.loss.to_dict()), blocks
+        )
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        options = self.config.data.to_dict()
-        directory = resolve_data_dir(options.pop("dir"))
-        config = pipeline.PipelineConfig(batch_size=self.config.batch_size, seed=self.config.seed, **options)
+        directory = resolve_data_dir(self.config.data.dir)
+        config = DataConfig.of({**self.config.data, "batch_size": self.config.batch_size, "seed": self.config.seed})
         shard_index, shard_count = sharding.host_shard(mesh)
         families = pfam.open_split(directory, "train")
         return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
@@ -109,7 +159,7 @@ class AlignmentTask(Task):
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
         model = scoring.pretrained(trainer, mesh)
-        batches = functools.partial(self._evaluation_batches, families, mesh, self.config.log.eval_pairs)
+        batches = functools.partial(self._evaluation_batches, families, mesh, _limit(self.config))
         return lambda params: scoring.score_split(dataclasses.replace(model, params=params), families, batches())
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
@@ -143,14 +193,13 @@ class AlignmentTask(Task):
 class SortingTask(Task):
     """Sort sequences of symbols, the task of arXiv 2002.11296; score exact matches and edit distances, by length."""
 
+    sections = (*_OF_ALL_TASKS, sorting.SortingConfig, SorterConfig)
+
     def objective(self) -> SortingObjective:
         _, blocks = specs_of(self.config.to_dict())
         if blocks is None:
             raise ValueError("attention.kind='sinkhorn' cannot be causal; sort with sparse_sinkhorn, local or softmax")
-        return SortingObjective(SorterConfig(**self.config.model), blocks, self.config.data.symbols)
-
-    def check_data(self) -> None:
-        self._data()
+        return SortingObjective(SorterConfig.of(self.config.model.to_dict()), blocks, self.config.data.symbols)
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         index, count = sharding.host_shard(mesh)
@@ -158,7 +207,7 @@ class SortingTask(Task):
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
-        batches = functools.partial(sorting.evaluation_batches, self._data(), "validation", self.config.log.eval_pairs)
+        batches = functools.partial(sorting.evaluation_batches, self._data(), "validation", _limit(self.config))
         return lambda params: sorting_scores.score_split(functools.partial(write, params), batches())
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
@@ -174,11 +223,20 @@ class SortingTask(Task):
         return score
 
     def _data(self) -> sorting.SortingConfig:
-        return sorting.SortingConfig(batch_size=self.config.batch_size, seed=self.config.seed, **self.config.data)
+        shared = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        return sorting.SortingConfig.of({**self.config.data, **shared})
+
+
+def _limit(config: ConfigDict) -> int | None:
+    """Return the number of pairs to validate on; None for all."""
+    return None if config.log.eval_pairs == -1 else config.log.eval_pairs
 
 
 def resolve_data_dir(directory: str) -> Path:
-    """Return the folder as given if it exists, else relative to the repository, which holds the shipped data."""
-    path = Path(directory).expanduser()
+    """Return the folder as given if it exists, else relative to the repository, which holds the shipped data.
+
+    `~` is the home folder. Raises ValueError if there is none.
+    """
+    path = Path(files.expanded(directory))
     beside = _ROOT / path
     return beside if not path.exists() and beside.exists() else path

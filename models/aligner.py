@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from data import vocab
+from data.settings import Choice, Integer, Number, Section, Switch
 from models import attention, pair_hmm, refinement
 from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, SinkhornSpec
 
@@ -18,45 +19,37 @@ _PRIOR_WEIGHT = 0.3466  # ln 2 / 2: BLOSUM62 is in half bits, the weight turns i
 X, Y = Int[Array, "batch x_length"], Int[Array, "batch y_length"]  # tokens
 Target = Int[Array, "batch x_length"]  # columns of y, or -1
 
-# Least and most, which is far beyond use: a damaged or hostile configuration must not take all memory or time.
-_WIDTHS = {"width": (1, 1 << 16), "heads": (1, 1 << 12), "plan_width": (1, 1 << 14), "value_width": (1, 1 << 14)}
-_RANGES = _WIDTHS | {"depth": (1, 1000), "kernel": (1, 1001), "dilations": (1, 30), "refinement": (0, 1000)}
-
 
 @dataclasses.dataclass(frozen=True)
-class AlignerConfig:
+class AlignerConfig(Section):
     """`config.model` of an aligner, which configs/base.py describes. Widths are in channels."""
 
-    width: int = 128
-    depth: int = 6
-    kernel: int = 5
-    dilations: int = 4
-    heads: int = 4
-    attention_every: int = 3
-    plan_width: int = 64
-    plan_gain: float = 1.0
-    value_width: int = 64
-    positions: bool = True
-    substitution_prior: bool = False
-    refinement: int = 0
-    gap_model: bool = False
-    implementation: str = "auto"
-    dtype: str = "float32"
+    name: ClassVar[str] = "model"
+
+    # The most is far beyond use: a damaged or hostile configuration must not take all memory or time.
+    width: Annotated[int, Integer(1, attention.MOST_WIDTH)] = 128
+    depth: Annotated[int, Integer(1, 1000)] = 6
+    kernel: Annotated[int, Integer(1, 1001)] = 5
+    dilations: Annotated[int, Integer(1, 30)] = 4
+    heads: Annotated[int, Integer(1, attention.MOST_HEADS)] = 4
+    attention_every: Annotated[int, Integer()] = 3
+    plan_width: Annotated[int, Integer(1, 1 << 14)] = 64
+    plan_gain: Annotated[float, Number(open_least=True, hint=", or nothing is learned")] = 1.0
+    value_width: Annotated[int, Integer(1, 1 << 14)] = 64
+    positions: Annotated[bool, Switch()] = True
+    substitution_prior: Annotated[bool, Switch()] = False
+    refinement: Annotated[int, Integer(0, 1000)] = 0
+    gap_model: Annotated[bool, Switch()] = False
+    implementation: Annotated[str, Choice(("auto", *get_args(Implementation)))] = "auto"
+    dtype: Annotated[str, Choice(("float32", "bfloat16"))] = "float32"
 
     def __post_init__(self):
-        for field, (least, most) in _RANGES.items():
-            value = getattr(self, field)
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"model.{field}={value!r} must be an integer from {least} to {most}")
-        if self.plan_gain <= 0:
-            raise ValueError(f"model.plan_gain={self.plan_gain} must be above 0, or nothing is learned")
+        super().__post_init__()
         if self.plan_width % 4:
-            raise ValueError(f"model.plan_width={self.plan_width} must be a multiple of 4: half of it is rotated")
-        allowed = "auto", *get_args(Implementation)
-        if self.implementation not in allowed:
-            raise ValueError(f"model.implementation={self.implementation!r} must be one of {', '.join(allowed)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+            given = self.given("plan_width", self.plan_width)
+            raise ValueError(f"{given}: allowed is a multiple of 4, as half of it is rotated")
+        if 0 < self.attention_every <= self.depth:
+            attention.check_heads(self.width, self.heads)
 
 
 class ConvolutionBlock(nnx.Module):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
+from data.settings import Choice, Integer, Number, Section, Switch
 from models import mesh as mesh_axes
 from ot_attention import SinkhornInfo, SinkhornSpec, asap, plans, sinkhorn_attention, sparse
 from ot_attention.asap import Asap
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.plans import BandedPlan, Potentials
 from ot_attention.sparse import SparseSpec
-from ot_attention.spec import Implementation
+from ot_attention.spec import Dustbin, Gradient, Implementation, Solver
 
 _BLOCK_KINDS = "sparse_sinkhorn", "local", "softmax"
+MOST_WIDTH, MOST_HEADS = 1 << 16, 1 << 12
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
 
 Lengths = Int[Array, "batch"]
@@ -39,27 +41,75 @@ class BlockSpec:
             raise ValueError(f"attention.kind={self.kind!r} must be one of sinkhorn, {', '.join(_BLOCK_KINDS)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(Section):
+    """`config.attention`, which configs/base.py describes: a `SinkhornSpec`, and the kind of the self-attention."""
+
+    name: ClassVar[str] = "attention"
+
+    kind: Annotated[str, Choice(("sinkhorn", *_BLOCK_KINDS))] = "sinkhorn"
+    epsilon: Annotated[float, Number(open_least=True)] = 1.0
+    base_steps: Annotated[int, Integer(0, 1 << 20)] = 20
+    tail_steps: Annotated[int, Integer(1, 1000)] = 2
+    band: Annotated[int, Integer(or_all=True)] = 64
+    dustbin: Annotated[str, Choice(get_args(Dustbin))] = "none"
+    gradient: Annotated[str, Choice(get_args(Gradient))] = "tail"
+    solver: Annotated[str, Choice(get_args(Solver))] = "sinkhorn"
+    newton_steps: Annotated[int, Integer(1, 1000)] = 2
+    cg_steps: Annotated[int, Integer(1, 1 << 20)] = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            self.spec()
+        except ValueError as error:  # about fields that do not fit together
+            raise ValueError(f"attention.{error}") from error
+
+    def spec(self) -> SinkhornSpec:
+        values = {name: value for name, value in vars(self).items() if name != "kind"}
+        return SinkhornSpec(**values | {"band": None if self.band == -1 else self.band})
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig(Section):
+    """`config.sparse`, which configs/base.py describes: a `SparseSpec`."""
+
+    name: ClassVar[str] = "sparse"
+
+    block: Annotated[int, Integer(1, 1 << 24)] = 32
+    steps: Annotated[int, Integer(1, 1 << 20)] = 7
+    temperature: Annotated[float, Number(open_least=True)] = 0.75
+    sortcut: Annotated[int, Integer(0, 1 << 24)] = 0
+    mixture: Annotated[bool, Switch()] = False
+
+    def spec(self) -> SparseSpec:
+        return SparseSpec(**vars(self) | {"sortcut": self.sortcut or None})
+
+
 def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]:
     """Return the settings of plans, and of the self-attention if it is of another kind, from a run's configuration.
 
-    Raises ValueError or TypeError: values out of range, misspelt keys.
+    Raises ValueError: values out of range, misspelt keys.
     """
-    values = dict(config["attention"])
-    kind = values.pop("kind", "sinkhorn")  # runs of earlier versions lack the key
-    if values.get("band") == -1:  # a flag cannot say None
-        values["band"] = None
-    if kind == "sinkhorn":
-        return SinkhornSpec(**values), None
-    sparse_values = {name: value for name, value in config["sparse"].items() if (name, value) != ("sortcut", 0)}
-    return SinkhornSpec(**values), BlockSpec(kind, SparseSpec(**sparse_values))
+    settings = AttentionConfig.of(config["attention"])
+    if settings.kind == "sinkhorn":
+        return settings.spec(), None
+    return settings.spec(), BlockSpec(settings.kind, SparseConfig.of(config["sparse"]).spec())
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise ValueError unless heads of even width fit."""
+    if width % heads or (width // heads) % 2:
+        raise ValueError(
+            f"model.heads={heads}: allowed are divisors of model.width={width} that leave even head widths"
+        )
 
 
 class _Heads(nnx.Module):
     """Projections of self-attention with rotary positions."""
 
     def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        if width % heads or (width // heads) % 2:
-            raise ValueError(f"model.heads={heads} must divide model.width={width} into even head widths")
+        check_heads(width, heads)
         # Heads are an axis of the kernels, so that devices can share them.
         each = heads, width // heads
         self.project = nnx.LinearGeneral(width, (3, *each), use_bias=False, dtype=dtype, rngs=rngs)

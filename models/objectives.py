@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import vocab
+from data.settings import Number, Section
 from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import BlockSpec, SinkhornSpec
@@ -33,27 +34,24 @@ class Objective(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Section):
     """`config.loss`: weights of the three terms, and the share of x that is masked in training.
 
     With `mask_rate` above 0 only masked residues are reconstructed: an unmasked residue could be routed to an identical
     one of y without any alignment.
     """
 
-    reconstruction: float = 1.0
-    sparse_ce: float = 0.0
-    alignment: float = 0.0
-    mask_rate: float = 0.15
+    name: ClassVar[str] = "loss"
+
+    reconstruction: Annotated[float, Number()] = 1.0
+    sparse_ce: Annotated[float, Number()] = 0.0
+    alignment: Annotated[float, Number()] = 0.0
+    mask_rate: Annotated[float, Number(0.0, 1.0, open_most=True)] = 0.15
 
     def __post_init__(self):
-        terms = self.reconstruction, self.sparse_ce, self.alignment
-        if min(terms) < 0 or not any(terms):
-            raise ValueError(
-                f"loss.reconstruction={self.reconstruction}, loss.sparse_ce={self.sparse_ce} and "
-                f"loss.alignment={self.alignment} must not be negative, nor all 0"
-            )
-        if not 0 <= self.mask_rate < 1:
-            raise ValueError(f"loss.mask_rate={self.mask_rate} must be at least 0 and below 1")
+        super().__post_init__()
+        if not (self.reconstruction or self.sparse_ce or self.alignment):
+            raise ValueError("loss.reconstruction=0.0, loss.sparse_ce=0.0, loss.alignment=0.0: one must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,14 @@ The configuration chooses the self-attention of encoder and decoder; attention f
 """
 
 import dataclasses
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from data.settings import Integer, Section
 from models import attention
 from models.attention import BlockSpec, Lengths, Noise
 from models.objectives import Batch, Totals
@@ -19,18 +21,19 @@ Logits = Float[Array, "batch places tokens"]  # of the token that follows
 
 
 @dataclasses.dataclass(frozen=True)
-class SorterConfig:
+class SorterConfig(Section):
     """`config.model` of the sorting task. depth: Layers of the encoder, and of the decoder. Widths are in channels."""
 
-    width: int = 64
-    heads: int = 4
-    depth: int = 2
-    hidden: int = 256
+    name: ClassVar[str] = "model"
+
+    width: Annotated[int, Integer(1, attention.MOST_WIDTH)] = 64
+    heads: Annotated[int, Integer(1, attention.MOST_HEADS)] = 4
+    depth: Annotated[int, Integer(1, 1000)] = 2
+    hidden: Annotated[int, Integer(1, attention.MOST_WIDTH)] = 256
 
     def __post_init__(self):
-        for field, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"model.{field}={value} must be at least 1")
+        super().__post_init__()
+        attention.check_heads(self.width, self.heads)
 
 
 class Layer(nnx.Module):

@@ -56,6 +56,7 @@ _LONGEST_FIRST = [
     "test_weights",
     "test_tpu",
     "test_train",
+    "test_run_config",
     "test_implicit",
     "test_sparse",
     "test_decode",

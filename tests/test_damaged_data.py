@@ -52,7 +52,7 @@ def test_damaged_records_are_counted_listed_and_left_out_the_same_way_every_time
     assert again.fingerprint() == stream.fingerprint()
     np.testing.assert_array_equal(again[17]["x"], stream[17]["x"])
     other = pipeline.BatchIterator(pipeline.PairStream(pfam.open_split(SHARDS.parent, "train"), BATCHES))
-    with pytest.raises(ValueError, match="differ in data"):
+    with pytest.raises(ValueError, match="differ in the data at"):
         other.set_state({"step": 3, "stream": stream.fingerprint()})
     with pytest.raises(BadRecordError, match="max_bad_records above 2"):
         pipeline.PairStream(pfam.open_split(damaged_shards(tmp_path / "c", 3, 8, 9), "train"), BATCHES)

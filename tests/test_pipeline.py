@@ -199,7 +199,7 @@ def test_state_of_another_stream_is_refused(change):
     fields = {"buckets": CONFIG.buckets, "batch_size": 8, "seed": 3, "pairs_per_family": 50}
     fields |= {change: values[change]} if change in values else {}
     iterator = train_iterator(FAMILIES[::-1] if change == "data" else FAMILIES, PipelineConfig(**fields))
-    with pytest.raises(ValueError, match="state: saved by stream"):
+    with pytest.raises(ValueError, match="batches of the saved run are others"):
         iterator.set_state(train_iterator(FAMILIES, CONFIG).get_state())
 
 
@@ -239,14 +239,14 @@ def test_worker_processes_give_the_same_batches_and_state(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"buckets": ()}, "buckets: "),
-        ({"buckets": (64, 32)}, r"buckets: \(64, 32\)"),
-        ({"buckets": (0, 32)}, "buckets: "),
-        ({"batch_size": 0}, "batch_size: 0"),
-        ({"pairs_per_family": 0}, "pairs_per_family: 0"),
-        ({"seed": -1}, "seed: -1"),
-        ({"workers": -1}, "workers: -1"),
-        ({"prefetch": 0}, "prefetch: 0"),
+        ({"buckets": ()}, r"data\.buckets=\(\): allowed"),
+        ({"buckets": (64, 32)}, r"data\.buckets=\(64, 32\): allowed"),
+        ({"buckets": (0, 32)}, r"data\.buckets=\(0, 32\)"),
+        ({"batch_size": 0}, "^batch_size=0: allowed is an integer, 1 to"),
+        ({"pairs_per_family": 0}, r"data\.pairs_per_family=0.*or -1 for all"),
+        ({"seed": -1}, "^seed=-1"),
+        ({"workers": -1}, r"data\.workers=-1"),
+        ({"prefetch": 0}, r"data\.prefetch=0"),
     ],
 )
 def test_bad_configuration_names_the_field(fields, message):

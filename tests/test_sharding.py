@@ -263,8 +263,8 @@ def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: sharding.MeshConfig(model=0), r"mesh\.model=0 must be at least 1"),
-        (lambda: sharding.MeshConfig(data=0), r"mesh\.data=0 must be at least 1, or -1"),
+        (lambda: sharding.MeshConfig(model=0), r"mesh\.model=0: allowed is an integer, 1 or more"),
+        (lambda: sharding.MeshConfig(data=0), r"mesh\.data=0: allowed is an integer, 1 or more, or -1 for all"),
         (lambda: sharding.make_mesh(sharding.MeshConfig(2, 3), 4), r"mesh\.data=2 times mesh\.model=3 makes 6 devices"),
         (lambda: sharding.make_mesh(sharding.MeshConfig(-1, 3), 4), r"mesh\.model=3 makes 3 devices, there are 1"),
         (

@@ -109,9 +109,9 @@ def test_noise_only_while_training():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SortingConfig(symbols=0), r"symbols: 0 was given, allowed is 1 or more"),
-        (lambda: SortingConfig(sequences=5), r"sequences: 5 was given, allowed is batch_size = 128 or more"),
-        (lambda: SorterConfig(depth=0), r"model\.depth=0 must be at least 1"),
+        (lambda: SortingConfig(symbols=0), r"data\.symbols=0: allowed is an integer, 1 to"),
+        (lambda: SortingConfig(sequences=5), r"data\.sequences=5: allowed is batch_size=128 or more"),
+        (lambda: SorterConfig(depth=0), r"model\.depth=0: allowed is an integer, 1 to"),
         (lambda: BlockSpec("dense", SparseSpec()), r"attention\.kind='dense' must be one of sinkhorn, sparse_sinkhorn"),
         (
             lambda: SortingStream(CONFIG, shard_count=3),

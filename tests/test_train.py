@@ -12,6 +12,7 @@ import pytest
 
 import train
 from evaluation import runs
+from evaluation.tasks import completed
 from tests.support import tiny
 from training.checkpoints import Checkpoints
 from training.nonfinite_guard import NonFiniteError
@@ -135,7 +136,7 @@ def test_the_folder_of_another_run_is_refused_untouched(finished):
 
 def test_what_does_not_change_the_model_may_change(finished):
     free = {"total_steps": 9, "log__every": 2, "log__eval_pairs": 8, "checkpoint__keep": 3, "data__prefetch": 2}
-    check_workdir(finished, tiny.config_of(finished, **free))
+    check_workdir(finished, tiny.config_of(finished, **free), completed)
 
 
 def test_a_mistaken_setting_leaves_no_folder(finished, tmp_path):
@@ -186,7 +187,7 @@ def test_mistakes_on_the_command_line_take_one_line(tmp_path):
             lambda mistake: tiny.program("train.py", f"--workdir={tmp_path / 'run'}", *mistake), mistakes.values()
         )
     for told, done in zip(mistakes, ended, strict=True):
-        assert done.returncode == 1 and done.stdout == ""
+        assert done.returncode == (2 if told == "--config is missing" else 1) and done.stdout == ""
         assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
         assert told in done.stderr
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from data.files import is_stray
 from training.processes import is_first_process
 from training.state import TrainState
 
@@ -33,13 +34,13 @@ class Checkpoints:
     All processes of a run share the folder and call the same methods. A checkpoint can be restored on another mesh and
     by another number of processes.
 
-    keep: Number of newest checkpoints that stay. keep_every: Multiples of this step stay, too; 0 for none.
+    keep: Number of newest checkpoints that stay; -1 for all. keep_every: Multiples of this step stay, too; 0 for none.
     """
 
     def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
         self.directory, self._saving = workdir.absolute() / "checkpoints", -1
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            max_to_keep=None if read_only or keep == -1 else keep,
             keep_period=keep_every or None,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # left by saves that were killed
@@ -121,9 +122,9 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     One process may call it, before any `Checkpoints` of the folder is made. It returns a message for each of them.
     Raises DamagedCheckpointError if there are checkpoints and none is good; then nothing is renamed.
     """
-    found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    found = _steps(workdir)
     damaged = {}
-    for folder in sorted(found, key=lambda path: -int(path.name)):
+    for folder in reversed(found):
         if (damage := damage_of(folder)) is None:
             break
         damaged[folder] = f"checkpoint {folder.name} is damaged ({damage})"
@@ -139,6 +140,18 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     return list(damaged.values())
 
 
+def newest_position(workdir: Path) -> dict | None:
+    """Return the iterator state of the newest checkpoint, which must be whole; None if there is none."""
+    found = _steps(workdir)
+    return ocp.JsonCheckpointHandler().restore(found[-1].absolute() / "iterator") if found else None
+
+
+def _steps(workdir: Path) -> list[Path]:
+    """Return the folders of all checkpoints, oldest first; copies such as `100.bak` are none."""
+    folders = [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.is_dir()]
+    return sorted((path for path in folders if path.name.isdecimal()), key=lambda path: int(path.name))
+
+
 def damage_of(folder: Path) -> str | None:
     """Compare a checkpoint with its checksums; return None if they agree, else a message.
 
@@ -152,7 +165,8 @@ def damage_of(folder: Path) -> str | None:
         return None
     listed = path.read_text(errors="replace").splitlines(), _sums(folder)
     expected, found = (dict(line.split("  ", 1)[::-1] for line in lines if "  " in line) for lines in listed)
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    unknown = {name for name in found.keys() - expected.keys() if not any(map(is_stray, Path(name).parts))}
+    wrong = sorted(unknown.union(name for name in expected if expected[name] != found.get(name)))
     if wrong:
         return f"{len(wrong)} of {len(expected)} files missing, changed or unknown: {', '.join(wrong[:3])}"
     return None

@@ -4,11 +4,13 @@ import dataclasses
 import enum
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 
+from data import files
+from data.settings import Choice, Integer, Section
 from training.processes import is_first_process, warn
 
 
@@ -17,17 +19,13 @@ class NonFiniteError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class NonFinitePolicy:
+class NonFinitePolicy(Section):
     """`config.train`, which configs/base.py describes. A file names a batch of non-finite loss in any case."""
 
-    on_nonfinite: str = "stop"
-    max_nonfinite: int = 10
+    name: ClassVar[str] = "train"
 
-    def __post_init__(self):
-        if self.on_nonfinite not in ("stop", "skip", "rollback"):
-            raise ValueError(f"train.on_nonfinite={self.on_nonfinite!r} must be stop, skip or rollback")
-        if self.max_nonfinite < 0:
-            raise ValueError(f"train.max_nonfinite={self.max_nonfinite} must be at least 0")
+    on_nonfinite: Annotated[str, Choice(("stop", "skip", "rollback"))] = "stop"
+    max_nonfinite: Annotated[int, Integer()] = 10
 
 
 class TrainedStep(NamedTuple):
@@ -56,7 +54,7 @@ def guard(policy: NonFinitePolicy, step: TrainedStep, values: dict[str, float], 
     ids = multihost_utils.process_allgather(step.ids, tiled=True).tolist()
     if is_first_process():
         written = {"step": step.number, "batch": step.batch, "metrics": values, "ids": ids}
-        path.write_text(json.dumps(written) + "\n")
+        files.write(path, json.dumps(written) + "\n")
     told = (
         f"step {step.number}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The batch (family, row "
         f"of x, row of y in the train split) is in {path}"

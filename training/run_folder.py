@@ -2,21 +2,49 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import logging
+import netrc
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
+from urllib.parse import urlparse
 
 import jax
 from ml_collections import ConfigDict
 
+from data import files
 from training.processes import is_first_process
 
 # Beginnings of the settings that may change when a run is resumed. Any other change makes it another run.
-_FREE_DATA = "data.workers", "data.prefetch", "data.max_bad_records"
+# What the data are is compared by their content (`BatchIterator.check`), not by their place.
+_FREE_DATA = "data.dir", "data.workers", "data.prefetch", "data.max_bad_records"
 _FREE_KEYS = "total_steps", "train.", "checkpoint.", "log.", "mesh.", *_FREE_DATA, "model.implementation"
+
+
+def check_writable(workdir: Path) -> None:
+    """Raise ValueError unless the folder, or one to make it in, can be written."""
+    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--workdir={workdir}: {there} is a file; give the name of a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--workdir={workdir}: nothing can be written to {there}; give another folder")
+
+
+@contextlib.contextmanager
+def removed_on_failure(workdir: Path) -> Iterator[None]:
+    """Remove the folder and its parents, as far as they were missing before, if an error ends the block."""
+    missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path == workdir else path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -45,11 +73,15 @@ def run_lock(workdir: Path) -> Iterator[None]:
             file.truncate(0)
 
 
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Raise ValueError if the folder holds a run of another configuration."""
+def check_workdir(workdir: Path, config: ConfigDict, completed: Callable[[dict], dict]) -> None:
+    """Raise ValueError if the folder holds a run of another configuration.
+
+    `completed` adds to settings the defaults of keys that are missing, as they are in runs of earlier versions.
+    """
     if not (workdir / "config.json").exists():
         return
-    found = differences(*(json.loads(settings.to_json()) for settings in (read_config(workdir), config)))
+    old, new = (completed(json.loads(one.to_json())) for one in (read_config(workdir), config))
+    found = differences(old, new)
     changed = [f"{key} was {was!r}, is {now!r}" for key, was, now in found if not key.startswith(_FREE_KEYS)]
     if changed:
         raise ValueError(
@@ -76,17 +108,6 @@ def differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, o
             yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file, and its folder, so that it is whole or absent even after a power failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -133,14 +154,16 @@ class MetricsLog:
         """Drop the lines of steps after `start`, from which the run continues; all lines if `start` is 0."""
         if is_first_process() and self.path.exists():
             kept = [row for row in read_metrics(self.workdir) if row["step"] <= start and start > 0]
-            replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            files.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def step(self, step: int, values: dict[str, float], examples: int, residues: int) -> None:
         """Count a training step; every `log.every` steps, write its metrics and the rates since the last line."""
         self.count(examples, residues)
         seconds = time.perf_counter() - self._since
-        if step % self.every == 0 or step == 1:
+        due = self.every and (step % self.every == 0 or step == 1)
+        if due or not self.every:
             self.residues_per_second = self._residues / seconds
+        if due:
             rates = {"residues_per_second": self.residues_per_second, "examples_per_second": self._examples / seconds}
             self.write(step, values | rates | {"data_share": self.waited / seconds})
 
@@ -174,6 +197,36 @@ def without_folders(value):
     return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
+def check_wandb(mode: str) -> None:
+    """Raise ValueError if W&B is not installed, or has no key for `mode` "online". Nothing is sent, nobody is asked."""
+    if mode == "disabled":
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"log.wandb={mode} needs the package wandb: install it, or give log.wandb=disabled")
+    if mode == "online" and not _has_wandb_key():
+        raise ValueError(
+            "log.wandb=online needs an account, and there is no key of one: run `wandb login`, or give "
+            "log.wandb=offline, which writes the same to the run's folder"
+        )
+
+
+def _has_wandb_key() -> bool:
+    """Look where W&B looks: into its variables, its files of settings and .netrc."""
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    settings = wandb.setup().settings
+    if settings.api_key:
+        return True
+    names = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    found = [path for name in names if (path := Path(name).expanduser()).is_file()]
+    try:
+        return any(netrc.netrc(path).authenticators(urlparse(settings.base_url).hostname or "") for path in found)
+    except (netrc.NetrcParseError, OSError):
+        return False
+
+
 def _start_wandb(workdir: Path, config: ConfigDict):
     """Start a W&B run that stores metrics and settings, and nothing of the machine, its user, paths or command."""
     import wandb  # not needed by runs with config.log.wandb=disabled
@@ -183,7 +236,12 @@ def _start_wandb(workdir: Path, config: ConfigDict):
     private: dict = dict.fromkeys(disabled, True) | {"save_code": False, "x_save_requirements": False}
     settings = wandb.Settings(silent=config.log.wandb != "online", console="off", **private)
     told: dict = {"project": "ot-attention", "name": workdir.name, "config": without_folders(config.to_dict())}
-    return wandb.init(dir=workdir, mode=config.log.wandb, settings=settings, **told)
+    try:
+        return wandb.init(dir=workdir, mode=config.log.wandb, settings=settings, **told)
+    except wandb.Error as error:
+        raise ValueError(
+            f"log.wandb={config.log.wandb}: W&B does not start ({error}); try offline or disabled"
+        ) from error
 
 
 def as_text(config: ConfigDict) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data import pipeline
+from data import files, pipeline
 from training import run_folder, sharding
 from training.checkpoints import Checkpoints
 from training.nonfinite_guard import NonFinitePolicy, TrainedStep, Verdict, guard
@@ -29,6 +29,7 @@ class Parts(NamedTuple):
     policy: NonFinitePolicy
     trainer: Trainer
     mesh: Mesh
+    update: Callable  # jitted: a training step, compiled when it is first called
     batches: pipeline.BatchIterator  # this process's part of them
     score: Callable[[PyTree], dict[str, dict]] | None  # parameters -> summary of a sample of the validation split
 
@@ -92,6 +93,10 @@ class Session:
         position = self.parts.batches.get_state() | {"nonfinite": self.nonfinite}
         self.checkpoints.save(self.state, position, self.config.to_dict())
 
+    def is_saved(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return step == self.config.total_steps or (every > 0 and step % every == 0)
+
     def is_evaluated(self, step: int) -> bool:
         every = self.config.log.eval_every
         return bool(every) and (step % every == 0 or step == self.config.total_steps)
@@ -128,7 +133,7 @@ class Session:
         tqdm.write(f"{self.workdir}: step {self.start} of {self.config.total_steps}, {stream.description()}")
         if stream.bad:
             path = self.workdir / "bad_records.json"
-            run_folder.replace(path, json.dumps(stream.bad, indent=1) + "\n")
+            files.write(path, json.dumps(stream.bad, indent=1) + "\n")
             warn(f"{len(stream.bad)} damaged record(s) left out, listed in {path}: {stream.bad[0]}")
 
 

@@ -7,6 +7,7 @@ XLA's partitioner follows these placements everywhere but in the attention, whic
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from data.settings import Integer, Section
 from models.mesh import DATA, MODEL
 
 # Parameter (layer, name) -> the dimension that is cut over "model". As in Megatron-LM (arXiv 1909.08053) the first
@@ -32,17 +34,13 @@ _CUT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section):
     """`config.mesh`, which configs/base.py describes: number of devices along each axis."""
 
-    data: int = -1
-    model: int = 1
+    name: ClassVar[str] = "mesh"
 
-    def __post_init__(self):
-        if self.model < 1:
-            raise ValueError(f"mesh.model={self.model} must be at least 1")
-        if self.data != -1 and self.data < 1:
-            raise ValueError(f"mesh.data={self.data} must be at least 1, or -1 for all devices")
+    data: Annotated[int, Integer(1, or_all=True)] = -1
+    model: Annotated[int, Integer(1)] = 1
 
 
 def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

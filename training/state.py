@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from data.settings import Integer, Number, Section
 from models import objectives
 from models.mesh import DATA
 from models.mesh import current as current_mesh
@@ -20,25 +21,18 @@ from training import sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """`config.optimizer`, which configs/base.py describes."""
 
-    learning_rate: float = 2e-3
-    warmup_steps: int = 50
-    final_fraction: float = 0.02
-    weight_decay: float = 1e-3
-    clip_norm: float = 1.0
-    ema: float = 0.99
-    accumulate: int = 1
+    name: ClassVar[str] = "optimizer"
 
-    def __post_init__(self):
-        if self.accumulate < 1:
-            raise ValueError(f"optimizer.accumulate={self.accumulate} must be at least 1")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"optimizer.ema={self.ema} must be at least 0 and below 1")
-        if min(self.learning_rate, self.clip_norm) <= 0:
-            given = f"optimizer.learning_rate={self.learning_rate} and optimizer.clip_norm={self.clip_norm}"
-            raise ValueError(f"{given} must be above 0")
+    learning_rate: Annotated[float, Number(open_least=True)] = 2e-3
+    warmup_steps: Annotated[int, Integer()] = 50
+    final_fraction: Annotated[float, Number(0.0, 1.0)] = 0.02
+    weight_decay: Annotated[float, Number()] = 1e-3
+    clip_norm: Annotated[float, Number()] = 1.0
+    ema: Annotated[float, Number(0.0, 1.0, open_most=True)] = 0.99
+    accumulate: Annotated[int, Integer(1, 1 << 24)] = 1
 
     def schedule(self, total_steps: int) -> optax.Schedule:
         warmup = min(self.warmup_steps, total_steps - 1)
@@ -76,7 +70,7 @@ class Trainer:
 
         schedule = settings.schedule(total_steps)
         optimizer = optax.chain(
-            optax.clip_by_global_norm(settings.clip_norm),
+            optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
             optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay, mask=is_matrix),
         )
         graph = nnx.graphdef(nnx.eval_shape(lambda: objective.make(nnx.Rngs(seed))))
