@@ -114,10 +114,10 @@ def open_unpacked(path: str | Path) -> Iterator[io.BufferedIOBase]:
         yield file
 
 
-def _standard_input() -> IO[bytes]:
+def _standard_input() -> io.BufferedIOBase:
     if sys.stdin is None:
         raise ValueError("standard input is closed; give a file, or a pipe")
-    return sys.stdin.buffer
+    return cast(io.BufferedIOBase, sys.stdin.buffer)
 
 
 def _peeked(file, path: str | Path) -> bytes:

@@ -88,6 +88,8 @@ def make_trainer(config: ConfigDict) -> Trainer:
 def described(config: ConfigDict, path: Path) -> tuple[ConfigDict, Trainer, Mesh]:
     """Complete a stored configuration, and make its trainer and local mesh. Raises ValueError naming the file."""
     try:
+        if missing := {"model", "attention"} - set(config):  # other sections may be of a later version, with defaults
+            raise ValueError(f"the sections {', '.join(sorted(missing))} are missing")
         config = checked(config)
         return config, make_trainer(config), local_mesh(config.batch_size)
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:

@@ -237,6 +237,9 @@ def resolve_data_dir(directory: str) -> Path:
 
     `~` is the home folder. Raises ValueError if there is none.
     """
-    path = Path(files.expanded(directory))
+    try:
+        path = Path(files.expanded(directory))
+    except ValueError as error:
+        raise ValueError(f"data.dir={error}") from error
     beside = _ROOT / path
     return beside if not path.exists() and beside.exists() else path

@@ -207,7 +207,6 @@ def changed(config: dict, **settings) -> str:
         (lambda config: "null", "config.json does not describe a model of this version"),
         (lambda config: "{}", "config.json does not describe a model of this version"),
         (lambda config: changed(config, model=None), "config.json does not describe a model of this version"),
-        (lambda config: changed(config, data__buckets=None), "config.json does not describe a model of this version"),
         (lambda config: changed(config, data__buckets="x"), "config.json does not describe a model of this version"),
         (lambda config: changed(config, batch_size="x"), "config.json does not describe a model of this version"),
         (lambda config: changed(config, batch_size=0), "config.json does not describe a model of this version"),

@@ -37,8 +37,8 @@ MISTAKES = {
     "scripts/launch_screen.py": ["--target=tpu", "--project=p", "--zone=z", "--bucket=gs://b"],  # without gcloud
     "scripts/split_stockholm.py": ["{file}/none.sto", "--parts=2", "--out={file}/x"],
     "scripts/tune_gpu.py": ["--output={file}/x"],
-    "train.py": [f"--config={ROOT}/configs/r2_balanced.py", "--workdir={file}/x", "--config.log.wandb=disabled"],
 }
+# train.py, whose flags are absl's, is tested alike in tests/test_run_config.py.
 # Metavariables of files and folders; options without one are named.
 _PATHS, _NAMED = ("FILE", "DIR", "RUN", "FASTA"), {"input", "output", "output_dir", "out", "data", "workdir", "plot"}
 _NAMED |= {"figure", "work", "clans", "download_dir", "verify"}
