@@ -14,8 +14,12 @@ start the same command in each, with one --workdir and one --config.data.dir tha
 
 A run may be resumed with another number of processes or devices; its batches stay the same.
 
-Exit codes: 0, finished; 75, interrupted by SIGTERM (after saving) or by the loss of another process: start it again;
-anything else: see the message.
+Progress is a bar on a terminal and a line now and then elsewhere; --quiet shows none.
+
+Ctrl-C, SIGTERM and SIGHUP stop the run after the step in progress; it is saved. A second one ends it at once.
+
+Exit codes: 0, finished; 75, stopped by a signal (after saving) or by the loss of another process: start it again;
+130, ended by Ctrl-C without saving; anything else: see the message.
 """
 
 import contextlib
@@ -28,14 +32,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import command_line
 from configs import base
 from evaluation.runs import make_trainer
 from evaluation.tasks import task_of
 from training import run_folder, sharding
 from training.checkpoints import set_damaged_aside
 from training.nonfinite_guard import NonFiniteError, NonFinitePolicy, TrainedStep, Verdict
-from training.processes import in_all_processes, is_first_process, join, on_sigterm, warn
+from training.processes import in_all_processes, is_first_process, join, warn
 from training.session import Parts, Profile, Session
+from training.signals import stop_requests
 from training.state import TrainState
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
@@ -47,10 +53,11 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; with --coordinator=HOST:PORT")
 _PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0; with --coordinator=HOST:PORT")
+_QUIET = flags.DEFINE_bool("quiet", False, "show no progress; warnings and errors stay")
 
 
 class Stopped(Exception):
-    """SIGTERM came in the middle of a run; the run is saved."""
+    """A signal came in the middle of a run; the run is saved."""
 
 
 def main(argv: list[str]) -> None:
@@ -62,12 +69,15 @@ def main(argv: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
+        train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"), quiet=_QUIET.value)
     except (ValueError, TypeError, OSError, NonFiniteError) as error:
         sys.exit(f"train.py: {error}")
     except Stopped as stopped:
         print(f"train.py: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        sys.exit(command_line.INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -76,33 +86,34 @@ def main(argv: list[str]) -> None:
         os._exit(STOPPED)  # JAX would wait for the others to end with this one
 
 
-def train(config: ConfigDict, workdir: Path) -> TrainState:
+def train(config: ConfigDict, workdir: Path, *, quiet: bool = False) -> TrainState:
     """Start or resume a run, together with the other processes if there are any, and return its final state.
 
-    Raises ValueError or OSError if a setting, the data or the folder cannot be used; NonFiniteError if `config.train`
-    ends the run at a loss or gradient that is not finite; Stopped if SIGTERM came, and the run is saved.
+    Its progress is shown on stderr unless `quiet`. Raises ValueError or OSError if a setting, the data or the folder
+    cannot be used; NonFiniteError if `config.train` ends the run at a loss or gradient that is not finite; Stopped if a
+    signal came (training/signals.py), and the run is saved.
     """
     # ---- model, data and folder ----
     parts = in_all_processes(prepare, config, workdir)
     with contextlib.ExitStack() as resources:
-        stop_wanted = resources.enter_context(on_sigterm())
+        requests = resources.enter_context(stop_requests())
         for damage in in_all_processes(open_folder, config, workdir, resources):
             warn(damage)
         in_all_processes(run_folder.check_shared, workdir, config)
 
         # ---- start or resume ----
-        session = Session(config, workdir, parts, resources)
+        session = Session(config, workdir, parts, resources, quiet=quiet)
         if session.start == 0:
             session.save()
-        if session.lacks_validation():
-            session.validate(session.start)
+        if session.lacks_validation(session.start):
+            session.validate(session.start, requests)
 
         # ---- the loop: step n is checked and logged while step n + 1 computes ----
         update = parts.trainer.compiled_update(parts.mesh)
         # On CPUs the collectives of two steps at once can wait for each other for ever.
         one_at_a_time = jax.default_backend() == "cpu" and parts.mesh.size > 1
         profile = Profile(workdir, config, session.start)
-        step, stop, unchecked = session.start, False, list[TrainedStep]()
+        step, stop, unchecked = session.start, requests.noted, list[TrainedStep]()
         while step < config.total_steps and not stop:
             step += 1
             profile.before(step)
@@ -113,7 +124,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
                 jax.block_until_ready(session.state)
             profile.after(step, session.state)
             unchecked.append(TrainedStep(step, parts.batches.step, metrics, ids))
-            stop = stop_wanted(step)
+            stop = requests.came(step)
             save = step % config.checkpoint.every == 0 or step == config.total_steps or stop
             evaluate = session.is_evaluated(step) and not stop
             due = len(unchecked) - (0 if save or evaluate else 1)  # nothing is saved or evaluated unchecked
@@ -125,12 +136,17 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             if save:
                 session.save()
             if evaluate:
-                session.validate(step)
+                session.validate(step, requests)
+                if requests.noted:  # the validation may be cut short
+                    stop = True
+                    session.save()
 
         # ---- finish ----
+        unfinished = step < config.total_steps or (stop and session.lacks_validation(step))
         session.close()
-        if step < config.total_steps:
-            raise Stopped(f"{workdir}: stopped by SIGTERM, step {step} is saved; the same command goes on from there")
+        if unfinished:
+            how = f"stopped by {requests.name}, step {step} is saved"
+            raise Stopped(f"{workdir}: {how}; the same command goes on from there")
     return session.state
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evaluation.runs import Run
 
 SPLITS = {**{name: (name,) for name in ("validation", "test_iid", "test_ood")}, "test": ("test_iid", "test_ood")}
+Validation = Callable[[PyTree, Callable[[], None]], dict[str, dict]]
 _ROOT = Path(__file__).parents[1]
 _CERTIFIED = 128  # pairs of a split whose plans are certified
 
@@ -49,8 +50,11 @@ class Task(abc.ABC):
         """Open the training batches; this process gets its part of each."""
 
     @abc.abstractmethod
-    def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
-        """Return a function from parameters to a summary of scores on a fixed sample of the validation split."""
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
+        """Return a function from parameters to a summary of scores on a fixed sample of the validation split.
+
+        It calls its second argument, which may raise, after each example or before each batch.
+        """
 
     @abc.abstractmethod
     def _scorer(self, run: "Run", options: "Options") -> Callable[[str], dict[str, Any]]:
@@ -98,11 +102,16 @@ class AlignmentTask(Task):
         families = pfam.open_split(directory, "train")
         return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
 
-    def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
         model = scoring.pretrained(trainer, mesh)
         batches = functools.partial(self._evaluation_batches, families, mesh, self.config.log.eval_pairs)
-        return lambda params: scoring.score_split(dataclasses.replace(model, params=params), families, batches())
+
+        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict]:
+            trained = dataclasses.replace(model, params=params)
+            return scoring.score_split(trained, families, batches(), see=lambda example: after_each())
+
+        return score
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         pictures, limit = options.pictures, options.limit
@@ -145,10 +154,18 @@ class SortingTask(Task):
         index, count = sharding.host_shard(mesh)
         return pipeline.BatchIterator(sorting.SortingStream(self._data(), shard_index=index, shard_count=count))
 
-    def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
         batches = functools.partial(sorting.evaluation_batches, self._data(), "validation", self.config.log.eval_pairs)
-        return lambda params: sorting_scores.score_split(functools.partial(write, params), batches())
+
+        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict]:
+            def write_one(batch):
+                after_each()
+                return write(params, batch)
+
+            return sorting_scores.score_split(write_one, batches())
+
+        return score
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         if options.data_dir or options.examples:
