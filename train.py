@@ -36,7 +36,7 @@ import command_line
 from configs import base
 from evaluation.runs import make_trainer
 from evaluation.tasks import task_of
-from training import run_folder, sharding
+from training import memory, run_folder, sharding
 from training.checkpoints import set_damaged_aside
 from training.nonfinite_guard import NonFiniteError, NonFinitePolicy, TrainedStep, Verdict
 from training.processes import in_all_processes, is_first_process, join, warn
@@ -161,8 +161,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
             f"batch_size={config.batch_size} must be divisible by optimizer.accumulate={config.optimizer.accumulate} "
             f"times mesh.data={mesh.shape['data']}"
         )
-    score = task.validation(trainer, mesh) if config.log.eval_every else None
-    return Parts(policy, trainer, mesh, task.batches(mesh), score)
+    score, batches = task.validation(trainer, mesh) if config.log.eval_every else None, task.batches(mesh)
+    memory.check(trainer, mesh, batches.stream.largest(), config)
+    return Parts(policy, trainer, mesh, batches, score)
 
 
 def open_folder(config: ConfigDict, workdir: Path, resources: contextlib.ExitStack) -> list[str]:

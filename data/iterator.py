@@ -26,6 +26,7 @@ class Stream(Protocol):
     bad: tuple[str, ...]  # messages about the records that were left out
 
     def __getitem__(self, step: int) -> Any: ...
+    def largest(self) -> Any: ...  # batch of the largest shape, whose arrays take no memory
     def fingerprint(self) -> str: ...  # hash of all that decides the batches, so that no run is resumed with others
     def description(self) -> str: ...  # phrase for the first line of a run
 
@@ -105,7 +106,9 @@ class BatchIterator(grain.DatasetIterator):
 
 
 def _block_signals() -> None:
-    resource_tracker.ensure_running()  # else the first worker starts it, which unblocks signals
+    """Block signals in this thread, in processes that it starts, and in the process that frees their shared memory."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_PARENT)
+    resource_tracker.ensure_running()  # which unblocks some of them in this thread
     signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_PARENT)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SPLITS = {**{name: (name,) for name in ("validation", "test_iid", "test_ood")}, "test": ("test_iid", "test_ood")}
 Validation = Callable[[PyTree, Callable[[], None]], dict[str, dict]]
 _ROOT = Path(__file__).parents[1]
-_CERTIFIED = 128  # pairs of a split whose plans are certified
+_CERTIFIED = 128  # pairs of a split whose plans are certified, and most examples of a batch
 
 
 class Task(abc.ABC):
@@ -134,7 +134,8 @@ class AlignmentTask(Task):
         return score
 
     def _evaluation_batches(self, families: pipeline.Families, mesh: Mesh, limit: int | None):
-        size, data, devices = self.config.batch_size, self.config.data, mesh.shape["data"]
+        data, devices = self.config.data, mesh.shape["data"]
+        size = _evaluated_at_once(self.config.batch_size, devices)
         max_bad = data.get("max_bad_records", 0)  # older runs have none
         return pipeline.evaluation_batches(
             families, size, data.buckets, limit=limit, divisible_by=devices, max_bad=max_bad
@@ -156,7 +157,8 @@ class SortingTask(Task):
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
-        batches = functools.partial(sorting.evaluation_batches, self._data(), "validation", self.config.log.eval_pairs)
+        limit = self.config.log.eval_pairs
+        batches = functools.partial(sorting.evaluation_batches, self._evaluated(mesh), "validation", limit)
 
         def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict]:
             def write_one(batch):
@@ -173,13 +175,23 @@ class SortingTask(Task):
         write = run.trainer.compiled_evaluation(sorting_scores.writer(run.trainer), run.mesh)
 
         def score(name: str) -> dict[str, Any]:
-            batches = tqdm(list(sorting.evaluation_batches(self._data(), name, options.limit)), name, unit=" batches")
+            found = sorting.evaluation_batches(self._evaluated(run.mesh), name, options.limit)
+            batches = tqdm(list(found), name, unit=" batches")
             return {"splits": sorting_scores.score_split(functools.partial(write, run.params), batches)}
 
         return score
 
     def _data(self) -> sorting.SortingConfig:
         return sorting.SortingConfig(batch_size=self.config.batch_size, seed=self.config.seed, **self.config.data)
+
+    def _evaluated(self, mesh: Mesh) -> sorting.SortingConfig:
+        size = _evaluated_at_once(self.config.batch_size, mesh.shape["data"])
+        return dataclasses.replace(self._data(), batch_size=size)
+
+
+def _evaluated_at_once(batch_size: int, devices: int) -> int:
+    """Return the batch size of evaluations: with a larger one of training, most of a batch would be padding."""
+    return min(batch_size, _CERTIFIED // devices * devices or devices)
 
 
 def resolve_data_dir(directory: str) -> Path:

@@ -62,7 +62,7 @@ class StopRequests:
             if not select.select([signals], [], [], _PATIENCE if waiting else None)[0]:
                 told = True
                 warn("it stops when the work in progress is done and saved; the same again ends it at once")
-            elif not (numbers := os.read(signals, 1)):
+            elif not (numbers := os.read(signals, 64)):
                 return
             elif began is None:
                 began = time.monotonic()
