@@ -51,7 +51,7 @@ def test_the_estimate_is_near_what_xla_takes_and_not_above(settings):
 
 
 def test_the_largest_batch_takes_no_memory_and_has_the_shapes_of_one():
-    trainer, mesh, batch = described(config(batch_size=10**8, data__buckets=(64, 128, 40_000)))
+    _, mesh, batch = described(config(batch_size=10**8, data__buckets=(64, 128, 40_000)))
     expected = abstract_batch(10**8, 40_000, mesh)
     assert {name: x.shape for name, x in batch.items() if name != "id"} == {n: x.shape for n, x in expected.items()}
     assert all(set(x.strides) == {0} for x in batch.values())
@@ -130,7 +130,7 @@ def test_accelerators_and_main_memory_are_judged_apart(monkeypatch):
         (
             fake_mesh("gpu", 7 * GB, 6 * GB),
             4 * GB,
-            "7.0 GB of memory, 6.0 GB are what each device has: lower batch_size",
+            "7.0 GB of memory, 6.0 GB are what each device has: lower",
         ),
         (fake_mesh("gpu", 7 * GB), 3 * GB, "4.0 GB of memory, 3.0 GB are free: lower data.prefetch"),
         (fake_mesh("tpu", None), 4 * GB, None),
