@@ -324,11 +324,11 @@ def test_exit_status_of_the_screen(ended, status, tmp_path, monkeypatch):
 # ---- progress ----
 
 
-class Stream(io.TextIOWrapper):
+class Stream(io.StringIO):
     """A stderr that is a terminal, or not."""
 
     def __init__(self, terminal: bool):
-        super().__init__(io.BytesIO(), write_through=True)
+        super().__init__()
         self.terminal = terminal
 
     def isatty(self) -> bool:
@@ -346,7 +346,7 @@ def shown(monkeypatch, *, terminal: bool, quiet: bool = False, every: int = 10) 
         bar.show(step, 2.25, 5300.4)
     bar.close()
     monkeypatch.undo()
-    return stream.buffer.getvalue().decode()
+    return stream.getvalue()
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import TextIO, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def warn(text: str) -> None:
         tell(f"train.py: {text}", sys.stderr)
 
 
-def tell(text: str, stream: TextIO | None) -> None:
+def tell(text: str, stream: Any) -> None:
     """Print a line above a progress bar. A stream that nobody reads any more, as of a closed terminal, is given up."""
     if stream is None:  # it was closed when the program started
         return
