@@ -4,7 +4,6 @@ import math
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
 import train
@@ -112,37 +111,36 @@ def test_what_the_machine_holds_is_not_refused(monkeypatch):
         memory.check(trainer, mesh, batch, settings)
 
 
-def fake_mesh(platform: str, *limits: int | None):
+def devices(platform: str, *limits: int | None) -> list:
     """Devices of a kind, and what each says about its memory."""
 
     def device(limit):
         return SimpleNamespace(platform=platform, memory_stats=lambda: limit and {"bytes_limit": limit})
 
-    return SimpleNamespace(local_mesh=SimpleNamespace(devices=np.array([device(limit) for limit in limits])))
+    return [device(limit) for limit in limits]
 
 
 def test_accelerators_and_main_memory_are_judged_apart(monkeypatch):
     settings = config()
     needed = Estimate(model=2 * GB, batch=5 * GB, ahead=3 * GB, workers=GB)
-    monkeypatch.setattr(memory, "estimate", lambda *_: needed)
-    for mesh, free, refused in [
-        (fake_mesh("gpu", 7 * GB, 7 * GB), 4 * GB, None),
+    for found, free, refused in [
+        (devices("gpu", 7 * GB, 7 * GB), 4 * GB, None),
         (
-            fake_mesh("gpu", 7 * GB, 6 * GB),
+            devices("gpu", 7 * GB, 6 * GB),
             4 * GB,
             "7.0 GB of memory, 6.0 GB are what each device has: lower",
         ),
-        (fake_mesh("gpu", 7 * GB), 3 * GB, "4.0 GB of memory, 3.0 GB are free: lower data.prefetch"),
-        (fake_mesh("tpu", None), 4 * GB, None),
-        (fake_mesh("cpu", None, None), 18 * GB, None),
-        (fake_mesh("cpu", None, None), 17 * GB, "18.0 GB of memory, 17.0 GB are free: lower batch_size"),
+        (devices("gpu", 7 * GB), 3 * GB, "4.0 GB of memory, 3.0 GB are free: lower data.prefetch"),
+        (devices("tpu", None), 4 * GB, None),
+        (devices("cpu", None, None), 18 * GB, None),
+        (devices("cpu", None, None), 17 * GB, "18.0 GB of memory, 17.0 GB are free: lower batch_size"),
     ]:
         monkeypatch.setattr(memory, "available", lambda free=free: free)
         if refused is None:
-            memory.check(None, mesh, {}, settings)
+            memory.judge(needed, found, settings)
             continue
         with pytest.raises(ValueError) as error:
-            memory.check(None, mesh, {}, settings)
+            memory.judge(needed, found, settings)
         assert refused in str(error.value)
 
 

@@ -336,7 +336,7 @@ class Stream(io.StringIO):
 
 
 def shown(monkeypatch, *, terminal: bool, quiet: bool = False, every: int = 10) -> str:
-    """What 100 steps write, 3 seconds each."""
+    """Return the text that 100 steps write, 3 seconds each."""
     clock, stream = [0.0], Stream(terminal)
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])

@@ -1,7 +1,7 @@
 """Estimate of the memory that a run takes, from shapes alone, before anything is compiled."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,14 +53,17 @@ def estimate(trainer: Trainer, mesh: Mesh, batch: Mapping[str, np.ndarray], conf
 
 def check(trainer: Trainer, mesh: Mesh, batch: Mapping[str, np.ndarray], config: ConfigDict) -> None:
     """Raise ValueError if the machine or its accelerator has too little memory for a run."""
-    needed = estimate(trainer, mesh, batch, config)
-    devices = mesh.local_mesh.devices.flat
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    judge(estimate(trainer, mesh, batch, config), list(mesh.local_mesh.devices.flat), config)
+
+
+def judge(needed: Estimate, devices: Sequence[Any], config: ConfigDict) -> None:
+    """Raise ValueError if this machine, or one of these devices of this process, has less than a run needs."""
     on_host = needed.ahead + needed.workers
     if devices[0].platform == "cpu":
         _refuse_above(available(), "free", on_host + len(devices) * (needed.model + needed.batch), needed, config)
         return
     _refuse_above(available(), "free", on_host, needed._replace(model=0, batch=0), config)
+    limits = ((device.memory_stats() or {}).get("bytes_limit") for device in devices)
     for limit in filter(None, limits):
         on_device = needed._replace(ahead=0, workers=0)
         _refuse_above(limit, "what each device has", needed.model + needed.batch, on_device, config)
