@@ -1,6 +1,5 @@
 """The estimate of a run's memory is below what XLA takes, and refuses what no machine holds before anything is made."""
 
-import math
 from types import SimpleNamespace
 
 import jax
@@ -81,7 +80,7 @@ def test_batches_ahead_and_workers_count():
         ({"data__buckets": (40_000,), "batch_size": 4096, "attention__band": 64}, r"data\.buckets \(40000\)"),
         ({"model__width": 65_536}, r"lower model\.width \(65536\)"),
         ({"data__prefetch": 10**9}, r"lower data\.prefetch \(1000000000\)"),
-        ({"data__workers": 10**6}, r"lower data\.workers \(1000000\)"),
+        ({"data__workers": 10**4}, r"lower data\.workers \(10000\)"),
     ],
 )
 def test_what_no_machine_holds_is_refused_before_the_folder_is_made(changes, advice, tmp_path):
@@ -150,9 +149,8 @@ def test_evaluation_batches_stay_small_whatever_training_takes():
     task, mesh = tasks.task_of(settings), sharding.make_mesh(sharding.MeshConfig(1), settings.batch_size)
     families = tasks.pfam.open_split(tasks.resolve_data_dir(settings.data.dir), "validation")
     batches = list(task._evaluation_batches(families, mesh, None))
-    assert {len(batch["x"]) for batch in batches} <= {128, 64, 32, 16}
+    assert max(len(batch["x"]) for batch in batches) == 128
     assert sum((batch["id"][:, 0] >= 0).sum() for batch in batches) == 30
     assert tasks._evaluated_at_once(120_000, 3) == 126 and tasks._evaluated_at_once(4, 4) == 4
     assert tasks._evaluated_at_once(120_000, 256) == 256
-    sorted_at_once = tasks.task_of(sorting(batch_size=2048))._evaluated(mesh).batch_size
-    assert sorted_at_once == math.gcd(128, 2048)
+    assert tasks.task_of(sorting(batch_size=2048))._evaluated(mesh).batch_size == 128
