@@ -145,7 +145,7 @@ def test_accelerators_and_main_memory_are_judged_apart(monkeypatch):
 
 def test_evaluation_batches_stay_small_whatever_training_takes():
     """Or a run trained on a large machine could not be scored on a smaller one."""
-    settings = config(batch_size=120_000)
+    settings = config(batch_size=120_000, data__buckets=(320,))
     task, mesh = tasks.task_of(settings), sharding.make_mesh(sharding.MeshConfig(1), settings.batch_size)
     families = tasks.pfam.open_split(tasks.resolve_data_dir(settings.data.dir), "validation")
     batches = list(task._evaluation_batches(families, mesh, None))
