@@ -14,9 +14,13 @@ start the same command in each, with one --workdir and one --config.data.dir tha
 
 A run may be resumed with another number of processes or devices; its batches stay the same.
 
+Progress is a bar on a terminal and a line now and then elsewhere; --quiet shows none.
+
+Ctrl-C, SIGTERM and SIGHUP stop the run after the step in progress; it is saved. A second one ends it at once.
+
 exit status: 0, finished; 1 if a setting, the data, the folder or the devices cannot be used (one line says why; --debug
 shows where; a run that cannot start leaves no folder); 2 for a wrong command line; 70 for a fault of the program; 75,
-interrupted by SIGTERM (after saving) or by the loss of another process: start it again; 130 after Ctrl-C
+stopped by a signal (after saving) or by the loss of another process: start it again; 130, ended by Ctrl-C unsaved
 """
 
 import contextlib
@@ -37,11 +41,12 @@ import command_line
 from data import files
 from evaluation.runs import make_trainer
 from evaluation.tasks import checked, completed, task_of
-from training import run_folder, sharding
+from training import memory, run_folder, sharding
 from training.checkpoints import newest_position, set_damaged_aside
 from training.nonfinite_guard import NonFiniteError, NonFinitePolicy, TrainedStep, Verdict
-from training.processes import in_all_processes, is_first_process, join, on_sigterm, warn
+from training.processes import in_all_processes, is_first_process, join, warn
 from training.session import Parts, Profile, Session
+from training.signals import stop_requests
 from training.state import TrainState
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
@@ -53,6 +58,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; with --coordinator=HOST:PORT")
 _PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0; with --coordinator=HOST:PORT")
+_QUIET = flags.DEFINE_bool("quiet", False, "show no progress; warnings and errors stay")
 _THREADS = flags.DEFINE_integer("threads", None, "CPU cores to use; default: all", lower_bound=1)
 _DEBUG = flags.DEFINE_boolean("debug", False, "show where an error arose")
 _VERSION = flags.DEFINE_boolean("version", False, "show the version and exit")
@@ -62,7 +68,7 @@ _DEVICES = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 class Stopped(Exception):
-    """SIGTERM came in the middle of a run; the run is saved."""
+    """A signal came in the middle of a run; the run is saved."""
 
 
 def main(argv: list[str]) -> int:
@@ -88,7 +94,7 @@ def _work() -> int:
         raise ValueError(f"--workdir={_WORKDIR.value}: {error}") from error
     try:
         join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train(_CONFIG.value, workdir)
+        train(_CONFIG.value, workdir, quiet=_QUIET.value)
     except Stopped as stopped:
         return command_line.failed(_NAME, str(stopped), STOPPED)
     except jax.errors.JaxRuntimeError as error:
@@ -101,34 +107,35 @@ def _work() -> int:
     return 0
 
 
-def train(config: ConfigDict, workdir: Path) -> TrainState:
+def train(config: ConfigDict, workdir: Path, *, quiet: bool = False) -> TrainState:
     """Start or resume a run, together with the other processes if there are any, and return its final state.
 
-    Raises ValueError or OSError if a setting, the data or the folder cannot be used; NonFiniteError if `config.train`
-    ends the run at a loss or gradient that is not finite; Stopped if SIGTERM came, and the run is saved.
+    Its progress is shown on stderr unless `quiet`. Raises ValueError or OSError if a setting, the data or the folder
+    cannot be used; NonFiniteError if `config.train` ends the run at a loss or gradient that is not finite; Stopped if a
+    signal came (training/signals.py), and the run is saved.
     """
     # ---- settings, model, data and folder ----
     config = in_all_processes(checked, config)
     parts = in_all_processes(prepare, config, workdir)
     with contextlib.ExitStack() as resources:
-        stop_wanted = resources.enter_context(on_sigterm())
+        requests = resources.enter_context(stop_requests())
         with run_folder.removed_on_failure(workdir) if is_first_process() else contextlib.nullcontext():
             for damage in in_all_processes(open_folder, config, workdir, parts, resources):
                 warn(damage)
             in_all_processes(run_folder.check_shared, workdir, config)
 
             # ---- start or resume ----
-            session = Session(config, workdir, parts, resources)
+            session = Session(config, workdir, parts, resources, quiet=quiet)
         if session.start == 0:
             session.save()
-        if session.lacks_validation():
-            session.validate(session.start)
+        if session.lacks_validation(session.start):
+            session.validate(session.start, requests)
 
         # ---- the loop: step n is checked and logged while step n + 1 computes ----
         # On CPUs the collectives of two steps at once can wait for each other for ever.
         one_at_a_time = jax.default_backend() == "cpu" and parts.mesh.size > 1
         profile = Profile(workdir, config, session.start)
-        step, stop, unchecked = session.start, False, list[TrainedStep]()
+        step, stop, unchecked = session.start, requests.noted, list[TrainedStep]()
         while step < config.total_steps and not stop:
             step += 1
             profile.before(step)
@@ -139,7 +146,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
                 jax.block_until_ready(session.state)
             profile.after(step, session.state)
             unchecked.append(TrainedStep(step, parts.batches.step, metrics, ids))
-            stop = stop_wanted(step)
+            stop = requests.came(step)
             save = session.is_saved(step) or stop
             evaluate = session.is_evaluated(step) and not stop
             due = len(unchecked) - (0 if save or evaluate else 1)  # nothing is saved or evaluated unchecked
@@ -151,12 +158,17 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             if save:
                 session.save()
             if evaluate:
-                session.validate(step)
+                session.validate(step, requests)
+                if requests.noted:  # the validation may be cut short
+                    stop = True
+                    session.save()
 
         # ---- finish ----
+        unfinished = step < config.total_steps or (stop and session.lacks_validation(step))
         session.close()
-        if step < config.total_steps:
-            raise Stopped(f"{workdir}: stopped by SIGTERM, step {step} is saved; the same command goes on from there")
+        if unfinished:
+            how = f"stopped by {requests.name}, step {step} is saved"
+            raise Stopped(f"{workdir}: {how}; the same command goes on from there")
     return session.state
 
 
@@ -176,8 +188,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
         )
     score = task.validation(trainer, mesh) if config.log.eval_every else None
     batches, update = task.batches(mesh), trainer.compiled_update(mesh)
-    # What the model cannot do is raised when it is traced; the first step uses the trace again.
-    jax.eval_shape(update, trainer.abstract_state(mesh), _abstract(batches.stream[0], config.batch_size, mesh))
+    largest = batches.stream.largest()
+    memory.check(trainer, mesh, largest, config)
+    # What the model cannot do is raised when it is traced; a step with a batch of this shape uses the trace again.
+    jax.eval_shape(update, trainer.abstract_state(mesh), _abstract(largest, config.batch_size, mesh))
     return Parts(policy, trainer, mesh, update, batches, score)
 
 

@@ -1,6 +1,12 @@
 """Training batches made ahead, on a thread or in worker processes, and resumed by step number."""
 
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -8,6 +14,8 @@ import numpy as np
 
 _LAST_STEP = 2**40  # Grain wants a length; no run gets there
 _RESTARTS = 3  # of dead worker processes, before one batch
+# A terminal, and programs that end others, send these to all processes of a group. Workers end with their parent.
+_OF_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @runtime_checkable
@@ -19,6 +27,7 @@ class Stream(Protocol):
     content: str  # hash of the data, "" where the settings decide all of it
 
     def __getitem__(self, step: int) -> Any: ...
+    def largest(self) -> Any: ...  # batch of the largest shape, whose arrays take no memory
     def fingerprint(self) -> str: ...  # hash of all that decides which data are drawn, `content` apart
     def description(self) -> str: ...  # phrase for the first line of a run
 
@@ -37,6 +46,8 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__()
         self.stream = stream
         self._fingerprint = stream.fingerprint()
+        # Worker processes inherit the signals that the thread blocks.
+        self._starter = ThreadPoolExecutor(1, initializer=_block_signals) if stream.config.workers else None
         self._seek(start_step)
 
     def __next__(self) -> Any:
@@ -44,7 +55,7 @@ class BatchIterator(grain.DatasetIterator):
         workers = self.stream.config.workers
         for _ in range(_RESTARTS):
             try:
-                batch = next(self._batches)
+                batch = self._starter.submit(next, self._batches).result() if self._starter else next(self._batches)
             except RuntimeError as error:  # Grain's type for errors of the stream and for a dead worker alike
                 if not workers or "terminated unexpectedly" not in str(error):
                     raise
@@ -88,6 +99,8 @@ class BatchIterator(grain.DatasetIterator):
 
     def close(self) -> None:
         self._batches.close()
+        if self._starter:
+            self._starter.shutdown()
         super().close()
 
     def _seek(self, step: int) -> None:
@@ -98,8 +111,27 @@ class BatchIterator(grain.DatasetIterator):
         ahead = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch))
         if config.workers:
             options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
-            ahead = ahead.mp_prefetch(options)
+            ahead = ahead.mp_prefetch(options, _end_with_parent)
         self._batches = iter(ahead)
+
+
+def _block_signals() -> None:
+    """Block signals in this thread, in processes that it starts, and in the process that frees their shared memory."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_PARENT)
+    resource_tracker.ensure_running()  # which unblocks some of them in this thread
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_PARENT)
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """End this worker process when its parent is gone, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def shard_rows(batch_size: int, shard_index: int, shard_count: int) -> slice:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, TypedDict
+from typing import Annotated, ClassVar, TypedDict, cast
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int32, Int64
@@ -79,6 +79,14 @@ class PairStream(Stream):
             for found, draw in zip(pairs, draws[self._shard], strict=True)
         ]
         return _assemble(cropped, np.array(ids), self.config.buckets[bucket])
+
+    def largest(self) -> Batch:
+        """Return an empty batch of the largest bucket that has pairs; its arrays take no memory."""
+        bucket = int(np.flatnonzero(self.index.mass.any(0))[-1])
+        rows = self._shard.stop - self._shard.start
+        shapes = {"x": (self.config.buckets[bucket],), "x_length": (), "id": (3,)}
+        shapes |= {"y": shapes["x"], "y_length": (), "target": shapes["x"]}
+        return cast(Batch, {name: np.broadcast_to(np.int32(0), (rows, *shape)) for name, shape in shapes.items()})
 
     def fingerprint(self) -> str:
         """Return a hash of seed, sizes and lengths; hosts and workers do not change it."""

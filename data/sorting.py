@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from data.iterator import Stream, shard_rows
+from data.memory import available
 from data.settings import BATCH_SIZE, SEED, Integer, Section
 
 # By split: number of its random stream, and its lengths: n * longest + 1 to (n + 1) * longest. Stream 0 is training.
@@ -62,14 +63,25 @@ class SortingStream(Stream):
     def __init__(self, config: SortingConfig, *, shard_index: int = 0, shard_count: int = 1):
         self.config = config
         self._rows = shard_rows(config.batch_size, shard_index, shard_count)
-        self._symbols, self._lengths = _draw(config, config.sequences, 0, 1, config.longest)
+        _check_memory(config.sequences, config.longest)
 
     def __getitem__(self, step: int) -> SortingBatch:
         steps = self.config.sequences // self.config.batch_size
         epoch, step = divmod(step, steps)
         order = _order(self.config.seed, self.config.sequences, epoch)
         ids = order[step * self.config.batch_size : (step + 1) * self.config.batch_size][self._rows]
-        return _assemble(self._symbols[ids], self._lengths[ids], ids, self.config.symbols)
+        symbols, lengths = self._sequences
+        return _assemble(symbols[ids], lengths[ids], ids, self.config.symbols)
+
+    @functools.cached_property
+    def _sequences(self) -> tuple[Int32[np.ndarray, "sequences longest"], Int32[np.ndarray, " sequences"]]:
+        return _draw(self.config, self.config.sequences, 0, 1, self.config.longest)
+
+    def largest(self) -> SortingBatch:
+        """Return an empty batch, all of which have one shape; its arrays take no memory."""
+        rows, places = self._rows.stop - self._rows.start, self.config.longest + 1
+        tokens, numbers = (np.broadcast_to(np.int32(0), shape) for shape in ((rows, places), (rows,)))
+        return SortingBatch(x=tokens, y=tokens, target=tokens, length=numbers, id=numbers)
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides the batches; hosts and workers do not change it."""
@@ -105,9 +117,19 @@ def _order(seed: int, sequences: int, epoch: int) -> Int32[np.ndarray, " sequenc
 
 
 def _draw(config: SortingConfig, count: int, stream: int, shortest: int, longest: int):
+    _check_memory(count, longest)
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(0, stream)))
     lengths = rng.integers(shortest, longest + 1, count)
     return rng.integers(1, config.symbols + 1, (count, longest)).astype(np.int32), lengths.astype(np.int32)
+
+
+def _check_memory(count: int, longest: int) -> None:
+    needed, left = 12 * count * longest, available()  # bytes: 8 for a symbol that is drawn, and the 4 that stay
+    if needed > left:
+        raise ValueError(
+            f"{count:,} sequences of up to {longest:,} symbols need {needed / 1e9:,.1f} GB of memory, "
+            f"{left / 1e9:,.1f} GB are free: lower data.sequences, data.test_sequences or data.longest"
+        )
 
 
 def _assemble(symbols, lengths, ids, symbol_count: int) -> SortingBatch:

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from evaluation.runs import Run
 
 SPLITS = {**{name: (name,) for name in ("validation", "test_iid", "test_ood")}, "test": ("test_iid", "test_ood")}
+Validation = Callable[[PyTree, Callable[[], None]], dict[str, dict]]
 _ROOT = Path(__file__).parents[1]
-_CERTIFIED = 128  # pairs of a split whose plans are certified
+_CERTIFIED = 128  # pairs of a split whose plans are certified, and most examples of a batch
 
 
 _OF_ALL_TASKS = (
@@ -66,8 +67,11 @@ class Task(abc.ABC):
         """Open the training batches; this process gets its part of each."""
 
     @abc.abstractmethod
-    def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
-        """Return a function from parameters to a summary of scores on a fixed sample of the validation split."""
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
+        """Return a function from parameters to a summary of scores on a fixed sample of the validation split.
+
+        It calls its second argument, which may raise, after each example or before each batch.
+        """
 
     @abc.abstractmethod
     def _scorer(self, run: "Run", options: "Options") -> Callable[[str], dict[str, Any]]:
@@ -156,11 +160,16 @@ class AlignmentTask(Task):
         families = pfam.open_split(directory, "train")
         return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
 
-    def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
         model = scoring.pretrained(trainer, mesh)
         batches = functools.partial(self._evaluation_batches, families, mesh, _limit(self.config))
-        return lambda params: scoring.score_split(dataclasses.replace(model, params=params), families, batches())
+
+        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict]:
+            trained = dataclasses.replace(model, params=params)
+            return scoring.score_split(trained, families, batches(), see=lambda example: after_each())
+
+        return score
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         pictures, limit = options.pictures, options.limit
@@ -183,7 +192,8 @@ class AlignmentTask(Task):
         return score
 
     def _evaluation_batches(self, families: pipeline.Families, mesh: Mesh, limit: int | None):
-        size, data, devices = self.config.batch_size, self.config.data, mesh.shape["data"]
+        data, devices = self.config.data, mesh.shape["data"]
+        size = _evaluated_at_once(self.config.batch_size, devices)
         max_bad = data.get("max_bad_records", 0)  # older runs have none
         return pipeline.evaluation_batches(
             families, size, data.buckets, limit=limit, divisible_by=devices, max_bad=max_bad
@@ -205,10 +215,19 @@ class SortingTask(Task):
         index, count = sharding.host_shard(mesh)
         return pipeline.BatchIterator(sorting.SortingStream(self._data(), shard_index=index, shard_count=count))
 
-    def validation(self, trainer: Trainer, mesh: Mesh) -> Callable[[PyTree], dict[str, dict]]:
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
-        batches = functools.partial(sorting.evaluation_batches, self._data(), "validation", _limit(self.config))
-        return lambda params: sorting_scores.score_split(functools.partial(write, params), batches())
+        limit = _limit(self.config)
+        batches = functools.partial(sorting.evaluation_batches, self._evaluated(mesh), "validation", limit)
+
+        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict]:
+            def write_one(batch):
+                after_each()
+                return write(params, batch)
+
+            return sorting_scores.score_split(write_one, batches())
+
+        return score
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         if options.data_dir or options.examples:
@@ -216,7 +235,7 @@ class SortingTask(Task):
         write = run.trainer.compiled_evaluation(sorting_scores.writer(run.trainer), run.mesh)
 
         def score(name: str) -> dict[str, Any]:
-            batches = list(sorting.evaluation_batches(self._data(), name, options.limit))
+            batches = list(sorting.evaluation_batches(self._evaluated(run.mesh), name, options.limit))
             batches = tqdm(batches, name, unit=" batches", disable=None)  # None: unless stderr is a terminal
             return {"splits": sorting_scores.score_split(functools.partial(write, run.params), batches)}
 
@@ -226,10 +245,19 @@ class SortingTask(Task):
         shared = {"batch_size": self.config.batch_size, "seed": self.config.seed}
         return sorting.SortingConfig.of({**self.config.data, **shared})
 
+    def _evaluated(self, mesh: Mesh) -> sorting.SortingConfig:
+        size = _evaluated_at_once(self.config.batch_size, mesh.shape["data"])
+        return dataclasses.replace(self._data(), batch_size=size)
+
 
 def _limit(config: ConfigDict) -> int | None:
     """Return the number of pairs to validate on; None for all."""
     return None if config.log.eval_pairs == -1 else config.log.eval_pairs
+
+
+def _evaluated_at_once(batch_size: int, devices: int) -> int:
+    """Return the batch size of evaluations: with a larger one of training, most of a batch would be padding."""
+    return min(batch_size, _CERTIFIED // devices * devices or devices)
 
 
 def resolve_data_dir(directory: str) -> Path:

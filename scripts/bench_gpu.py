@@ -39,6 +39,7 @@ from benchmarks.gpu_programs import ROOT, Settings, nvidia_smi
 from benchmarks.gpu_stages import STAGES
 from data import files
 from ot_attention.backends import gpu_kernels
+from training import processes
 
 ROWS, TABLE, LOG = "rows.jsonl", "table.md", "stages.log"
 _MOST_LOG = 8 * 2**20  # bytes; more are cut at the beginning
@@ -115,7 +116,8 @@ def run_limited(command: list[str], environment: dict[str, str], limit: float, l
     """Run a command in a process group of its own, which does not outlive the limit or this process."""
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     try:
-        return "done" if process.wait(limit) == 0 else "failed"
+        with processes.ended_with_parent(-process.pid, signal.SIGKILL):
+            return "done" if process.wait(limit) == 0 else "failed"
     except subprocess.TimeoutExpired:
         return "stopped at its limit"
     finally:

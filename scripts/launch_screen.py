@@ -6,8 +6,8 @@
   python scripts/launch_screen.py --dry-run                          # only prints the commands
   python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # docs/distributed.md
 
-Start it again after any stop: finished runs are not trained again, and interrupted runs continue. Exits with 75 if a
-signal stopped a run, which is then saved.
+Start it again after any stop: finished runs are not trained again, and interrupted runs continue. Exits with 75 if
+Ctrl-C or another signal stopped it, and the run is saved; a second one ends it at once, with 130.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from evaluation import figures, tasks
 from evaluation.baselines import BASELINES
 from evaluation.metrics import METRICS
 from scripts import launch_tpu
-from training import run_folder
+from training import processes, run_folder
 
 STOPPED = 75  # exit code of a train.py that a signal stopped, and of this script then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
@@ -56,10 +57,43 @@ def here(args: argparse.Namespace) -> None:
     for command in (command for name in args.configs for command in commands(name, args)):
         print("$", shlex.join(command), flush=True)
         if not args.dry_run:
-            done = subprocess.run(command, cwd=launch_tpu.ROOT, env=environment)
-            if done.returncode == STOPPED:
-                sys.exit(STOPPED)  # the run is saved, and has said so
-            done.check_returncode()
+            status, signals = run_child(command, environment)
+            if signals or status == STOPPED:
+                sys.exit(STOPPED if signals < 2 else command_line.INTERRUPTED)  # the run has said that it is saved
+            if status:
+                sys.exit(f"launch_screen.py: {command[1]} ended with exit status {status}, it says why above")
+
+
+def run_child(command: list[str], environment: dict[str, str]) -> tuple[int, int]:
+    """Run a command that gets the signals of this process; return its exit status, and how many signals came.
+
+    Its process group is its own: a terminal would send it each Ctrl-C a second time, which ends it without saving.
+    """
+    process: subprocess.Popen | None = None
+    signals, missed = list[int](), list[int]()
+
+    def pass_on(number: int, frame: object) -> None:
+        signals.append(number)
+        process.send_signal(number) if process else missed.append(number)
+
+    def pause(number: int, frame: object) -> None:
+        if process:
+            process.send_signal(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            process.send_signal(signal.SIGCONT)
+
+    handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on) | {signal.SIGTSTP: pause}
+    heeded = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
+    try:
+        process = subprocess.Popen(command, cwd=launch_tpu.ROOT, env=environment, process_group=0)
+        for number in missed:
+            process.send_signal(number)
+        with processes.ended_with_parent(process.pid, signal.SIGTERM):
+            return process.wait(), len(signals)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def on_tpu(args: argparse.Namespace) -> None:

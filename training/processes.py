@@ -1,11 +1,12 @@
-"""Several processes that train together: join them, let them fail and stop together, exchange text."""
+"""Several processes: join those that train together, let them fail together, exchange text; end children in time."""
 
 import contextlib
+import os
 import signal
+import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -46,7 +47,18 @@ def is_first_process() -> bool:
 def warn(text: str) -> None:
     """Print a line to stderr, in the first process only."""
     if is_first_process():
-        tqdm.write(f"train.py: {text}", file=sys.stderr)
+        tell(f"train.py: {text}", sys.stderr)
+
+
+def tell(text: str, stream: Any) -> None:
+    """Print a line above a progress bar. A stream that nobody reads any more, as of a closed terminal, is given up."""
+    if stream is None:  # it was closed when the program started
+        return
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def in_all_processes(function: Callable[..., T], *arguments) -> T:
@@ -76,24 +88,18 @@ def gather(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def on_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yield a function that tells, after a step, whether SIGTERM came: in all processes after the same step.
+def ended_with_parent(target: int, number: signal.Signals) -> Iterator[None]:
+    """Have a signal sent to a process if this one dies before the block ends, by SIGKILL too.
 
-    A second SIGTERM ends the process at once.
+    A shell waits for the end of a pipe that only this process can write to. Linux alone could tell the child itself.
+
+    target: Identifier of a process, or of a group of processes with a minus sign.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point  # JAX handles the signal, and agrees on the step
-    elif threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield lambda step: False
-    else:
-        came = threading.Event()
-
-        def note(number, frame) -> None:
-            came.set()
-            signal.signal(signal.SIGTERM, before)
-
-        before = signal.signal(signal.SIGTERM, note)
+    script = 'read -r line || kill -s "$1" -- "$2"'
+    command = ["sh", "-c", script, "sh", number.name.removeprefix("SIG"), str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as guard:
         try:
-            yield lambda step: came.is_set()
+            yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            with contextlib.suppress(BrokenPipeError):
+                guard.communicate("done\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,14 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from data import files, pipeline
 from training import run_folder, sharding
 from training.checkpoints import Checkpoints
 from training.nonfinite_guard import NonFinitePolicy, TrainedStep, Verdict, guard
-from training.processes import gather, is_first_process, warn
+from training.processes import gather, is_first_process, tell, warn
+from training.progress import Progress
+from training.signals import StopRequestedError, StopRequests
 from training.state import Trainer
 
 _TRACED = 3  # steps
@@ -31,13 +33,16 @@ class Parts(NamedTuple):
     mesh: Mesh
     update: Callable  # jitted: a training step, compiled when it is first called
     batches: pipeline.BatchIterator  # this process's part of them
-    score: Callable[[PyTree], dict[str, dict]] | None  # parameters -> summary of a sample of the validation split
+    # Parameters, function that is called after each example -> summary of a sample of the validation split
+    score: Callable[[PyTree, Callable[[], None]], dict[str, dict]] | None
 
 
 class Session:
     """State of a run, its place in the data, and its records in the folder."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, parts: Parts, resources: contextlib.ExitStack):
+    def __init__(
+        self, config: ConfigDict, workdir: Path, parts: Parts, resources: contextlib.ExitStack, *, quiet: bool = False
+    ):
         self.config, self.workdir, self.parts = config, workdir, parts
         kept = config.checkpoint
         self.checkpoints = Checkpoints(workdir, keep=kept.keep, keep_every=kept.keep_every)
@@ -52,8 +57,9 @@ class Session:
         self.log = run_folder.MetricsLog(workdir, config, self.start)
         if is_first_process():
             self._introduce(parts.batches.stream)
-        bar = {"desc": workdir.name, "unit": " steps", "initial": self.start, "disable": not is_first_process()}
-        self.progress = resources.enter_context(tqdm(total=config.total_steps, smoothing=0.05, mininterval=1, **bar))
+        silent = quiet or not is_first_process()
+        self.progress = Progress(workdir.name, self.start, config.total_steps, config.log.every, quiet=silent)
+        resources.callback(self.progress.close)
 
     def next_batch(self) -> dict[str, Array]:
         asked = time.perf_counter()
@@ -72,11 +78,10 @@ class Session:
         if verdict is Verdict.KEEP:
             counted = {} if policy.on_nonfinite == "stop" else {"nonfinite": self.nonfinite}
             self.log.step(step.number, values | counted, len(step.ids), residues)
-            rate = f"{self.log.residues_per_second:,.0f} residues/s"
-            self.progress.set_postfix_str(f"loss {values['loss']:.3f}, {rate}", refresh=False)
+            self.progress.show(step.number, values["loss"], self.log.residues_per_second)
         elif verdict is Verdict.SKIP:
             self.log.count(len(step.ids), residues)
-        self.progress.update(int(verdict is not Verdict.ROLL_BACK))
+            self.progress.move(step.number)
         return verdict
 
     def roll_back(self, bad: TrainedStep) -> int:
@@ -85,8 +90,7 @@ class Session:
         self.parts.batches.set_state(self._restore() | {"step": bad.batch})
         step = int(self.state.step)
         self.log.rewind(step)
-        self.progress.initial = self.progress.n = step
-        self.progress.refresh()
+        self.progress.move(step)
         return step
 
     def save(self) -> None:
@@ -101,17 +105,23 @@ class Session:
         every = self.config.log.eval_every
         return bool(every) and (step % every == 0 or step == self.config.total_steps)
 
-    def lacks_validation(self) -> bool:
-        """Tell whether a kill prevented the validation of the first step; the first process decides for all."""
-        if not self.is_evaluated(self.start):
+    def lacks_validation(self, step: int) -> bool:
+        """Tell whether the validation of a step was prevented or cut short; the first process decides for all."""
+        if not self.is_evaluated(step):
             return False
-        logged = {name for row in run_folder.read_metrics(self.workdir) if row["step"] == self.start for name in row}
+        logged = {name for row in run_folder.read_metrics(self.workdir) if row["step"] == step for name in row}
         return gather(str(any(name.startswith("validation/") for name in logged)))[0] == "False"
 
-    def validate(self, step: int) -> None:
-        """Log scores of the averaged parameters. Every process computes all of them from the same predictions."""
+    def validate(self, step: int, requests: StopRequests) -> None:
+        """Log scores of the averaged parameters. Every process computes all of them from the same predictions.
+
+        A request to stop cuts it short; it is made up for when the run is resumed.
+        """
         assert self.parts.score
-        overall = self.parts.score(self.state.ema)["model"]["overall"]
+        try:
+            overall = self.parts.score(self.state.ema, requests.raise_if_noted)["model"]["overall"]
+        except StopRequestedError:
+            return
         self.log.write(step, {f"validation/{name}": metric["value"] for name, metric in overall.items()})
 
     def close(self) -> None:
@@ -130,7 +140,7 @@ class Session:
 
     def _introduce(self, stream: pipeline.Stream) -> None:
         """Tell what is about to be trained, and list records that are left out."""
-        tqdm.write(f"{self.workdir}: step {self.start} of {self.config.total_steps}, {stream.description()}")
+        tell(f"{self.workdir}: step {self.start} of {self.config.total_steps}, {stream.description()}", sys.stdout)
         if stream.bad:
             path = self.workdir / "bad_records.json"
             files.write(path, json.dumps(stream.bad, indent=1) + "\n")
