@@ -195,20 +195,23 @@ def as_array(name: str, x: Any) -> Any:
 
 def as_heads(name: str, x: Any) -> Float[Array, "batch length heads width"]:
     x = as_array(name, x)
-    dtype = jnp.result_type(x) if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype)
     if len(x.shape) != 4 or 0 in x.shape:
         raise ValueError(f"{name} has shape {x.shape}; it must be [batch, length, heads, width], none of them 0")
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}; it must be one of {', '.join(_DTYPES)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(_DTYPES)}")
     return jnp.asarray(x)
 
 
 def _check_longest(name: str, length, spec: SinkhornSpec) -> None:
-    if spec.band is None:
-        return
-    too_long = length > support.LONGEST_BANDED
-    if too_long:
-        raise ValueError(f"{name} of length {length} is too long for a band: at most {support.LONGEST_BANDED}")
+    """Raise ValueError for a length whose band has no exact arithmetic, UnsupportedError if that is not known."""
+    try:
+        if spec.band is not None and length > support.LONGEST_BANDED:
+            raise ValueError(f"{name} of length {length} is too long for a band: at most {support.LONGEST_BANDED}")
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise UnsupportedError(
+            f"{name} has the symbolic length {length}, and a band is for at most {support.LONGEST_BANDED}; use "
+            f"jax.export.symbolic_shape(..., constraints=['{length} <= {support.LONGEST_BANDED}']), or band=None"
+        ) from error
 
 
 def _score(score: Any, spec: SinkhornSpec, heads: int, dtype) -> Float[Array, "heads"]:

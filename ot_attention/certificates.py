@@ -102,7 +102,7 @@ def _half_step_rate(head: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
             lowest = jnp.where(is_column, scores - row, jnp.inf).min(-1)
             return jnp.where(exists, highest - lowest, 0).max()
 
-        none = jnp.zeros((), scores.dtype)
+        none = support.varying_like(scores, jnp.zeros((), scores.dtype))
         diameter = jax.lax.fori_loop(0, head.n_q, lambda i, d: jnp.maximum(d, oscillation(scores[i])), none)
         if spec.dustbin != "none":
             bin_row = jnp.full(columns + 1, head.dustbin_score).at[-1].set(0)

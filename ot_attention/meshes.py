@@ -48,13 +48,11 @@ def _in_parts(function, options, mesh: AbstractMesh, specs, out: PartitionSpec, 
     def placed(arrays, spec):
         return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), arrays)
 
-    part = functools.partial(_with_options, function, options)
-    call = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out, axis_names=set(mesh.explicit_axes))
-    return call(*map(placed, given, specs))
-
-
-def _with_options(function, options, *given):
-    return function(*given, *options)
+    axes = frozenset(mesh.explicit_axes)
+    if len(axes) == len(mesh.axis_names):
+        axes = frozenset()  # all axes, but for one that `vmap` takes already
+    part = jax.shard_map(lambda *x: function(*x, *options), mesh=mesh, in_specs=specs, out_specs=out, axis_names=axes)
+    return part(*map(placed, given, specs))
 
 
 def _cuts(arguments: tuple[Argument, ...]) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def positive(name: str, value: Any) -> Any:
         if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} is traced with shape {value.shape} and dtype {value.dtype}; it must be one float")
         value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        return jnp.where((value > 0) & (value < jnp.inf), value, jnp.nan)
+        # The logarithm of -1 makes NaN where it is due; a NaN to choose from would alarm `jax_debug_nans` always.
+        return value + jnp.log(jnp.where((value > 0) & (value < jnp.inf), 1, -1).astype(value.dtype))
     number = _scalar(value)
     if not isinstance(number, (int, float)) or not 0 < number <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} must be a finite number above 0")

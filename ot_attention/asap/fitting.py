@@ -31,7 +31,7 @@ class Deviation(NamedTuple):
 
 @support.promoting
 def fit(
-    asap: Asap, samples: Sequence[Sample], spec: SinkhornSpec, *, ridge: float = 1e-3, newton_steps: int = 0
+    asap: Asap, samples: Sequence[Sample], spec: SinkhornSpec, *, ridge: ArrayLike = 1e-3, newton_steps: ArrayLike = 0
 ) -> Asap:
     """Return the map with weights that predict the teacher's f. Runs on the XLA backend on every device.
 

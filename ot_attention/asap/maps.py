@@ -58,21 +58,23 @@ class Asap:
 
     def __post_init__(self):
         object.__setattr__(self, "features", tuple(self.features))
-        object.__setattr__(self, "two_sided", flag("two_sided", self.two_sided))
+        flag("two_sided", self.two_sided)
         if wrong := [name for name in self.features if name not in get_args(Feature)]:
             raise ValueError(f"features={wrong} must be among {', '.join(get_args(Feature))}")
 
     @classmethod
     def create(
         cls,
-        directions: Float[Array, "heads projections width"],
+        directions: Float[Array | np.ndarray, "heads projections width"],
         features: Sequence[str] = ("kantorovich",),
-        two_sided: bool = True,
+        two_sided: bool | np.bool_ = True,
     ) -> "Asap":
         """Create the map to f = 0, from which one step starts at the columns."""
         directions = jnp.asarray(directions)
         heads, projections, _ = directions.shape
-        empty = cls(directions, jnp.zeros((heads, 0)), tuple(features), two_sided)  # checks the features' names
+        empty = cls(
+            directions, jnp.zeros((heads, 0)), tuple(features), flag("two_sided", two_sided)
+        )  # checks the features' names
         return dataclasses.replace(empty, weights=jnp.zeros((heads, design_size(features, projections))))
 
     def check(self, checked: Checked) -> None:
@@ -109,7 +111,7 @@ def design_size(features: Sequence[str], projections: int) -> int:
 
 
 def directions(
-    kind: str, samples: Sequence[Sample], number: int, seed: int = 0
+    kind: str, samples: Sequence[Sample], number: ArrayLike, seed: int = 0
 ) -> Float[Array, "heads projections width"]:
     """Return unit vectors to project q and k on.
 
