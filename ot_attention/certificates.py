@@ -4,6 +4,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -30,6 +31,10 @@ class Bias(NamedTuple):
     potentials: Float[Array, "batch heads"]
     plan: Float[Array, "batch heads"]
     gradient: Float[Array, "batch heads"]
+
+
+# So that exported functions that return it can be written to files.
+jax.export.register_namedtuple_serialization(Bias, serialized_name="ot_attention.certificates.Bias")
 
 
 @support.promoting

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -44,6 +45,10 @@ class SinkhornInfo(NamedTuple):
     f: Float[jax.Array, "batch heads rows"]
     g: Float[jax.Array, "batch heads columns"]
     residual: Float[jax.Array, "batch heads"]
+
+
+# So that exported functions that return it can be written to files.
+jax.export.register_namedtuple_serialization(SinkhornInfo, serialized_name="ot_attention.SinkhornInfo")
 
 
 @dataclasses.dataclass(frozen=True)
