@@ -112,7 +112,8 @@ def positive(name: str, value: Any) -> Any:
     if isinstance(value, jax.core.Tracer):
         if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} is traced with shape {value.shape} and dtype {value.dtype}; it must be one float")
-        value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        if value.dtype.itemsize < 4:
+            value = value.astype(jnp.float32)
         # The logarithm of -1 makes NaN where it is due; a NaN to choose from would alarm `jax_debug_nans` always.
         return value + jnp.log(jnp.where((value > 0) & (value < jnp.inf), 1, -1).astype(value.dtype))
     number = _scalar(value)

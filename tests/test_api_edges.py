@@ -60,7 +60,7 @@ WITH_LENGTHS = {
     "log plan": lambda q, k, v, *n: plans.log_plan(
         jnp.asarray(q[:, :, 0]),
         jnp.asarray(k[:, :, 0]),
-        plans.Potentials(jnp.zeros((2, 12)), jnp.zeros((2, 12))),
+        plans.Potentials(*jnp.zeros((2, 2, 12), "float32")),
         n,
         SPEC,
     ),
@@ -202,6 +202,8 @@ def loss_of(implementation: str | None, *, dtype: str, **settings):
     """Function of epsilon (and q), and q."""
     (q, k, v), score = arrays(dtype=dtype), jnp.array([0.5, -1.0], dtype)
     q[1, 7:], k[1, 7:] = np.nan, np.inf  # padding must not reach the gradient
+    with jax.debug_nans(False):
+        q, k, v = map(jnp.asarray, (q, k, v))
 
     def loss(epsilon, q=q):
         spec = dataclasses.replace(BINNED, **settings, epsilon=epsilon)
@@ -232,7 +234,7 @@ def test_the_gradient_of_a_temperature_follows_from_the_queries(implementation, 
         pytest.skip("refused")
     loss, q = loss_of(implementation, dtype="float64", **settings)
     dq = jax.jit(jax.grad(lambda q: loss(0.7, q)))(q)
-    expected = -(np.nan_to_num(q, posinf=0) * dq).sum() / 0.7
+    expected = -(jnp.nan_to_num(q) * dq).sum() / 0.7
     value, slope = jax.jit(jax.value_and_grad(loss))(jnp.float64(0.7))
     assert float(value) == pytest.approx(float(loss(0.7)), rel=1e-9)
     assert float(slope) == pytest.approx(float(expected), rel=1e-8)
@@ -485,7 +487,7 @@ def check(cut, names):
     assert all(jax.typeof(x).sharding.spec[:2] == (like_q[0], like_q[2]) for x in info)
 
 check(P("d", None, "m"), functions)
-for cut in P("d"), P(None, None, "m"), P(("d", "m")), P():
+for cut in P("d"), P(("d", "m")), P():
     check(cut, ["backward"])
 with jax.set_mesh(mesh):
     edges.assert_same(pull_back(*on(mesh, P("d"), q, k, v)), expected["backward"], 1e-4)
