@@ -110,9 +110,10 @@ def positive(name: str, value: Any) -> Any:
     Raises ValueError.
     """
     if isinstance(value, jax.core.Tracer):
-        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        if value.shape or not (is_float or jnp.issubdtype(value.dtype, jnp.integer)):
             raise ValueError(f"{name} is traced with shape {value.shape} and dtype {value.dtype}; it must be one float")
-        if value.dtype.itemsize < 4:
+        if not is_float or value.dtype.itemsize < 4:
             value = value.astype(jnp.float32)
         # The logarithm of -1 makes NaN where it is due; a NaN to choose from would alarm `jax_debug_nans` always.
         return value + jnp.log(jnp.where((value > 0) & (value < jnp.inf), 1, -1).astype(value.dtype))
