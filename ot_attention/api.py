@@ -1,35 +1,51 @@
 """The two public functions, and the checks and the layout of their arguments."""
 
-from typing import get_args
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from ot_attention import reference, support
 from ot_attention.backends import registry
-from ot_attention.spec import Heads, Implementation, SinkhornInfo, SinkhornSpec, UnsupportedError
+from ot_attention.meshes import EXAMPLES, HEADS, Argument, on_each_device
+from ot_attention.spec import (
+    Heads,
+    Implementation,
+    LengthsLike,
+    ScoreLike,
+    SinkhornInfo,
+    SinkhornSpec,
+    UnsupportedError,
+)
 from ot_attention.support import cleaned
 
 _DTYPES = ("bfloat16", "float32", "float64")
 
 
+@support.promoting
 def sinkhorn_attention(
-    q: Float[Array, "batch rows heads width"],
-    k: Float[Array, "batch columns heads width"],
-    v: Float[Array, "batch columns heads value"],
+    q: Float[ArrayLike, "batch rows heads width"],
+    k: Float[ArrayLike, "batch columns heads width"],
+    v: Float[ArrayLike, "batch columns heads value"],
     spec: SinkhornSpec,
-    q_lengths: Int[Array, "batch"] | None = None,
-    k_lengths: Int[Array, "batch"] | None = None,
-    dustbin_score: Float[Array, "heads"] | None = None,
+    q_lengths: LengthsLike | None = None,
+    k_lengths: LengthsLike | None = None,
+    dustbin_score: ScoreLike | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
     """Compute attention whose weights are an entropic transport plan (arXiv 2605.08123; docs/math.md, sections 1 to 3).
 
     The output has the dtype of v; potentials are float32, or float64 for float64 inputs. Scores of queries q and keys k
     are `q . k / (sqrt(width) * epsilon)`. Lengths, of q and of k and v, are in residues; None is the padded length.
-    `dustbin_score`, of residues with the dustbin, is required if and only if `spec.dustbin` is not "none".
+    `dustbin_score`, of residues with the dustbin, is required if and only if `spec.dustbin` is not "none". Arrays may
+    be of JAX or NumPy, or lists. Lengths may have any integer dtype; one length or score is for all.
+
+    On a mesh of explicit axes the batch and the heads may be sharded, and results are sharded alike.
 
     implementation: None chooses; "reference" is dense, "xla" computes the band only on any device, "pallas_gpu" and
     "pallas_tpu" are kernels. A named one is used or refused, never replaced.
@@ -38,43 +54,40 @@ def sinkhorn_attention(
     clipped to the padded length instead), and UnsupportedError, saying what to change, where it cannot do this.
     """
     _check_implementation(implementation)
-    batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
+    checked = Checked.create(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
+    out, info = checked.of_every_head(_attend, implementation)
+    return out.swapaxes(1, 2), info
+
+
+def _attend(heads: Heads, spec: SinkhornSpec, implementation: Implementation | None) -> tuple[Array, SinkhornInfo]:
     backend = registry.BACKENDS[registry.choose(implementation, heads, spec)]
-    out, *info = (x.reshape(batch, -1, *x.shape[1:]) for x in backend.attend(heads, spec))
-    f, g, residual = info
+    out, f, g, residual = backend.attend(heads, spec)
     if spec.dustbin == "none":
-        f, g = f[..., :-1], g[..., :-1]
-    return out.swapaxes(1, 2).astype(heads.v.dtype), SinkhornInfo(f, g, jax.lax.stop_gradient(residual))
+        f, g = f[:, :-1], g[:, :-1]
+    return out.astype(heads.v.dtype), SinkhornInfo(f, g, jax.lax.stop_gradient(residual))
 
 
+@support.promoting
 def transport_plan(
-    q: Float[Array, "batch rows heads width"],
-    k: Float[Array, "batch columns heads width"],
+    q: Float[ArrayLike, "batch rows heads width"],
+    k: Float[ArrayLike, "batch columns heads width"],
     spec: SinkhornSpec,
-    q_lengths: Int[Array, "batch"] | None = None,
-    k_lengths: Int[Array, "batch"] | None = None,
-    dustbin_score: Float[Array, "heads"] | None = None,
+    q_lengths: LengthsLike | None = None,
+    k_lengths: LengthsLike | None = None,
+    dustbin_score: ScoreLike | None = None,
 ) -> Float[Array, "batch heads plan_rows plan_columns"]:
     """Return the dense plan that `sinkhorn_attention` applies, the dustbin as last row and column if there is one.
 
     For small inputs, plots and tests: it runs the reference, and memory is rows x columns for every head. It is
     differentiable, and raises errors, as `sinkhorn_attention` does.
     """
-    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    return Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score).of_every_head(_plan)
+
+
+def _plan(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N plan_rows plan_columns"]:
     registry.choose("reference", heads, spec)
     plan, *_ = reference.solve(cleaned(heads), spec)
-    if spec.dustbin == "none":
-        plan = plan[:, :-1, :-1]
-    return plan.reshape(batch, -1, *plan.shape[1:])
-
-
-def laid_out(q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score) -> tuple[int, Heads]:
-    """Check arguments, and return the batch size and the inputs of a backend.
-
-    v: values; None for problems that need only the plan. Raises ValueError.
-    """
-    arguments = _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
-    return arguments[0].shape[0], by_head(*arguments)
+    return plan[:, :-1, :-1] if spec.dustbin == "none" else plan
 
 
 def only_xla(implementation: Implementation | None, what: str) -> None:
@@ -92,55 +105,142 @@ def _check_implementation(implementation: str | None) -> None:
         raise ValueError(f"implementation={implementation!r} must be None or one of {known}")
 
 
+class Checked(NamedTuple):
+    """Arguments of a public function as arrays of the right shapes and dtypes, and a spec of static numbers."""
+
+    q: Float[Array, "batch rows heads width"]
+    k: Float[Array, "batch columns heads width"]
+    v: Float[Array, "batch columns heads value"]
+    dustbin_score: Float[Array, "heads"]
+    q_lengths: Int[Array, "batch"]
+    k_lengths: Int[Array, "batch"]
+    epsilon: Float[Array, ""] | None  # if traced; the spec then has 1, so that no backend need know of it
+    spec: SinkhornSpec
+
+    @classmethod
+    def create(cls, q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score) -> "Checked":
+        """Check arguments, before anything else can fail on them. Raises ValueError.
+
+        v: values; None for problems that need only the plan.
+        """
+        q, k = as_heads("q", q), as_heads("k", k)
+        v = k if v is None else as_heads("v", v)
+        (batch, rows, heads, width), columns = q.shape, k.shape[1]
+        if k.shape != (fitting := (batch, columns, heads, width)):
+            raise ValueError(
+                f"k has shape {k.shape}; with q of shape {q.shape} it must be {(batch, 'any', heads, width)}"
+            )
+        if v.shape[:3] != fitting[:3]:
+            raise ValueError(f"v has shape {v.shape}; for k of shape {k.shape} it must be {(*fitting[:3], 'any')}")
+        if not isinstance(spec, SinkhornSpec):
+            raise ValueError(f"spec={spec!r} must be a SinkhornSpec")
+        for name, length in (("q", rows), ("k", columns)):
+            _check_longest(name, length, spec)
+        epsilon = None
+        if isinstance(spec.epsilon, jax.Array):
+            epsilon, spec = spec.epsilon, dataclasses.replace(spec, epsilon=1.0)
+        score = _score(dustbin_score, spec, heads, support.potential_dtype(q, k, v))
+        n_q, n_k = as_lengths("q_lengths", q_lengths, rows, batch), as_lengths("k_lengths", k_lengths, columns, batch)
+        return cls(q, k, v, score, n_q, n_k, epsilon, spec)
+
+    def of_every_head(
+        self, function: Callable[..., PyTree], *options: Hashable, layers: PyTree = None, examples: PyTree = None
+    ) -> Any:
+        """Return `function(heads, spec, *options)`, the leading axis of its results as `[batch, heads]`.
+
+        function: takes also `layers` and `examples`, if given, after the spec, their leading axes merged as in `Heads`.
+        layers: arrays `[heads, ...]`. examples: arrays `[batch, heads, ...]`.
+        """
+        by_length, by_layer, by_example = (EXAMPLES, None, HEADS), (HEADS,), (EXAMPLES,)
+        axes = *(by_length,) * 3, by_layer, by_example, by_example, ()
+        arguments = tuple(map(Argument, self._fields[:7], self[:7], axes))
+        arguments += Argument("layers", layers, by_layer), Argument("examples", examples, (EXAMPLES, HEADS))
+        return on_each_device(_of_every_head, arguments, function, self.spec, *options)
+
+
+def _of_every_head(q, k, v, score, n_q, n_k, epsilon, layers, examples, function, spec, *options) -> PyTree:
+    if epsilon is not None:
+        dtype = support.potential_dtype(q, k, v)
+        # Padding must not reach the gradient of epsilon.
+        q = support.zero_padding(q, n_q).astype(dtype) / epsilon.astype(dtype)
+    batch, heads, given = q.shape[0], q.shape[2], by_head(q, k, v, score, n_q, n_k)
+    more = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), layers), examples
+    more = jax.tree.map(lambda x: support.varying_like(given.q, x.reshape(batch * heads, *x.shape[2:])), more)
+    results = function(given, spec, *(x for x in more if x is not None), *options)
+    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), results)
+
+
 def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
     """Merge batch and heads into one leading axis."""
     batch, _, heads, _ = q.shape
-    n_q, n_k = (jnp.repeat(n.astype(jnp.int32), heads) for n in (q_lengths, k_lengths))
-    q, k, v = (x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3]) for x in (q, k, v))
-    result = Heads(q, k, v, jnp.tile(dustbin_score, batch), n_q, n_k)
+    n_q, n_k = (jnp.broadcast_to(n.astype(jnp.int32)[:, None], (batch, heads)) for n in (q_lengths, k_lengths))
+    score = jnp.broadcast_to(dustbin_score, (batch, heads))
+    given = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), score, n_q, n_k
+    result = Heads(*(x.reshape(batch * heads, *x.shape[2:]) for x in given))
     for x in result:
         result = support.varying_like(x, result)
     return result
 
 
-def _check(q, k, v, spec, q_lengths, k_lengths, dustbin_score) -> tuple[Array, ...]:
-    """Return what `by_head` takes, as arrays. Raises ValueError, before anything else can fail on them."""
-    v = k if v is None else v
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        shape, dtype = jnp.shape(x), jnp.result_type(x)
-        if len(shape) != 4 or 0 in shape:
-            raise ValueError(f"{name} has shape {shape}; it must be [batch, length, heads, width], none of them 0")
-        if dtype not in _DTYPES:
-            raise ValueError(f"{name} has dtype {dtype}; it must be one of {', '.join(_DTYPES)}")
-    (batch, rows, heads, width), columns = q.shape, k.shape[1]
-    if k.shape != (batch, columns, heads, width):
-        raise ValueError(f"k has shape {k.shape}; with q of shape {q.shape} it must be {(batch, 'any', heads, width)}")
-    if v.shape[:3] != (batch, columns, heads):
-        raise ValueError(f"v has shape {v.shape}; for k of shape {k.shape} it must be {(batch, columns, heads, 'any')}")
-    if not isinstance(spec, SinkhornSpec):
-        raise ValueError(f"spec={spec!r} must be a SinkhornSpec")
-    longest = max(rows, columns)
-    if spec.band is not None and longest * (longest + 128) >= support.MAX_BANDED_PRODUCT:
-        raise ValueError(f"q and k of lengths {rows} and {columns} are too long for a band: at most 46276")
-    if (dustbin_score is None) != (spec.dustbin == "none"):
-        given = "missing" if dustbin_score is None else "given"
+def as_array(name: str, x: Any) -> Any:
+    """Return an array: of NumPy, where integers keep their values, unless JAX holds or traces it. Raises ValueError."""
+    if isinstance(x, (jax.Array, np.ndarray)):
+        return x
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    try:
+        return jnp.asarray(x) if traced or hasattr(x, "__jax_array__") else np.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} is no array: {error}") from error
+
+
+def as_heads(name: str, x: Any) -> Float[Array, "batch length heads width"]:
+    x = as_array(name, x)
+    if len(x.shape) != 4 or 0 in x.shape:
+        raise ValueError(f"{name} has shape {x.shape}; it must be [batch, length, heads, width], none of them 0")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(_DTYPES)}")
+    return jnp.asarray(x)
+
+
+def _check_longest(name: str, length, spec: SinkhornSpec) -> None:
+    """Raise ValueError for a length whose band has no exact arithmetic, UnsupportedError if that is not known."""
+    try:
+        if spec.band is not None and length > support.LONGEST_BANDED:
+            raise ValueError(f"{name} of length {length} is too long for a band: at most {support.LONGEST_BANDED}")
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise UnsupportedError(
+            f"{name} has the symbolic length {length}, and a band is for at most {support.LONGEST_BANDED}; use "
+            f"jax.export.symbolic_shape(..., constraints=['{length} <= {support.LONGEST_BANDED}']), or band=None"
+        ) from error
+
+
+def _score(score: Any, spec: SinkhornSpec, heads: int, dtype) -> Float[Array, "heads"]:
+    if (score is None) != (spec.dustbin == "none"):
+        given = "missing" if score is None else "given"
         raise ValueError(f"dustbin_score is {given}, but spec.dustbin={spec.dustbin!r}: give one a head or 'none'")
-    if dustbin_score is None:
-        dustbin_score = jnp.zeros(heads, q.dtype)
-    elif jnp.shape(dustbin_score) != (heads,) or jnp.result_type(dustbin_score) not in _DTYPES:
-        raise ValueError(f"dustbin_score must be {heads} floats, one a head; given {jnp.shape(dustbin_score)}")
-    sides = ("q_lengths", q_lengths, rows), ("k_lengths", k_lengths, columns)
-    return *map(jnp.asarray, (q, k, v, dustbin_score)), *(_check_lengths(*x, batch) for x in sides)
+    if score is None:
+        return jnp.zeros(heads, dtype)
+    score = as_array("dustbin_score", score)
+    is_number = score.dtype in _DTYPES or jnp.issubdtype(score.dtype, jnp.integer)
+    if score.shape not in ((), (heads,)) or not is_number:
+        raise ValueError(
+            f"dustbin_score must be {heads} floats, one a head; given {score.dtype} of shape {score.shape}"
+        )
+    return jnp.broadcast_to(jnp.asarray(score, None if score.dtype in _DTYPES else dtype), (heads,))
 
 
-def _check_lengths(name: str, lengths, longest: int, batch: int) -> Int[Array, "batch"]:
+def as_lengths(name: str, lengths: Any, longest: int, batch: int) -> Int[Array, "batch"]:
+    """Return lengths as int32, at most the padded one. Raises ValueError, for values only if they are known."""
     if lengths is None:
         return jnp.full(batch, longest, jnp.int32)
-    shape, dtype = jnp.shape(lengths), jnp.result_type(lengths)
-    if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"{name} has shape {shape} and dtype {dtype}; it must be {batch} integers")
+    lengths = as_array(name, lengths)
+    if lengths.shape not in ((), (batch,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"{name} has shape {lengths.shape} and dtype {lengths.dtype}; it must be {batch} integers")
     if not isinstance(lengths, jax.core.Tracer):
-        values = np.asarray(lengths)
+        values = jax.device_get(lengths)
         if values.min() < 0 or values.max() > longest:
             raise ValueError(f"{name}={values.tolist()} must lie between 0 and the padded length {longest}")
-    return jnp.clip(jnp.asarray(lengths), 0, longest)
+    if lengths.dtype.itemsize < 4:
+        lengths = lengths.astype(jnp.int32)  # first: the padded length may be too large for the dtype
+    lengths = jnp.clip(jnp.asarray(lengths), 0, longest).astype(jnp.int32)
+    return jnp.broadcast_to(lengths, (batch,))

@@ -4,13 +4,15 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from ot_attention import sinkhorn, support
-from ot_attention.api import laid_out, only_xla
+from ot_attention.api import Checked, only_xla
 from ot_attention.problem import Problem
-from ot_attention.spec import Heads, Implementation, SinkhornSpec
+from ot_attention.spec import Heads, Implementation, LengthsLike, ScoreLike, SinkhornSpec
 from ot_attention.support import cleaned
 
 
@@ -31,13 +33,18 @@ class Bias(NamedTuple):
     gradient: Float[Array, "batch heads"]
 
 
+# So that exported functions that return it can be written to files.
+jax.export.register_namedtuple_serialization(Bias, serialized_name="ot_attention.certificates.Bias")
+
+
+@support.promoting
 def contraction(
-    q: Float[Array, "batch rows heads width"],
-    k: Float[Array, "batch columns heads width"],
+    q: Float[ArrayLike, "batch rows heads width"],
+    k: Float[ArrayLike, "batch columns heads width"],
     spec: SinkhornSpec,
-    q_lengths: Int[Array, "batch"] | None = None,
-    k_lengths: Int[Array, "batch"] | None = None,
-    dustbin_score: Float[Array, "heads"] | None = None,
+    q_lengths: LengthsLike | None = None,
+    k_lengths: LengthsLike | None = None,
+    dustbin_score: ScoreLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch heads"]:
     """Return Birkhoff and Hopf's bound `tanh(Delta / 4)^2` on the rate of a step from any potentials.
@@ -47,17 +54,18 @@ def contraction(
     `sinkhorn_attention` does.
     """
     only_xla(implementation, "certificates")
-    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
-    return (_half_step_rates(heads, spec) ** 2).reshape(batch, -1)
+    rates = Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score).of_every_head(_half_step_rates)
+    return rates**2
 
 
+@support.promoting
 def posterior_bias(
-    q: Float[Array, "batch rows heads width"],
-    k: Float[Array, "batch columns heads width"],
+    q: Float[ArrayLike, "batch rows heads width"],
+    k: Float[ArrayLike, "batch columns heads width"],
     spec: SinkhornSpec,
-    q_lengths: Int[Array, "batch"] | None = None,
-    k_lengths: Int[Array, "batch"] | None = None,
-    dustbin_score: Float[Array, "heads"] | None = None,
+    q_lengths: LengthsLike | None = None,
+    k_lengths: LengthsLike | None = None,
+    dustbin_score: ScoreLike | None = None,
     implementation: Implementation | None = None,
 ) -> Bias:
     """Solve the problem and bound its distance from convergence, `osc(g_1 - g_0) / (1 - rate)`.
@@ -66,10 +74,12 @@ def posterior_bias(
     refused. Raises errors as `sinkhorn_attention` does.
     """
     only_xla(implementation, "certificates")
-    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    return Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score).of_every_head(_posterior_bias)
+
+
+def _posterior_bias(heads: Heads, spec: SinkhornSpec) -> Bias:
     changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), cleaned(heads), spec)
-    bias = _bias(changes, overlaps, _half_step_rates(heads, spec), spec)
-    return Bias(*(x.reshape(batch, -1) for x in bias))
+    return _bias(changes, overlaps, _half_step_rates(heads, spec), spec)
 
 
 def _half_step_rates(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N"]:
@@ -97,7 +107,7 @@ def _half_step_rate(head: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
             lowest = jnp.where(is_column, scores - row, jnp.inf).min(-1)
             return jnp.where(exists, highest - lowest, 0).max()
 
-        none = jnp.zeros((), scores.dtype)
+        none = support.varying_like(scores, jnp.zeros((), scores.dtype))
         diameter = jax.lax.fori_loop(0, head.n_q, lambda i, d: jnp.maximum(d, oscillation(scores[i])), none)
         if spec.dustbin != "none":
             bin_row = jnp.full(columns + 1, head.dustbin_score).at[-1].set(0)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from ot_attention.spec import AllColumns, AllRows, Lengths
@@ -40,8 +41,12 @@ def coarse_basis(n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int 
 
     Their number m is a multiple of `_COLOURS`.
     """
-    width = max(columns if band is None else band, 2) / 2
-    number = min(int(columns / width) + 2, _MOST_HATS)
+    if band is None:
+        width, number = jax.core.max_dim(columns, 2) / 2, 4
+    else:
+        width = max(band, 2) / 2
+        # The largest number serves a length that is a symbol of `jax.export`.
+        number = _MOST_HATS if is_symbolic_dim(columns) else min(int(columns / width) + 2, _MOST_HATS)
     number += -number % _COLOURS
     spacing = jnp.maximum(width, n_k[:, None] / (number - 1))
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_attention import support
-from ot_attention.spec import Rows, SinkhornSpec
+from ot_attention.api import as_lengths
+from ot_attention.spec import LengthsLike, Rows, SinkhornSpec
 
 _ROWS = 32  # of a banded plan, made at a time
 
 Queries = Float[Array, "N rows width"]
 Keys = Float[Array, "N columns width"]
-Lengths = tuple[Int[Array, "N"], Int[Array, "N"]]
+Lengths = tuple[LengthsLike, LengthsLike]
 
 
 class Potentials(NamedTuple):
@@ -34,9 +35,11 @@ class BandedPlan(NamedTuple):
     first: Int[Array, "N rows"]
 
 
-def _windows(rows: int, lengths: Lengths, spec: SinkhornSpec) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]:
-    n_q, n_k = (n.astype(jnp.int32) for n in lengths)
-    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (len(n_q), rows))
+def _windows(q: Queries, k: Keys, lengths: Lengths, spec: SinkhornSpec):
+    """Return the first and the last column in the support of each row, `[N, rows]`."""
+    number, rows, _ = q.shape
+    n_q, n_k = (as_lengths("lengths", n, x.shape[1], number) for n, x in zip(lengths, (q, k), strict=True))
+    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (number, rows))
     return support.row_windows(index, n_q, n_k, spec.band)
 
 
@@ -47,35 +50,45 @@ def _within(windows, columns: Int[Array, "#N #rows _"]) -> Bool[Array, "N rows _
 
 def _scores(q: Queries, k: Keys, spec: SinkhornSpec):
     q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, k))
-    return jnp.einsum("nid,njd->nij", q, k, precision="highest") / (math.sqrt(q.shape[-1]) * spec.epsilon)
+    return _divided(jnp.einsum("nid,njd->nij", q, k, precision="highest"), q, spec)
 
 
+def _divided(products: Array, q: Queries, spec: SinkhornSpec):
+    """Return scores of products; a learned temperature gets the products' dtype."""
+    epsilon = spec.epsilon if isinstance(spec.epsilon, float) else spec.epsilon.astype(products.dtype)
+    return products / (math.sqrt(q.shape[-1]) * epsilon)
+
+
+@support.promoting
 def log_plan(
     q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec
 ) -> Float[Array, "N rows columns"]:
     """Return `log P_ij`, dense, minus infinity outside the support."""
     f, g = potentials.f[:, : q.shape[1], None], potentials.g[:, None, : k.shape[1]]
-    inside = _within(_windows(q.shape[1], lengths, spec), jnp.arange(k.shape[1])[None, None])
+    inside = _within(_windows(q, k, lengths, spec), jnp.arange(k.shape[1])[None, None])
     # The inner `where` keeps gradients finite.
     return jnp.where(inside, jnp.where(inside, _scores(q, k, spec) + f + g, 0), -jnp.inf)
 
 
+@support.promoting
 def log_plan_at(
     target: Int[Array, "N rows"], q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec
 ) -> Rows:
     """Return `log P_i,target(i)`, minus infinity outside the support and for negative targets."""
     column = jnp.maximum(target, 0)
+    windows = _windows(q, k, lengths, spec)
     q, k = (x.astype(support.potential_dtype(q, k)) for x in (q, jnp.take_along_axis(k, column[..., None], axis=1)))
-    score = (q * k).sum(-1) / (math.sqrt(q.shape[-1]) * spec.epsilon)
+    score = _divided((q * k).sum(-1), q, spec)
     f, g = potentials.f[:, : q.shape[1]], jnp.take_along_axis(potentials.g, column, axis=1)
-    inside = (target >= 0) & _within(_windows(q.shape[1], lengths, spec), column[..., None])[..., 0]
+    inside = (target >= 0) & _within(windows, column[..., None])[..., 0]
     return jnp.where(inside, jnp.where(inside, score + f + g, 0), -jnp.inf)
 
 
+@support.promoting
 def banded_plan(q: Queries, k: Keys, potentials: Potentials, lengths: Lengths, spec: SinkhornSpec) -> BandedPlan:
     """Return the plan by windows of `2 band + 1` columns; only a few rows at a time are dense."""
     rows, columns = q.shape[1], k.shape[1]
-    windows = _windows(rows, lengths, spec)
+    windows = _windows(q, k, lengths, spec)
     window = jnp.arange(columns if spec.band is None else min(2 * spec.band + 1, columns))
 
     def some_rows(part):

@@ -91,7 +91,7 @@ def _converged_bwd(cg_steps, kept, cotangents):
     return -plan * (x[:, :, None] + y[:, None, :]), None, None, None
 
 
-_converged.defvjp(_converged_fwd, _converged_bwd)
+_converged.defvjp(support.promoting(_converged_fwd), support.promoting(_converged_bwd))
 
 
 def log_scaling(scores: Float[Array, "*N rows columns"], target: Float[Array, "*N n"], axis: int):

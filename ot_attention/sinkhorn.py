@@ -41,7 +41,7 @@ def _attend_bwd(spec, band, kept, cotangents):
     return (Heads(*gradients, None, None),)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+attend.defvjp(support.promoting(_attend_fwd), support.promoting(_attend_bwd))
 
 
 def by_group(function, arguments, spec: SinkhornSpec, band: type[Band] = XlaBand):

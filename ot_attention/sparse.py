@@ -16,12 +16,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
 
 from ot_attention import reference, support
+from ot_attention.api import as_heads, as_lengths
+from ot_attention.spec import LengthsLike, flag, integer, positive
 
-Residues = Float[Array, "batch length heads width"]
-Values = Float[Array, "batch length heads value"]
+Residues = Float[Array | np.ndarray, "batch length heads width"]
+Values = Float[Array | np.ndarray, "batch length heads value"]
 _LEAST_SHARE = 1e-6  # Smaller shares of real residues count as 0: the gradient of their mean would overflow.
 _NEVER = -1e30  # Score of a forbidden block: finite, because cumulative sums of minus infinities have no gradient.
 
@@ -48,12 +51,12 @@ class SparseSpec:
     mixture: bool = False
 
     def __post_init__(self):
-        for name, least in (("block", 1), ("steps", 1), ("sortcut", 1)):
-            value = getattr(self, name)
-            if (name, value) != ("sortcut", None) and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature={self.temperature!r} must be a finite number above 0")
+        for name in ("block", "steps", "sortcut"):
+            if (name, self.sortcut) != ("sortcut", None):
+                object.__setattr__(self, name, integer(name, getattr(self, name), 1))
+        object.__setattr__(self, "temperature", positive("temperature", self.temperature))
+        for name in ("causal", "mixture"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         if self.causal and self.sortcut:
             raise ValueError(f"sortcut={self.sortcut} with causal=True: the first places would see later blocks")
 
@@ -62,32 +65,37 @@ class SparseSpec:
         return -(-length // self.block)
 
 
+@support.promoting
 def pooled(
-    x: Float[Array, "batch length width"], spec: SparseSpec, lengths: Int[Array, "batch"]
+    x: Float[Array, "batch length width"], spec: SparseSpec, lengths: LengthsLike
 ) -> tuple[Float[Array, "batch blocks width"], Float[Array, "batch blocks width"]]:
     """Sum over each block, padding left out: a sort network's inputs for places and for blocks.
 
     With `spec.causal` a place's input is the sum over all earlier blocks.
     """
+    lengths = as_lengths("lengths", lengths, x.shape[1], x.shape[0])
     blocks = _cut(support.zero_padding(x, lengths), spec.block).sum(2)
     places = jnp.cumsum(blocks, 1) - blocks if spec.causal else blocks
     return places, blocks
 
 
+@support.promoting
 def soft_permutation(
     scores: Float[Array, "batch heads places blocks"],
     spec: SparseSpec,
-    lengths: Int[Array, "batch"],
+    lengths: LengthsLike,
     noise: Key[Array, "batch"] | None = None,
 ) -> Float[Array, "batch heads places blocks"]:
     """Balance scores in the log domain: the share of each block that comes to each place, 0 where there is no block.
 
     noise: random keys, one for each example, for Gumbel noise added to the scores; None when not training.
     """
+    scores = jnp.asarray(scores)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    lengths = as_lengths("lengths", lengths, scores.shape[-1] * spec.block, scores.shape[0])
     if noise is not None:
         scores += jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:], scores.dtype))(noise)
-    scores /= spec.temperature
+    scores /= jnp.asarray(spec.temperature, scores.dtype)
     place = jnp.arange(scores.shape[-1])
     exists = place < -(-lengths // spec.block)[:, None]
     allowed = exists[:, None, :, None] & exists[:, None, None, :]
@@ -115,64 +123,62 @@ def _balanced_causally(scores, allowed: Bool[Array, "batch 1 places blocks"], st
     return jnp.where(allowed, jnp.exp(scores), 0)
 
 
+@support.promoting
 def sparse_sinkhorn_attention(
     q: Residues,
     k: Residues,
     v: Values,
     scores: Float[Array, "batch heads places blocks"],
     spec: SparseSpec,
-    lengths: Int[Array, "batch"] | None = None,
+    lengths: LengthsLike | None = None,
     noise: Key[Array, "batch"] | None = None,
-) -> Values:
+) -> Float[Array, "batch length heads value"]:
     """Attend by softmax to the sorted and the own block. The output has the dtype of v, and is 0 at padding.
 
     scores: the sort network's, places against blocks, `spec.blocks(length)` of each; float32 is best.
     noise: as in `soft_permutation`.
     Raises ValueError for shapes that do not fit, naming the argument.
     """
-    q, k, v, lengths = _checked(q, k, v, lengths)
+    q, k, v, n = _checked(q, k, v, lengths)
     blocks = spec.blocks(q.shape[1])
     if jnp.shape(scores) != (expected := (q.shape[0], q.shape[2], blocks, blocks)):
         raise ValueError(f"scores has shape {jnp.shape(scores)}; with block={spec.block} it must be {expected}")
-    permutation = soft_permutation(scores, spec, lengths, noise)
-    moved_k, moved_v, share = _sorted(permutation, k, v, spec, lengths)
+    permutation = soft_permutation(scores, spec, n, noise)
+    moved_k, moved_v, share = _sorted(permutation, k, v, spec, n)
     if spec.sortcut:
         out = _attend_to_first(q, moved_k, moved_v, share, spec.sortcut)
     else:
-        out = _attend_to_blocks(q, k, v, (moved_k, moved_v, share), spec, lengths)
+        out = _attend_to_blocks(q, k, v, (moved_k, moved_v, share), spec, n)
     if spec.mixture:
-        out += softmax_attention(q, k, v, causal=spec.causal, lengths=lengths)
-    return support.zero_padding(out, lengths)
+        out += softmax_attention(q, k, v, causal=spec.causal, lengths=n)
+    return support.zero_padding(out, n)
 
 
+@support.promoting
 def local_attention(
-    q: Residues, k: Residues, v: Values, spec: SparseSpec, lengths: Int[Array, "batch"] | None = None
-) -> Values:
+    q: Residues, k: Residues, v: Values, spec: SparseSpec, lengths: LengthsLike | None = None
+) -> Float[Array, "batch length heads value"]:
     """Attend by softmax to the own block alone; only `spec.block` and `spec.causal` are read. Raises ValueError."""
-    q, k, v, lengths = _checked(q, k, v, lengths)
-    return support.zero_padding(_attend_to_blocks(q, k, v, None, spec, lengths), lengths)
+    q, k, v, n = _checked(q, k, v, lengths)
+    return support.zero_padding(_attend_to_blocks(q, k, v, None, spec, n), n)
 
 
+@support.promoting
 def softmax_attention(
-    q: Residues, k: Residues, v: Values, *, causal: bool, lengths: Int[Array, "batch"] | None = None
-) -> Values:
+    q: Residues, k: Residues, v: Values, *, causal: bool, lengths: LengthsLike | None = None
+) -> Float[Array, "batch length heads value"]:
     """Attend by dense softmax; 0 at padding. Raises ValueError for shapes that do not fit."""
-    q, k, v, lengths = _checked(q, k, v, lengths)
+    q, k, v, n = _checked(q, k, v, lengths)
     one_block = SparseSpec(block=q.shape[1], causal=causal)
-    return support.zero_padding(_attend_to_blocks(q, k, v, None, one_block, lengths), lengths)
+    return support.zero_padding(_attend_to_blocks(q, k, v, None, one_block, n), n)
 
 
 def _checked(q, k, v, lengths):
     """Return the arrays with 0 as padding, and lengths. Raises ValueError for shapes that do not fit."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if jnp.ndim(x) != 4 or 0 in jnp.shape(x):
-            raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be [batch, length, heads, width], none 0")
+    q, k, v = as_heads("q", q), as_heads("k", k), as_heads("v", v)
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"k and v have shapes {k.shape} and {v.shape}; with q they must be {(*q.shape[:3], 'any')}")
-    if lengths is None:
-        lengths = jnp.full(q.shape[0], q.shape[1], jnp.int32)
-    if jnp.shape(lengths) != q.shape[:1]:
-        raise ValueError(f"lengths has shape {jnp.shape(lengths)}; it must be {q.shape[0]} integers")
+    lengths = as_lengths("lengths", lengths, q.shape[1], q.shape[0])
     return *(support.zero_padding(x, lengths) for x in (q, k, v)), lengths
 
 

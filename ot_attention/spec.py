@@ -1,11 +1,17 @@
 """Settings, inputs and diagnostics of Sinkhorn attention."""
 
 import dataclasses
-import math
-from typing import Literal, NamedTuple, get_args
+import numbers
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-from jaxtyping import Float, Int
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Integer, Num
 
 Dustbin = Literal["none", "unit", "full"]
 Gradient = Literal["tail", "implicit", "unrolled"]
@@ -18,6 +24,11 @@ Columns = Float[jax.Array, "N columns"]
 AllRows = Float[jax.Array, "N all_rows"]
 AllColumns = Float[jax.Array, "N all_columns"]
 Lengths = Int[jax.Array, "N"]
+# What callers may give; lists of q, k and v are taken too.
+LengthsLike = Integer[ArrayLike, "*batch"] | Sequence[int]
+ScoreLike = Num[ArrayLike, "*heads"] | Sequence[float]
+
+_MOST = 2**30  # of integers: sums of two fit into 32 bits
 
 
 class UnsupportedError(ValueError):
@@ -36,11 +47,19 @@ class SinkhornInfo(NamedTuple):
     residual: Float[jax.Array, "batch heads"]
 
 
+# So that exported functions that return it can be written to files.
+jax.export.register_namedtuple_serialization(SinkhornInfo, serialized_name="ot_attention.SinkhornInfo")
+
+
 @dataclasses.dataclass(frozen=True)
 class SinkhornSpec:
     """Settings of one Sinkhorn attention layer; hashable, so usable as a static argument of `jax.jit`.
 
-    epsilon: entropic temperature; scores are `q . k / (sqrt(D) * epsilon)`.
+    Numbers may be NumPy's or array scalars; they become Python's.
+
+    epsilon: entropic temperature; scores are `q . k / (sqrt(D) * epsilon)`. A value that JAX traces is a learned
+        temperature: it gets its gradient, and is NaN unless it is finite and above 0. Such a spec has no hash: make it
+        inside the function that is differentiated or compiled.
     base_steps: T, steps without gradient. tail_steps: R >= 1, differentiated steps (arXiv 2605.08123).
     band: W, half-width in residues of the support around the length-scaled diagonal; None for full support.
     dustbin: "none"; "unit" (the paper's single dustbin of unit capacity); "full" (any residue may be a gap).
@@ -71,22 +90,80 @@ class SinkhornSpec:
         return self.all_base_steps + self.tail_steps
 
     def __post_init__(self):
-        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon={self.epsilon!r} must be a finite number above 0")
+        _set(self, "epsilon", positive("epsilon", self.epsilon))
         for name, least in (("base_steps", 0), ("tail_steps", 1), ("newton_steps", 1), ("cg_steps", 1)):
-            _check_int(name, getattr(self, name), least)
+            _set(self, name, integer(name, getattr(self, name), least))
         if self.band is not None:
-            _check_int("band", self.band, 0, hint=" (None for full support)")
+            _set(self, "band", integer("band", self.band, 0, hint=" (None for full support)"))
         for name, allowed in (("dustbin", Dustbin), ("gradient", Gradient), ("solver", Solver)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(allowed))}")
+            choice(name, getattr(self, name), get_args(allowed))
         if self.solver == "newton" and self.base_steps < 1:
             raise ValueError("base_steps=0 must be at least 1 with solver='newton': Newton starts from met column sums")
 
 
-def _check_int(name: str, value: object, least: int, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}{hint}")
+_set = object.__setattr__  # of a frozen dataclass, in its `__post_init__`
+
+
+def positive(name: str, value: Any) -> Any:
+    """Return a finite number above 0 as a float; if traced, as a float32 (at least) that is NaN if it is not one.
+
+    Raises ValueError.
+    """
+    if isinstance(value, jax.core.Tracer):
+        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        if value.shape or not (is_float or jnp.issubdtype(value.dtype, jnp.integer)):
+            raise ValueError(f"{name} is traced with shape {value.shape} and dtype {value.dtype}; it must be one float")
+        if not is_float or value.dtype.itemsize < 4:
+            value = value.astype(jnp.float32)
+        # The logarithm of -1 makes NaN where it is due; a NaN to choose from would alarm `jax_debug_nans` always.
+        return value + jnp.log(jnp.where((value > 0) & (value < jnp.inf), 1, -1).astype(value.dtype))
+    number = _scalar(value)
+    if not isinstance(number, (int, float)) or not 0 < number <= sys.float_info.max:
+        raise ValueError(f"{name}={value!r} must be a finite number above 0")
+    return float(number)
+
+
+def not_negative(name: str, value: Any) -> float:
+    """Return a finite number of at least 0 as a float. Raises ValueError."""
+    number = _scalar(value)
+    if not isinstance(number, (int, float)) or not 0 <= number <= sys.float_info.max:
+        raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
+    return float(number)
+
+
+def integer(name: str, value: Any, least: int, hint: str = "") -> int:
+    """Return an integer as Python's. Raises ValueError."""
+    number = _scalar(value)
+    if not isinstance(number, int) or not least <= number <= _MOST:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}, at most {_MOST}{hint}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return True or False as Python's. Raises ValueError."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r} must be True or False")
+    return bool(value)
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return a name among those allowed. Raises ValueError."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+    return value
+
+
+def _scalar(value: Any) -> int | float | None:
+    """Return the number in a scalar of Python, NumPy or JAX; None for anything else, booleans and traced values too."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.generic)):
+        return value if isinstance(value, int) else float(value)
+    if not isinstance(value, (np.generic, np.ndarray, jax.Array)) or np.ndim(value):
+        return None
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return int(value)
+    return float(value) if jnp.issubdtype(value.dtype, jnp.floating) else None
 
 
 class Heads(NamedTuple):

@@ -3,6 +3,10 @@
 Every problem has a dustbin's row and column, at the end. Without a dustbin their scores are minus infinity.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -10,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ot_attention.spec import Dustbin, Heads
 
 Lengths = Int[Array, "*batch"]
+P, R = ParamSpec("P"), TypeVar("R")
 # (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
 MAX_BANDED_PRODUCT = 2**31
+LONGEST_BANDED = 46276  # the longest L with L (L + 128) below it: sequences are padded to whole tiles of 128
 
 
 def row_windows(
@@ -168,6 +174,20 @@ def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
         return jax.lax.pcast(y, missing, to="varying") if missing else y
 
     return jax.tree.map(mark, tree)
+
+
+def promoting(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function mix dtypes and ranks as JAX does by default, whatever the caller has set for his own code.
+
+    Rules of a `custom_vjp` need it of their own: JAX traces them after the call.
+    """
+
+    @functools.wraps(function)
+    def promote(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return promote
 
 
 def platform() -> str:

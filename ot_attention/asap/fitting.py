@@ -8,14 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from ot_attention import sinkhorn, support
-from ot_attention.api import laid_out
-from ot_attention.asap.maps import Asap, Sample, design, einsum, relative
+from ot_attention.api import Checked
+from ot_attention.asap.maps import Asap, Sample, check_fixed, design, einsum, relative
 from ot_attention.kernel import Kernel
 from ot_attention.problem import Problem, column_potentials
-from ot_attention.spec import Heads, SinkhornSpec
+from ot_attention.spec import AllRows, Heads, LengthsLike, ScoreLike, SinkhornSpec, integer, not_negative
 
 
 class Deviation(NamedTuple):
@@ -28,8 +29,9 @@ class Deviation(NamedTuple):
     variation: Float[Array, "batch heads"]  # sum |T - P| / 2
 
 
+@support.promoting
 def fit(
-    asap: Asap, samples: Sequence[Sample], spec: SinkhornSpec, *, ridge: float = 1e-3, newton_steps: int = 0
+    asap: Asap, samples: Sequence[Sample], spec: SinkhornSpec, *, ridge: ArrayLike = 1e-3, newton_steps: ArrayLike = 0
 ) -> Asap:
     """Return the map with weights that predict the teacher's f. Runs on the XLA backend on every device.
 
@@ -40,10 +42,11 @@ def fit(
     scaled to a mean square of 1. A Newton step costs a product over the band for every feature.
     Raises ValueError: no samples, ridge below 0, newton_steps below 0, and as `apply` does.
     """
-    if not samples or ridge < 0 or newton_steps < 0:
-        raise ValueError(
-            f"{len(samples)} samples, ridge={ridge}, newton_steps={newton_steps}: give a sample, and no number below 0"
-        )
+    check_fixed(spec)
+    if not samples:
+        raise ValueError("0 samples: give at least one")
+    ridge, newton_steps = not_negative("ridge", ridge), integer("newton_steps", newton_steps, 0)
+    samples = [jax.tree.map(jnp.asarray, sample, is_leaf=lambda x: isinstance(x, list)) for sample in samples]
     gram, moment = _summed(_moments, asap, samples, spec)
     best = _solved(gram, moment, ridge)
     weights, step, lowest = best, np.zeros_like(best), np.full(len(best), np.inf)
@@ -77,11 +80,15 @@ def _summed(function, asap: Asap, samples: Sequence[Sample], spec: SinkhornSpec)
 
 @functools.partial(jax.jit, static_argnames=("function", "spec"))
 def _of_sample(asap: Asap, sample: Sample, function, spec: SinkhornSpec):
-    batch, heads = laid_out(sample.q, sample.k, None, spec, *sample[2:5])
+    checked = Checked.create(sample.q, sample.k, None, spec, *sample[2:5])
+    asap.check(checked)
+    return checked.of_every_head(_grouped, function, layers=asap, examples=sample.f)
+
+
+def _grouped(heads: Heads, spec: SinkhornSpec, asap: Asap, f: AllRows, function):
     heads = support.cleaned(heads)
-    arguments = heads, asap.of_every_head(batch, heads), by_problem(sample.f, spec)
-    found = sinkhorn.by_group(functools.partial(function, spec=spec), arguments, spec)
-    return [x.reshape(batch, -1, *x.shape[1:]) for x in found]
+    arguments = heads, asap.in_dtype_of(heads), by_problem(f, spec)
+    return sinkhorn.by_group(functools.partial(function, spec=spec), arguments, spec)
 
 
 def _moments(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tuple[Array, Array]:
@@ -110,13 +117,14 @@ def _divergence(arguments: tuple[Heads, Asap, Array], spec: SinkhornSpec) -> tup
     )
 
 
+@support.promoting
 def deviation(
-    q: Float[Array, "batch rows heads width"],
-    k: Float[Array, "batch columns heads width"],
+    q: Float[ArrayLike, "batch rows heads width"],
+    k: Float[ArrayLike, "batch columns heads width"],
     spec: SinkhornSpec,
-    q_lengths: Int[Array, "batch"] | None = None,
-    k_lengths: Int[Array, "batch"] | None = None,
-    dustbin_score: Float[Array, "heads"] | None = None,
+    q_lengths: LengthsLike | None = None,
+    k_lengths: LengthsLike | None = None,
+    dustbin_score: ScoreLike | None = None,
     *,
     teacher: tuple[Float[Array, "batch heads all_rows"], Float[Array, "batch heads all_columns"]],
     student: tuple[Float[Array, "batch heads all_rows"], Float[Array, "batch heads all_columns"]],
@@ -125,20 +133,21 @@ def deviation(
 
     Raises as `sinkhorn_attention` does.
     """
-    batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
-    heads = support.cleaned(heads)
-    potentials = [by_problem(x, spec) for x in (*teacher, *student)]
-    found = sinkhorn.by_group(functools.partial(_deviation, spec=spec), (heads, *potentials), spec)
-    return Deviation(*(x.reshape(batch, -1) for x in found))
+    checked = Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
+    return checked.of_every_head(_deviation, examples=(*teacher, *student))
 
 
-def by_problem(potential: Float[Array, "batch heads length"], spec: SinkhornSpec) -> Float[Array, "N all"]:
-    """Merge batch and heads into one axis, and append the dustbin's entry if there is none."""
-    flat = potential.reshape(-1, potential.shape[-1])
-    return support.with_dustbin(flat) if spec.dustbin == "none" else flat
+def by_problem(potential: Float[Array, "N length"], spec: SinkhornSpec) -> Float[Array, "N all"]:
+    """Append the dustbin's entry if there is none."""
+    return support.with_dustbin(potential) if spec.dustbin == "none" else potential
 
 
-def _deviation(arguments, spec: SinkhornSpec) -> Deviation:
+def _deviation(heads: Heads, spec: SinkhornSpec, potentials: tuple[Array, ...]) -> Deviation:
+    arguments = support.cleaned(heads), *(by_problem(x, spec) for x in potentials)
+    return sinkhorn.by_group(functools.partial(_deviation_of_group, spec=spec), arguments, spec)
+
+
+def _deviation_of_group(arguments, spec: SinkhornSpec) -> Deviation:
     heads, teacher_f, teacher_g, f, g = arguments
     problem = Problem.create(heads, spec)
     plan, teacher = problem.scores.shift(f, g).exp(), problem.scores.shift(teacher_f, teacher_g).exp()

@@ -12,14 +12,26 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from ot_attention import problem as problems
 from ot_attention import sinkhorn, support
-from ot_attention.api import laid_out
+from ot_attention.api import Checked
 from ot_attention.asap.transport import uniform, uniform_staircase
 from ot_attention.problem import Problem, column_potentials, row_potentials
-from ot_attention.spec import AllRows, Heads, SinkhornInfo, SinkhornSpec
+from ot_attention.spec import (
+    AllRows,
+    Heads,
+    LengthsLike,
+    ScoreLike,
+    SinkhornInfo,
+    SinkhornSpec,
+    UnsupportedError,
+    choice,
+    flag,
+    integer,
+)
 
 # docs/math.md, section 10. "mass" costs one product more.
 Feature = Literal["kantorovich", "squares", "position", "mass"]
@@ -45,38 +57,50 @@ class Asap:
     two_sided: bool = True
 
     def __post_init__(self):
+        object.__setattr__(self, "features", tuple(self.features))
+        flag("two_sided", self.two_sided)
         if wrong := [name for name in self.features if name not in get_args(Feature)]:
             raise ValueError(f"features={wrong} must be among {', '.join(get_args(Feature))}")
 
     @classmethod
     def create(
         cls,
-        directions: Float[Array, "heads projections width"],
+        directions: Float[Array | np.ndarray, "heads projections width"],
         features: Sequence[str] = ("kantorovich",),
-        two_sided: bool = True,
+        two_sided: bool | np.bool_ = True,
     ) -> "Asap":
         """Create the map to f = 0, from which one step starts at the columns."""
+        directions = jnp.asarray(directions)
         heads, projections, _ = directions.shape
-        empty = cls(directions, jnp.zeros((heads, 0)), tuple(features), two_sided)  # checks the features' names
+        empty = cls(
+            directions, jnp.zeros((heads, 0)), tuple(features), flag("two_sided", two_sided)
+        )  # checks the features' names
         return dataclasses.replace(empty, weights=jnp.zeros((heads, design_size(features, projections))))
 
-    def of_every_head(self, batch: int, heads: Heads) -> "Asap":
-        """Repeat the map for the heads of a batch. Raises ValueError unless it is of such a layer."""
-        (number, _, width), given = self.directions.shape, (len(heads.q) // batch, heads.q.shape[2])
-        if (number, width) != given:
+    def check(self, checked: Checked) -> None:
+        """Raise ValueError unless the map is of such a layer."""
+        number, _, width = self.directions.shape
+        if (number, width) != (given := checked.q.shape[2:]):
             raise ValueError(f"asap is a map of {number} heads of width {width}; q has {given[0]} of {given[1]}")
-        tiled = jax.tree.map(lambda x: jnp.tile(x, (batch,) + (1,) * (x.ndim - 1)).astype(heads.q.dtype), self)
-        return support.varying_like(heads.q, tiled)
+
+    def in_dtype_of(self, heads: Heads) -> "Asap":
+        return jax.tree.map(lambda x: x.astype(heads.q.dtype), self)
+
+
+def check_fixed(spec: SinkhornSpec) -> None:
+    """Raise UnsupportedError for a traced temperature."""
+    if isinstance(spec.epsilon, jax.core.Tracer):
+        raise UnsupportedError("spec.epsilon is traced, but a map of ASAP is for one temperature; use a number")
 
 
 class Sample(NamedTuple):
     """Inputs of a frozen layer, and its potentials."""
 
-    q: Float[Array, "batch rows heads width"]
-    k: Float[Array, "batch columns heads width"]
-    q_lengths: Int[Array, "batch"]
-    k_lengths: Int[Array, "batch"]
-    dustbin_score: Float[Array, "heads"] | None
+    q: Float[Array | np.ndarray, "batch rows heads width"]
+    k: Float[Array | np.ndarray, "batch columns heads width"]
+    q_lengths: LengthsLike
+    k_lengths: LengthsLike
+    dustbin_score: ScoreLike | None
     f: Float[Array, "batch heads all_rows"]
 
 
@@ -87,25 +111,25 @@ def design_size(features: Sequence[str], projections: int) -> int:
 
 
 def directions(
-    kind: str, samples: Sequence[Sample], number: int, seed: int = 0
+    kind: str, samples: Sequence[Sample], number: ArrayLike, seed: int = 0
 ) -> Float[Array, "heads projections width"]:
     """Return unit vectors to project q and k on.
 
     kind: "random"; "principal", the axes along which queries and keys vary most; "keys", the same of keys alone.
     Raises ValueError for an unknown kind, and for more axes than there are.
     """
-    heads, width = samples[0].q.shape[2:]
-    if kind not in get_args(Direction):
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(get_args(Direction))}")
-    if number < 0 or (kind != "random" and number > width):
+    heads, width = np.shape(samples[0].q)[2:]
+    choice("kind", kind, get_args(Direction))
+    number = integer("number", number, 0)
+    if kind != "random" and number > width:
         raise ValueError(f"number={number} must be from 0 to {width}, the width of q and k; 'random' may be more")
     if kind == "random":
         vectors = np.random.default_rng(seed).normal(size=(heads, number, width))
         return jnp.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), jnp.float32)
-    sides = [(x.k, x.k_lengths) for x in samples]
+    sides = [(np.asarray(x.k, float), x.k_lengths) for x in samples]
     if kind == "principal":
-        sides += [(x.q, x.q_lengths) for x in samples]
-    rows = np.concatenate([np.asarray(x, float)[np.arange(x.shape[1]) < np.asarray(n)[:, None]] for x, n in sides])
+        sides += [(np.asarray(x.q, float), x.q_lengths) for x in samples]
+    rows = np.concatenate([x[np.arange(x.shape[1]) < np.asarray(n)[:, None]] for x, n in sides])
     rows -= rows.mean(0)
     _, axes = np.linalg.eigh(np.einsum("nhd,nhe->hde", rows, rows))
     return jnp.asarray(axes.swapaxes(1, 2)[:, ::-1][:, :number], jnp.float32)
@@ -163,15 +187,16 @@ def _features(name: str, asap: Asap, heads: Heads, problem: Problem, first_f) ->
     return jax.vmap(of_head)(x, y, n_q, n_k).swapaxes(1, 2)
 
 
+@support.promoting
 def apply(
     asap: Asap,
-    q: Float[Array, "batch rows heads width"],
-    k: Float[Array, "batch columns heads width"],
-    v: Float[Array, "batch columns heads value"],
+    q: Float[ArrayLike, "batch rows heads width"],
+    k: Float[ArrayLike, "batch columns heads width"],
+    v: Float[ArrayLike, "batch columns heads value"],
     spec: SinkhornSpec,
-    q_lengths: Int[Array, "batch"] | None = None,
-    k_lengths: Int[Array, "batch"] | None = None,
-    dustbin_score: Float[Array, "heads"] | None = None,
+    q_lengths: LengthsLike | None = None,
+    k_lengths: LengthsLike | None = None,
+    dustbin_score: ScoreLike | None = None,
 ) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
     """Return what `sinkhorn_attention` returns, by two half steps from the predicted f (docs/math.md, section 10).
 
@@ -180,14 +205,20 @@ def apply(
     device; no other implementation is offered. Differentiable by JAX, which keeps the band for it. Raises ValueError as
     `sinkhorn_attention` does, and for a map of other heads or widths.
     """
-    batch, heads = laid_out(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
+    check_fixed(spec)
+    checked = Checked.create(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
+    asap.check(checked)
+    out, info = checked.of_every_head(_apply, layers=asap)
+    return out.swapaxes(1, 2).astype(checked.v.dtype), info
+
+
+def _apply(heads: Heads, spec: SinkhornSpec, asap: Asap) -> tuple[Array, SinkhornInfo]:
     heads = support.cleaned(heads)
-    attend = functools.partial(_attend, spec=spec)
-    solved = sinkhorn.by_group(attend, (heads, asap.of_every_head(batch, heads)), spec)
-    out, f, g, residual = (x.reshape(batch, -1, *x.shape[1:]) for x in solved)
+    arguments = heads, asap.in_dtype_of(heads)
+    out, f, g, residual = sinkhorn.by_group(functools.partial(_attend, spec=spec), arguments, spec)
     if spec.dustbin == "none":
         f, g = f[..., :-1], g[..., :-1]
-    return out.swapaxes(1, 2).astype(jnp.result_type(v)), SinkhornInfo(f, g, residual)
+    return out, SinkhornInfo(f, g, residual)
 
 
 def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, Array, Array, Array]:

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from ot_attention.backends import tpu_backward, tpu_forward
 from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
-from ot_attention.support import potential_dtype
+from ot_attention.support import potential_dtype, promoting
 
 platform = "tpu"  # see `backends.Backend`
 _MIB = 2**20
@@ -209,7 +209,7 @@ def _attend_bwd(spec, kept, cotangents):
     return (Heads(dq, dk, dv, d_score[:, 0, 0].astype(heads.dustbin_score.dtype), None, None),)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+attend.defvjp(promoting(_attend_fwd), promoting(_attend_bwd))
 
 
 def _last(x: Array, sizes: Sizes, all_of_one: int, length: int) -> Array:

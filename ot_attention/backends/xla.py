@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int, Shaped
 
 from ot_attention import support
@@ -21,6 +22,7 @@ _MIB = 2**20
 # Tiles at a time. 4 MiB fit a CPU's cache. On a GPU a product over the tiles must outlast its launch, some 10
 # microseconds, and fill the machine: an H100 reads 256 MiB in 80 microseconds (by arithmetic, not measured).
 _GROUP_BYTES = {"cpu": 4 * _MIB, "gpu": 256 * _MIB}
+_MOST_HEADS = 64  # at a time, of a number that is a symbol
 _PRECISION = "highest"  # float32 products stay float32 on devices that would round them to bfloat16
 Tiles = Float[Array, "N blocks block reach"]
 
@@ -67,10 +69,17 @@ class Band:
 
     @staticmethod
     def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int) -> int:
-        """Return the largest divisor of `number` heads whose tiles fit `_GROUP_BYTES`, at least 1."""
+        """Return the largest known divisor of `number` heads whose tiles fit `_GROUP_BYTES`, at least 1.
+
+        Sizes may be symbols of `jax.export`: heads of an unknown size are taken one at a time.
+        """
         block, width, blocks = block_shape(rows, columns, band)
-        at_most = max(1, _GROUP_BYTES.get(support.platform(), 4 * _MIB) // (block * width * blocks * itemsize))
-        return max(size for size in range(1, min(number, at_most) + 1) if number % size == 0)
+        size_of_one = block * width * blocks * itemsize
+        if is_symbolic_dim(size_of_one):
+            return 1
+        at_most = max(1, _GROUP_BYTES.get(support.platform(), 4 * _MIB) // size_of_one)
+        at_most = min(at_most, _MOST_HEADS if is_symbolic_dim(number) else number)
+        return max(size for size in range(1, at_most + 1) if number % size == 0)
 
     def row_windows(self) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]:
         return self.first, self.last
@@ -142,6 +151,8 @@ def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, in
     if band is None:
         return rows, columns, 1
     block = 64
+    if is_symbolic_dim(rows) or is_symbolic_dim(columns):
+        return block, block + 2 * band, -(-jax.core.max_dim(rows, columns) // block)
     width, blocks = block + 2 * band, math.ceil(max(rows, columns) / block)
     # With so little outside the band, moving rows and columns in and out of tiles costs more than it saves.
     if blocks * block * width > 0.75 * rows * columns:
