@@ -14,7 +14,7 @@ from ot_attention import implicit, support
 from ot_attention.backends import Band, RemakingBand
 from ot_attention.backends.xla import Band as XlaBand
 from ot_attention.kernel import Kernel
-from ot_attention.problem import Problem, score_scale
+from ot_attention.problem import Problem, column_potentials, row_potentials, score_scale
 from ot_attention.spec import Heads, SinkhornSpec
 from ot_attention.steps import Solved, by_absorption, by_scaling
 
@@ -29,7 +29,7 @@ def attend(heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand):
 
 
 def _attend_fwd(heads, spec, band):
-    solved = by_group(functools.partial(forward, spec=spec, band=band), heads, spec, band)
+    solved = by_group(functools.partial(_solved, spec=spec, band=band), heads, spec, band)
     return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual), (heads, solved)
 
 
@@ -62,6 +62,60 @@ def forward(heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand) -> Sol
         return by_scaling(heads, problem)
     solved, is_exact = by_absorption(heads, problem)
     return jax.lax.cond(is_exact, lambda: solved, lambda: by_scaling(heads, problem))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _solved(heads: Heads, spec: SinkhornSpec, band: type[Band]) -> Solved:
+    """Make all steps; the derivatives, needed for second ones only, are the surrogate's."""
+    return forward(heads, spec, band)
+
+
+@_solved.defjvp
+def _solved_jvp(spec, band, primals, tangents):
+    (heads,), (changes,) = primals, tangents
+    solved = _solved(heads, spec, band)
+    tangents_of = _implicit_tangents if spec.gradient == "implicit" else _tail_tangents
+    out, f, g = tangents_of(heads, Heads(*changes), solved, spec, band)
+    return solved, Solved(out, f, g, jnp.zeros_like(solved.residual))
+
+
+def _tail_tangents(heads: Heads, changes: Heads, solved: Solved, spec: SinkhornSpec, band: type[Band]):
+    """Return tangents of output, f and g of the tail steps, made once more, from constant potentials."""
+
+    def tail(q, k, v, score):
+        problem = Problem.create(Heads(q, k, v, score, *heads[4:]), spec, band)
+        reached = [(solved.f[:, 0], solved.g[:, 0])]
+        for _ in range(spec.tail_steps):
+            f = row_potentials(problem, reached[-1][1])
+            reached.append((f, column_potentials(problem, f)))
+        plan = problem.scores.shift(*reached[-1]).exp()
+        return plan.band.times(plan.tiles, v), *(jnp.stack(side, 1) for side in zip(*reached, strict=True))
+
+    return jax.jvp(tail, heads[:4], changes[:4])[1]
+
+
+def _implicit_tangents(heads: Heads, changes: Heads, solved: Solved, spec: SinkhornSpec, band: type[Band]):
+    """Return tangents of output, f and g of the converged plan."""
+    f, g = solved.f[:, -1], solved.g[:, -1]
+
+    def problem_and_plan(q, k, v, score, f, g):
+        problem = Problem.create(Heads(q, k, v, score, *heads[4:]), spec, band)
+        return problem, problem.scores.shift(f, g).exp()
+
+    def sums(*given):
+        problem, plan = problem_and_plan(*given, f, g)
+        return plan.times(jnp.ones_like(problem.b)), plan.transpose_times(jnp.ones_like(problem.a))
+
+    def output(*given):
+        _, plan = problem_and_plan(*given)
+        return plan.band.times(plan.tiles, given[2])
+
+    _, (rows, columns) = jax.jvp(sums, heads[:4], changes[:4])
+    problem, plan = problem_and_plan(*heads[:4], f, g)
+    system = problem.linear_system(plan, jnp.ones_like(f), jnp.ones_like(g))
+    d_f, d_g = implicit.solve(system, -rows, -columns, spec.cg_steps)
+    _, d_out = jax.jvp(output, (*heads[:4], f, g), (*changes[:4], d_f, d_g))
+    return d_out, *(jnp.broadcast_to(d[:, None], x.shape) for d, x in ((d_f, solved.f), (d_g, solved.g)))
 
 
 def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tuple[Array, Array, Array, Array]:
