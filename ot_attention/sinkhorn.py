@@ -20,6 +20,8 @@ from ot_attention.steps import Solved, by_absorption, by_scaling
 
 # Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_minus_exact_tail`).
 _LARGEST_TAIL_CHANGE = 30.0
+# Beyond it, rounding a potential to float32 changes a plan by more than 2e-6.
+_LARGEST_EXACT_POTENTIAL = 32.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -127,27 +129,44 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     problem = Problem.create(heads, spec, band)
     plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
     d_out = d_out.astype(heads.v.dtype)  # exact: the output was rounded to it
-    dv = plan.band.transpose_times(plan.tiles, d_out)
+    is_small = jnp.maximum(jnp.abs(solved.f).max(), jnp.abs(solved.g).max()) < _LARGEST_EXACT_POTENTIAL
+    # The plan is `K diag(scaling)` with column sums b, and the output is that of this plan.
+    scaling, out = jax.lax.cond(
+        is_small, lambda: (jnp.ones_like(problem.b), solved.out), lambda: _remade_output(problem, plan, heads)
+    )
+    of_residues = scaling[:, :-1, None].astype(heads.v.dtype)
+    dv = scaling[:, :-1, None] * plan.band.transpose_times(plan.tiles, d_out)
     g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
-    f_bar = d_f + support.with_dustbin((d_out * solved.out).sum(-1))
+    f_bar = d_f + support.with_dustbin((d_out * out).sum(-1))
 
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
-    values = support.with_dustbin(d_out), support.with_dustbin(heads.v)
+    values = support.with_dustbin(d_out), support.with_dustbin(of_residues * heads.v)
     if spec.gradient == "implicit":
         # dS = P * (G - x_i - y_j), docs/math.md, section 5
-        one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
-        system = problem.linear_system(plan, one_row, one_column)
+        one_row = jnp.ones_like(problem.a)
+        system = problem.linear_system(plan, one_row, scaling)
         x, y = implicit.solve(system, f_bar, g_bar, spec.cg_steps)
-        terms = -jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)
+        terms = -jnp.stack([x, one_row], -1), jnp.stack([scaling, scaling * y], -1)
         dq, dk, d_bin = pull_back(plan.modulate(values, terms))
         return dq, dk, dv, d_bin
     change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
-    gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
+    gentle = is_small & (jnp.maximum(*change) < _LARGEST_TAIL_CHANGE)
     x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
     d_scores = plan.modulate(values, (-x, y))
     exact = functools.partial(_minus_exact_tail, d_scores, problem, solved, f_bar, g_bar)
     dq, dk, d_bin = jax.lax.cond(gentle, lambda: pull_back(d_scores), lambda: pull_back(exact()))
     return dq, dk, dv, d_bin
+
+
+def _remade_output(problem: Problem, plan: Kernel, heads: Heads) -> tuple[Array, Array]:
+    """Return the scaling that gives the plan's columns their sums, and the output of the plan so scaled.
+
+    Large potentials are rounded by so much that `exp(S + f + g)` is not the plan of the forward pass. Gradients are
+    differences between sums over one and the same plan, and may be far smaller than the sums.
+    """
+    scaling = support.divide(problem.b, plan.transpose_times(jnp.ones_like(problem.a)))
+    values = scaling[:, :-1, None].astype(heads.v.dtype) * heads.v
+    return scaling, plan.band.times(plan.tiles, values)
 
 
 def _pull_back(d_scores: Kernel, heads: Heads, spec: SinkhornSpec) -> tuple[Array, Array, Array]:
@@ -177,16 +196,18 @@ def _tail_terms(problem: Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
 def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar, g_bar) -> Kernel:
     """Subtract the tail's terms one by one, each made from the scores.
 
-    For potentials that move so far within the tail that the vectors of `_tail_terms` would overflow.
+    For potentials so large that rounding changes the sums of `exp(S + f + g)`, by which shares are divided here, and
+    for those that move so far within the tail that the vectors of `_tail_terms` would overflow.
     """
-    a, b, scores = problem.a, problem.b, problem.scores
-    one_row, one_column = (jnp.ones_like(x)[..., None] for x in (a, b))
+    one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
     for r in range(problem.spec.tail_steps, 0, -1):
         f, g, earlier_g = solved.f[:, r], solved.g[:, r], solved.g[:, r - 1]
-        factor, y = scores.shift(f, g).exp(), support.divide(g_bar, b)
+        factor = problem.scores.shift(f, g).exp()
+        y = support.divide(g_bar, factor.transpose_times(one_row))
         f_bar = f_bar - factor.times(y)
-        d_scores = d_scores.minus(factor.modulate((one_row, y[..., None])))
-        factor, x = scores.shift(f, earlier_g).exp(), support.divide(f_bar, a)
-        d_scores = d_scores.minus(factor.modulate((x[..., None], one_column)))
+        d_scores = d_scores.minus(factor.modulate((one_row[..., None], y[..., None])))
+        factor = problem.scores.shift(f, earlier_g).exp()
+        x = support.divide(f_bar, factor.times(one_column))
+        d_scores = d_scores.minus(factor.modulate((x[..., None], one_column[..., None])))
         f_bar, g_bar = jnp.zeros_like(f_bar), -factor.transpose_times(x)
     return d_scores
