@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ot_attention import sinkhorn, support
+from ot_attention import derivatives, sinkhorn, support
 from ot_attention.api import laid_out, only_xla
 from ot_attention.problem import Problem
 from ot_attention.spec import Heads, Implementation, SinkhornSpec
@@ -48,7 +48,8 @@ def contraction(
     """
     only_xla(implementation, "certificates")
     batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
-    return (_half_step_rates(heads, spec) ** 2).reshape(batch, -1)
+    rates = derivatives.none(functools.partial(_half_step_rates, spec=spec), heads, "certificates")
+    return (rates**2).reshape(batch, -1)
 
 
 def posterior_bias(
@@ -67,8 +68,12 @@ def posterior_bias(
     """
     only_xla(implementation, "certificates")
     batch, heads = laid_out(q, k, None, spec, q_lengths, k_lengths, dustbin_score)
-    changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), cleaned(heads), spec)
-    bias = _bias(changes, overlaps, _half_step_rates(heads, spec), spec)
+
+    def bounds(heads: Heads) -> Bias:
+        changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), cleaned(heads), spec)
+        return _bias(changes, overlaps, _half_step_rates(heads, spec), spec)
+
+    bias = derivatives.none(bounds, heads, "certificates")
     return Bias(*(x.reshape(batch, -1) for x in bias))
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ot_attention import implicit, support
+from ot_attention import derivatives, implicit, support
 from ot_attention.backends import Band, RemakingBand
 from ot_attention.backends.xla import Band as XlaBand
 from ot_attention.kernel import Kernel
@@ -24,26 +24,36 @@ _LARGEST_TAIL_CHANGE = 30.0
 _LARGEST_EXACT_POTENTIAL = 32.0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def attend(heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand):
     """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]` and residual `[N]` of every head."""
+    return _attend(derivatives.only_reverse(heads, band.implementation()), spec, band)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(heads: Heads, spec: SinkhornSpec, band: type[Band]):
     return _attend_fwd(heads, spec, band)[0]
 
 
 def _attend_fwd(heads, spec, band):
+    heads = _within_first_derivative(heads, band)
     solved = by_group(functools.partial(_solved, spec=spec, band=band), heads, spec, band)
     return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual), (heads, solved)
 
 
 def _attend_bwd(spec, band, kept, cotangents):
     heads, solved = kept
-    backward = functools.partial(_backward, spec=spec, band=band)
-    dq, dk, dv, ds = by_group(backward, (heads, solved, cotangents[:3]), spec, band)
+    arguments = heads, solved, _within_first_derivative(cotangents[:3], band)
+    dq, dk, dv, ds = by_group(functools.partial(_backward, spec=spec, band=band), arguments, spec, band)
     gradients = (d.astype(x.dtype) for d, x in zip((dq, dk, dv, ds), heads[:4], strict=True))
     return (Heads(*gradients, None, None),)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _within_first_derivative(tree, band: type[Band]):
+    """Return the arrays; a second derivative is refused for bands whose products are kernels."""
+    return derivatives.only_first(tree, band.implementation()) if issubclass(band, RemakingBand) else tree
 
 
 def by_group(function, arguments, spec: SinkhornSpec, band: type[Band] = XlaBand):
