@@ -38,7 +38,11 @@ def none(function: Callable[[PyTree[Array]], Tree], inputs: PyTree[Array], what:
     message = f"{what} have no derivatives: use jax.lax.stop_gradient on the arguments, or do without"
     floats = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     found = function(jax.lax.stop_gradient(inputs))
-    return jax.tree.map(lambda x: _with_tangent(x, sum(y.sum().astype(x.dtype) for y in floats), message, False), found)
+
+    def guarded(x):
+        return _with_tangent(x, sum(y.sum().astype(x.dtype) for y in floats), message, False)
+
+    return jax.tree.map(guarded, found)
 
 
 def _of_floats(function: Callable[[Array], Array], tree: Tree) -> Tree:
@@ -63,23 +67,31 @@ def _with_tangent(x: Array, source: Array, message: str, is_transposable: bool) 
 
 @_with_tangent.defjvp
 def _with_tangent_jvp(message, is_transposable, primals, tangents):
-    tangent = jnp.broadcast_to(tangents[1], primals[0].shape)
+    tangent = _refused.bind(tangents[1], primals[1], message=message, is_transposable=is_transposable)
     # The bare x: a derivative of this derivative is another matter.
-    return primals[0], _refused.bind(tangent, message=message, is_transposable=is_transposable)
+    return primals[0], jnp.broadcast_to(tangent, primals[0].shape)
 
 
 def _refuse(*_, message: str, **__):
     raise UnsupportedError(message)
 
 
-def _transposed(cotangent, _, *, message: str, is_transposable: bool):
-    return [cotangent] if is_transposable else _refuse(message=message)
+def _transposed(cotangent, *_, message: str, is_transposable: bool):
+    return [cotangent, None] if is_transposable else _refuse(message=message)
 
 
-# Identity of tangents. Reverse mode transposes it, and never runs it.
+def _mapped(arguments, axes, **parameters):
+    tangent_axis, at_axis = axes
+    if tangent_axis != at_axis:  # tangents alone are mapped, as jax.jacfwd does
+        _refuse(**parameters)
+    return _refused.bind(*arguments, **parameters), tangent_axis
+
+
+# Identity of the tangent of its second operand. Reverse mode transposes it, and never runs it.
 _refused = Primitive("refused_tangent")
 _refused.def_impl(_refuse)
-_refused.def_abstract_eval(lambda x, **_: x)
-ad.deflinear2(_refused, _transposed)
-batching.defvectorized(_refused)
+_refused.def_abstract_eval(lambda tangent, at, **_: tangent)
+ad.primitive_jvps[_refused] = _refuse
+ad.primitive_transposes[_refused] = _transposed
+batching.primitive_batchers[_refused] = _mapped
 mlir.register_lowering(_refused, _refuse)

@@ -140,31 +140,43 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
     d_out = d_out.astype(heads.v.dtype)  # exact: the output was rounded to it
     is_small = jnp.maximum(jnp.abs(solved.f).max(), jnp.abs(solved.g).max()) < _LARGEST_EXACT_POTENTIAL
-    # The plan is `K diag(scaling)` with column sums b, and the output is that of this plan.
-    scaling, out = jax.lax.cond(
-        is_small, lambda: (jnp.ones_like(problem.b), solved.out), lambda: _remade_output(problem, plan, heads)
-    )
-    of_residues = scaling[:, :-1, None].astype(heads.v.dtype)
-    dv = scaling[:, :-1, None] * plan.band.transpose_times(plan.tiles, d_out)
-    g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
-    f_bar = d_f + support.with_dustbin((d_out * out).sum(-1))
-
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
-    values = support.with_dustbin(d_out), support.with_dustbin(of_residues * heads.v)
+
+    def sums(scaling, out):
+        """Return dV, the cotangents of f and g, and the values' fields, for the plan `K diag(scaling)` and its output."""
+        dv = plan.band.transpose_times(plan.tiles, d_out)
+        v = heads.v
+        if scaling is not None:
+            of_residues = scaling[:, :-1, None]
+            dv, v = of_residues * dv, of_residues.astype(v.dtype) * v
+        g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
+        f_bar = d_f + support.with_dustbin((d_out * out).sum(-1))
+        return dv, f_bar, g_bar, (support.with_dustbin(d_out), support.with_dustbin(v))
+
     if spec.gradient == "implicit":
         # dS = P * (G - x_i - y_j), docs/math.md, section 5
-        one_row = jnp.ones_like(problem.a)
-        system = problem.linear_system(plan, one_row, scaling)
-        x, y = implicit.solve(system, f_bar, g_bar, spec.cg_steps)
+        one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
+        scaling, out = jax.lax.cond(
+            is_small, lambda: (one_column, solved.out), lambda: _remade_output(problem, plan, heads)
+        )
+        dv, f_bar, g_bar, values = sums(scaling, out)
+        x, y = implicit.solve(problem.linear_system(plan, one_row, scaling), f_bar, g_bar, spec.cg_steps)
         terms = -jnp.stack([x, one_row], -1), jnp.stack([scaling, scaling * y], -1)
         dq, dk, d_bin = pull_back(plan.modulate(values, terms))
         return dq, dk, dv, d_bin
+
     change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
     gentle = is_small & (jnp.maximum(*change) < _LARGEST_TAIL_CHANGE)
+    dv, f_bar, g_bar, values = sums(None, solved.out)
     x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
     d_scores = plan.modulate(values, (-x, y))
-    exact = functools.partial(_minus_exact_tail, d_scores, problem, solved, f_bar, g_bar)
-    dq, dk, d_bin = jax.lax.cond(gentle, lambda: pull_back(d_scores), lambda: pull_back(exact()))
+
+    def exact():
+        dv, f_bar, g_bar, values = sums(*_remade_output(problem, plan, heads))
+        d_scores = _minus_exact_tail(plan.modulate(values), problem, solved, f_bar, g_bar)
+        return *pull_back(d_scores), dv
+
+    dq, dk, d_bin, dv = jax.lax.cond(gentle, lambda: (*pull_back(d_scores), dv), exact)
     return dq, dk, dv, d_bin
 
 
