@@ -18,8 +18,8 @@ Tree = TypeVar("Tree", bound=PyTree[Array])
 def only_reverse(tree: Tree, implementation: Implementation) -> Tree:
     """Return the arrays, of which reverse mode takes derivatives, but forward mode does not."""
     message = (
-        f"implementation {implementation!r} cannot do this: forward mode (jax.jvp, jax.jacfwd) of the attention itself; "
-        "use reverse mode (jax.grad, jax.jacrev), which forward mode may go over, or implementation='reference'"
+        f"implementation {implementation!r} cannot do this: forward mode (jax.jvp, jax.jacfwd) of the attention "
+        "itself; use reverse mode (jax.grad, jax.jacrev), which forward mode may go over, or implementation='reference'"
     )
     return _of_floats(lambda x: _with_tangent(x, x, message, True), tree)
 

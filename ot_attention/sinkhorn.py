@@ -143,7 +143,7 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
 
     def sums(scaling, out):
-        """Return dV, the cotangents of f and g, and the values' fields, for the plan `K diag(scaling)` and its output."""
+        """Return dV, cotangents of f and g, and the values' fields, for the plan `K diag(scaling)` and its output."""
         dv = plan.band.transpose_times(plan.tiles, d_out)
         v = heads.v
         if scaling is not None:

@@ -225,8 +225,8 @@ def test_rules_of_second_derivatives_are_not_traced_into_a_gradient():
         return sinkhorn_attention(q, x, x, spec, dustbin_score=jnp.zeros(1), implementation="xla")[0].sum()
 
     forward, both = (str(jax.make_jaxpr(f)(x)).count("dot_general") for f in (loss, jax.grad(loss)))
-    # Backward: scores, dV, four for two tail steps, the field, dQ and dK. For large potentials: the scaling, the output,
-    # dV, the field, and four for each tail step with a field for each half of it; dQ and dK.
+    # Backward: scores, dV, four for two tail steps, the field, dQ and dK. For large potentials: scaling, output, dV,
+    # the field, for each tail step four and a field for each half; dQ and dK.
     assert both - forward <= 9 + 4 + 2 * (4 + 2) + 2
 
 
