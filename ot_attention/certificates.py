@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from ot_attention import sinkhorn, support
+from ot_attention import derivatives, sinkhorn, support
 from ot_attention.api import Checked, only_xla
 from ot_attention.problem import Problem
 from ot_attention.spec import Heads, Implementation, LengthsLike, ScoreLike, SinkhornSpec
@@ -54,8 +54,12 @@ def contraction(
     `sinkhorn_attention` does.
     """
     only_xla(implementation, "certificates")
-    rates = Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score).of_every_head(_half_step_rates)
+    rates = Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score).of_every_head(_rates)
     return rates**2
+
+
+def _rates(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N"]:
+    return derivatives.none(functools.partial(_half_step_rates, spec=spec), heads, "certificates")
 
 
 @support.promoting
@@ -78,8 +82,11 @@ def posterior_bias(
 
 
 def _posterior_bias(heads: Heads, spec: SinkhornSpec) -> Bias:
-    changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), cleaned(heads), spec)
-    return _bias(changes, overlaps, _half_step_rates(heads, spec), spec)
+    def bounds(heads: Heads) -> Bias:
+        changes, overlaps = sinkhorn.by_group(functools.partial(_nearby, spec=spec), cleaned(heads), spec)
+        return _bias(changes, overlaps, _half_step_rates(heads, spec), spec)
+
+    return derivatives.none(bounds, heads, "certificates")
 
 
 def _half_step_rates(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N"]:

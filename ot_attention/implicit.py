@@ -60,11 +60,33 @@ def coarse_basis(n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int 
 
 
 def solve(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: int) -> tuple[AllRows, AllColumns]:
-    """Solve the system for x and y by `steps` conjugate gradient steps.
+    """Solve the system for x and y by `steps` conjugate gradient steps; differentiable any number of times.
 
-    (x + c, y - c) is a solution too for any c. Solutions exist only if f_bar and g_bar have equal sums, as the
-    cotangents of any function of f_i + g_j have; a difference is subtracted from f_bar in proportion to a.
+    (x + c, y - c) is a solution too for any c: returned is the one whose x has the mean 0, weighted with a. Solutions
+    exist only if f_bar and g_bar have equal sums, as the cotangents of any function of f_i + g_j have; a difference is
+    subtracted from f_bar in proportion to a. Both together make the solution a symmetric function of the right side.
     """
+    # A converged plan's sums do not change with the scores.
+    a, b = jax.lax.stop_gradient((plan.row_sums, plan.column_sums))
+
+    def product(solution):
+        x, y = solution
+        return a * x + plan.times(y), plan.transpose_times(x) + b * y
+
+    def solution(_, right_side):
+        return _centred(a, b, *_conjugate_gradients(plan, *right_side, steps))
+
+    # Derivatives are further systems of the same matrix: steps of conjugate gradients have useless ones.
+    return jax.lax.custom_linear_solve(product, (f_bar, g_bar), solution, symmetric=True)
+
+
+def _centred(a: AllRows, b: AllColumns, x: AllRows, y: AllColumns) -> tuple[AllRows, AllColumns]:
+    """Return the solution whose x has the mean 0, weighted with a."""
+    centre = divide(_dot(a, x), a.sum(-1, keepdims=True))
+    return jnp.where(a > 0, x - centre, 0), jnp.where(b > 0, y + centre, 0)
+
+
+def _conjugate_gradients(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: int) -> tuple[AllRows, AllColumns]:
     a, b = plan.row_sums, plan.column_sums
     # Potentials without support are constants: their cotangents must not count in the sums.
     f_bar, g_bar = jnp.where(a > 0, f_bar, 0), jnp.where(b > 0, g_bar, 0)
@@ -92,9 +114,8 @@ def solve(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: int) -> tuple[Al
 
 def newton_correction(plan: Plan, a: AllRows, steps: int) -> AllColumns:
     """Return the change of g in a Newton step towards row sums a. Assumes that column sums are met."""
-    x, y = solve(plan, a - plan.row_sums, jnp.zeros_like(plan.column_sums), steps)
-    centre = divide(_dot(a, x), a.sum(-1, keepdims=True))
-    x, y = jnp.where(a > 0, x - centre, 0), jnp.where(plan.column_sums > 0, y + centre, 0)
+    x, y = _conjugate_gradients(plan, a - plan.row_sums, jnp.zeros_like(plan.column_sums), steps)
+    x, y = _centred(a, plan.column_sums, x, y)
     largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.abs(y).max(-1, keepdims=True))
     correction = y * _LARGEST_CHANGE / jnp.maximum(largest, _LARGEST_CHANGE)
     return jnp.where(jnp.isfinite(largest), correction, 0)

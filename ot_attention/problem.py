@@ -87,7 +87,7 @@ def row_potentials(problem: Problem, g: AllColumns) -> AllRows:
     """Compute the half step `f = log a - LSE_j(S + g)` in the log domain."""
     a, b = problem.a, problem.b
     shifted = problem.scores.shift(jnp.zeros_like(a), g)
-    top = jnp.where(a > 0, shifted.row_max(), 0)
+    top = jnp.where(a > 0, jax.lax.stop_gradient(shifted).row_max(), 0)
     sums = shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b))
     return support.log(support.divide(a, sums)) - top
 
@@ -96,7 +96,7 @@ def column_potentials(problem: Problem, f: AllRows) -> AllColumns:
     """Compute the half step `g = log b - LSE_i(S + f)` in the log domain."""
     a, b = problem.a, problem.b
     shifted = problem.scores.shift(f, jnp.zeros_like(b))
-    top = jnp.where(b > 0, shifted.column_max(), 0)
+    top = jnp.where(b > 0, jax.lax.stop_gradient(shifted).column_max(), 0)
     sums = shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a))
     return support.log(support.divide(b, sums)) - top
 

@@ -33,24 +33,27 @@ def solve(
     scores = jnp.where((row == rows) ^ (column == columns), bin_scores, scores)  # the corner stays 0
     scores = jnp.where(mask, scores, -jnp.inf)
 
-    def step(potentials, _=None):
+    # Only "unrolled" differentiates the base steps, and "implicit" none at all.
+    base_scores = scores if spec.gradient == "unrolled" else jax.lax.stop_gradient(scores)
+    tail_scores = base_scores if spec.gradient == "implicit" else scores
+
+    def step(scores, potentials, _=None):
         _, g = potentials
         f = log_scaling(scores + g[:, None, :], a, axis=-1)
         return (f, log_scaling(scores + f[:, :, None], b, axis=-2)), None
 
     potentials = support.varying_like(q, (jnp.zeros_like(a), jnp.zeros_like(b)))
     basis = implicit.coarse_basis(n_q, n_k, rows, columns, spec.band, q.dtype)
-    potentials, _ = jax.lax.scan(step, potentials, length=spec.base_steps)
+    potentials, _ = jax.lax.scan(functools.partial(step, base_scores), potentials, length=spec.base_steps)
     if spec.solver == "newton":
         for _ in range(spec.newton_steps):
             f, g = potentials
-            system = _system(jnp.exp(scores + f[:, :, None] + g[:, None, :]), basis)
-            potentials, _ = step((f, g + implicit.newton_correction(system, a, spec.cg_steps)))
-    if spec.gradient == "tail":
-        potentials = jax.lax.stop_gradient(potentials)
-    (f, g), _ = jax.lax.scan(step, potentials, length=spec.tail_steps)
+            system = _system(jnp.exp(base_scores + f[:, :, None] + g[:, None, :]), basis)
+            corrected = f, g + implicit.newton_correction(system, a, spec.cg_steps)
+            potentials, _ = step(base_scores, corrected)
+    (f, g), _ = jax.lax.scan(functools.partial(step, tail_scores), potentials, length=spec.tail_steps)
     if spec.gradient == "implicit":
-        f, g = _converged(scores, *jax.lax.stop_gradient((f, g)), basis, spec.cg_steps)
+        f, g = _converged(scores, f, g, basis, spec.cg_steps)
     plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
     deviation = jnp.where(a > 0, jnp.abs(plan.sum(-1) - a), 0)
     return plan, f, g, jax.lax.stop_gradient(deviation.max(-1))
@@ -75,23 +78,21 @@ def _system(plan: Float[Array, "N rows columns"], basis) -> implicit.Plan:
     return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), plan[:, :, -1], plan[:, -1], basis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _converged(scores, f, g, basis, cg_steps):
-    """Return f and g, with the derivative of converged potentials (docs/math.md, section 5)."""
+    """Return f and g, with the derivatives of converged potentials (docs/math.md, section 5)."""
     return f, g
 
 
-def _converged_fwd(scores, f, g, basis, cg_steps):
-    return (f, g), (jnp.exp(scores + f[:, :, None] + g[:, None, :]), basis)
+def _converged_jvp(cg_steps, primals, tangents):
+    scores, _, _, basis = primals
+    f, g = _converged(*primals, cg_steps)  # so that this rule can be differentiated again
+    plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
+    change = -plan * tangents[0]
+    return (f, g), implicit.solve(_system(plan, basis), change.sum(-1), change.sum(-2), cg_steps)
 
 
-def _converged_bwd(cg_steps, kept, cotangents):
-    plan, basis = kept
-    x, y = implicit.solve(_system(plan, basis), *cotangents, cg_steps)
-    return -plan * (x[:, :, None] + y[:, None, :]), None, None, None
-
-
-_converged.defvjp(support.promoting(_converged_fwd), support.promoting(_converged_bwd))
+_converged.defjvp(support.promoting(_converged_jvp))
 
 
 def log_scaling(scores: Float[Array, "*N rows columns"], target: Float[Array, "*N n"], axis: int):

@@ -10,38 +10,50 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ot_attention import implicit, support
+from ot_attention import derivatives, implicit, support
 from ot_attention.backends import Band, RemakingBand
 from ot_attention.backends.xla import Band as XlaBand
 from ot_attention.kernel import Kernel
-from ot_attention.problem import Problem, score_scale
+from ot_attention.problem import Problem, column_potentials, row_potentials, score_scale
 from ot_attention.spec import Heads, SinkhornSpec
 from ot_attention.steps import Solved, by_absorption, by_scaling
 
 # Beyond e^30 between two tail steps, one reference tile times vectors would lose digits (see `_minus_exact_tail`).
 _LARGEST_TAIL_CHANGE = 30.0
+# Beyond it, rounding a potential to float32 changes a plan by more than 2e-6.
+_LARGEST_EXACT_POTENTIAL = 32.0
+
+
+def attend(heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand):
+    """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]` and residual `[N]` of every head."""
+    return _attend(derivatives.only_reverse(heads, band.implementation()), spec, band)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def attend(heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand):
-    """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]` and residual `[N]` of every head."""
+def _attend(heads: Heads, spec: SinkhornSpec, band: type[Band]):
     return _attend_fwd(heads, spec, band)[0]
 
 
 def _attend_fwd(heads, spec, band):
-    solved = by_group(functools.partial(forward, spec=spec, band=band), heads, spec, band)
+    heads = _within_first_derivative(heads, band)
+    solved = by_group(functools.partial(_solved, spec=spec, band=band), heads, spec, band)
     return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual), (heads, solved)
 
 
 def _attend_bwd(spec, band, kept, cotangents):
     heads, solved = kept
-    backward = functools.partial(_backward, spec=spec, band=band)
-    dq, dk, dv, ds = by_group(backward, (heads, solved, cotangents[:3]), spec, band)
+    arguments = heads, solved, _within_first_derivative(cotangents[:3], band)
+    dq, dk, dv, ds = by_group(functools.partial(_backward, spec=spec, band=band), arguments, spec, band)
     gradients = (d.astype(x.dtype) for d, x in zip((dq, dk, dv, ds), heads[:4], strict=True))
     return (Heads(*gradients, None, None),)
 
 
-attend.defvjp(support.promoting(_attend_fwd), support.promoting(_attend_bwd))
+_attend.defvjp(support.promoting(_attend_fwd), support.promoting(_attend_bwd))
+
+
+def _within_first_derivative(tree, band: type[Band]):
+    """Return the arrays; a second derivative is refused for bands whose products are kernels."""
+    return derivatives.only_first(tree, band.implementation()) if issubclass(band, RemakingBand) else tree
 
 
 def by_group(function, arguments, spec: SinkhornSpec, band: type[Band] = XlaBand):
@@ -64,6 +76,60 @@ def forward(heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand) -> Sol
     return jax.lax.cond(is_exact, lambda: solved, lambda: by_scaling(heads, problem))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _solved(heads: Heads, spec: SinkhornSpec, band: type[Band]) -> Solved:
+    """Make all steps; the derivatives, needed for second ones only, are the surrogate's."""
+    return forward(heads, spec, band)
+
+
+@_solved.defjvp
+def _solved_jvp(spec, band, primals, tangents):
+    (heads,), (changes,) = primals, tangents
+    solved = _solved(heads, spec, band)
+    tangents_of = _implicit_tangents if spec.gradient == "implicit" else _tail_tangents
+    out, f, g = tangents_of(heads, Heads(*changes), solved, spec, band)
+    return solved, Solved(out, f, g, jnp.zeros_like(solved.residual))
+
+
+def _tail_tangents(heads: Heads, changes: Heads, solved: Solved, spec: SinkhornSpec, band: type[Band]):
+    """Return tangents of output, f and g of the tail steps, made once more, from constant potentials."""
+
+    def tail(q, k, v, score):
+        problem = Problem.create(Heads(q, k, v, score, *heads[4:]), spec, band)
+        reached = [(solved.f[:, 0], solved.g[:, 0])]
+        for _ in range(spec.tail_steps):
+            f = row_potentials(problem, reached[-1][1])
+            reached.append((f, column_potentials(problem, f)))
+        plan = problem.scores.shift(*reached[-1]).exp()
+        return plan.band.times(plan.tiles, v), *(jnp.stack(side, 1) for side in zip(*reached, strict=True))
+
+    return jax.jvp(tail, heads[:4], changes[:4])[1]
+
+
+def _implicit_tangents(heads: Heads, changes: Heads, solved: Solved, spec: SinkhornSpec, band: type[Band]):
+    """Return tangents of output, f and g of the converged plan."""
+    f, g = solved.f[:, -1], solved.g[:, -1]
+
+    def problem_and_plan(q, k, v, score, f, g):
+        problem = Problem.create(Heads(q, k, v, score, *heads[4:]), spec, band)
+        return problem, problem.scores.shift(f, g).exp()
+
+    def sums(*given):
+        problem, plan = problem_and_plan(*given, f, g)
+        return plan.times(jnp.ones_like(problem.b)), plan.transpose_times(jnp.ones_like(problem.a))
+
+    def output(*given):
+        _, plan = problem_and_plan(*given)
+        return plan.band.times(plan.tiles, given[2])
+
+    _, (rows, columns) = jax.jvp(sums, heads[:4], changes[:4])
+    problem, plan = problem_and_plan(*heads[:4], f, g)
+    system = problem.linear_system(plan, jnp.ones_like(f), jnp.ones_like(g))
+    d_f, d_g = implicit.solve(system, -rows, -columns, spec.cg_steps)
+    _, d_out = jax.jvp(output, (*heads[:4], f, g), (*changes[:4], d_f, d_g))
+    return d_out, *(jnp.broadcast_to(d[:, None], x.shape) for d, x in ((d_f, solved.f), (d_g, solved.g)))
+
+
 def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tuple[Array, Array, Array, Array]:
     """Return gradients of q, k, v and the dustbin score from `dS = P * (G - sum of x_i y_j)`, with P made once more.
 
@@ -73,27 +139,56 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     problem = Problem.create(heads, spec, band)
     plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
     d_out = d_out.astype(heads.v.dtype)  # exact: the output was rounded to it
-    dv = plan.band.transpose_times(plan.tiles, d_out)
-    g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
-    f_bar = d_f + support.with_dustbin((d_out * solved.out).sum(-1))
-
+    is_small = jnp.maximum(jnp.abs(solved.f).max(), jnp.abs(solved.g).max()) < _LARGEST_EXACT_POTENTIAL
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
-    values = support.with_dustbin(d_out), support.with_dustbin(heads.v)
+
+    def sums(scaling, out):
+        """Return dV, cotangents of f and g, and the values' fields, for the plan `K diag(scaling)` and its output."""
+        dv = plan.band.transpose_times(plan.tiles, d_out)
+        v = heads.v
+        if scaling is not None:
+            of_residues = scaling[:, :-1, None]
+            dv, v = of_residues * dv, of_residues.astype(v.dtype) * v
+        g_bar = d_g + support.with_dustbin((heads.v * dv).sum(-1))
+        f_bar = d_f + support.with_dustbin((d_out * out).sum(-1))
+        return dv, f_bar, g_bar, (support.with_dustbin(d_out), support.with_dustbin(v))
+
     if spec.gradient == "implicit":
         # dS = P * (G - x_i - y_j), docs/math.md, section 5
         one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
-        system = problem.linear_system(plan, one_row, one_column)
-        x, y = implicit.solve(system, f_bar, g_bar, spec.cg_steps)
-        terms = -jnp.stack([x, one_row], -1), jnp.stack([one_column, y], -1)
+        scaling, out = jax.lax.cond(
+            is_small, lambda: (one_column, solved.out), lambda: _remade_output(problem, plan, heads)
+        )
+        dv, f_bar, g_bar, values = sums(scaling, out)
+        x, y = implicit.solve(problem.linear_system(plan, one_row, scaling), f_bar, g_bar, spec.cg_steps)
+        terms = -jnp.stack([x, one_row], -1), jnp.stack([scaling, scaling * y], -1)
         dq, dk, d_bin = pull_back(plan.modulate(values, terms))
         return dq, dk, dv, d_bin
+
     change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
-    gentle = jnp.maximum(*change) < _LARGEST_TAIL_CHANGE
+    gentle = is_small & (jnp.maximum(*change) < _LARGEST_TAIL_CHANGE)
+    dv, f_bar, g_bar, values = sums(None, solved.out)
     x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
     d_scores = plan.modulate(values, (-x, y))
-    exact = functools.partial(_minus_exact_tail, d_scores, problem, solved, f_bar, g_bar)
-    dq, dk, d_bin = jax.lax.cond(gentle, lambda: pull_back(d_scores), lambda: pull_back(exact()))
+
+    def exact():
+        dv, f_bar, g_bar, values = sums(*_remade_output(problem, plan, heads))
+        d_scores = _minus_exact_tail(plan.modulate(values), problem, solved, f_bar, g_bar)
+        return *pull_back(d_scores), dv
+
+    dq, dk, d_bin, dv = jax.lax.cond(gentle, lambda: (*pull_back(d_scores), dv), exact)
     return dq, dk, dv, d_bin
+
+
+def _remade_output(problem: Problem, plan: Kernel, heads: Heads) -> tuple[Array, Array]:
+    """Return the scaling that gives the plan's columns their sums, and the output of the plan so scaled.
+
+    Large potentials are rounded by so much that `exp(S + f + g)` is not the plan of the forward pass. Gradients are
+    differences between sums over one and the same plan, and may be far smaller than the sums.
+    """
+    scaling = support.divide(problem.b, plan.transpose_times(jnp.ones_like(problem.a)))
+    values = scaling[:, :-1, None].astype(heads.v.dtype) * heads.v
+    return scaling, plan.band.times(plan.tiles, values)
 
 
 def _pull_back(d_scores: Kernel, heads: Heads, spec: SinkhornSpec) -> tuple[Array, Array, Array]:
@@ -123,16 +218,18 @@ def _tail_terms(problem: Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
 def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar, g_bar) -> Kernel:
     """Subtract the tail's terms one by one, each made from the scores.
 
-    For potentials that move so far within the tail that the vectors of `_tail_terms` would overflow.
+    For potentials so large that rounding changes the sums of `exp(S + f + g)`, by which shares are divided here, and
+    for those that move so far within the tail that the vectors of `_tail_terms` would overflow.
     """
-    a, b, scores = problem.a, problem.b, problem.scores
-    one_row, one_column = (jnp.ones_like(x)[..., None] for x in (a, b))
+    one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
     for r in range(problem.spec.tail_steps, 0, -1):
         f, g, earlier_g = solved.f[:, r], solved.g[:, r], solved.g[:, r - 1]
-        factor, y = scores.shift(f, g).exp(), support.divide(g_bar, b)
+        factor = problem.scores.shift(f, g).exp()
+        y = support.divide(g_bar, factor.transpose_times(one_row))
         f_bar = f_bar - factor.times(y)
-        d_scores = d_scores.minus(factor.modulate((one_row, y[..., None])))
-        factor, x = scores.shift(f, earlier_g).exp(), support.divide(f_bar, a)
-        d_scores = d_scores.minus(factor.modulate((x[..., None], one_column)))
+        d_scores = d_scores.minus(factor.modulate((one_row[..., None], y[..., None])))
+        factor = problem.scores.shift(f, earlier_g).exp()
+        x = support.divide(f_bar, factor.times(one_column))
+        d_scores = d_scores.minus(factor.modulate((x[..., None], one_column[..., None])))
         f_bar, g_bar = jnp.zeros_like(f_bar), -factor.transpose_times(x)
     return d_scores

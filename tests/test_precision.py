@@ -1,9 +1,11 @@
 """Errors of float32 and bfloat16 in relation to the dense reference in float64."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from ot_attention import sinkhorn_attention
+from ot_attention import SinkhornSpec, sinkhorn_attention
 from tests.support.conformance import (
     CASES,
     DUSTBINS,
@@ -62,3 +64,43 @@ def test_sharp_scores_in_float32_stay_exact():
             sinkhorn_attention(*single[0], spec, *lengths, single[1], name)[0] for name in ("reference", "xla")
         )
         assert error(banded, exact) <= 2 * error(dense, exact) + 32 * EPS["float32"]
+
+
+SETTINGS = [("tail", "sinkhorn"), ("implicit", "sinkhorn"), ("implicit", "newton")]
+
+
+@pytest.mark.parametrize(
+    ("dustbin", "settings"),
+    [
+        pytest.param(dustbin, settings, id=", ".join((dustbin, *settings)), marks=() if n == m else pytest.mark.slow)
+        for n, dustbin in enumerate(DUSTBINS)
+        for m, settings in enumerate(SETTINGS)
+    ],
+)
+def test_gradients_at_any_temperature_are_as_exact_as_the_reference(dustbin, settings):
+    """Epsilon from 1e-3 to 1e3: potentials up to thousands, and gradients that are small differences of large sums.
+
+    At most 2 x the dense reference's own float32 error. At rounding level that is chance: a few units in the last
+    place of the sums that cancel are allowed, which are of the size of the scores' slope times keys and queries.
+    """
+    gradient, solver = settings
+    rng = np.random.default_rng(1)
+    rows, columns, width = 20, 18, 4
+    q, k, v = (rng.normal(size=(1, n, 1, width)).astype(np.float32) for n in (rows, columns, columns))
+    cotangent, lengths = rng.normal(size=q.shape), (jnp.array([rows]), jnp.array([columns - 3]))
+    for epsilon in (1e-3, 1e-2, 1.0, 1e2, 1e3):
+        spec = SinkhornSpec(band=6, epsilon=epsilon, base_steps=20, dustbin=dustbin, gradient=gradient, solver=solver)
+        results = []
+        for implementation, dtype in (("reference", "float64"), ("reference", "float32"), ("xla", "float32")):
+            score = None if dustbin == "none" else jnp.array([0.5], dtype)
+            arrays = [x.astype(dtype) for x in (q, k, v)]
+            results.append(attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent))
+        exact, dense, banded = (jax.device_get(x) for x in results)
+        slope = 1 / (epsilon * width**0.5)
+        scales = {"dq": 30 * slope, "dk": 30 * slope, "dv": 10.0, "dscore": 30.0, "out": 1.0, "f": slope, "g": slope}
+        for name in exact.keys() - {"residual"}:
+            own, found = (np.abs(x[name] - exact[name]).max() for x in (dense, banded))
+            size = np.abs(exact[name]).max()
+            if own > 0.1 * size > 0:  # the reference has no digit left, as after Newton steps at 1e-3
+                continue
+            assert found <= 2 * own + 8 * EPS["float32"] * max(scales[name], size), (epsilon, name)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Rows, SinkhornSpec
+from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Rows, SinkhornSpec
 
 Attended = tuple[Float[Array, "N rows value"], AllRows, AllColumns, Float[Array, "N"]]
 
@@ -36,6 +36,8 @@ class Band(Protocol):
     "Tiles" are scores S, and after `exp` a matrix K that is 0 outside the support. Only the band looks inside them.
     """
 
+    @staticmethod
+    def implementation() -> Implementation: ...  # whose band this is
     # The band, and the scores `scale q_i . k_j` in it, from q `[N, rows, width]` and k `[N, columns, width]`.
     @classmethod
     def scores(cls, q, k, n_q, n_k, band: int | None, scale: float, /) -> "tuple[Band, Any]": ...
@@ -60,7 +62,10 @@ class Band(Protocol):
 
 @runtime_checkable
 class RemakingBand(Band, Protocol):
-    """Band whose products make entries anew, so that new potentials cost nothing; it makes a whole step in one call."""
+    """Band whose products make entries anew, so that new potentials cost nothing; it makes a whole step in one call.
+
+    Its products are kernels, which JAX cannot differentiate.
+    """
 
     # Scalings u = a / (K 1 + bin_column), and K^T u.
     def scale_once(self, tiles, a: Rows, bin_column: Rows | None, /) -> tuple[Rows, Columns]: ...

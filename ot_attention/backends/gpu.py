@@ -21,7 +21,7 @@ from ot_attention import support
 from ot_attention.backends import gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Field, Matrix, Reach, Side
 from ot_attention.backends.gpu_sweep import Strips
-from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Lengths, Rows, SinkhornSpec
+from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Lengths, Rows, SinkhornSpec
 
 _MOST_WIDTH = 256
 _MOST_HEADS = 65535  # blocks along the second axis of a grid
@@ -72,6 +72,10 @@ class Band:
         self.reach = reach  # of blocks of rows, and of columns
         self.strips, self.cut = strips, cut  # None where a strip's columns do not fit into registers
         self.scale, self.most, self.block = scale, most, block  # as in gpu_kernels.Matrix
+
+    @staticmethod
+    def implementation() -> Implementation:
+        return "pallas_gpu"
 
     @classmethod
     def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float) -> tuple["Band", Scores]:

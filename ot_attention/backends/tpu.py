@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from ot_attention import derivatives
 from ot_attention.backends import tpu_backward, tpu_forward
 from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
@@ -180,16 +181,21 @@ def _call(kernel, blocks: _Blocks, tile_dtypes: tuple, lengths: tuple, heads: He
         ) from error
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def attend(heads: Heads, spec: SinkhornSpec):
     """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual `[N]` of every head.
 
     Padding of q, k and v may hold anything. Their dtypes may differ; the output has the dtype of v.
     """
+    return _attend(derivatives.only_reverse(heads, "pallas_tpu"), spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attend(heads: Heads, spec: SinkhornSpec):
     return _attend_fwd(heads, spec)[0]
 
 
 def _attend_fwd(heads: Heads, spec: SinkhornSpec):
+    heads = derivatives.only_first(heads, "pallas_tpu")
     rows, columns, sizes = heads.q.shape[1], heads.k.shape[1], Sizes.create(heads, spec)
     blocks = _Blocks.forward(heads, spec, sizes)
     out, f, g, residual = _call(tpu_forward.forward_kernel, blocks, _tile_dtypes(heads), (rows,), heads, spec)
@@ -198,7 +204,7 @@ def _attend_fwd(heads: Heads, spec: SinkhornSpec):
 
 
 def _attend_bwd(spec, kept, cotangents):
-    (heads, f, g), (d_out, d_f, d_g, _) = kept, cotangents
+    (heads, f, g), (d_out, d_f, d_g, _) = kept, derivatives.only_first(cotangents, "pallas_tpu")
     sizes, dtype = Sizes.create(heads, spec), potential_dtype(*heads[:3])
     blocks, lengths = _Blocks.backward(heads, spec, sizes), (heads.q.shape[1], heads.k.shape[1], heads.k.shape[1])
     d_f = with_dustbin(d_f, sizes.rows, sizes.all_rows)
@@ -209,7 +215,7 @@ def _attend_bwd(spec, kept, cotangents):
     return (Heads(dq, dk, dv, d_score[:, 0, 0].astype(heads.dustbin_score.dtype), None, None),)
 
 
-attend.defvjp(promoting(_attend_fwd), promoting(_attend_bwd))
+_attend.defvjp(promoting(_attend_fwd), promoting(_attend_bwd))
 
 
 def _last(x: Array, sizes: Sizes, all_of_one: int, length: int) -> Array:

@@ -16,7 +16,7 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int, Shaped
 
 from ot_attention import support
-from ot_attention.spec import AllColumns, AllRows, Columns, Lengths, Rows
+from ot_attention.spec import AllColumns, AllRows, Columns, Implementation, Lengths, Rows
 
 _MIB = 2**20
 # Tiles at a time. 4 MiB fit a CPU's cache. On a GPU a product over the tiles must outlast its launch, some 10
@@ -41,6 +41,10 @@ class Band:
         self.slot = slot  # [N, Lq], where a row lies in the flattened tiles
         self.column_index = column_index  # [N, blocks, block columns], may run past the end
         self.rows, self.columns = rows, columns
+
+    @staticmethod
+    def implementation() -> Implementation:
+        return "xla"
 
     @classmethod
     def create(cls, n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None) -> "Band":
