@@ -82,13 +82,15 @@ def _solved(heads: Heads, spec: SinkhornSpec, band: type[Band]) -> Solved:
     return forward(heads, spec, band)
 
 
-@_solved.defjvp
 def _solved_jvp(spec, band, primals, tangents):
     (heads,), (changes,) = primals, tangents
     solved = _solved(heads, spec, band)
     tangents_of = _implicit_tangents if spec.gradient == "implicit" else _tail_tangents
     out, f, g = tangents_of(heads, Heads(*changes), solved, spec, band)
     return solved, Solved(out, f, g, jnp.zeros_like(solved.residual))
+
+
+_solved.defjvp(support.promoting(_solved_jvp))
 
 
 def _tail_tangents(heads: Heads, changes: Heads, solved: Solved, spec: SinkhornSpec, band: type[Band]):
