@@ -26,6 +26,7 @@ from models import pair_hmm
 
 NO_MATCH = -1
 USUAL_LENGTH = 256  # residues; few pairs of training are longer
+TERMINAL = 2.0  # nats of a gap at an end, at most; chosen on validation families
 _MATCHED, _ENTERED = 1, 2  # bits of a cell of the MEA's table
 
 Plans = Float[Array, "batch rows width"]
@@ -47,6 +48,11 @@ class Gaps:
     def __post_init__(self):
         if self.sharpness <= 0 or self.opening < 0:
             raise ValueError(f"{self}: sharpness must be above 0, opening at least 0")
+
+    @property
+    def terminal(self) -> float:
+        """Cost of a gap at an end, in nats."""
+        return min(self.opening, TERMINAL)
 
     def numbers(self) -> Float32[np.ndarray, "3"]:
         """Return sharpness, match and opening in one array."""
@@ -96,7 +102,8 @@ def posterior(
     possible = plans > 0
     log_weight = sharpness * jnp.log(jnp.where(possible, plans, 1)) + match
     log_weight = jnp.where(possible, log_weight, pair_hmm.LOG_ZERO)
-    return pair_hmm.posterior(log_weight, first, x_lengths, y_lengths, opening, columns)
+    costs = opening, jnp.minimum(opening, TERMINAL)
+    return pair_hmm.posterior(log_weight, first, x_lengths, y_lengths, costs, columns)
 
 
 def mea(plans: Plans, first: First, y_lengths: Lengths) -> Int[Array, "batch rows"]:

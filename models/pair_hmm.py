@@ -1,9 +1,9 @@
 """The pair HMM with affine gaps (Durbin et al. 1998, chapter 4), for training and for alignment.
 
 A transport plan P has no order and no gaps. The HMM turns it into a distribution over monotone alignments: a match of
-residues i and j weighs `sharpness log P_ij + match` nats, and a gap of any length costs `opening` nats
-(docs/math.md, section 9). The weight of an alignment is the product of its matches and gaps. Where residues of both
-sequences are unaligned, the residues of y come first, so that each alignment counts once.
+residues i and j weighs `sharpness log P_ij + match` nats, and a gap of any length costs `opening` nats. At the ends of
+a sequence it may cost less (docs/math.md, section 9). The weight of an alignment is the product of its matches and
+gaps. Where residues of both sequences are unaligned, the residues of y come first, so that each alignment counts once.
 
 Matches are possible in windows only: `width` columns of each row, from its column `first` on. First columns never fall
 from one row to the next. An alignment that has left a window to the left therefore matches nothing again, and to the
@@ -118,22 +118,23 @@ def log_partition(
 ) -> Float[Array, " batch"]:
     """Compute the logarithm of the summed weights of all alignments of each pair.
 
-    Arguments are as in `posterior`. The derivative by the weight of a match is its posterior, which the forward and the
-    backward pass compute; automatic differentiation would keep every step of every row.
+    Arguments are as in `posterior`; a gap at an end costs `opening` too. The derivative by the weight of a match is its
+    posterior, which the forward and the backward pass compute; automatic differentiation would keep every step of every
+    row.
     """
-    prefixes = _forward_pass(_Paths.of_pairs(log_weight, None, x_lengths, y_lengths), opening)
+    prefixes = _forward_pass(_Paths.of_pairs(log_weight, None, x_lengths, y_lengths), opening, opening)
     return prefixes.total + prefixes.total_scale
 
 
 def _partition_forward(log_weight, x_lengths, y_lengths, opening):
     paths = _Paths.of_pairs(log_weight, None, x_lengths, y_lengths)
-    prefixes, slopes = jax.jvp(lambda o: _forward_pass(paths, o), (opening,), (jnp.ones_like(opening),))
+    prefixes, slopes = jax.jvp(lambda o: _forward_pass(paths, o, o), (opening,), (jnp.ones_like(opening),))
     return prefixes.total + prefixes.total_scale, (paths, opening, prefixes, slopes.total)
 
 
 def _partition_backward(residuals, cotangent):
     paths, opening, prefixes, slope = residuals
-    suffixes = _forward_pass(paths.reversed(paths.log_weight.shape[2]), opening)
+    suffixes = _forward_pass(paths.reversed(paths.log_weight.shape[2]), opening, opening)
     match = _match_posterior(paths.log_weight, prefixes, suffixes)
     return match * cotangent[:, None, None], None, None, (slope * cotangent).sum()
 
@@ -142,17 +143,22 @@ log_partition.defvjp(_partition_forward, _partition_backward)
 
 
 def posterior(
-    log_weight: Weights, first: Firsts | None, x_lengths: Lengths, y_lengths: Lengths, opening: Scalar, columns: int
+    log_weight: Weights,
+    first: Firsts | None,
+    x_lengths: Lengths,
+    y_lengths: Lengths,
+    gap_costs: tuple[Scalar, Scalar],
+    columns: int,
 ) -> Weights:
     """Compute the probability that each pair of residues is aligned (forward-backward algorithm).
 
     `log_weight` holds weights of matches in nats, `LOG_ZERO` for none and beyond the lengths; `first` the first column
-    of each row's window, as `rising` makes them, or None if each row holds all columns. `opening` is the cost of a gap
-    in nats, `columns` the padded length of y.
+    of each row's window, as `rising` makes them, or None if each row holds all columns. `gap_costs` are the nats of a
+    gap between matches, and of a gap at an end. `columns` is the padded length of y.
     """
     paths = _Paths.of_pairs(log_weight, first, x_lengths, y_lengths)
     both_ways = jax.tree.map(lambda *pair: jnp.concatenate(pair), paths, paths.reversed(columns))
-    prefixes, suffixes = zip(*(jnp.split(x, 2) for x in _forward_pass(both_ways, opening)), strict=True)
+    prefixes, suffixes = zip(*(jnp.split(x, 2) for x in _forward_pass(both_ways, *gap_costs)), strict=True)
     return _match_posterior(log_weight, Prefixes(*prefixes), Prefixes(*suffixes))
 
 
@@ -174,8 +180,11 @@ def _match_posterior(log_weight: Weights, before: Prefixes, after: Prefixes) -> 
     return jnp.exp(jnp.minimum(before.before + log_weight + after.before[:, ::-1, ::-1] + scale[:, :, None], 0))
 
 
-def _forward_pass(paths: _Paths, opening: Scalar) -> Prefixes:
-    """Sum the weights of all alignments row by row. The start must not lie right of its row's window."""
+def _forward_pass(paths: _Paths, opening: Scalar, terminal: Scalar) -> Prefixes:
+    """Sum the weights of all alignments row by row. The start must not lie right of its row's window.
+
+    A gap costs `opening` nats between two matches, `terminal` before the first and after the last.
+    """
     batch, rows, width = paths.log_weight.shape
     # One row more, without matches: its nodes follow the last row.
     log_weight = jnp.pad(paths.log_weight, ((0, 0), (0, 1), (0, 0)), constant_values=LOG_ZERO)
@@ -188,29 +197,35 @@ def _forward_pass(paths: _Paths, opening: Scalar) -> Prefixes:
         i, weight, begin, by = row
         if paths.first is not None:
             states = barrier(_States(*(shifted(x, by) for x in states)))
-        states = barrier(_entered(states, paths.start, i, begin, opening))
+        states = barrier(_entered(states, paths.start, i, begin, terminal))
         every = barrier(_log_add(*states))
         top = jax.lax.stop_gradient(jnp.round(every.max(axis=1, keepdims=True)))
         top = jnp.where(top > LOG_ZERO / 2, top, 0)
-        end = jnp.clip(paths.end[:, 1] - begin, 0, width + 1)[:, None]
-        at_end = jnp.take_along_axis(every, end, axis=1, mode="promise_in_bounds") - top
         before, scale = (every - top)[:, :width], scale + top[:, 0]
-        x = _log_add(states.match_or_y - top - opening, states.x - top)
-        states = _States(_match_then_gap(before + weight, opening), x)
-        return (states, scale), (before, scale, at_end[:, 0])
+        first_gap = jnp.where(paths.start[:, :1] == i, terminal, opening)
+        x = _log_add(states.match_or_y - top - first_gap, states.x - top)
+        matched = before + weight
+        y_overhangs = begin[:, None] + jnp.arange(1, width + 1) < paths.end[:, 1:]
+        overhangs = y_overhangs.astype(matched.dtype) + (i + 1 < paths.end[:, :1])
+        last = jax.nn.logsumexp(matched - terminal * overhangs, axis=1)
+        states = _States(_match_then_gap(matched, opening), x)
+        return (states, scale), (before, scale, last)
 
     nothing = jnp.full((batch, width + 2), LOG_ZERO)
     by = jnp.diff(first, axis=1, prepend=first[:, :1])
     per_row = jnp.arange(rows + 1), log_weight.swapaxes(0, 1), first.T, by.T
-    _, (before, scale, at_end) = jax.lax.scan(step, (_States(nothing, nothing), jnp.zeros(batch)), per_row)
-    total, total_scale = (jnp.take_along_axis(x, paths.end[None, :, 0], axis=0)[0] for x in (at_end, scale))
+    _, (before, scale, last) = jax.lax.scan(step, (_States(nothing, nothing), jnp.zeros(batch)), per_row)
+    # An alignment ends with its last match and the overhangs behind it, or has no match at all.
+    no_match = -terminal * (paths.end > paths.start).sum(axis=1)
+    total_scale = jax.lax.stop_gradient(jnp.maximum((scale + jnp.round(last)).max(axis=0), 0))
+    total = jax.nn.logsumexp(jnp.concatenate([scale - total_scale + last, (no_match - total_scale)[None]]), axis=0)
     return Prefixes(before[:rows].swapaxes(0, 1), scale[:rows].T, total, total_scale)
 
 
-def _entered(states: _States, start, row: Int[Array, ""], begin: Lengths, opening) -> _States:
+def _entered(states: _States, start, row: Int[Array, ""], begin: Lengths, terminal) -> _States:
     """Enter alignments at their start, and at the nodes right of it by a gap, where they start in this row."""
     place, here = begin[:, None] + jnp.arange(states.x.shape[1]), start[:, 1:]
-    entering = jnp.where(place == here, 0, jnp.where(place > here, -opening, LOG_ZERO))
+    entering = jnp.where(place == here, 0, jnp.where(place > here, -terminal, LOG_ZERO))
     starts = start[:, :1] == row
     return _States(jnp.where(starts, entering, states.match_or_y), jnp.where(starts, LOG_ZERO, states.x))
 

@@ -95,9 +95,15 @@ def enumerated_posterior(plan: np.ndarray, gaps: decoding.Gaps) -> np.ndarray:
     rows, columns = plan.shape
     total, containing = 0.0, np.zeros(plan.shape)
 
+    def opening(pairs: tuple) -> float:
+        return gaps.opening if pairs else gaps.terminal
+
     def go(i: int, j: int, last: str, log_weight: float, pairs: tuple) -> None:
         nonlocal total
         if (i, j) == (rows, columns):
+            if pairs:  # gaps behind the last match are overhangs
+                overhangs = (pairs[-1][0] + 1 < rows) + (pairs[-1][1] + 1 < columns)
+                log_weight += overhangs * (gaps.opening - gaps.terminal)
             total += math.exp(log_weight)
             for pair in pairs:
                 containing[pair] += math.exp(log_weight)
@@ -105,9 +111,9 @@ def enumerated_posterior(plan: np.ndarray, gaps: decoding.Gaps) -> np.ndarray:
             matched = gaps.sharpness * math.log(plan[i, j]) + gaps.match
             go(i + 1, j + 1, "match", log_weight + matched, (*pairs, (i, j)))
         if i < rows:
-            go(i + 1, j, "x", log_weight - (last != "x") * gaps.opening, pairs)
+            go(i + 1, j, "x", log_weight - (last != "x") * opening(pairs), pairs)
         if j < columns and last != "x":
-            go(i, j + 1, "y", log_weight - (last != "y") * gaps.opening, pairs)
+            go(i, j + 1, "y", log_weight - (last != "y") * opening(pairs), pairs)
 
     go(0, 0, "", 0.0, ())
     return containing / total
@@ -149,7 +155,9 @@ def test_posterior_neither_over_nor_underflows():
     rows = oracle.posterior(noise, *lengths).sum(axis=2)
     assert rows.max() <= 1 + 1e-9
     alike = oracle.posterior(np.eye(700)[None, :, :600], *lengths)
-    np.testing.assert_allclose(alike[0, range(600), range(600)], 1, atol=1e-3)
+    diagonal = alike[0, range(600), range(600)]
+    np.testing.assert_allclose(diagonal[1:-1], 1, atol=1e-3)
+    assert diagonal.min() > 0.98  # an overhang costs little
 
 
 def test_affine_gaps_join_what_accuracy_alone_would_scatter():
@@ -296,7 +304,8 @@ def test_a_domain_that_occurs_twice_is_matched_with_either(copy, match):
     posterior = found_posterior(of, gaps)
     np.testing.assert_allclose(posterior, exact_posterior(of, gaps), atol=5e-4)
     middle = copy // 2
-    assert 0.2 < posterior[0, middle, middle] < 0.8 and 0.2 < posterior[0, copy + middle, middle] < 0.8
+    # The second copy leaves its gap at the end of x, which costs less.
+    assert 0.1 < posterior[0, middle, middle] < posterior[0, copy + middle, middle] < 0.9
 
 
 def test_small_values_decide_at_the_end_of_a_long_alignment_on_a_device_too():

@@ -104,26 +104,30 @@ def _forward(
     from node `start` to node `end`.
     """
     batch, rows, _ = weights.shape
-    opened = math.exp(-gaps.opening)
+    opened, overhang = math.exp(-gaps.opening), math.exp(-gaps.terminal)
     before, log_scale, log_total = np.empty_like(weights), np.empty((batch, rows)), np.full(batch, -np.inf)
     matched, x_alone = np.zeros((2, batch, windows.columns + 1))
     y_alone, scale = np.zeros((batch, windows.columns + 1)), np.zeros(batch)
     for i in range(rows + 1):
         # A gap in x may follow one in y, not the other way round: their order means nothing and counts once.
-        x_alone = opened * (matched + y_alone) + x_alone
+        at_start = start[:, :1] == i - 1
+        x_alone = np.where(at_start, overhang, opened) * (matched + y_alone) + x_alone
         if i:
             matched[:, 0], matched[:, 1:] = 0, windows.spread(i - 1, before[:, i - 1] * weights[:, i - 1])
         here = np.flatnonzero(start[:, 0] == i)
         matched[here, start[here, 1]] = 1
-        y_alone[:, 1:] = opened * np.cumsum(matched[:, :-1], axis=1)
+        y_alone[:, 1:] = np.where(start[:, :1] == i, overhang, opened) * np.cumsum(matched[:, :-1], axis=1)
         total = matched + x_alone + y_alone
         largest = total.max(axis=1)
         factor = np.where(largest > 0, largest / _LARGEST, 1)
         matched, x_alone, y_alone, total = (state / factor[:, None] for state in (matched, x_alone, y_alone, total))
         scale = scale + np.log(factor)
-        there = np.flatnonzero(end[:, 0] == i)
+        # Every alignment ends with a match, or at its start, and an overhang of either sequence behind it.
+        overhangs = (np.arange(windows.columns + 1) < end[:, 1:]) + (i < end[:, :1]).astype(int)
+        inside = (np.arange(windows.columns + 1) <= end[:, 1:]) & (i <= end[:, :1])
         with np.errstate(divide="ignore"):
-            log_total[there] = np.log(total[there, end[there, 1]]) + scale[there]
+            ended = np.log((inside * matched * overhang**overhangs).sum(axis=1))
+        log_total = np.logaddexp(log_total, ended + scale)
         if i < rows:
             before[:, i], log_scale[:, i] = windows.cut(i, total[:, :-1]), scale
     return before, log_scale, log_total
