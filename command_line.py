@@ -142,7 +142,7 @@ def _silence_libtpu() -> None:
 
 def failed(program: str, text: str, status: int) -> int:
     """Tell in one line on stderr why a program ends, and return its exit status."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # a pipe that nobody reads, a terminal that was closed
         print(f"{program}: {text}", file=sys.stderr)
     return status
 
