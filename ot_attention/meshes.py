@@ -34,11 +34,7 @@ def on_each_device(function: Callable[..., PyTree], arguments: tuple[Argument, .
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
     if mesh is None:
         # What is masked must not alarm `jax_debug_nans`, which looks at all results of calls that are not compiled.
-<<<<<<< HEAD
         call = _compiled if jax.config.values["jax_debug_nans"] else _call
-=======
-        call = _compiled if jax.config.jax_debug_nans else _call  # type: ignore[attr-defined]
->>>>>>> H1
         return call(function, options, *given)
     cuts = _cuts(arguments)
     *specs, out = (
