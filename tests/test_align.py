@@ -608,7 +608,7 @@ def test_a_band_that_does_not_reach_is_warned_of_once(model):
     with pytest.warns(UserWarning, match="differ by more than") as found:
         chunks = list(compiled._started([pairs, pairs], None, None, None))
     assert len(found) == 1 and len(chunks) > 1
-    assert "lengths 20000 and 40000, and perhaps others, differ by more than the band of 64" in str(found[0].message)
+    assert "lengths 20000 and 40000, and perhaps others, differ by more than the band of 256" in str(found[0].message)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 96, 97, 129, 5000, 46_000])
