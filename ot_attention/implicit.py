@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
-from ot_attention.spec import AllColumns, AllRows, Lengths
+from ot_attention.spec import AllColumns, AllRows, Lengths, Size
 from ot_attention.support import divide
 
 # A hat reaches W / 2 to either side, the band reaches W, and hats are W / 2 apart: the plan connects a hat with this
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     coarse_basis: Basis
 
 
-def coarse_basis(n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dtype: jnp.dtype) -> Basis:
+def coarse_basis(n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, dtype: jnp.dtype) -> Basis:
     """Return hat functions of the position along the diagonal that sum to 1, 0 at the dustbin.
 
     Their number m is a multiple of `_COLOURS`.

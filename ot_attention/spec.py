@@ -24,6 +24,7 @@ Columns = Float[jax.Array, "N columns"]
 AllRows = Float[jax.Array, "N all_rows"]
 AllColumns = Float[jax.Array, "N all_columns"]
 Lengths = Int[jax.Array, "N"]
+Size = Any  # of an axis: an integer, or a symbol of `jax.export`
 # What callers may give; lists of q, k and v are taken too.
 LengthsLike = Integer[ArrayLike, "*batch"] | Sequence[int]
 ScoreLike = Num[ArrayLike, "*heads"] | Sequence[float]

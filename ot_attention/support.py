@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ot_attention.spec import Dustbin, Heads
+from ot_attention.spec import Dustbin, Heads, Size
 
 Lengths = Int[Array, "*batch"]
 P, R = ParamSpec("P"), TypeVar("R")
@@ -76,7 +76,7 @@ def diagonal(
 
 
 def dense_support(
-    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin
+    n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, dustbin: Dustbin
 ) -> Bool[Array, "*batch all_rows all_columns"]:
     """Return the support of the augmented problem as a mask, dustbin last."""
     row, column = jnp.arange(rows + 1, dtype=jnp.int32), jnp.arange(columns + 1, dtype=jnp.int32)
@@ -94,12 +94,12 @@ def dustbin_exists(n_q: Lengths, n_k: Lengths, dustbin: Dustbin) -> Bool[Array, 
 
 
 def targets(
-    n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None, dustbin: Dustbin, dtype: jnp.dtype
+    n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, dustbin: Dustbin, dtype: jnp.dtype
 ) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
     """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support."""
     exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
 
-    def supported(windows, size: int, n):
+    def supported(windows, size: Size, n):
         index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (*n_q.shape, size))
         first, last = windows(index, n_q, n_k, band)  # a band narrower than the slope n_k / n_q misses some columns
         return (((first <= last) | exists) & (index < n[..., None])).astype(dtype)

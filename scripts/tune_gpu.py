@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = harness.parser(__doc__, "runs/bench/tilings.jsonl", rounds=7)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of kernels; default: all")
-    longest = max(problem.length for problem in (NARROW, FLOAT32))
+    longest = max(variant.problem.length for kind in KINDS for variant in variants(kind))
     least, told = command_line.at_least(longest), "of all heads; default: %(default)s"
     parser.add_argument("--residues", type=least, default=1 << 18, metavar="N", help=told)
     args = parser.parse_args(arguments)

@@ -82,7 +82,7 @@ def test_a_share_of_the_pairs_is_cropped():
     assert not (shorter[0] & shorter[1]).any()
     assert all(one.mean() == pytest.approx(0.25, abs=0.12) for one in shorter)
     assert PairStream(FAMILIES, config).fingerprint() != PairStream(FAMILIES, CONFIG).fingerprint()
-    with pytest.raises(ValueError, match=r"crop: 1\.5 was given"):
+    with pytest.raises(ValueError, match=r"data.crop=1\.5"):
         PipelineConfig(crop=1.5)
 
 

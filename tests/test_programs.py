@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
-    if "\ndef main(" in path.read_text() and '"__main__"' in path.read_text()
+    if "\ndef main(" in path.read_text() and '"__main__"' in path.read_text() and path.name != "train.py"
 )
 # For each program a command line that it can parse and not carry out: something is missing, or {file}, which is no
 # folder, stands where a folder should.

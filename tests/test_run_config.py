@@ -340,7 +340,7 @@ def test_home_is_the_home_folder_in_every_path(ended, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(tiny.ROOT / "configs" / "r2_balanced.py", tmp_path / "mine.py")
     seen = {}
-    monkeypatch.setattr(train, "train", lambda config, workdir: seen.update(config=config, workdir=workdir))
+    monkeypatch.setattr(train, "train", lambda config, workdir, quiet: seen.update(config=config, workdir=workdir))
     assert ended("--config=~/mine.py", "--config.data.dir=~/data", workdir="~/run") == (0, "")
     assert seen["workdir"] == tmp_path / "run"
     assert seen["config"].data.dir == "~/data", "the configuration keeps what was given"
@@ -392,7 +392,7 @@ def test_a_model_that_cannot_be_traced_leaves_no_folder(tmp_path):
 
 
 def test_a_failure_behind_the_folder_removes_only_what_this_process_made(tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise ValueError("W&B does not start")
 
     monkeypatch.setattr(train, "Session", fails)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Rows, SinkhornSpec
+from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Rows, SinkhornSpec, Size
 
 Attended = tuple[Float[Array, "N rows value"], AllRows, AllColumns, Float[Array, "N"]]
 
@@ -45,7 +45,7 @@ class Band(Protocol):
     def row_windows(self) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]: ...
     # How many of `number` heads to work on at a time: a divisor of `number`.
     @staticmethod
-    def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int, /) -> int: ...
+    def heads_at_once(number: Size, rows: Size, columns: Size, band: int | None, itemsize: int, /) -> int: ...
     def shift(self, tiles, row: AllRows, column: AllColumns, /) -> Any: ...  # S + f_i + g_j
     def exp(self, tiles, /) -> Any: ...
     # K_ij times the sum of fields x_i . y_j

@@ -21,7 +21,7 @@ from ot_attention import support
 from ot_attention.backends import gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Field, Matrix, Reach, Side
 from ot_attention.backends.gpu_sweep import Strips
-from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Lengths, Rows, SinkhornSpec
+from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Lengths, Rows, SinkhornSpec, Size
 
 _MOST_WIDTH = 256
 _MOST_HEADS = 65535  # blocks along the second axis of a grid
@@ -98,7 +98,7 @@ class Band:
         return self.windows[0]
 
     @staticmethod
-    def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int) -> int:
+    def heads_at_once(number: Size, rows: Size, columns: Size, band: int | None, itemsize: int) -> int:
         del rows, columns, band, itemsize
         return number  # nothing is stored that grows with the band
 

@@ -6,6 +6,7 @@ A new backend is a module that satisfies `Backend` or `Band`, a line in `BACKEND
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 from jax.export import is_symbolic_dim
 
 from ot_attention import reference, sinkhorn, support
@@ -47,7 +48,7 @@ def choose(name: Implementation | None, heads: Heads, spec: SinkhornSpec) -> Imp
 
 
 def _unsupported_reasons(name: Implementation, heads: Heads, spec: SinkhornSpec) -> list[str]:
-    if BACKENDS[name].platform and any(is_symbolic_dim(size) for x in heads for size in x.shape):
+    if BACKENDS[name].platform and any(is_symbolic_dim(size) for x in jax.tree.leaves(heads) for size in x.shape):
         return ["its kernels need known sizes, not symbols of jax.export; use implementation='xla'"]
     reasons = [BACKENDS[name].unsupported_reason(heads, spec)]
     if spec.gradient == "unrolled" and spec.solver == "newton":

@@ -16,7 +16,7 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int, Shaped
 
 from ot_attention import support
-from ot_attention.spec import AllColumns, AllRows, Columns, Implementation, Lengths, Rows
+from ot_attention.spec import AllColumns, AllRows, Columns, Implementation, Lengths, Rows, Size
 
 _MIB = 2**20
 # Tiles at a time. 4 MiB fit a CPU's cache. On a GPU a product over the tiles must outlast its launch, some 10
@@ -47,7 +47,7 @@ class Band:
         return "xla"
 
     @classmethod
-    def create(cls, n_q: Lengths, n_k: Lengths, rows: int, columns: int, band: int | None) -> "Band":
+    def create(cls, n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None) -> "Band":
         index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
         first, last = support.row_windows(index, n_q, n_k, band)
         block, width, blocks = block_shape(rows, columns, band)
@@ -72,7 +72,7 @@ class Band:
         return created, created.mask(created.outer(q * scale, k), -jnp.inf)
 
     @staticmethod
-    def heads_at_once(number: int, rows: int, columns: int, band: int | None, itemsize: int) -> int:
+    def heads_at_once(number: Size, rows: Size, columns: Size, band: int | None, itemsize: int) -> int:
         """Return the largest known divisor of `number` heads whose tiles fit `_GROUP_BYTES`, at least 1.
 
         Sizes may be symbols of `jax.export`: heads of an unknown size are taken one at a time.
@@ -150,7 +150,7 @@ class Band:
         return self._over_columns("max", tiles.max(-2), -jnp.inf)
 
 
-def block_shape(rows: int, columns: int, band: int | None) -> tuple[int, int, int]:
+def block_shape(rows: Size, columns: Size, band: int | None) -> tuple[Size, Size, Size]:
     """Return the rows and columns of a tile, and the number of tiles."""
     if band is None:
         return rows, columns, 1
