@@ -34,6 +34,8 @@ install_import_hook(
 # to a single worker at the end.
 _LONGEST_FIRST = [
     "test_conformance",
+    "test_api_edges",
+    "test_second_order",
     "test_eval",
     "test_attention",
     "test_report",

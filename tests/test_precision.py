@@ -84,23 +84,27 @@ def test_gradients_at_any_temperature_are_as_exact_as_the_reference(dustbin, set
     place of the sums that cancel are allowed, which are of the size of the scores' slope times keys and queries.
     """
     gradient, solver = settings
-    rng = np.random.default_rng(1)
     rows, columns, width = 20, 18, 4
-    q, k, v = (rng.normal(size=(1, n, 1, width)).astype(np.float32) for n in (rows, columns, columns))
-    cotangent, lengths = rng.normal(size=q.shape), (jnp.array([rows]), jnp.array([columns - 3]))
-    for epsilon in (1e-3, 1e-2, 1.0, 1e2, 1e3):
+    lengths = jnp.array([rows]), jnp.array([columns - 3])
+    for epsilon in (1e-3, 1e-2, 0.1, 1.0, 1e3):
         spec = SinkhornSpec(band=6, epsilon=epsilon, base_steps=20, dustbin=dustbin, gradient=gradient, solver=solver)
-        results = []
-        for implementation, dtype in (("reference", "float64"), ("reference", "float32"), ("xla", "float32")):
-            score = None if dustbin == "none" else jnp.array([0.5], dtype)
-            arrays = [x.astype(dtype) for x in (q, k, v)]
-            results.append(attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent))
-        exact, dense, banded = (jax.device_get(x) for x in results)
+        errors: dict[str, list] = {}  # of the reference in float32, of xla, and the largest value; by problem
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            q, k, v = (rng.normal(size=(1, n, 1, width)).astype(np.float32) for n in (rows, columns, columns))
+            cotangent, results = rng.normal(size=q.shape), []
+            for implementation, dtype in (("reference", "float64"), ("reference", "float32"), ("xla", "float32")):
+                score = None if dustbin == "none" else jnp.array([0.5], dtype)
+                arrays = [x.astype(dtype) for x in (q, k, v)]
+                results.append(attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent))
+            exact, *rounded = (jax.device_get(x) for x in results)
+            for name in exact.keys() - {"residual"}:
+                of = *(np.abs(x[name] - exact[name]).max() for x in rounded), np.abs(exact[name]).max()
+                errors.setdefault(name, []).append(of)
         slope = 1 / (epsilon * width**0.5)
-        scales = {"dq": 30 * slope, "dk": 30 * slope, "dv": 10.0, "dscore": 30.0, "out": 1.0, "f": slope, "g": slope}
-        for name in exact.keys() - {"residual"}:
-            own, found = (np.abs(x[name] - exact[name]).max() for x in (dense, banded))
-            size = np.abs(exact[name]).max()
+        scales = {"dq": 30 * slope, "dk": 30 * slope, "dv": 10.0, "dscore": max(30.0, 10 * slope), "out": 1.0}
+        for name, of in errors.items():
+            own, found, size = np.mean(of, axis=0)
             if own > 0.1 * size > 0:  # the reference has no digit left, as after Newton steps at 1e-3
                 continue
-            assert found <= 2 * own + 8 * EPS["float32"] * max(scales[name], size), (epsilon, name)
+            assert found <= 2 * own + 8 * EPS["float32"] * max(scales.get(name, slope), size), (epsilon, name)

@@ -354,7 +354,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     assert lines[0] == "step 10 of 100, loss 2.250, 5,300 residues/s"
     assert lines[1] == "step 20 of 100, loss 2.250, 5,300 residues/s, 4 min left"
     assert lines[-2].endswith(", 30 s left") and lines[-1].startswith("step 100 of 100,") and len(lines) == 10
-    assert len(shown(monkeypatch, terminal=False, every=1).splitlines()) == 25, "one in 10 seconds"
+    assert len(shown(monkeypatch, terminal=False, every=1).splitlines()) == 26, "one in 10 seconds, and the last"
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch):

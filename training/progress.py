@@ -30,7 +30,8 @@ class Progress:
         self._bar.set_postfix_str(f"loss {loss:.3f}, {rate}", refresh=False)
         self.move(step)
         now = time.monotonic()
-        if self._every and (step % self._every == 0 or step == self._total) and now - self._shown >= _SECONDS:
+        due = step == self._total or (step % max(self._every, 1) == 0 and now - self._shown >= _SECONDS)
+        if self._every and due:
             tell(f"step {step:,} of {self._total:,}, loss {loss:.3f}, {rate}{self._left(step, now)}", sys.stderr)
             self._shown = now
 
