@@ -224,7 +224,10 @@ def test_the_gradient_of_a_temperature_equals_finite_differences(gradient, solve
 
 @pytest.mark.usefixtures("float64", "kernels_are_interpreted")
 @pytest.mark.parametrize(("gradient", "solver"), LEARNED)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(name, marks=pytest.mark.slow if "pallas" in name else ()) for name in IMPLEMENTATIONS],
+)
 def test_the_gradient_of_a_temperature_follows_from_the_queries(implementation, gradient, solver):
     """Scores depend on `q / epsilon` alone, in every gradient mode; the spec of a number is compared with."""
     settings = {"gradient": gradient, "solver": solver}
