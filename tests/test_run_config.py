@@ -227,6 +227,7 @@ def ended(monkeypatch, capsys, tmp_path):
     """Run the command line in this process; return exit status and what was told, and demand that no folder is made."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "open_folder", None)  # no test gets there
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of configuration files
     workdir = tmp_path / "runs" / "run"
 
     def run(*arguments: str, workdir: str | None = str(workdir)) -> tuple[int, str]:
