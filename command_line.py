@@ -12,10 +12,13 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from data import files
 
 UNUSABLE = 1  # input, data, a setting, memory or a file cannot be used; one line on stderr says why
 WRONG_COMMAND_LINE = 2  # argparse's own
@@ -64,9 +67,9 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path was given")  # of a variable without value; "." is not meant
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+        return Path(files.expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def file_name(text: str) -> str:
@@ -74,13 +77,16 @@ def file_name(text: str) -> str:
     return str(path(text))
 
 
-def use_threads(count: int | None) -> None:
-    """Restrict this process, and processes that it starts, to this many CPU cores. JAX must not have run before.
-
-    Libraries count the cores that a process may use, and start as many threads.
-    """
-    if count is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+def config_with_home(argv: list[str]) -> tuple[list[str], str | None]:
+    """Return the command line with `~` of --config as the home folder, and the value of --config."""
+    argv, given = list(argv), None
+    for n, argument in enumerate(argv):
+        if found := re.fullmatch(r"(--?config=)(.*)", argument):
+            given = os.path.expanduser(found[2])  # noqa: PTH111  # may have a colon and an argument behind the path
+            argv[n] = found[1] + given
+        elif n and argv[n - 1] in ("--config", "-config"):
+            argv[n] = given = os.path.expanduser(argument)  # noqa: PTH111
+    return argv, given
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -103,16 +109,22 @@ def positive(text: str) -> float:
 
 
 def run(
-    program: str, work: Callable[[], int | None], *, debug: bool = False, also: tuple[type[BaseException], ...] = ()
+    program: str,
+    work: Callable[[], int | None],
+    *,
+    debug: bool = False,
+    threads: int | None = None,
+    also: tuple[type[BaseException], ...] = (),
 ) -> int:
     """Do the work of a program, and return its exit status.
 
     One line on stderr tells a mistake: an error of `MISTAKES` or `also`, XLA's for too little memory, or JAX's for a
     platform that is not there. With `debug`, the traceback comes before it. Any other error is a fault of the program,
-    whose traceback is always shown.
+    whose traceback is always shown. `threads` is the number of CPU cores to use, None for all.
     """
     _silence_libtpu()
     try:
+        _use_threads(threads)
         return work() or 0
     except BrokenPipeError:  # the reader has seen enough; what is left in the buffer must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -126,6 +138,18 @@ def run(
         if is_mistake:
             return failed(program, message(error), UNUSABLE)
         return failed(program, f"a fault of the program, please report it: {message(error)}", FAULT)
+
+
+def _use_threads(count: int | None) -> None:
+    """Restrict this process, and processes that it starts, to this many CPU cores. JAX must not have run before.
+
+    Libraries count the cores that a process may use, and start as many threads.
+    """
+    if count is None:
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"--threads={count}: this system cannot restrict a process to some cores; leave it out")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def _silence_libtpu() -> None:

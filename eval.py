@@ -38,9 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit status."""
     parser = _parser()
     args = model_options.parse(parser, arguments)
-    command_line.use_threads(args.threads)
     given = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    return command_line.run("eval.py", lambda: print(_evaluate(args, given)), debug=args.debug)
+    return command_line.run("eval.py", lambda: print(_evaluate(args, given)), debug=args.debug, threads=args.threads)
 
 
 def _evaluate(args: argparse.Namespace, command: str) -> str:

@@ -25,7 +25,6 @@ stopped by a signal (after saving) or by the loss of another process: start it a
 
 import contextlib
 import os
-import re
 import runpy
 import sys
 import traceback
@@ -80,18 +79,14 @@ def main(argv: list[str]) -> int:
         told = f"unknown argument {argv[1]!r}; options are written --name=value, see --help"
         return command_line.failed(_NAME, told, command_line.WRONG_COMMAND_LINE)
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
-    command_line.use_threads(_THREADS.value)
-    return command_line.run(_NAME, _work, debug=_DEBUG.value, also=(NonFiniteError,))
+    return command_line.run(_NAME, _work, debug=_DEBUG.value, threads=_THREADS.value, also=(NonFiniteError,))
 
 
 def _work() -> int:
     path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if _WORKDIR.value is not None and not _WORKDIR.value.strip():
         raise ValueError("--workdir is empty; give the name of a folder, or leave it out")
-    try:
-        workdir = Path(_WORKDIR.value or f"runs/{Path(path).stem}").expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"--workdir={_WORKDIR.value}: {error}") from error
+    workdir = Path(files.expanded(_WORKDIR.value or f"runs/{Path(path).stem}"))
     try:
         join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train(_CONFIG.value, workdir, quiet=_QUIET.value)
@@ -174,7 +169,7 @@ def train(config: ConfigDict, workdir: Path, *, quiet: bool = False) -> TrainSta
 
 def prepare(config: ConfigDict, workdir: Path) -> Parts:
     """Make the parts of a run without touching its folder. Raises ValueError or OSError if something does not fit."""
-    run_folder.check_writable(workdir)
+    run_folder.check_place(workdir)
     run_folder.check_workdir(workdir, config, completed)
     run_folder.check_wandb(config.log.wandb)
     policy = NonFinitePolicy.of(config.train.to_dict())
@@ -237,7 +232,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if asked:
         print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
-    argv, given = _with_home(argv)
+    argv, given = command_line.config_with_home(argv)
     if given is None and "--version" not in argv:
         told = "--config is missing, for example --config=configs/r2_balanced.py"
         sys.exit(command_line.failed(_NAME, told, command_line.WRONG_COMMAND_LINE))
@@ -258,18 +253,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         is_command = isinstance(error, flags.Error) and "--config" not in told
         status = command_line.WRONG_COMMAND_LINE if is_command else command_line.UNUSABLE
     sys.exit(command_line.failed(_NAME, told, status))
-
-
-def _with_home(argv: list[str]) -> tuple[list[str], str | None]:
-    """Return the command line with `~` of --config as the home folder, and the value of --config."""
-    argv, given = list(argv), None
-    for n, argument in enumerate(argv):
-        if found := re.fullmatch(r"(--?config=)(.*)", argument):
-            given = os.path.expanduser(found[2])  # noqa: PTH111  # may have a colon and an argument behind the path
-            argv[n] = found[1] + given
-        elif n and argv[n - 1] in ("--config", "-config"):
-            argv[n] = given = os.path.expanduser(argument)  # noqa: PTH111
-    return argv, given
 
 
 def _read_config(given: str) -> ConfigDict:

@@ -9,15 +9,17 @@ import io
 import itertools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data import files, vocab
+from data.other_formats import format_of
 
 MAX_BYTES = 1 << 30  # in a file, unpacked; Swiss-Prot has 0.3 GB
 MAX_LENGTH = 46_000  # residues; what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
-_GAPS, _STOP, _UNKNOWN = "-._~", "*", "X"
+_GAPS, _STOP, _UNKNOWN = vocab.GAPS.decode(), "*", "X"
 _LETTERS = vocab.RESIDUES + vocab.AMBIGUOUS
 _ALLOWED = frozenset(_LETTERS + _LETTERS.lower() + _GAPS + _STOP)
 _WITHOUT_GAPS = str.maketrans("", "", _GAPS)
@@ -27,8 +29,6 @@ _HINTS = {
     "/": "; give each chain a record of its own",
 }
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f]+")  # control characters too: they would reach the user's terminal
-_NUCLEOTIDES = "ACGTUN"
-_SUSPICIOUS = 20  # letters; fewer may be a peptide of A, C, G and T
 
 # https://salilab.org/modeller/10.5/manual/node501.html; P1 is a protein, F1 a fragment of one, XX of unknown kind.
 _PIR = re.compile(r"(P1|F1|D1|DL|DC|RL|RC|N1|N3|XX);\s*")
@@ -36,29 +36,14 @@ _PIR_PROTEINS = ("P1", "F1", "XX")
 _PIR_ANNOTATION = re.compile(r"\w{1,2};|\s*$")
 
 _TO_FASTA = "write its sequences as FASTA"
-_ALIGNMENT = "write its sequences as FASTA (esl-reformat fasta FILE)"
-_OTHER_FORMATS = {  # by the first line that is not empty
-    r"#\s*STOCKHOLM": ("a Stockholm alignment", _ALIGNMENT),
-    r"(CLUSTAL|MUSCLE \(|PROBCONS|T-COFFEE|MSAPROBS)": ("a Clustal alignment", _ALIGNMENT),
-    r"(PileUp|!!AA|!!NA)": ("a GCG alignment", _ALIGNMENT),
-    r"#NEXUS": ("a NEXUS file", _TO_FASTA),
-    r" *\d+ +\d+( +\w)? *$": ("a PHYLIP alignment", _ALIGNMENT),
-    r"LOCUS ": ("a GenBank file", _TO_FASTA),
-    r"ID   ": ("an EMBL or UniProt flat file", _TO_FASTA),
-    r"(HEADER|ATOM|HETATM|REMARK|TITLE|MODEL|CRYST1|SEQRES|COMPND|OBSLTE|EXPDTA) ": ("a PDB file", _TO_FASTA),
-    r"data_": ("an mmCIF file", _TO_FASTA),
-    r"@(HD|SQ|RG|PG|CO)\t": ("a SAM file", "translate its nucleotides to proteins"),
-    r"@": ("FASTQ, reads of nucleotides", "translate them to proteins"),
-    r"[{[]": ("JSON", _TO_FASTA),
-    r"<": ("HTML or XML", "download the FASTA file itself"),
-    r"##gff": ("a GFF table of features", "give sequences as FASTA"),
-    r"HMMER\d": ("a profile HMM", "give sequences as FASTA"),
-    r"%PDF": ("a PDF document", "give sequences as FASTA"),
+_ADVICE = {  # where a file is of another format, by its kind
+    "alignment": "write its sequences as FASTA (esl-reformat fasta FILE)",
+    "page": "download the FASTA file itself",
+    "reads": "translate its nucleotides to proteins",
+    "table": "give it as --pairs if its columns are id, x, y with tabs between",
 }
 _OTHER_TEXT = {
     r"[;#!]": ("a comment", "remove the lines before the first '>'"),
-    r"[^\t]*\t[^\t]*\t[^\t]*$": ("a table", "give it as --pairs if its columns are id, x, y"),
-    r".*[\t,;]": ("a table", _TO_FASTA),
     rf"[{_LETTERS}{_LETTERS.lower()}\-*.\s]+$": (
         "a sequence without a header",
         "put a line '>id' before each sequence",
@@ -107,8 +92,7 @@ def read_fasta(path: str, on_bad: OnBad | None = None) -> list[Record]:
     if not first:
         raise ValueError(f"{name} is empty; a FASTA file begins with '>'")
     if not first.startswith(">"):
-        is_what, remedy = _format_of(first, _OTHER_FORMATS | _OTHER_TEXT) or ("no FASTA file", _TO_FASTA)
-        raise ValueError(f"{name} begins with {first[:20]!r}, not with '>': it is {is_what}; {remedy}")
+        raise ValueError(f"{name} begins with {first[:20]!r}, not with '>': it is {_told_format(first)}")
     notes, records = _Notes(name), dict[str, Record]()
     for n, (header, lines) in enumerate(_split(text), start=1):
         where = f"{name}, record {n}"
@@ -236,9 +220,12 @@ def _first_line(text: str) -> str:
     return next((line for line in _lines(text) if line.strip()), "")
 
 
-def _format_of(line: str, formats: dict[str, tuple[str, str]]) -> tuple[str, str] | None:
+def _told_format(first: str) -> str:
     """Return what a file is that begins with this line, and what to do."""
-    return next((told for pattern, told in formats.items() if re.match(pattern, line)), None)
+    if found := format_of(first):
+        return f"{found.name}; {_ADVICE.get(found.kind, _TO_FASTA)}"
+    texts = (told for pattern, told in _OTHER_TEXT.items() if re.match(pattern, first))
+    return "; ".join(next(texts, ("no FASTA file", _TO_FASTA)))
 
 
 def _split(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -294,8 +281,8 @@ def _read_table(
     first, wanted = _first_line(text), ", ".join(columns)
     if first.startswith(">"):
         raise ValueError(f"{name} is a FASTA file, not a table of pairs: give it without --pairs")
-    if "\t" not in first and (other := _format_of(first, _OTHER_FORMATS)):
-        raise ValueError(f"{name} is {other[0]}, not a table of pairs; each line must be {wanted} with tabs between")
+    if "\t" not in first and (other := format_of(first)) and other.kind != "table":
+        raise ValueError(f"{name} is {other.name}, not a table of pairs; each line must be {wanted} with tabs between")
     rows = ((n, line) for n, line in enumerate(_lines(text), start=1) if line.strip() and not line.startswith("#"))
     for place, (n, line) in enumerate(rows):
         fields = [_unquoted(field.strip()) for field in line.split("\t")]
@@ -350,23 +337,16 @@ def _residues(sequence: str, where: str, notes: _Notes) -> str:
         notes.add("gaps ('-', '.', '_', '~') are left out", where)
     if _STOP in residues:
         notes.add("'*' is read as X", f"{where}, position {letters.index(_STOP) + 1}")
-    if len(residues) >= _SUSPICIOUS and _of_nucleotides(residues):
+    if vocab.seem_nucleotides(Counter(residues)):
         notes.add("what looks like nucleotides is aligned as a protein", where)
     return residues.replace(_STOP, _UNKNOWN)
 
 
-def _of_nucleotides(residues: str) -> bool:
-    return sum(map(residues.count, _NUCLEOTIDES)) > 0.95 * len(residues)
-
-
 def _check_proteins(sequences: list[str], name: str) -> None:
-    """Raise ValueError if all sequences look like DNA or RNA, with each of its letters.
-
-    Proteins of glycine and alanine, and peptides of a few residues, may look so too.
-    """
-    if sum(map(len, sequences)) < _SUSPICIOUS or not all(map(_of_nucleotides, sequences)):
-        return
-    found = set().union(*sequences)
-    if found >= set("ACG") and found & set("TU"):
-        kind = "RNA" if "U" in found else "DNA"
+    """Raise ValueError if all sequences together look like DNA or RNA: each may be too short to say."""
+    letters = Counter[str]()
+    for sequence in sequences:
+        letters.update(sequence)
+    if vocab.seem_nucleotides(letters):
+        kind = "RNA" if letters["U"] else "DNA"
         raise ValueError(f"{name} holds {kind}, it seems, and proteins are aligned here: translate it")

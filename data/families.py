@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
-from data.files import DAMAGED, display_name, format_of, open_unpacked
+from data.files import DAMAGED, display_name, open_unpacked
+from data.other_formats import format_of
 from data.stockholm import Alignment
 from data.vocab import GAPS, count_letters, is_residue, seem_nucleotides
 
@@ -98,8 +99,8 @@ def read_clans(path: str | Path) -> dict[str, str]:
     name, columns = display_name(path), "'accession<tab>clan<tab>...'"
     clans: dict[str, str] = {}
     lines = re.split(r"\r\n|\r|\n", _read_table(path))
-    first = next((line for line in lines if line.strip()), "").encode("latin-1")
-    seems = f"; the file seems to be {format_of(first)}" if format_of(first) else ""
+    found = format_of(next((line for line in lines if line.strip()), ""))
+    seems = f"; the file seems to be {found.name}" if found else ""
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue

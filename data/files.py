@@ -8,7 +8,6 @@ import gzip
 import io
 import lzma
 import os
-import re
 import shutil
 import sys
 import zlib
@@ -34,28 +33,6 @@ _NOT_READ = {
     codecs.BOM_UTF16_BE: "text in UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
 }
 _TAR = slice(257, 262), b"ustar"
-_ALIGNMENTS = "convert it, for example by esl-reformat of HMMER"
-# Formats by their first line, with advice for a reader who needs another one.
-_FORMATS = [
-    (rb"#\s*STOCKHOLM", "a Stockholm alignment"),
-    (rb"#=G[FSCR]\s", "a Stockholm alignment without its header"),
-    (rb">[A-Z][A-Z0-9];", f"PIR (NBRF); {_ALIGNMENTS}"),
-    (rb">", f"FASTA, aligned FASTA, A2M or A3M; {_ALIGNMENTS}"),
-    (rb"(CLUSTAL|MUSCLE|PROBCONS)\b", f"Clustal; {_ALIGNMENTS}"),
-    (rb"(PileUp|!!AA_MULTIPLE|!!NA_MULTIPLE|MSF:)|.*\bMSF:", f"MSF of GCG; {_ALIGNMENTS}"),
-    (rb"#NEXUS", f"NEXUS; {_ALIGNMENTS}"),
-    (rb"\s*\d+\s+\d+\s*[isIS]?\s*$", f"PHYLIP; {_ALIGNMENTS}"),
-    (rb"HMMER\d|HHsearch|HMM\b", "a profile HMM; alignments are another file (of Pfam: Pfam-A.seed, Pfam-A.full)"),
-    (rb"\s*<!DOCTYPE html|\s*<html|\s*<head", "HTML, such as a page that tells an error; delete it and download again"),
-    (rb"\s*<", "XML or HTML; delete it and download the file again"),
-    (rb"\s*[{\[]\s*($|[\"{\[\]}\d-])", "JSON"),
-    (rb"@", "FASTQ"),
-    (rb"(LOCUS|ID) {3}|HEADER {4}|(ATOM|HETATM) |data_|loop_", "an entry of a sequence or structure database"),
-    (rb"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f", "ArrayRecord, shards of a data set; give what they were built from"),
-    (rb".*[\x00-\x08\x0e-\x1f]", "binary data"),
-    (rb"[^\t]*\t", "a table with tabs"),
-    (rb"[^,\s]+,[^,]*", "a table with commas"),
-]
 _PEEKED = 512  # bytes
 
 
@@ -77,11 +54,6 @@ def expanded(path: str | PurePath) -> str:
 def visible(folder: Path) -> list[Path]:
     """Return what a folder holds, sorted, without what systems and editors leave there (`is_stray`)."""
     return sorted(path for path in folder.iterdir() if not is_stray(path.name))
-
-
-def format_of(line: bytes) -> str:
-    """Return the format, with advice, of which a line seems to be the first; "" if it could be anything."""
-    return next((told for pattern, told in _FORMATS if re.match(pattern, line, re.DOTALL)), "")
 
 
 def is_stray(name: str) -> bool:

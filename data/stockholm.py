@@ -18,12 +18,19 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from data.files import DAMAGED, display_name, format_of, open_unpacked
+from data.files import DAMAGED, display_name, open_unpacked
+from data.other_formats import format_of
 from data.vocab import GAPS
 
 SYMBOLS = string.ascii_letters.encode() + GAPS
 HEADER = "# STOCKHOLM 1.0"
 _HEADER = re.compile(rb"(\xef\xbb\xbf)?\s*#\s*STOCKHOLM\s+1(\.\d+)?(\s|$)", re.IGNORECASE)
+_ADVICE = {  # where the input is of another format, by its kind
+    "alignment": "; convert it, for example by esl-reformat of HMMER",
+    "page": ", such as a page that tells an error; delete it and download again",
+    "profile": "; alignments are another file (of Pfam: Pfam-A.seed, Pfam-A.full)",
+    "shards": "; give what they were built from",
+}
 MAX_ROW_BYTES = 1 << 20  # the widest alignment of Pfam-A.full stays far below; a longer row is a damaged file
 MAX_FAMILY_BYTES = 1 << 30
 
@@ -70,8 +77,8 @@ def is_header(line: bytes) -> bool:
 
 def no_header(line: bytes) -> str:
     """Return a message about a line where a record should begin."""
-    seems = format_of(line)
-    advice = f"; it seems to be {seems}" if seems else ""
+    seems = format_of(line.decode("latin-1"))
+    advice = f"; it seems to be {seems.name}{_ADVICE.get(seems.kind, '')}" if seems else ""
     found = _shown(line) if line[:60].decode("latin-1").isprintable() or b"\t" in line else "other bytes"
     return f"expected the header {HEADER!r}, found {found}{advice}"
 

@@ -104,7 +104,5 @@ def check_aligns(run: Run) -> None:
 
 def local_mesh(batch_size: int) -> Mesh:
     """Return a mesh of the largest number of this machine's devices that share a batch evenly."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     data = max(n for n in range(1, len(jax.devices()) + 1) if batch_size % n == 0)
     return sharding.make_mesh(sharding.MeshConfig(data), batch_size)

@@ -78,11 +78,10 @@ def main(argv: list[str] | None = None) -> int:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
-        return command_line.run("align.py", lambda: _run(args), debug=args.debug)
+        return command_line.run("align.py", lambda: _run(args), debug=args.debug, threads=args.threads)
 
 
 def _run(args: argparse.Namespace) -> None:
-    command_line.use_threads(args.threads)
     left_out: list[ValueError] = []
 
     def leave_out(error: ValueError) -> None:

@@ -215,7 +215,7 @@ def _parse(parser: command_line.Parser, arguments: Sequence[str] | None) -> tupl
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     try:
-        unknown = values(["aot_report.py", *map(_expanded, rest)])[1:]
+        unknown = values(["aot_report.py", *command_line.config_with_home(rest)[0]])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     if unknown:
@@ -223,12 +223,6 @@ def _parse(parser: command_line.Parser, arguments: Sequence[str] | None) -> tupl
     if values.config is None:
         parser.error("--config is missing, for example --config=configs/r2_balanced.py")
     return args, values.config
-
-
-def _expanded(option: str) -> str:
-    """Return --config=FILE with `~` as the home folder, which a shell leaves there, and other options unchanged."""
-    name, _, file = option.partition("=")
-    return f"{name}={command_line.file_name(file)}" if name.lstrip("-") == "config" and file else option
 
 
 if __name__ == "__main__":

@@ -83,9 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = _parser()
     args = model_options.parse(parser, argv)
-    command_line.use_threads(args.threads)
     args.output = args.output or (args.workdir or Path("runs") / args.weights.stem) / "asap.safetensors"
-    return command_line.run("compile_asap.py", lambda: compile_model(args), debug=args.debug)
+    return command_line.run("compile_asap.py", lambda: compile_model(args), debug=args.debug, threads=args.threads)
 
 
 def compile_model(args: argparse.Namespace) -> None:

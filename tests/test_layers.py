@@ -20,7 +20,7 @@ LAYERS = {
     "scripts": {"configs", "ot_attention", "data", "models", "training", "alignment", "evaluation", "benchmarks"},
 }
 PROGRAMS = {"train", "eval"}
-FRAME = "command_line"  # of the programs, which imports nothing of ours but the version
+FRAME = "command_line"  # of the programs, which imports the version and the names of files alone
 LIBRARIES = ("configs", "ot_attention", "data", "models", "training", "alignment", "evaluation")
 
 
@@ -57,7 +57,7 @@ def test_a_folder_imports_only_folders_before_it(path):
 
 
 def test_only_programs_import_their_frame():
-    assert layers_of(imports(ROOT / f"{FRAME}.py")) <= {"ot_attention"}
+    assert layers_of(imports(ROOT / f"{FRAME}.py")) <= {"ot_attention", "data"}
     importers = {
         path.relative_to(ROOT).parts[0] for folder in LAYERS for path in modules(folder) if FRAME in imports(path)
     }

@@ -237,3 +237,12 @@ def test_a_tpu_is_left_to_libtpu(monkeypatch):
     with mock.patch.dict(os.environ):
         assert command_line.run("small.py", lambda: None) == 0
         assert os.environ["TPU_ACCELERATOR_TYPE"] and os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+
+
+def test_threads_restrict_a_program_to_some_cores(monkeypatch, capsys):
+    program = "import command_line, os; command_line.run('p', lambda: print(len(os.sched_getaffinity(0))), threads=1)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+    monkeypatch.delattr(os, "sched_setaffinity")
+    assert command_line.run("p", lambda: None, threads=1) == command_line.UNUSABLE
+    assert "p: --threads=1: this system cannot" in capsys.readouterr().err

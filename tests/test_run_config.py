@@ -333,7 +333,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     """Permissions are imitated, as root may write anywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"--workdir=.*run: nothing can be written to .*; give another folder"):
-        run_folder.check_writable(tmp_path / "run")
+        run_folder.check_place(tmp_path / "run")
 
 
 def test_home_is_the_home_folder_in_every_path(ended, tmp_path, monkeypatch):

@@ -382,9 +382,10 @@ def test_a_stream_that_nobody_reads_ends_no_run(tmp_path, monkeypatch):
     assert rows(tmp_path / "run")[-1]["step"] == 2
 
 
-def test_a_stream_that_was_closed_at_the_start_is_none(monkeypatch):
+def test_a_stream_that_was_closed_at_the_start_is_none(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
     bar = progress.Progress("run", 0, 3, 1, quiet=False)
     bar.show(1, 1.0, 1.0)
     bar.close()
     processes.warn("a warning")
+    assert capsys.readouterr().out == "", "neither goes elsewhere"

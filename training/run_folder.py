@@ -25,7 +25,7 @@ _FREE_DATA = "data.dir", "data.workers", "data.prefetch", "data.max_bad_records"
 _FREE_KEYS = "total_steps", "train.", "checkpoint.", "log.", "mesh.", *_FREE_DATA, "model.implementation"
 
 
-def check_writable(workdir: Path) -> None:
+def check_place(workdir: Path) -> None:
     """Raise ValueError unless the folder, or one to make it in, can be written."""
     there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     if not there.is_dir():
