@@ -46,11 +46,11 @@ class PipelineConfig(Section):
     name: ClassVar[str] = "data"
 
     # ascending; a pair is padded to the first that holds both sequences
-    buckets: Annotated[Sequence[int], Lengths()] = (64, 128, 256, 512)
+    buckets: Annotated[Sequence[int], Lengths()] = (64, 128, 192, 256, 384)
     batch_size: Annotated[int, BATCH_SIZE] = 64  # pairs a step, over all hosts
     seed: Annotated[int, SEED] = 0  # of the pairs and crops that are drawn
     # largest weight of a family; below, a family weighs as much as it has pairs
-    pairs_per_family: Annotated[int, Integer(1, or_all=True)] = 1000
+    pairs_per_family: Annotated[int, Integer(1, or_all=True)] = 100
     crop: Annotated[float, Number(0.0, 1.0)] = 0.0  # share of pairs in which one sequence loses up to half at one end
     workers: Annotated[int, Integer(0, 1024)] = 0  # processes that make batches; 0 for a thread
     prefetch: Annotated[int, Integer(1, 1 << 16)] = 4  # batches made ahead, by each worker

@@ -147,6 +147,12 @@ def test_any_value_that_is_not_allowed_is_refused_by_name(config, table, tmp_pat
             assert len(told) < 400 and list(tmp_path.iterdir()) == []
 
 
+def test_keys_that_are_missing_have_the_defaults_of_new_runs():
+    """Runs of earlier versions lack keys; a section and configs/base.py must not differ about them."""
+    missing = json.loads(json.dumps(tasks.completed({})))
+    assert missing == json.loads(base.get_config().to_json()) | {"task": "alignment"}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_is_allowed_and_reads_the_same_again(name):
     config = tasks.checked(loaded(name))
