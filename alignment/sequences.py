@@ -343,10 +343,9 @@ def _residues(sequence: str, where: str, notes: _Notes) -> str:
 
 
 def _check_proteins(sequences: list[str], name: str) -> None:
-    """Raise ValueError if all sequences together look like DNA or RNA: each may be too short to say."""
-    letters = Counter[str]()
-    for sequence in sequences:
-        letters.update(sequence)
-    if vocab.seem_nucleotides(letters):
-        kind = "RNA" if letters["U"] else "DNA"
+    """Raise ValueError if all sequences look like DNA or RNA: together, since each may be too short to say."""
+    letters = [Counter(sequence) for sequence in sequences]
+    together = sum(letters, Counter[str]())
+    if all(map(vocab.may_be_nucleotides, letters)) and vocab.seem_nucleotides(together):
+        kind = "RNA" if together["U"] else "DNA"
         raise ValueError(f"{name} holds {kind}, it seems, and proteins are aligned here: translate it")

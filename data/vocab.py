@@ -51,11 +51,17 @@ def seem_nucleotides(letters: Counter[str]) -> bool:
     others; more ambiguity codes of IUPAC if there is nothing else. U is rare in proteins: 8 letters are enough with it.
     """
     total = letters.total() - letters["X"]
-    nucleotides = _sum(letters, _NUCLEOTIDES)
-    iupac_alone = _sum(letters, _IUPAC_NUCLEOTIDES) == total and nucleotides >= 0.75 * total
     has_all = all(_sum(letters, base) for base in ("A", "C", "G", "TU"))
     is_rna = total >= 8 and letters["U"] >= 0.05 * total
-    return (nucleotides >= 0.95 * total or iupac_alone) and (is_rna or (has_all and total >= 20))
+    return may_be_nucleotides(letters) and (is_rna or (has_all and total >= 20))
+
+
+def may_be_nucleotides(letters: Counter[str]) -> bool:
+    """Say whether DNA or RNA may have these letters, however few they are."""
+    total = letters.total() - letters["X"]
+    nucleotides = _sum(letters, _NUCLEOTIDES)
+    iupac_alone = _sum(letters, _IUPAC_NUCLEOTIDES) == total and nucleotides >= 0.75 * total
+    return nucleotides >= 0.95 * total or iupac_alone
 
 
 def _sum(letters: Counter[str], chosen: str) -> int:
