@@ -21,6 +21,7 @@ from ot_attention.spec import (
     SinkhornInfo,
     SinkhornSpec,
     UnsupportedError,
+    WeightsLike,
 )
 from ot_attention.support import cleaned
 
@@ -37,6 +38,8 @@ def sinkhorn_attention(
     k_lengths: LengthsLike | None = None,
     dustbin_score: ScoreLike | None = None,
     implementation: Implementation | None = None,
+    row_weights: WeightsLike | None = None,
+    column_weights: WeightsLike | None = None,
 ) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
     """Compute attention whose weights are an entropic transport plan (arXiv 2605.08123; docs/math.md, sections 1 to 3).
 
@@ -44,6 +47,10 @@ def sinkhorn_attention(
     are `q . k / (sqrt(width) * epsilon)`. Lengths, of q and of k and v, are in residues; None is the padded length.
     `dustbin_score`, of residues with the dustbin, is required if and only if `spec.dustbin` is not "none". Arrays may
     be of JAX or NumPy, or lists. Lengths may have any integer dtype; one length or score is for all.
+
+    row_weights, column_weights: sums that the plan's rows and columns must have, `[batch, rows]` and
+    `[batch, columns]`, positive; anything at padding. By default rows have 1, and columns n_q / n_k or, with a dustbin,
+    1. Without a dustbin and unless relaxed, weights of columns are scaled to the sum of the rows'. They get gradients.
 
     On a mesh of explicit axes the batch and the heads may be sharded, and results are sharded alike.
 
@@ -54,17 +61,18 @@ def sinkhorn_attention(
     clipped to the padded length instead), and UnsupportedError, saying what to change, where it cannot do this.
     """
     _check_implementation(implementation)
-    checked = Checked.create(q, k, v, spec, q_lengths, k_lengths, dustbin_score)
+    weights = row_weights, column_weights
+    checked = Checked.create(q, k, v, spec, q_lengths, k_lengths, dustbin_score, weights)
     out, info = checked.of_every_head(_attend, implementation)
     return out.swapaxes(1, 2), info
 
 
 def _attend(heads: Heads, spec: SinkhornSpec, implementation: Implementation | None) -> tuple[Array, SinkhornInfo]:
     backend = registry.BACKENDS[registry.choose(implementation, heads, spec)]
-    out, f, g, residual = backend.attend(heads, spec)
+    out, f, g, residual, steps = backend.attend(heads, spec)
     if spec.dustbin == "none":
         f, g = f[:, :-1], g[:, :-1]
-    return out.astype(heads.v.dtype), SinkhornInfo(f, g, jax.lax.stop_gradient(residual))
+    return out.astype(heads.v.dtype), SinkhornInfo(f, g, jax.lax.stop_gradient(residual), steps)
 
 
 @support.promoting
@@ -75,13 +83,16 @@ def transport_plan(
     q_lengths: LengthsLike | None = None,
     k_lengths: LengthsLike | None = None,
     dustbin_score: ScoreLike | None = None,
+    row_weights: WeightsLike | None = None,
+    column_weights: WeightsLike | None = None,
 ) -> Float[Array, "batch heads plan_rows plan_columns"]:
     """Return the dense plan that `sinkhorn_attention` applies, the dustbin as last row and column if there is one.
 
     For small inputs, plots and tests: it runs the reference, and memory is rows x columns for every head. It is
     differentiable, and raises errors, as `sinkhorn_attention` does.
     """
-    return Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score).of_every_head(_plan)
+    weights = row_weights, column_weights
+    return Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score, weights).of_every_head(_plan)
 
 
 def _plan(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N plan_rows plan_columns"]:
@@ -115,13 +126,17 @@ class Checked(NamedTuple):
     q_lengths: Int[Array, "batch"]
     k_lengths: Int[Array, "batch"]
     epsilon: Float[Array, ""] | None  # if traced; the spec then has 1, so that no backend need know of it
+    row_weights: Float[Array, "batch rows"] | None
+    column_weights: Float[Array, "batch columns"] | None
     spec: SinkhornSpec
 
     @classmethod
-    def create(cls, q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score) -> "Checked":
+    def create(
+        cls, q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score, weights: tuple[Any, Any] = (None, None)
+    ) -> "Checked":
         """Check arguments, before anything else can fail on them. Raises ValueError.
 
-        v: values; None for problems that need only the plan.
+        v: values; None for problems that need only the plan. weights: of rows and of columns.
         """
         q, k = as_heads("q", q), as_heads("k", k)
         v = k if v is None else as_heads("v", v)
@@ -141,7 +156,9 @@ class Checked(NamedTuple):
             epsilon, spec = spec.epsilon, dataclasses.replace(spec, epsilon=1.0)
         score = _score(dustbin_score, spec, heads, support.potential_dtype(q, k, v))
         n_q, n_k = as_lengths("q_lengths", q_lengths, rows, batch), as_lengths("k_lengths", k_lengths, columns, batch)
-        return cls(q, k, v, score, n_q, n_k, epsilon, spec)
+        row_weights = _weights("row_weights", weights[0], (batch, rows), n_q)
+        column_weights = _weights("column_weights", weights[1], (batch, columns), n_k)
+        return cls(q, k, v, score, n_q, n_k, epsilon, row_weights, column_weights, spec.settled())
 
     def of_every_head(
         self, function: Callable[..., PyTree], *options: Hashable, layers: PyTree = None, examples: PyTree = None
@@ -152,32 +169,45 @@ class Checked(NamedTuple):
         layers: arrays `[heads, ...]`. examples: arrays `[batch, heads, ...]`.
         """
         by_length, by_layer, by_example = (EXAMPLES, None, HEADS), (HEADS,), (EXAMPLES,)
-        axes = *(by_length,) * 3, by_layer, by_example, by_example, ()
-        arguments = tuple(map(Argument, self._fields[:7], self[:7], axes))
+        axes = *(by_length,) * 3, by_layer, by_example, by_example, (), by_example, by_example
+        arguments = tuple(map(Argument, self._fields[:9], self[:9], axes))
         arguments += Argument("layers", layers, by_layer), Argument("examples", examples, (EXAMPLES, HEADS))
         return on_each_device(_of_every_head, arguments, function, self.spec, *options)
 
 
-def _of_every_head(q, k, v, score, n_q, n_k, epsilon, layers, examples, function, spec, *options) -> PyTree:
+def _of_every_head(
+    q, k, v, score, n_q, n_k, epsilon, row_weights, column_weights, layers, examples, function, spec, *options
+) -> PyTree:
     if epsilon is not None:
         dtype = support.potential_dtype(q, k, v)
         # Padding must not reach the gradient of epsilon.
         q = support.zero_padding(q, n_q).astype(dtype) / epsilon.astype(dtype)
-    batch, heads, given = q.shape[0], q.shape[2], by_head(q, k, v, score, n_q, n_k)
+    for weights, n in ((row_weights, n_q), (column_weights, n_k)):
+        if isinstance(weights, jax.core.Tracer):  # no error can say that they are wrong: everything becomes NaN
+            real = jnp.arange(weights.shape[1]) < n[:, None]
+            right = jnp.all(~real | ((weights > 0) & (weights < jnp.inf)))
+            q = q + jnp.log(jnp.where(right, 1, -1)).astype(q.dtype)
+    batch, heads = q.shape[0], q.shape[2]
+    given = by_head(q, k, v, score, n_q, n_k, row_weights, column_weights)
     more = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), layers), examples
     more = jax.tree.map(lambda x: support.varying_like(given.q, x.reshape(batch * heads, *x.shape[2:])), more)
     results = function(given, spec, *(x for x in more if x is not None), *options)
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), results)
 
 
-def by_head(q, k, v, dustbin_score, q_lengths, k_lengths) -> Heads:
+def by_head(q, k, v, dustbin_score, q_lengths, k_lengths, row_weights=None, column_weights=None) -> Heads:
     """Merge batch and heads into one leading axis."""
     batch, _, heads, _ = q.shape
-    n_q, n_k = (jnp.broadcast_to(n.astype(jnp.int32)[:, None], (batch, heads)) for n in (q_lengths, k_lengths))
+
+    def of_heads(x):
+        return jnp.broadcast_to(x[:, None], (batch, heads, *x.shape[1:]))
+
+    n_q, n_k = (of_heads(n.astype(jnp.int32)) for n in (q_lengths, k_lengths))
     score = jnp.broadcast_to(dustbin_score, (batch, heads))
-    given = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), score, n_q, n_k
-    result = Heads(*(x.reshape(batch * heads, *x.shape[2:]) for x in given))
-    for x in result:
+    weights = (w if w is None else of_heads(w) for w in (row_weights, column_weights))
+    given = Heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), score, n_q, n_k, *weights)
+    result = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), given)
+    for x in jax.tree.leaves(result):
         result = support.varying_like(x, result)
     return result
 
@@ -227,6 +257,23 @@ def _score(score: Any, spec: SinkhornSpec, heads: int, dtype) -> Float[Array, "h
             f"dustbin_score must be {heads} floats, one a head; given {score.dtype} of shape {score.shape}"
         )
     return jnp.broadcast_to(jnp.asarray(score, None if score.dtype in _DTYPES else dtype), (heads,))
+
+
+def _weights(name: str, weights: Any, shape: tuple, n: Int[Array, "batch"]) -> Float[Array, "batch length"] | None:
+    """Return weights as floats, 1 at padding if it is known. Raises ValueError, for values only if they are known."""
+    if weights is None:
+        return None
+    weights = as_array(name, weights)
+    is_number = weights.dtype in _DTYPES or jnp.issubdtype(weights.dtype, jnp.integer)
+    if weights.shape != shape or not is_number:
+        raise ValueError(f"{name} has shape {weights.shape} and dtype {weights.dtype}; it must be {shape} floats")
+    if not any(isinstance(x, jax.core.Tracer) for x in (weights, n)):
+        real = np.arange(shape[1]) < np.asarray(jax.device_get(n))[:, None]
+        values = np.where(real, np.asarray(jax.device_get(weights), np.float64), 1)
+        if not (np.isfinite(values) & (values > 0)).all():
+            wrong = values[~(np.isfinite(values) & (values > 0))][0]
+            raise ValueError(f"{name} holds {wrong}; weights of residues must be finite numbers above 0")
+    return jnp.asarray(weights, None if weights.dtype in _DTYPES else jnp.float32)
 
 
 def as_lengths(name: str, lengths: Any, longest: int, batch: int) -> Int[Array, "batch"]:

@@ -31,9 +31,12 @@ class Plan(NamedTuple):
     transpose_times: Callable[[Array], Array]  # [N, all_rows] -> [N, all_columns]
     row_sums: AllRows
     column_sums: AllColumns
+    row_diagonal: AllRows  # the sums, divided by tau_a and tau_b
+    column_diagonal: AllColumns
     bin_column: AllRows  # the plan's last column and row
     bin_row: AllColumns
     coarse_basis: Basis
+    has_gauge: bool  # whether (f + c, g - c) has the same plan for any c: not where marginals are relaxed
 
 
 def coarse_basis(n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, dtype: jnp.dtype) -> Basis:
@@ -62,19 +65,22 @@ def coarse_basis(n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: in
 def solve(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: int) -> tuple[AllRows, AllColumns]:
     """Solve the system for x and y by `steps` conjugate gradient steps; differentiable any number of times.
 
-    (x + c, y - c) is a solution too for any c: returned is the one whose x has the mean 0, weighted with a. Solutions
-    exist only if f_bar and g_bar have equal sums, as the cotangents of any function of f_i + g_j have; a difference is
-    subtracted from f_bar in proportion to a. Both together make the solution a symmetric function of the right side.
+    With a gauge (x + c, y - c) is a solution too for any c: returned is the one whose x has the mean 0, weighted with
+    a. Solutions then exist only if f_bar and g_bar have equal sums, as the cotangents of functions of f_i + g_j have; a
+    difference is subtracted from f_bar in proportion to a. Both together make the solution a symmetric function of the
+    right side.
     """
-    # A converged plan's sums do not change with the scores.
-    a, b = jax.lax.stop_gradient((plan.row_sums, plan.column_sums))
+    a, b = plan.row_diagonal, plan.column_diagonal
+    if plan.has_gauge:  # the sums of a converged plan do not change with the scores
+        a, b = jax.lax.stop_gradient((a, b))
 
     def product(solution):
         x, y = solution
         return a * x + plan.times(y), plan.transpose_times(x) + b * y
 
     def solution(_, right_side):
-        return _centred(a, b, *_conjugate_gradients(plan, *right_side, steps))
+        x, y = _conjugate_gradients(plan, *right_side, steps)
+        return _centred(a, b, x, y) if plan.has_gauge else (x, y)
 
     # Derivatives are further systems of the same matrix: steps of conjugate gradients have useless ones.
     return jax.lax.custom_linear_solve(product, (f_bar, g_bar), solution, symmetric=True)
@@ -87,13 +93,13 @@ def _centred(a: AllRows, b: AllColumns, x: AllRows, y: AllColumns) -> tuple[AllR
 
 
 def _conjugate_gradients(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: int) -> tuple[AllRows, AllColumns]:
-    a, b = plan.row_sums, plan.column_sums
+    a, b = plan.row_diagonal, plan.column_diagonal
     # Potentials without support are constants: their cotangents must not count in the sums.
     f_bar, g_bar = jnp.where(a > 0, f_bar, 0), jnp.where(b > 0, g_bar, 0)
     precondition = _preconditioner(plan)
 
     def without_constant(r):
-        return r - a * divide(r.sum(-1, keepdims=True), a.sum(-1, keepdims=True))
+        return r if not plan.has_gauge else r - a * divide(r.sum(-1, keepdims=True), a.sum(-1, keepdims=True))
 
     def step(_, carry):
         x, r, p, rz = carry
@@ -113,9 +119,10 @@ def _conjugate_gradients(plan: Plan, f_bar: AllRows, g_bar: AllColumns, steps: i
 
 
 def newton_correction(plan: Plan, a: AllRows, steps: int) -> AllColumns:
-    """Return the change of g in a Newton step towards row sums a. Assumes that column sums are met."""
+    """Return the change of g in a Newton step towards row sums a. Assumes that the last half step was to g."""
     x, y = _conjugate_gradients(plan, a - plan.row_sums, jnp.zeros_like(plan.column_sums), steps)
-    x, y = _centred(a, plan.column_sums, x, y)
+    if plan.has_gauge:
+        x, y = _centred(a, plan.column_sums, x, y)
     largest = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.abs(y).max(-1, keepdims=True))
     correction = y * _LARGEST_CHANGE / jnp.maximum(largest, _LARGEST_CHANGE)
     return jnp.where(jnp.isfinite(largest), correction, 0)
@@ -124,7 +131,7 @@ def newton_correction(plan: Plan, a: AllRows, steps: int) -> AllColumns:
 def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
     """Return the preconditioner `diag(1/a) + Z C^-1 Z^T` (docs/math.md, section 5)."""
     padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in plan.coarse_basis)
-    a, (row_basis, column_basis) = plan.row_sums, (x.at[:, -1, -1].set(1) for x in padded)
+    a, (row_basis, column_basis) = plan.row_diagonal, (x.at[:, -1, -1].set(1) for x in padded)
     inverse = _coarse_inverse(plan, row_basis, column_basis)
 
     def precondition(r):
@@ -136,13 +143,15 @@ def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
 
 def _coarse_inverse(plan: Plan, row_basis, column_basis) -> Float[Array, "N m+1 m+1"]:
     """Return the inverse of the Schur complement in the basis, 0 where it is not finite."""
-    a_mass = jnp.einsum("nim,ni,nik->nmk", row_basis, plan.row_sums, row_basis)
-    b_mass = jnp.einsum("nim,ni,nik->nmk", column_basis, plan.column_sums, column_basis)
+    a_mass = jnp.einsum("nim,ni,nik->nmk", row_basis, plan.row_diagonal, row_basis)
+    b_mass = jnp.einsum("nim,ni,nik->nmk", column_basis, plan.column_diagonal, column_basis)
     coarse_plan = _coarse_plan(plan)
     schur = a_mass - coarse_plan @ _inverse(b_mass) @ coarse_plan.swapaxes(1, 2)
-    # The constant is in the kernel of the exact system: any positive weight there leaves solutions unchanged.
-    diagonal = jnp.diagonal(a_mass, axis1=1, axis2=2)
-    inverse = _inverse(schur + divide(diagonal[:, :, None] * diagonal[:, None], diagonal.sum(-1)[:, None, None]))
+    if plan.has_gauge:
+        # The constant is in the kernel of the exact system: any positive weight there leaves solutions unchanged.
+        diagonal = jnp.diagonal(a_mass, axis1=1, axis2=2)
+        schur += divide(diagonal[:, :, None] * diagonal[:, None], diagonal.sum(-1)[:, None, None])
+    inverse = _inverse(schur)
     return jnp.where(jnp.isfinite(inverse).all((1, 2), keepdims=True), inverse, 0)
 
 

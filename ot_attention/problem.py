@@ -31,9 +31,9 @@ class Problem(NamedTuple):
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand) -> "Problem":
-        q, k, v, bin_score, n_q, n_k = heads
+        q, k, v, bin_score, n_q, n_k, *_ = heads
         dtype = support.potential_dtype(q, k, v)
-        a, b = support.targets(n_q, n_k, q.shape[1], k.shape[1], spec.band, spec.dustbin, dtype)
+        a, b = support.targets_of(heads, spec, dtype)
         dustbin = None
         if spec.dustbin != "none":
             exists = support.dustbin_exists(n_q, n_k, spec.dustbin)[:, None]
@@ -43,22 +43,56 @@ class Problem(NamedTuple):
         created, tiles = band.scores(q, k, n_q, n_k, spec.band, score_scale(heads, spec))
         return cls(Kernel(created, tiles, dustbin), a, b, spec, (n_q, n_k))
 
+    def row_scaling(self, sums: AllRows, absorbed: AllRows) -> AllRows:
+        """Compute `u = exp(f - absorbed)` of the half step to f, from the row sums of `exp(S + absorbed + g)`."""
+        return _scaling(self.a, sums, self.spec.tau_a, absorbed)
+
+    def column_scaling(self, sums: AllColumns, absorbed: AllColumns) -> AllColumns:
+        """Compute `v = exp(g - absorbed)` of the half step to g, from the column sums of `exp(S + f + absorbed)`."""
+        return _scaling(self.b, sums, self.spec.tau_b, absorbed)
+
+    def row_sums(self, f: AllRows) -> AllRows:
+        """Return the row sums that the plan has after the half step to f: a, unless relaxed."""
+        return _met(self.a, f, self.spec.tau_a)
+
+    def column_sums(self, g: AllColumns) -> AllColumns:
+        """Return the column sums that the plan has after the half step to g: b, unless relaxed."""
+        return _met(self.b, g, self.spec.tau_b)
+
+    def movement(self, f_change: AllRows, g_change: AllColumns) -> Float[Array, "N"]:
+        """Measure a step: the most that it moved a row sum, or where relaxed a potential."""
+        if self.spec.is_relaxed:
+            return jnp.maximum(jnp.abs(f_change).max(-1), jnp.abs(g_change).max(-1))
+        return (self.a * jnp.abs(jnp.expm1(-f_change))).max(-1)
+
+    def newton_system(self, kernel: Kernel, u: AllRows, v: AllColumns, f: AllRows) -> implicit.Plan:
+        """Return the linear system of a Newton step: the Hessian of the dual at f, which need not be converged."""
+        system = self.linear_system(kernel, u, v)
+        if self.spec.tau_a == 1:
+            return system
+        return system._replace(row_diagonal=system.row_sums + (1 / self.spec.tau_a - 1) * self.row_sums(f))
+
     def linear_system(self, kernel: Kernel, u: AllRows, v: AllColumns) -> implicit.Plan:
-        """Return the linear system of Newton steps and implicit gradients at `diag(u) K diag(v)`, of column sums b."""
+        """Return the linear system of implicit gradients at the plan `diag(u) K diag(v)`; g is the last half step."""
         bin_column, bin_row = jnp.zeros_like(self.a), jnp.zeros_like(self.b)
         if kernel.bin is not None:
             column, row, corner = kernel.bin
             bin_column = u * jnp.concatenate([column, corner], -1) * v[:, -1:]
             bin_row = u[:, -1:] * jnp.concatenate([row, corner], -1) * v
-        sizes = self.a.shape[1] - 1, self.b.shape[1] - 1
+        sizes, spec = (self.a.shape[1] - 1, self.b.shape[1] - 1), self.spec
+        row_sums = u * kernel.times(v)
+        column_sums = self.b if spec.tau_b == 1 else v * kernel.transpose_times(u)
         return implicit.Plan(
             times=lambda x: _scaled(u, kernel.times(_scaled(v, x))),
             transpose_times=lambda x: v * kernel.transpose_times(u * x),
-            row_sums=u * kernel.times(v),
-            column_sums=self.b,
+            row_sums=row_sums,
+            column_sums=column_sums,
+            row_diagonal=row_sums / spec.tau_a,
+            column_diagonal=column_sums / spec.tau_b,
             bin_column=bin_column,
             bin_row=bin_row,
-            coarse_basis=implicit.coarse_basis(*self.lengths, *sizes, self.spec.band, self.a.dtype),
+            coarse_basis=implicit.coarse_basis(*self.lengths, *sizes, spec.band, self.a.dtype),
+            has_gauge=not spec.is_relaxed,
         )
 
 
@@ -84,26 +118,40 @@ def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
 
 
 def row_potentials(problem: Problem, g: AllColumns) -> AllRows:
-    """Compute the half step `f = log a - LSE_j(S + g)` in the log domain."""
+    """Compute the half step `f = tau_a (log a - LSE_j(S + g))` in the log domain."""
     a, b = problem.a, problem.b
     shifted = problem.scores.shift(jnp.zeros_like(a), g)
     top = jnp.where(a > 0, jax.lax.stop_gradient(shifted).row_max(), 0)
     sums = shifted.shift(-top, jnp.zeros_like(b)).exp().times(jnp.ones_like(b))
-    return support.log(support.divide(a, sums)) - top
+    return problem.spec.tau_a * (support.log(support.divide(a, sums)) - top)
 
 
 def column_potentials(problem: Problem, f: AllRows) -> AllColumns:
-    """Compute the half step `g = log b - LSE_i(S + f)` in the log domain."""
+    """Compute the half step `g = tau_b (log b - LSE_i(S + f))` in the log domain."""
     a, b = problem.a, problem.b
     shifted = problem.scores.shift(f, jnp.zeros_like(b))
     top = jnp.where(b > 0, jax.lax.stop_gradient(shifted).column_max(), 0)
     sums = shifted.shift(jnp.zeros_like(a), -top).exp().transpose_times(jnp.ones_like(a))
-    return support.log(support.divide(b, sums)) - top
+    return problem.spec.tau_b * (support.log(support.divide(b, sums)) - top)
 
 
 def in_range(scaling: Array, target: Array) -> Bool[Array, ""]:
     """Tell whether all scalings that have a target can go on without absorption."""
     return jnp.all(((scaling > 1 / _SCALING_RANGE) & (scaling < _SCALING_RANGE)) | (target == 0))
+
+
+def _scaling(target: Array, sums: Array, tau: float, absorbed: Array) -> Array:
+    """Compute `exp(tau (log target - log sums + absorbed) - absorbed)`, 0 where there is no target."""
+    scaling = support.divide(target, sums)
+    if tau == 1:
+        return scaling
+    relaxed = jnp.exp(tau * support.log(scaling) - (1 - tau) * absorbed)
+    return jnp.where(target > 0, relaxed, 0)
+
+
+def _met(target: Array, potential: Array, tau: float) -> Array:
+    """Compute the sums that a half step of this result leaves, `target exp((1 - 1 / tau) potential)`."""
+    return target if tau == 1 else target * jnp.exp((1 - 1 / tau) * potential)
 
 
 def _scaled(scaling: Array, x: Array) -> Array:

@@ -8,7 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ot_attention import implicit, support
 from ot_attention.backends import Attended
@@ -19,12 +19,12 @@ platform = None  # any
 
 def solve(
     heads: Heads, spec: SinkhornSpec
-) -> tuple[Float[Array, "N all_rows all_columns"], AllRows, AllColumns, Float[Array, "N"]]:
-    """Return plan, log-potentials f and g, and residual of the augmented problem (docs/math.md, section 3)."""
-    q, k, _, dustbin_score, n_q, n_k = heads
+) -> tuple[Float[Array, "N all_rows all_columns"], AllRows, AllColumns, Float[Array, "N"], Int[Array, "N"]]:
+    """Return plan, log-potentials f and g, residual and base steps made of the augmented problem (docs/math.md, 3)."""
+    q, k, _, dustbin_score, n_q, n_k, *_ = heads
     rows, columns = q.shape[1], k.shape[1]
     mask = support.dense_support(n_q, n_k, rows, columns, spec.band, spec.dustbin)
-    a, b = support.targets(n_q, n_k, rows, columns, spec.band, spec.dustbin, q.dtype)
+    a, b = support.targets_of(heads, spec, q.dtype)
 
     scores = jnp.einsum("hid,hjd->hij", q, k, precision="highest") / (math.sqrt(q.shape[-1]) * spec.epsilon)
     scores = jnp.pad(scores, ((0, 0), (0, 1), (0, 1)))
@@ -35,36 +35,52 @@ def solve(
 
     # Only "unrolled" differentiates the base steps, and "implicit" none at all.
     base_scores = scores if spec.gradient == "unrolled" else jax.lax.stop_gradient(scores)
-    tail_scores = base_scores if spec.gradient == "implicit" else scores
+    base_a, base_b = (a, b) if spec.gradient == "unrolled" else jax.lax.stop_gradient((a, b))
+    base = base_scores, base_a, base_b
+    tail = base if spec.gradient == "implicit" else (scores, a, b)
 
-    def step(scores, potentials, _=None):
-        _, g = potentials
-        f = log_scaling(scores + g[:, None, :], a, axis=-1)
-        return (f, log_scaling(scores + f[:, :, None], b, axis=-2)), None
+    def step(problem, potentials):
+        (scores, a, b), (_, g) = problem, potentials
+        f = spec.tau_a * log_scaling(scores + g[:, None, :], a, axis=-1)
+        return f, spec.tau_b * log_scaling(scores + f[:, :, None], b, axis=-2)
 
-    potentials = support.varying_like(q, (jnp.zeros_like(a), jnp.zeros_like(b)))
+    def base_step(carry, _):
+        """Make a step of the heads that are not settled, which a step after the first may settle."""
+        potentials, made, settled = carry
+        stepped = step(base, potentials)
+        f_change, g_change = (x - y for x, y in zip(stepped, potentials, strict=True))
+        moved = (base_a * jnp.abs(jnp.expm1(-f_change))).max(-1)
+        if spec.is_relaxed:
+            moved = jnp.maximum(jnp.abs(f_change).max(-1), jnp.abs(g_change).max(-1))
+        potentials = tuple(jnp.where(settled[:, None], x, y) for x, y in zip(potentials, stepped, strict=True))
+        settles = (moved <= spec.tolerance) & (made > 0) & (spec.tolerance > 0)
+        return (potentials, made + ~settled, settled | settles), None
+
+    start = (jnp.zeros_like(a), jnp.zeros_like(b)), jnp.zeros_like(n_q), jnp.zeros(n_q.shape, bool)
     basis = implicit.coarse_basis(n_q, n_k, rows, columns, spec.band, q.dtype)
-    potentials, _ = jax.lax.scan(functools.partial(step, base_scores), potentials, length=spec.base_steps)
+    (potentials, made, _), _ = jax.lax.scan(base_step, support.varying_like(q, start), length=spec.base_steps)
     if spec.solver == "newton":
+        made += spec.newton_steps
         for _ in range(spec.newton_steps):
             f, g = potentials
-            system = _system(jnp.exp(base_scores + f[:, :, None] + g[:, None, :]), basis)
-            corrected = f, g + implicit.newton_correction(system, a, spec.cg_steps)
-            potentials, _ = step(base_scores, corrected)
-    (f, g), _ = jax.lax.scan(functools.partial(step, tail_scores), potentials, length=spec.tail_steps)
+            system = _system(jnp.exp(base_scores + f[:, :, None] + g[:, None, :]), basis, spec)
+            wanted = base_a if spec.tau_a == 1 else base_a * jnp.exp((1 - 1 / spec.tau_a) * f)
+            system = system._replace(row_diagonal=system.row_sums + (1 / spec.tau_a - 1) * wanted)
+            potentials = step(base, (f, g + implicit.newton_correction(system, wanted, spec.cg_steps)))
+    (f, g), _ = jax.lax.scan(lambda carry, _: (step(tail, carry), None), potentials, length=spec.tail_steps)
     if spec.gradient == "implicit":
-        f, g = _converged(scores, f, g, basis, spec.cg_steps)
+        f, g = _converged((scores, support.log(a), support.log(b)), f, g, basis, spec)
     plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
     deviation = jnp.where(a > 0, jnp.abs(plan.sum(-1) - a), 0)
-    return plan, f, g, jax.lax.stop_gradient(deviation.max(-1))
+    return plan, f, g, jax.lax.stop_gradient(deviation.max(-1)), made
 
 
 def attend(heads: Heads, spec: SinkhornSpec) -> Attended:
-    """Return output, f, g and residual."""
+    """Return output, f, g, residual and base steps made."""
     heads = support.cleaned(heads)
-    plan, f, g, residual = solve(heads, spec)
+    plan, f, g, residual, made = solve(heads, spec)
     out = jnp.einsum("hij,hjd->hid", plan[:, :-1, :-1], heads.v, precision="highest")
-    return support.zero_padding(out, heads.n_q), f, g, residual
+    return support.zero_padding(out, heads.n_q), f, g, residual, made
 
 
 def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> None:
@@ -72,24 +88,31 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> None:
     del heads, spec
 
 
-def _system(plan: Float[Array, "N rows columns"], basis) -> implicit.Plan:
+def _system(plan: Float[Array, "N rows columns"], basis, spec: SinkhornSpec) -> implicit.Plan:
     products = "hij,hj...->hi...", "hij,hi->hj"
     times, transpose_times = (functools.partial(jnp.einsum, x, plan, precision="highest") for x in products)
-    return implicit.Plan(times, transpose_times, plan.sum(-1), plan.sum(-2), plan[:, :, -1], plan[:, -1], basis)
+    sums = plan.sum(-1), plan.sum(-2)
+    diagonals, bins = (sums[0] / spec.tau_a, sums[1] / spec.tau_b), (plan[:, :, -1], plan[:, -1])
+    return implicit.Plan(times, transpose_times, *sums, *diagonals, *bins, basis, not spec.is_relaxed)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _converged(scores, f, g, basis, cg_steps):
-    """Return f and g, with the derivatives of converged potentials (docs/math.md, section 5)."""
+def _converged(problem, f, g, basis, spec: SinkhornSpec):
+    """Return f and g, with the derivatives of converged potentials (docs/math.md, section 5).
+
+    problem: scores, log a and log b.
+    """
     return f, g
 
 
-def _converged_jvp(cg_steps, primals, tangents):
-    scores, _, _, basis = primals
-    f, g = _converged(*primals, cg_steps)  # so that this rule can be differentiated again
+def _converged_jvp(spec, primals, tangents):
+    (scores, _, _), _, _, basis = primals
+    f, g = _converged(*primals, spec)  # so that this rule can be differentiated again
     plan = jnp.exp(scores + f[:, :, None] + g[:, None, :])
-    change = -plan * tangents[0]
-    return (f, g), implicit.solve(_system(plan, basis), change.sum(-1), change.sum(-2), cg_steps)
+    change, of_a, of_b = tangents[0]
+    change, system = -plan * change, _system(plan, basis, spec)
+    right_side = change.sum(-1) + system.row_sums * of_a, change.sum(-2) + system.column_sums * of_b
+    return (f, g), implicit.solve(system, *right_side, spec.cg_steps)
 
 
 _converged.defjvp(support.promoting(_converged_jvp))

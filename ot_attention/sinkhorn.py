@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from ot_attention import derivatives, implicit, support
@@ -25,7 +26,7 @@ _LARGEST_EXACT_POTENTIAL = 12.0
 
 
 def attend(heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand):
-    """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]` and residual `[N]` of every head."""
+    """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual and steps of every head."""
     return _attend(derivatives.only_reverse(heads, band.implementation()), spec, band)
 
 
@@ -37,15 +38,15 @@ def _attend(heads: Heads, spec: SinkhornSpec, band: type[Band]):
 def _attend_fwd(heads, spec, band):
     heads = _within_first_derivative(heads, band)
     solved = by_group(functools.partial(_solved, spec=spec, band=band), heads, spec, band)
-    return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual), (heads, solved)
+    return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual, solved.steps), (heads, solved)
 
 
 def _attend_bwd(spec, band, kept, cotangents):
     heads, solved = kept
     arguments = heads, solved, _within_first_derivative(cotangents[:3], band)
-    dq, dk, dv, ds = by_group(functools.partial(_backward, spec=spec, band=band), arguments, spec, band)
-    gradients = (d.astype(x.dtype) for d, x in zip((dq, dk, dv, ds), heads[:4], strict=True))
-    return (Heads(*gradients, None, None),)
+    found = by_group(functools.partial(_backward, spec=spec, band=band), arguments, spec, band)
+    gradients = jax.tree.map(lambda x, d: d.astype(x.dtype), heads.differentiable, found)
+    return (heads._replace(n_q=None, n_k=None).replacing(gradients),)
 
 
 _attend.defvjp(support.promoting(_attend_fwd), support.promoting(_attend_bwd))
@@ -87,7 +88,7 @@ def _solved_jvp(spec, band, primals, tangents):
     solved = _solved(heads, spec, band)
     tangents_of = _implicit_tangents if spec.gradient == "implicit" else _tail_tangents
     out, f, g = tangents_of(heads, Heads(*changes), solved, spec, band)
-    return solved, Solved(out, f, g, jnp.zeros_like(solved.residual))
+    return solved, Solved(out, f, g, jnp.zeros_like(solved.residual), np.zeros(solved.steps.shape, jax.dtypes.float0))
 
 
 _solved.defjvp(support.promoting(_solved_jvp))
@@ -96,44 +97,49 @@ _solved.defjvp(support.promoting(_solved_jvp))
 def _tail_tangents(heads: Heads, changes: Heads, solved: Solved, spec: SinkhornSpec, band: type[Band]):
     """Return tangents of output, f and g of the tail steps, made once more, from constant potentials."""
 
-    def tail(q, k, v, score):
-        problem = Problem.create(Heads(q, k, v, score, *heads[4:]), spec, band)
+    def tail(*given):
+        problem = Problem.create(heads.replacing(given), spec, band)
         reached = [(solved.f[:, 0], solved.g[:, 0])]
         for _ in range(spec.tail_steps):
             f = row_potentials(problem, reached[-1][1])
             reached.append((f, column_potentials(problem, f)))
         plan = problem.scores.shift(*reached[-1]).exp()
-        return plan.band.times(plan.tiles, v), *(jnp.stack(side, 1) for side in zip(*reached, strict=True))
+        return plan.band.times(plan.tiles, given[2]), *(jnp.stack(side, 1) for side in zip(*reached, strict=True))
 
-    return jax.jvp(tail, heads[:4], changes[:4])[1]
+    return jax.jvp(tail, heads.differentiable, changes.differentiable)[1]
 
 
 def _implicit_tangents(heads: Heads, changes: Heads, solved: Solved, spec: SinkhornSpec, band: type[Band]):
     """Return tangents of output, f and g of the converged plan."""
     f, g = solved.f[:, -1], solved.g[:, -1]
 
-    def problem_and_plan(q, k, v, score, f, g):
-        problem = Problem.create(Heads(q, k, v, score, *heads[4:]), spec, band)
+    def problem_and_plan(given, f, g):
+        problem = Problem.create(heads.replacing(given), spec, band)
         return problem, problem.scores.shift(f, g).exp()
 
-    def sums(*given):
-        problem, plan = problem_and_plan(*given, f, g)
-        return plan.times(jnp.ones_like(problem.b)), plan.transpose_times(jnp.ones_like(problem.a))
+    def unmet(given):
+        """Return sums of rows and columns beyond what weights ask for, as far as they change with the inputs."""
+        problem, plan = problem_and_plan(given, f, g)
+        rows, columns = plan.times(jnp.ones_like(problem.b)), plan.transpose_times(jnp.ones_like(problem.a))
+        log_a, log_b = support.log(problem.a), support.log(problem.b)
+        held_rows, held_columns = jax.lax.stop_gradient((rows, columns))
+        return rows - held_rows * log_a, columns - held_columns * log_b
 
-    def output(*given):
-        _, plan = problem_and_plan(*given)
+    def output(given, f, g):
+        _, plan = problem_and_plan(given, f, g)
         return plan.band.times(plan.tiles, given[2])
 
-    _, (rows, columns) = jax.jvp(sums, heads[:4], changes[:4])
-    problem, plan = problem_and_plan(*heads[:4], f, g)
+    inputs, input_changes = heads.differentiable, changes.differentiable
+    _, (rows, columns) = jax.jvp(unmet, (inputs,), (input_changes,))
+    problem, plan = problem_and_plan(inputs, f, g)
     system = problem.linear_system(plan, jnp.ones_like(f), jnp.ones_like(g))
     d_f, d_g = implicit.solve(system, -rows, -columns, spec.cg_steps)
-    _, d_out = jax.jvp(output, (*heads[:4], f, g), (*changes[:4], d_f, d_g))
+    _, d_out = jax.jvp(output, (inputs, f, g), (input_changes, d_f, d_g))
     return d_out, *(jnp.broadcast_to(d[:, None], x.shape) for d, x in ((d_f, solved.f), (d_g, solved.g)))
 
 
-def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tuple[Array, Array, Array, Array]:
-    """Return gradients of q, k, v and the dustbin score from `dS = P * (G - sum of x_i y_j)`, with P made once more.
+def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tuple[Array | None, ...]:
+    """Return gradients of `Heads.differentiable` from `dS = P * (G - sum of x_i y_j)`, with P made once more.
 
     The sum has two terms for every tail step, or two for the converged plan: one product gives the whole field.
     """
@@ -162,24 +168,26 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
             is_small, lambda: (one_column, solved.out), lambda: _remade_output(problem, plan, heads)
         )
         dv, f_bar, g_bar, values = sums(scaling, out)
-        x, y = implicit.solve(problem.linear_system(plan, one_row, scaling), f_bar, g_bar, spec.cg_steps)
+        system = problem.linear_system(plan, one_row, scaling)
+        x, y = implicit.solve(system, f_bar, g_bar, spec.cg_steps)
         terms = -jnp.stack([x, one_row], -1), jnp.stack([scaling, scaling * y], -1)
         dq, dk, d_bin = pull_back(plan.modulate(values, terms))
-        return dq, dk, dv, d_bin
+        return dq, dk, dv, d_bin, *_of_weights(problem, heads, system.row_sums * x, system.column_sums * y)
 
     change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
     gentle = is_small & (jnp.maximum(*change) < _LARGEST_TAIL_CHANGE)
     dv, f_bar, g_bar, values = sums(None, solved.out)
-    x, y = (jnp.where(gentle, z, 0) for z in _tail_terms(problem, plan, solved, f_bar, g_bar))
-    d_scores = plan.modulate(values, (-x, y))
+    (x, y), of_targets = _tail_terms(problem, plan, solved, f_bar, g_bar)
+    d_scores = plan.modulate(values, (-jnp.where(gentle, x, 0), jnp.where(gentle, y, 0)))
 
     def exact():
         dv, f_bar, g_bar, values = sums(*_remade_output(problem, plan, heads))
-        d_scores = _minus_exact_tail(plan.modulate(values), problem, solved, f_bar, g_bar)
-        return *pull_back(d_scores), dv
+        d_scores, of_targets = _minus_exact_tail(plan.modulate(values), problem, solved, f_bar, g_bar)
+        return *pull_back(d_scores), dv, of_targets
 
-    dq, dk, d_bin, dv = jax.lax.cond(gentle, lambda: (*pull_back(d_scores), dv), exact)
-    return dq, dk, dv, d_bin
+    found = jax.lax.cond(gentle, lambda: (*pull_back(d_scores), dv, of_targets), exact)
+    dq, dk, d_bin, dv, of_targets = found
+    return dq, dk, dv, d_bin, *_of_weights(problem, heads, *of_targets)
 
 
 def _remade_output(problem: Problem, plan: Kernel, heads: Heads) -> tuple[Array, Array]:
@@ -188,7 +196,9 @@ def _remade_output(problem: Problem, plan: Kernel, heads: Heads) -> tuple[Array,
     Large potentials are rounded by so much that `exp(S + f + g)` is not the plan of the forward pass. Gradients are
     differences between sums over one and the same plan, and may be far smaller than the sums.
     """
-    scaling = support.divide(problem.b, plan.transpose_times(jnp.ones_like(problem.a)))
+    scaling = jnp.ones_like(problem.b)  # relaxed columns have no sums that are known otherwise
+    if problem.spec.tau_b == 1:
+        scaling = support.divide(problem.b, plan.transpose_times(jnp.ones_like(problem.a)))
     values = scaling[:, :-1, None].astype(heads.v.dtype) * heads.v
     return scaling, plan.band.times(plan.tiles, values)
 
@@ -204,34 +214,66 @@ def _pull_back(d_scores: Kernel, heads: Heads, spec: SinkhornSpec) -> tuple[Arra
 
 
 def _tail_terms(problem: Problem, plan: Kernel, solved: Solved, f_bar, g_bar):
-    """Return the row and column vectors of the tail's 2 R terms (docs/math.md, section 4)."""
+    """Return the row and column vectors of the tail's 2 R terms, and the cotangents of log a and log b.
+
+    See docs/math.md, section 4. A half step to potentials that stay 0 has no term.
+    """
+    tau_a, tau_b = problem.spec.tau_a, problem.spec.tau_b
     rows, columns = (jnp.exp(x - x[:, -1:]).swapaxes(0, 1) for x in (solved.f, solved.g))
-    terms = []
+    terms, of_a, of_b = [], jnp.zeros_like(f_bar), jnp.zeros_like(g_bar)
     for r in range(problem.spec.tail_steps, 0, -1):
-        y = columns[r] * support.divide(g_bar, problem.b)
-        f_bar = f_bar - rows[r] * plan.times(y)
-        x = rows[r] * support.divide(f_bar, problem.a)
-        g_bar = -columns[r - 1] * plan.transpose_times(x)
-        terms += [(rows[r], y), (x, columns[r - 1])]
+        if tau_b:
+            of_b += tau_b * g_bar
+            y = columns[r] * tau_b * support.divide(g_bar, problem.column_sums(solved.g[:, r]))
+            f_bar = f_bar - rows[r] * plan.times(y)
+            terms.append((rows[r], y))
+        if tau_a:
+            of_a += tau_a * f_bar
+            x = rows[r] * tau_a * support.divide(f_bar, problem.row_sums(solved.f[:, r]))
+            g_bar = -columns[r - 1] * plan.transpose_times(x)
+            terms.append((x, columns[r - 1]))
         f_bar = jnp.zeros_like(f_bar)
-    return (jnp.stack(side, -1) for side in zip(*terms, strict=True))
+    none = jnp.zeros((*f_bar.shape, 1), f_bar.dtype), jnp.zeros((*g_bar.shape, 1), g_bar.dtype)
+    sides = tuple(jnp.stack(side, -1) for side in zip(*terms, strict=True)) or none
+    return sides, (of_a, of_b)
 
 
-def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar, g_bar) -> Kernel:
-    """Subtract the tail's terms one by one, each made from the scores.
+def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar, g_bar):
+    """Subtract the tail's terms one by one, each made from the scores; return the cotangents of log a and log b too.
 
     For potentials so large that rounding changes the sums of `exp(S + f + g)`, by which shares are divided here, and
     for those that move so far within the tail that the vectors of `_tail_terms` would overflow.
     """
+    tau_a, tau_b = problem.spec.tau_a, problem.spec.tau_b
     one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
+    of_a, of_b = jnp.zeros_like(f_bar), jnp.zeros_like(g_bar)
     for r in range(problem.spec.tail_steps, 0, -1):
         f, g, earlier_g = solved.f[:, r], solved.g[:, r], solved.g[:, r - 1]
-        factor = problem.scores.shift(f, g).exp()
-        y = support.divide(g_bar, factor.transpose_times(one_row))
-        f_bar = f_bar - factor.times(y)
-        d_scores = d_scores.minus(factor.modulate((one_row[..., None], y[..., None])))
-        factor = problem.scores.shift(f, earlier_g).exp()
-        x = support.divide(f_bar, factor.times(one_column))
-        d_scores = d_scores.minus(factor.modulate((x[..., None], one_column[..., None])))
-        f_bar, g_bar = jnp.zeros_like(f_bar), -factor.transpose_times(x)
-    return d_scores
+        if tau_b:
+            of_b += tau_b * g_bar
+            factor = problem.scores.shift(f, g).exp()
+            y = tau_b * support.divide(g_bar, factor.transpose_times(one_row))
+            f_bar = f_bar - factor.times(y)
+            d_scores = d_scores.minus(factor.modulate((one_row[..., None], y[..., None])))
+        if tau_a:
+            of_a += tau_a * f_bar
+            factor = problem.scores.shift(f, earlier_g).exp()
+            x = tau_a * support.divide(f_bar, factor.times(one_column))
+            d_scores = d_scores.minus(factor.modulate((x[..., None], one_column[..., None])))
+            g_bar = -factor.transpose_times(x)
+        f_bar = jnp.zeros_like(f_bar)
+    return d_scores, (of_a, of_b)
+
+
+def _of_weights(problem: Problem, heads: Heads, of_log_a, of_log_b) -> tuple[Array | None, Array | None]:
+    """Return gradients of the weights, None for those not given, from the cotangents of log a and log b."""
+    weights = heads.row_weights, heads.column_weights
+    if weights[0] is None and weights[1] is None:
+        return weights
+
+    def targets(row_weights, column_weights):
+        given = heads._replace(row_weights=row_weights, column_weights=column_weights)
+        return support.targets_of(given, problem.spec, problem.a.dtype)
+
+    _, pull_back = jax.vjp(targets, *weights)
+    return pull_back((support.divide(of_log_a, problem.a), support.divide(of_log_b, problem.b)))

@@ -28,6 +28,7 @@ Size = Any  # of an axis: an integer, or a symbol of `jax.export`
 # What callers may give; lists of q, k and v are taken too.
 LengthsLike = Integer[ArrayLike, "*batch"] | Sequence[int]
 ScoreLike = Num[ArrayLike, "*heads"] | Sequence[float]
+WeightsLike = Num[ArrayLike, "batch length"] | Sequence[Sequence[float]]
 
 _MOST = 2**30  # of integers: sums of two fit into 32 bits
 
@@ -40,12 +41,14 @@ class SinkhornInfo(NamedTuple):
     """Log-potentials of the plan `exp(S + f + g)`, 0 at padding and at empty rows or columns; the dustbin is last.
 
     `f` and `g` are differentiable, with the surrogate's gradient as the output. `residual` is the largest absolute
-    deviation of a row sum from its target, over rows with support; it carries no gradient.
+    deviation of a row sum from its target, over rows with support; where `tau_a` is below 1 that deviation is wanted.
+    `steps` counts the base steps made. Both carry no gradient.
     """
 
     f: Float[jax.Array, "batch heads rows"]
     g: Float[jax.Array, "batch heads columns"]
     residual: Float[jax.Array, "batch heads"]
+    steps: Int[jax.Array, "batch heads"]
 
 
 # So that exported functions that return it can be written to files.
@@ -67,6 +70,9 @@ class SinkhornSpec:
     gradient: "tail" (exact for the surrogate), "implicit" (of the converged plan), "unrolled" (all T + R steps).
     solver: "newton" makes `newton_steps` Newton steps after the base steps, each followed by one more base step.
     cg_steps: conjugate gradient steps of each Newton step, and of the implicit gradient.
+    tau_a, tau_b: relaxation of the row and of the column sums, from 1 (met) to 0 (free): rho / (rho + epsilon) for a
+        Kullback-Leibler penalty of weight rho (Sejourne et al. 2019, arXiv 1910.12958). (1, 0) is softmax attention.
+    tolerance: end a head's base steps after one that moves no row sum by more (relaxed: no potential); 0 makes all.
 
     Raises ValueError for values out of range.
     """
@@ -80,6 +86,23 @@ class SinkhornSpec:
     solver: Solver = "sinkhorn"
     newton_steps: int = 2
     cg_steps: int = 8
+    tau_a: float = 1.0
+    tau_b: float = 1.0
+    tolerance: float = 0.0
+
+    @property
+    def is_relaxed(self) -> bool:
+        return self.tau_a < 1 or self.tau_b < 1
+
+    def settled(self) -> "SinkhornSpec":
+        """Return the settings that do the same with the fewest steps: one step where a side is free.
+
+        The half steps to the other side then begin from potentials 0, always, and every gradient is the tail's.
+        """
+        if self.tau_a > 0 and self.tau_b > 0:
+            return self
+        one_step: dict[str, Any] = {"base_steps": 0, "tail_steps": 1, "solver": "sinkhorn", "gradient": "tail"}
+        return dataclasses.replace(self, **one_step, tolerance=0.0)
 
     @property
     def all_base_steps(self) -> int:
@@ -96,6 +119,9 @@ class SinkhornSpec:
             _set(self, name, integer(name, getattr(self, name), least))
         if self.band is not None:
             _set(self, "band", integer("band", self.band, 0, hint=" (None for full support)"))
+        for name in ("tau_a", "tau_b"):
+            _set(self, name, share(name, getattr(self, name)))
+        _set(self, "tolerance", not_negative("tolerance", self.tolerance))
         for name, allowed in (("dustbin", Dustbin), ("gradient", Gradient), ("solver", Solver)):
             choice(name, getattr(self, name), get_args(allowed))
         if self.solver == "newton" and self.base_steps < 1:
@@ -129,6 +155,14 @@ def not_negative(name: str, value: Any) -> float:
     number = _scalar(value)
     if not isinstance(number, (int, float)) or not 0 <= number <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
+    return float(number)
+
+
+def share(name: str, value: Any) -> float:
+    """Return a number from 0 to 1 as a float. Raises ValueError."""
+    number = _scalar(value)
+    if not isinstance(number, (int, float)) or not 0 <= number <= 1:
+        raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
     return float(number)
 
 
@@ -176,3 +210,14 @@ class Heads(NamedTuple):
     dustbin_score: Float[jax.Array, "heads"]
     n_q: Int[jax.Array, "heads"]
     n_k: Int[jax.Array, "heads"]
+    row_weights: Float[jax.Array, "heads rows"] | None = None  # targets of sums, where given
+    column_weights: Float[jax.Array, "heads columns"] | None = None
+
+    @property
+    def differentiable(self) -> tuple[Any, ...]:
+        """Inputs that have gradients: q, k, v, dustbin scores and, if given, weights."""
+        return *self[:4], *self[6:]
+
+    def replacing(self, differentiable: tuple[Any, ...]) -> "Heads":
+        q, k, v, dustbin_score, row_weights, column_weights = differentiable
+        return Heads(q, k, v, dustbin_score, self.n_q, self.n_k, row_weights, column_weights)

@@ -19,6 +19,8 @@ from ot_attention.spec import AllColumns, AllRows, Heads, SinkhornSpec
 # Beyond e^60 in one step, entries that float32 flushes to 0 would hold more than 1e-12 of a row or column.
 _LARGEST_MOVE = 60.0
 _STEPS_BETWEEN_CHECKS = 12  # at most, on a GPU: 22 steps are two times eleven
+# Relaxed rows keep e^(1 - tau_a) of their maximum, up to this power of e: so scalings begin near 1.
+_LARGEST_KEPT = 40.0
 
 
 class Solved(NamedTuple):
@@ -28,6 +30,7 @@ class Solved(NamedTuple):
     f: Float[Array, "N R+1 all_rows"]
     g: Float[Array, "N R+1 all_columns"]
     residual: Float[Array, "N"]
+    steps: Int[Array, "N"]  # base steps made
 
 
 def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, ""]]:
@@ -37,23 +40,53 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
     second result is False where a potential moved so far in one step that a sum lost digits to underflow.
     """
     a, b, spec, scores = problem.a, problem.b, problem.spec, problem.scores
+    are_rows_one = heads.row_weights is None and not spec.is_relaxed  # what the band's own step assumes
+
+    def scalings(f, g):
+        """Return the scalings of one step of `exp(S + f + g)`."""
+        kernel = scores.shift(f, g).exp()
+        if are_rows_one:
+            return kernel.scale_once(a, b)
+        u = problem.row_scaling(kernel.times(jnp.ones_like(b)), f)
+        sums = scores.shift(f + support.log(u), g).exp().transpose_times(jnp.ones_like(a))
+        return u, problem.column_scaling(sums, g)
 
     def step(carry):
         """Return the next potentials, and the largest change of each in one step so far."""
         f, g, *largest = carry
-        u, v = scores.shift(f, g).exp().scale_once(a, b)
-        moves = [jnp.log(jnp.where(target > 0, x, 1)) for x, target in ((u, a), (v, b))]
+        moves = [support.log(x) for x in scalings(f, g)]
         return f + moves[0], g + moves[1], *map(jnp.maximum, largest, map(jnp.abs, moves))
+
+    def base_step(carry):
+        """Make a step of the heads that are not settled."""
+        made, settled, potentials = carry
+        stepped = step(potentials)
+        changes = (x - y for x, y in zip(stepped[:2], potentials[:2], strict=True))
+        # The first step begins nowhere, and settles nothing.
+        moved = jnp.where(made > 0, problem.movement(*changes), jnp.inf)
+        potentials = tuple(jnp.where(settled[:, None], x, y) for x, y in zip(potentials, stepped, strict=True))
+        return made + ~settled, settled | (moved <= spec.tolerance), potentials
 
     def newton_step(carry):
         f, g, *largest = carry
-        system = problem.linear_system(scores.shift(f, g).exp(), jnp.ones_like(a), jnp.ones_like(b))
-        return step((f, g + implicit.newton_correction(system, a, spec.cg_steps), *largest))
+        system = problem.newton_system(scores.shift(f, g).exp(), jnp.ones_like(a), jnp.ones_like(b), f)
+        correction = implicit.newton_correction(system, problem.row_sums(f), spec.cg_steps)
+        return step((f, g + correction, *largest))
 
     zeros = jnp.zeros_like(a), jnp.zeros_like(b)
-    carry = support.varying_like(heads.q, (-row_tops(problem, heads, zeros[1]), zeros[1], *zeros))
-    carry = jax.lax.fori_loop(0, spec.base_steps, lambda _, c: step(c), carry)
+    start = _absorbed_rows(problem, row_tops(problem, heads, zeros[1])), zeros[1], *zeros
+    made, carry = jnp.full_like(heads.n_q, spec.base_steps), support.varying_like(heads.q, start)
+    if spec.tolerance:
+        begin = jnp.zeros_like(heads.n_q), jnp.zeros(heads.n_q.shape, bool), carry
+
+        def unsettled(carry):
+            return (carry[0].max() < spec.base_steps) & ~carry[1].all()
+
+        made, _, carry = jax.lax.while_loop(unsettled, base_step, support.varying_like(heads.q, begin))
+    else:
+        carry = jax.lax.fori_loop(0, spec.base_steps, lambda _, c: step(c), carry)
     if spec.solver == "newton":
+        made += spec.newton_steps
         carry = jax.lax.fori_loop(0, spec.newton_steps, lambda _, c: newton_step(c), carry)
     reached = [carry[:2] if spec.all_base_steps else zeros]
     for _ in range(spec.tail_steps):
@@ -63,7 +96,7 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
     plan = scores.shift(*carry[:2]).exp()
     out = plan.band.times(plan.tiles, heads.v)
     residual = jnp.abs(plan.times(jnp.ones_like(b)) - a).max(-1)
-    return Solved(out, f, g, residual), jnp.maximum(*(x.max() for x in carry[2:])) < _LARGEST_MOVE
+    return Solved(out, f, g, residual, made), jnp.maximum(*(x.max() for x in carry[2:])) < _LARGEST_MOVE
 
 
 class _Progress(NamedTuple):
@@ -71,6 +104,8 @@ class _Progress(NamedTuple):
 
     step: Int[Array, ""]
     corrections: Int[Array, ""]  # Newton's
+    made: Int[Array, "N"]  # base steps of each head, at most `step`
+    settled: Bool[Array, "N"]  # heads whose base steps have ended early
     f: Float[Array, "R+1 N all_rows"]
     g: Float[Array, "R+1 N all_columns"]
 
@@ -78,6 +113,17 @@ class _Progress(NamedTuple):
         """Store the potentials of this step; base steps overwrite each other."""
         f, g = (jax.lax.dynamic_update_index_in_dim(h, x, self._slot(spec), 0) for h, x in ((self.f, f), (self.g, g)))
         return self._replace(f=f, g=g)
+
+    def stepped(self, spec: SinkhornSpec, moved: Float[Array, "N"] | None, fits: Bool[Array, ""] | bool) -> "_Progress":
+        """Count a step if it fits, and end the base steps if all heads, of which it moved each by `moved`, are settled."""
+        step = self.step + fits
+        if moved is None:
+            return self._replace(step=step)
+        is_base = self.step < spec.base_steps
+        made = self.made + (fits & ~(self.settled & is_base) & (self.step < spec.all_base_steps))
+        settled = self.settled | (is_base & fits & (self.step > 0) & (moved <= spec.tolerance))
+        step = jnp.where(settled.all(), jnp.maximum(step, spec.base_steps), step)
+        return self._replace(step=step, made=made, settled=settled & (step < spec.base_steps))
 
     def last(self, spec: SinkhornSpec) -> tuple[Array, Array]:
         f, g = (jax.lax.dynamic_index_in_dim(h, self._slot(spec), keepdims=False) for h in (self.f, self.g))
@@ -106,20 +152,20 @@ class _Scaling(NamedTuple):
 
 
 class _ScaledKernel(NamedTuple):
-    """Kernel `K = exp(S + g - top)` into which potentials are absorbed, and steps that scale it."""
+    """Kernel `K = exp(S + f + g)` into which potentials are absorbed, and steps that scale it."""
 
     problem: Problem
     kernel: Kernel
-    top: AllRows
+    f: AllRows
     g: AllColumns
 
     @classmethod
     def create(cls, heads: Heads, problem: Problem, progress: _Progress) -> "_ScaledKernel":
         f, g = progress.last(problem.spec)
-        top = row_tops(problem, heads, g, plain=progress.step == 0)
+        absorbed = _absorbed_rows(problem, row_tops(problem, heads, g, plain=progress.step == 0))
         # Nothing is left to do after a last step in the log domain: u = v = 1.
-        top = jnp.where(progress.step == problem.spec.all_steps, -f, top)
-        return cls(problem, problem.scores.shift(-top, g).exp(), top, g)
+        f = jnp.where(progress.step == problem.spec.all_steps, f, absorbed)
+        return cls(problem, problem.scores.shift(f, g).exp(), f, g)
 
     def scale(self, start: _Progress) -> _Scaling:
         """Make steps until all are done or one would leave the range."""
@@ -130,18 +176,25 @@ class _ScaledKernel(NamedTuple):
             # several steps between checks. Steps past the end are no-ops.
             at_once = math.ceil(steps / math.ceil(steps / _STEPS_BETWEEN_CHECKS))
             step = functools.partial(jax.lax.fori_loop, 0, at_once, lambda _, c: self._step(c))
-        carry = _Scaling(start, start.step >= 0, jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b))
+        u, v = jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b)
+        if self.problem.spec.tolerance:  # a step is compared with the one before
+            u = jnp.where(a > 0, jnp.exp(start.last(self.problem.spec)[0] - self.f), a)
+        carry = _Scaling(start, start.step >= 0, u, v)
         carry = jax.lax.while_loop(lambda c: (c.progress.step < steps) & c.fits, step, carry)
         return carry._replace(progress=self._record(carry.progress, carry.u, carry.v))
 
     def _step(self, carry: _Scaling) -> _Scaling:
         a, b, spec = self.problem.a, self.problem.b, self.problem.spec
         progress, _, u, v = self._newton_corrected(carry) if spec.solver == "newton" else carry
-        new_u = support.divide(a, self.kernel.times(v))
-        new_v = support.divide(b, self.kernel.transpose_times(new_u))
+        new_u = self.problem.row_scaling(self.kernel.times(v), self.f)
+        new_v = self.problem.column_scaling(self.kernel.transpose_times(new_u), self.g)
         fits = in_range(new_u, a) & in_range(new_v, b) & (progress.step < spec.all_steps)
-        u, v = jnp.where(fits, new_u, u), jnp.where(fits, new_v, v)
-        progress = progress._replace(step=progress.step + fits)
+        taken, moved = fits, None
+        if spec.tolerance:
+            taken = (fits & ~progress.settled)[:, None]
+            moved = self.problem.movement(*(support.log(x) - support.log(y) for x, y in ((new_u, u), (new_v, v))))
+        u, v = jnp.where(taken, new_u, u), jnp.where(taken, new_v, v)
+        progress = progress.stepped(spec, moved, fits)
         if support.platform() == "gpu":
             progress = self._record(progress, u, v)
         else:
@@ -156,15 +209,18 @@ class _ScaledKernel(NamedTuple):
 
         def correct(carry: _Scaling) -> _Scaling:
             progress, fits, u, v = carry
-            system = self.problem.linear_system(self.kernel, u, v)
-            v = v * jnp.exp(implicit.newton_correction(system, self.problem.a, spec.cg_steps))
+            f = self._row_potentials(u)
+            system = self.problem.newton_system(self.kernel, u, v, f)
+            v = v * jnp.exp(implicit.newton_correction(system, self.problem.row_sums(f), spec.cg_steps))
             return _Scaling(progress._replace(corrections=progress.corrections + 1), fits, u, v)
 
         return jax.lax.cond(due & (progress.corrections < spec.newton_steps), correct, lambda c: c, carry)
 
     def _record(self, progress: _Progress, u, v) -> _Progress:
-        f = jnp.where(self.problem.a > 0, support.log(u) - self.top, 0)
-        return progress.record(self.problem.spec, f, self.g + support.log(v))
+        return progress.record(self.problem.spec, self._row_potentials(u), self.g + support.log(v))
+
+    def _row_potentials(self, u: AllRows) -> AllRows:
+        return jnp.where(self.problem.a > 0, support.log(u) + self.f, 0)
 
 
 def by_scaling(heads: Heads, problem: Problem) -> Solved:
@@ -188,13 +244,28 @@ def by_scaling(heads: Heads, problem: Problem) -> Solved:
 
     history = (jnp.zeros((spec.tail_steps + 1, *x.shape), x.dtype) for x in (a, b))
     out = jnp.zeros((*heads.q.shape[:2], heads.v.shape[-1]), a.dtype)
-    carry = _Round(_Progress(jnp.array(0), jnp.array(0), *history), jnp.array(True), out, jnp.zeros_like(a[:, 0]))
+    heads_made, none_settled = jnp.zeros_like(heads.n_q), jnp.zeros(heads.n_q.shape, bool)
+    start = _Progress(jnp.array(0), jnp.array(0), heads_made, none_settled, *history)
+    carry = _Round(start, jnp.array(True), out, jnp.zeros_like(a[:, 0]))
     carry = jax.lax.while_loop(lambda c: c.unfinished, absorb, support.varying_like(heads.q, carry))
     f, g = carry.progress.f.swapaxes(0, 1), carry.progress.g.swapaxes(0, 1)
-    return Solved(carry.out, f, g, carry.residual)
+    made = carry.progress.made if spec.tolerance else jnp.full_like(heads.n_q, spec.all_base_steps)
+    return Solved(carry.out, f, g, carry.residual, made)
 
 
 def _log_step(problem: Problem, progress: _Progress) -> _Progress:
     """Make a step in the log domain, for scores whose rows and columns have nothing in common."""
-    f = row_potentials(problem, progress.last(problem.spec)[1])
-    return progress._replace(step=progress.step + 1).record(problem.spec, f, column_potentials(problem, f))
+    spec = problem.spec
+    last_f, last_g = progress.last(spec)
+    f = row_potentials(problem, last_g)
+    g, moved = column_potentials(problem, f), None
+    if spec.tolerance:
+        moved, settled = problem.movement(f - last_f, g - last_g), progress.settled[:, None]
+        f, g = jnp.where(settled, last_f, f), jnp.where(settled, last_g, g)
+    return progress.stepped(spec, moved, True).record(spec, f, g)
+
+
+def _absorbed_rows(problem: Problem, top: AllRows) -> AllRows:
+    """Return what rows add to `S + g` before exp, from their maxima: minus these, but for what relaxed rows keep."""
+    kept = (1 - problem.spec.tau_a) * top
+    return jnp.clip(kept, -_LARGEST_KEPT, _LARGEST_KEPT) - top

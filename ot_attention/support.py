@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ot_attention.spec import Dustbin, Heads, Size
+from ot_attention.spec import AllColumns, AllRows, Dustbin, Heads, SinkhornSpec, Size
 
 Lengths = Int[Array, "*batch"]
 P, R = ParamSpec("P"), TypeVar("R")
@@ -93,10 +93,29 @@ def dustbin_exists(n_q: Lengths, n_k: Lengths, dustbin: Dustbin) -> Bool[Array, 
     return (n_q > 0) & (n_k > 0) & (dustbin != "none")
 
 
+def targets_of(heads: Heads, spec: SinkhornSpec, dtype: jnp.dtype) -> tuple[AllRows, AllColumns]:
+    """Return `targets` of the problem of every head."""
+    weights = heads.row_weights, heads.column_weights
+    sizes = heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype
+    return targets(heads.n_q, heads.n_k, *sizes, weights, spec.is_relaxed)
+
+
 def targets(
-    n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, dustbin: Dustbin, dtype: jnp.dtype
+    n_q: Lengths,
+    n_k: Lengths,
+    rows: Size,
+    columns: Size,
+    band: int | None,
+    dustbin: Dustbin,
+    dtype: jnp.dtype,
+    weights: tuple[Float[Array, "*batch rows"] | None, Float[Array, "*batch columns"] | None] = (None, None),
+    is_relaxed: bool = False,
 ) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
-    """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support."""
+    """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support.
+
+    weights: targets of the residues, in place of 1 and n_q / n_k; nothing at padding matters. Without a dustbin and
+        unless relaxed, those of columns are scaled to the sum of the rows', for no plan could have both.
+    """
     exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
 
     def supported(windows, size: Size, n):
@@ -104,16 +123,30 @@ def targets(
         first, last = windows(index, n_q, n_k, band)  # a band narrower than the slope n_k / n_q misses some columns
         return (((first <= last) | exists) & (index < n[..., None])).astype(dtype)
 
+    def given(weights, size: Size, n, number):
+        """Return the weights and their sum."""
+        if weights is None:
+            return 1, number
+        weights = jnp.where(jnp.arange(size) < n[..., None], weights.astype(dtype), 0)
+        return weights, weights.sum(-1, keepdims=True)
+
     a, b = supported(row_windows, rows, n_q), supported(column_windows, columns, n_k)
-    n_q, n_k = n_q[..., None].astype(dtype), n_k[..., None].astype(dtype)
+    lengths = n_q[..., None].astype(dtype), n_k[..., None].astype(dtype)
+    row_weights, row_mass = given(weights[0], rows, n_q, lengths[0])
+    column_weights, column_mass = given(weights[1], columns, n_k, lengths[1])
+    a, b = a * row_weights, b * column_weights
     if dustbin == "none":
-        b = b * n_q / jnp.maximum(n_k, 1)
-        row_bin, column_bin = jnp.zeros_like(n_q), jnp.zeros_like(n_q)
+        mass = row_mass
+        if is_relaxed:  # then nothing depends on the scale
+            mass = lengths[0] if weights[1] is None else column_mass
+        b = b * divide(mass, column_mass)
+        row_bin, column_bin = jnp.zeros_like(row_mass), jnp.zeros_like(row_mass)
     elif dustbin == "unit":
-        row_bin, column_bin = 1 + jnp.maximum(n_k - n_q, 0), 1 + jnp.maximum(n_q - n_k, 0)
+        row_bin = 1 + jnp.maximum(column_mass - row_mass, 0)
+        column_bin = 1 + jnp.maximum(row_mass - column_mass, 0)
     else:
         # The corner can take all the mass that residues match, so that every residue of either side may be a gap.
-        row_bin, column_bin = n_k, n_q
+        row_bin, column_bin = column_mass, row_mass
     return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
 
 
@@ -141,16 +174,17 @@ def zero_padding(x: jax.Array, lengths: Lengths) -> jax.Array:
 
 def without_padding(heads: Heads) -> Heads:
     """Return the inputs with 0 as padding."""
-    q, k, v, score, n_q, n_k = heads
+    q, k, v, _, n_q, n_k, *_ = heads
     q, k, v = (zero_padding(x, n) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
-    return Heads(q, k, v, score, n_q, n_k)
+    return heads._replace(q=q, k=k, v=v)
 
 
 def cleaned(heads: Heads) -> Heads:
     """Return the inputs with 0 as padding, in the dtype of the potentials."""
     dtype = potential_dtype(*heads[:3])
-    q, k, v, score, n_q, n_k = without_padding(heads)
-    return Heads(q.astype(dtype), k.astype(dtype), v.astype(dtype), score.astype(dtype), n_q, n_k)
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, without_padding(heads)
+    )
 
 
 def potential_dtype(*arrays: jax.Array) -> jnp.dtype:

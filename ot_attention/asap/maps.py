@@ -88,9 +88,13 @@ class Asap:
 
 
 def check_fixed(spec: SinkhornSpec) -> None:
-    """Raise UnsupportedError for a traced temperature."""
+    """Raise UnsupportedError for a traced temperature, and for relaxed marginals."""
     if isinstance(spec.epsilon, jax.core.Tracer):
         raise UnsupportedError("spec.epsilon is traced, but a map of ASAP is for one temperature; use a number")
+    if spec.is_relaxed:
+        raise UnsupportedError(
+            f"a map of ASAP cannot do tau_a={spec.tau_a:g}, tau_b={spec.tau_b:g}: its half steps meet the sums; use 1"
+        )
 
 
 class Sample(NamedTuple):
@@ -218,7 +222,7 @@ def _apply(heads: Heads, spec: SinkhornSpec, asap: Asap) -> tuple[Array, Sinkhor
     out, f, g, residual = sinkhorn.by_group(functools.partial(_attend, spec=spec), arguments, spec)
     if spec.dustbin == "none":
         f, g = f[..., :-1], g[..., :-1]
-    return out, SinkhornInfo(f, g, residual)
+    return out, SinkhornInfo(f, g, residual, jnp.zeros_like(heads.n_q))
 
 
 def _attend(arguments: tuple[Heads, Asap], spec: SinkhornSpec) -> tuple[Array, Array, Array, Array]:

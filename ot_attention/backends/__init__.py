@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Rows, SinkhornSpec, Size
 
-Attended = tuple[Float[Array, "N rows value"], AllRows, AllColumns, Float[Array, "N"]]
+Attended = tuple[Float[Array, "N rows value"], AllRows, AllColumns, Float[Array, "N"], Int[Array, "N"]]
 
 
 class Backend(Protocol):
@@ -20,7 +20,7 @@ class Backend(Protocol):
     def platform(self) -> str | None: ...  # whose calls prefer this backend ("gpu", "tpu"); None if it runs on any
 
     def attend(self, heads: Heads, spec: SinkhornSpec, /) -> Attended:
-        """Return the output, f, g (dustbin last, 0 without one) and the residual, differentiable as the spec says.
+        """Return output, f, g (dustbin last, 0 without one), residual and base steps made, differentiable as specified.
 
         Padding of q, k and v may hold anything, and their dtypes may differ.
         """

@@ -115,6 +115,10 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
     """Return why the kernels cannot do this and what to change, or None."""
     if spec.solver == "newton":
         return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
+    if spec.is_relaxed or spec.tolerance:
+        return "its kernels make all steps, and meet sums; use tau_a=tau_b=1 and tolerance=0, or implementation='xla'"
+    if heads.row_weights is not None or heads.column_weights is not None:
+        return "its kernels know no weights; leave out row_weights and column_weights, or use implementation='xla'"
     if spec.gradient == "implicit":
         return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
     sizes = Sizes.create(heads, spec)
@@ -182,7 +186,7 @@ def _call(kernel, blocks: _Blocks, tile_dtypes: tuple, lengths: tuple, heads: He
 
 
 def attend(heads: Heads, spec: SinkhornSpec):
-    """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual `[N]` of every head.
+    """Return output `[N, rows, value]`, f `[N, rows + 1]`, g `[N, columns + 1]`, residual and steps of every head.
 
     Padding of q, k and v may hold anything. Their dtypes may differ; the output has the dtype of v.
     """
@@ -200,11 +204,12 @@ def _attend_fwd(heads: Heads, spec: SinkhornSpec):
     blocks = _Blocks.forward(heads, spec, sizes)
     out, f, g, residual = _call(tpu_forward.forward_kernel, blocks, _tile_dtypes(heads), (rows,), heads, spec)
     last_f, last_g = _last(f, sizes, sizes.all_rows, rows), _last(g, sizes, sizes.all_columns, columns)
-    return (out.swapaxes(1, 2), last_f, last_g, residual[:, 0, 0]), (heads, f, g)
+    made = jnp.full_like(heads.n_q, spec.all_base_steps)
+    return (out.swapaxes(1, 2), last_f, last_g, residual[:, 0, 0], made), (heads, f, g)
 
 
 def _attend_bwd(spec, kept, cotangents):
-    (heads, f, g), (d_out, d_f, d_g, _) = kept, derivatives.only_first(cotangents, "pallas_tpu")
+    (heads, f, g), (d_out, d_f, d_g) = kept, derivatives.only_first(cotangents[:3], "pallas_tpu")
     sizes, dtype = Sizes.create(heads, spec), potential_dtype(*heads[:3])
     blocks, lengths = _Blocks.backward(heads, spec, sizes), (heads.q.shape[1], heads.k.shape[1], heads.k.shape[1])
     d_f = with_dustbin(d_f, sizes.rows, sizes.all_rows)
