@@ -55,6 +55,9 @@ def get_config() -> ConfigDict:
                 "solver": "sinkhorn",  # or "newton"
                 "newton_steps": 2,
                 "cg_steps": 8,  # of a Newton step and of the implicit gradient
+                "tau_a": 1.0,  # relaxation of row sums: 1 for sums that are met, 0 for free ones
+                "tau_b": 1.0,  # the same of column sums; (1, 0) is softmax attention
+                "tolerance": 0.0,  # movement in a base step below which these end early; 0 for never
             },
             "sparse": {  # fields of ot_attention.sparse.SparseSpec, for self-attention of kind sparse_sinkhorn or local
                 "block": 32,  # residues

@@ -57,6 +57,9 @@ class AttentionConfig(Section):
     solver: Annotated[str, Choice(get_args(Solver))] = "sinkhorn"
     newton_steps: Annotated[int, Integer(1, 1000)] = 2
     cg_steps: Annotated[int, Integer(1, 1 << 20)] = 8
+    tau_a: Annotated[float, Number(most=1.0)] = 1.0
+    tau_b: Annotated[float, Number(most=1.0)] = 1.0
+    tolerance: Annotated[float, Number()] = 0.0
 
     def __post_init__(self):
         super().__post_init__()

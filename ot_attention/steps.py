@@ -115,7 +115,7 @@ class _Progress(NamedTuple):
         return self._replace(f=f, g=g)
 
     def stepped(self, spec: SinkhornSpec, moved: Float[Array, "N"] | None, fits: Bool[Array, ""] | bool) -> "_Progress":
-        """Count a step if it fits, and end the base steps if all heads, of which it moved each by `moved`, are settled."""
+        """Count a step if it fits, and end the base steps if `moved`, by which it moved heads, settles all of them."""
         step = self.step + fits
         if moved is None:
             return self._replace(step=step)
