@@ -83,28 +83,45 @@ def inputs(case: Case, dustbin: str, dtype="float64", seed=0):
     return [jnp.asarray(x, dtype) for x in (q, k, v)], (jnp.asarray(n_q), jnp.asarray(n_k)), score, cotangent
 
 
-def attend_and_pull_back(implementation, spec, arrays, lengths, score, cotangent, *, optimised=False):
-    """Output, potentials, residual, and gradients of q, k, v and the dustbin score, also through the potentials."""
+def weights(case: Case, seed=0):
+    """Weights of rows and of columns, with NaN as padding."""
+    rng, (_, lengths, *_) = np.random.default_rng(seed), inputs(case, "none")
+    drawn = [rng.uniform(0.5, 2, (2, size)) for size in (case.rows, case.columns)]
+    for x, n in zip(drawn, lengths, strict=True):
+        x[np.arange(x.shape[1]) >= np.asarray(n)[:, None]] = np.nan
+    return tuple(map(jnp.asarray, drawn))
+
+
+def attend_and_pull_back(
+    implementation, spec, arrays, lengths, score, cotangent, *, weights=(None, None), optimised=False
+):
+    """Output, potentials, residual, steps, and gradients of q, k, v, the dustbin score and weights.
+
+    Gradients are also through the potentials.
+    """
     # Tests change what kernels are traced to: only programs without kernels are kept.
     program = _program.__wrapped__ if implementation in INTERPRETED else _program
-    return program(implementation, spec, optimised)(tuple(arrays), score, lengths, cotangent)
+    return program(implementation, spec, optimised)(tuple(arrays), (score, *weights), lengths, cotangent)
 
 
 @functools.cache
 def _program(implementation: str, spec: SinkhornSpec, optimised: bool):
     """Make the program of `attend_and_pull_back`, compiled once for all lengths of a shape and dtype."""
 
-    def run(q, k, v, score, lengths):
-        out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, implementation)
-        return (out, info.f, info.g), info.residual
+    def run(q, k, v, score, row_weights, column_weights, lengths):
+        out, info = sinkhorn_attention(
+            q, k, v, spec, *lengths, score, implementation, row_weights=row_weights, column_weights=column_weights
+        )
+        return (out, info.f, info.g), {"residual": info.residual, "steps": info.steps}
 
     @functools.partial(jax.jit, compiler_options=_OPTIMISED if optimised else None)
-    def run_and_pull_back(arrays, score, lengths, cotangent):
-        (out, f, g), pull_back, residual = jax.vjp(lambda *x: run(*x, lengths), *arrays, score, has_aux=True)
+    def run_and_pull_back(arrays, more, lengths, cotangent):
+        (out, f, g), pull_back, others = jax.vjp(lambda *x: run(*x, lengths), *arrays, *more, has_aux=True)
         of_f = jnp.cos(jnp.arange(f.size)).reshape(f.shape).astype(f.dtype)
         gradients = pull_back((jnp.asarray(cotangent, out.dtype), of_f, jnp.full_like(g, 0.1)))
-        return {"out": out, "f": f, "g": g, "residual": residual} | {
-            name: x for name, x in zip(("dq", "dk", "dv", "dscore"), gradients, strict=True) if x is not None
+        names = "dq", "dk", "dv", "dscore", "dweights of rows", "dweights of columns"
+        return {"out": out, "f": f, "g": g, **others} | {
+            name: x for name, x in zip(names, gradients, strict=True) if x is not None
         }
 
     return run_and_pull_back
@@ -131,21 +148,25 @@ def against_reference(
     others = [attend_and_pull_back(name, spec, arrays, *rest) for name in ("reference", "xla")]
     actual = attend_and_pull_back(implementation, spec, arrays, *rest)
     found = {}
-    for name in exact.keys() - {"residual"}:
+    for name in exact.keys() - {"residual", "steps"}:
         allowed = 2 * max(error(other[name], exact[name]) for other in others) + 32 * EPS["float32"]
         found[name] = error(actual[name], exact[name]), allowed
     return found
 
 
-def assert_same_as_reference(implementation, case: Case, dustbin: str, seed=0, tolerance=1e-10, **changes) -> None:
+def assert_same_as_reference(
+    implementation, case: Case, dustbin: str, seed=0, within=1e-10, weighted=False, **changes
+) -> None:
     """Compare all results on a case; the reference's are kept for the next implementation."""
     spec = case.spec(dustbin=dustbin, **changes)
-    actual = attend_and_pull_back(implementation, spec, *inputs(case, dustbin, seed=seed))
-    for name, value in _exact(case, spec, dustbin, seed).items():
+    given = {"weights": weights(case, seed)} if weighted else {}
+    actual = attend_and_pull_back(implementation, spec, *inputs(case, dustbin, seed=seed), **given)
+    for name, value in _exact(case, spec, dustbin, seed, weighted).items():
         assert np.isfinite(value).all(), name
-        assert error(actual[name], value) < tolerance, name
+        assert error(actual[name], value) < within, name
 
 
 @functools.cache
-def _exact(case: Case, spec: SinkhornSpec, dustbin: str, seed: int) -> dict[str, np.ndarray]:
-    return jax.device_get(attend_and_pull_back("reference", spec, *inputs(case, dustbin, seed=seed)))
+def _exact(case: Case, spec: SinkhornSpec, dustbin: str, seed: int, weighted: bool) -> dict[str, np.ndarray]:
+    given = {"weights": weights(case, seed)} if weighted else {}
+    return jax.device_get(attend_and_pull_back("reference", spec, *inputs(case, dustbin, seed=seed), **given))
