@@ -51,7 +51,9 @@ from training.state import TrainState
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, e.g. configs/r2_balanced.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: runs/<name of the configuration>")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; default: runs/<name of the configuration>, its argument behind it"
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "several processes train together: HOST:PORT of process 0, the same in all of them, or auto"
 )
@@ -83,10 +85,11 @@ def main(argv: list[str]) -> int:
 
 
 def _work() -> int:
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    path, _, place = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = run_folder.name_of(Path(path).stem, place)
     if _WORKDIR.value is not None and not _WORKDIR.value.strip():
         raise ValueError("--workdir is empty; give the name of a folder, or leave it out")
-    workdir = Path(files.expanded(_WORKDIR.value or f"runs/{Path(path).stem}"))
+    workdir = Path(files.expanded(_WORKDIR.value or f"runs/{name}"))
     try:
         join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train(_CONFIG.value, workdir, quiet=_QUIET.value)

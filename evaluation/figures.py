@@ -132,6 +132,34 @@ def comparison_bars(
     _panels(bars.values(), metrics, draw, path, title=title, height=0.34 * len(bars) + 0.9)
 
 
+def along_places(series: Mapping[str, Mapping[str, Mapping]], path: Where, *, title: str = "") -> None:
+    """Draw final metrics of runs against the place that their configuration's argument gives, a panel for each metric.
+
+    series: lines by name, each {place: {metric: {"value", "low", "high"}}}. Words come before numbers along the axis.
+    Intervals are drawn as bars. Raises ValueError if there is nothing to draw.
+    """
+    places = sorted({place for line in series.values() for place in line}, key=_word_or_number)
+
+    def draw(axes: Axes, name: str) -> None:
+        for n, ((label, line), colour) in enumerate(zip(series.items(), itertools.cycle(_COLOURS), strict=False)):
+            shown = [place for place in places if name in line.get(place, {})]
+            found = [line[place][name] for place in shown]
+            value, low, high = (np.array([of[key] for of in found], np.float64) for key in ("value", "low", "high"))
+            beside = np.array([places.index(place) for place in shown]) + 0.06 * n  # intervals would hide each other
+            spread = np.maximum(np.stack([value - low, high - value]), 0)
+            axes.errorbar(beside, value, spread, color=colour, marker="o", markersize=4, linewidth=1, label=label)
+        axes.set_xticks(range(len(places)), places)
+
+    _panels((of for line in series.values() for of in line.values()), None, draw, path, title=title)
+
+
+def _word_or_number(place: str) -> tuple[float, str]:
+    try:
+        return float(place), place
+    except ValueError:
+        return -math.inf, place
+
+
 def identity_bins(summaries: Mapping[str, Mapping[str, Any]], path: Where, *, metric: str = "f1") -> None:
     """Draw one metric by identity of the aligned residues, the model in colour and baselines in grey, with intervals.
 
@@ -231,9 +259,9 @@ def _panels(
     figure, grid = _figure(rows, columns, _PANEL[0] * columns, height * rows + 0.6)
     legend: dict[str, Any] = {}  # one for all panels: a line means the same in each
     for axes, name in zip(grid, names, strict=False):
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         draw(axes, name)
         axes.set_title(LABELS.get(name, name), fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(labelsize=8)
         legend |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in grid[len(names) :]:

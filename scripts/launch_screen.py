@@ -3,6 +3,7 @@
   python scripts/launch_screen.py                                    # the four of the screen, on the data that ship
   python scripts/launch_screen.py --data=runs/pfam --steps=500       # on larger shards
   python scripts/launch_screen.py --configs supervised --out=runs/supervised -- --config.batch_size=16
+  python scripts/launch_screen.py --configs dial:0.5 dial:0.8 dial:softmax --out=runs/dial  # configs/dial.py:0.5, ...
   python scripts/launch_screen.py --dry-run                          # only prints the commands
   python scripts/launch_screen.py --target=tpu --project=P --zone=us-east5-b --bucket=gs://B   # docs/distributed.md
 
@@ -109,8 +110,8 @@ def on_tpu(args: argparse.Namespace) -> None:
 
 def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
     """List the command of training, then of scores before and after it."""
-    workdir = args.out.absolute() / name
-    train = [sys.executable, "train.py", f"--config=configs/{name}.py", f"--workdir={workdir}"]
+    workdir, (config, colon, place) = args.out.absolute() / folder_of(name), name.partition(":")
+    train = [sys.executable, "train.py", f"--config=configs/{config}.py{colon}{place}", f"--workdir={workdir}"]
     train += [f"--config.data.dir={args.data.absolute()}"] if args.data else []
     train += [f"--config.total_steps={args.steps}"] if args.steps else []
     # Step 0 is a multiple of everything, so this keeps it.
@@ -122,8 +123,15 @@ def commands(name: str, args: argparse.Namespace) -> list[list[str]]:
     return result
 
 
+def folder_of(name: str) -> str:
+    config, _, place = name.partition(":")
+    return run_folder.name_of(config, place)
+
+
 def collect(names: list[str], out: Path) -> None:
     """Write screen.md, screen.json and the figures from the reports of every run."""
+    arguments = {folder_of(name): name.partition(":")[::2] for name in names}
+    names = list(arguments)
 
     def read(name: str, when: str, split: str) -> dict:
         return json.loads((out / name / f"{when}_{split}.json").read_text())["splits"][split]
@@ -140,7 +148,19 @@ def collect(names: list[str], out: Path) -> None:
         ends = {name: end["model"]["overall"] for name, (_, end) in of_runs.items()}
         baselines = {who: next(iter(of_runs.values()))[1][who]["overall"] for who in BASELINES}
         figures.comparison_bars(ends, baselines, out / f"{split}.png", title=split)
+        if lines := along_places(ends, arguments):
+            figures.along_places(lines, out / f"{split}_places.png", title=split)
     print(f"{text}\n\nwritten: {out / 'screen.md'}, screen.json and figures beside it")
+
+
+def along_places(ends: dict[str, dict], arguments: dict[str, tuple[str, str]]) -> dict[str, dict[str, dict]]:
+    """Return the runs whose configurations have arguments, by these: the first part is a place, the rest names a line."""
+    lines: dict[str, dict[str, dict]] = {}
+    for name, (config, argument) in arguments.items():
+        place, _, rest = argument.partition(",")
+        if place:
+            lines.setdefault(f"{config}, {rest}" if rest else config, {})[place] = ends[name]
+    return lines
 
 
 def markdown(of_runs: dict[str, list[dict]]) -> str:
@@ -181,7 +201,7 @@ def _parser() -> command_line.Parser:
 def _parse(parser: command_line.Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     known = sorted(path.stem for path in (launch_tpu.ROOT / "configs").glob("*.py"))
-    if unknown := [name for name in args.configs if name not in known]:
+    if unknown := [name for name in args.configs if name.partition(":")[0] not in known]:
         parser.error(f"--configs: {', '.join(unknown)} not found in configs/; there are {', '.join(known)}")
     if args.target == "tpu":
         if missing := [f"--{name}" for name in ("project", "zone", "bucket") if not getattr(args, name)]:

@@ -37,6 +37,13 @@ def test_dry_run_prints_the_commands_and_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_configurations_may_have_arguments(tmp_path, capsys):
+    launch_screen.main(["--dry-run", "--configs", "dial:0.8,full", f"--out={tmp_path}"])
+    train, score, *_ = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
+    assert f"--workdir={tmp_path / 'dial-0.8-full'}" in score
+    assert {"--config=configs/dial.py:0.8,full", f"--workdir={tmp_path / 'dial-0.8-full'}"} < set(train)
+
+
 def summary(value: float, names) -> dict:
     overall = {name: {"value": value, "low": value - 0.1, "high": value + 0.1} for name in names}
     return {"overall": overall, "bins": {}, "pairs": 10}
@@ -90,6 +97,17 @@ def test_tables_and_figures_of_a_screen(runs, capsys):
     assert screen["test_ood"]["b"][1]["model"]["overall"]["f1"]["value"] == pytest.approx(0.52)
     for name in ("curves", *SPLITS):
         assert (runs / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_with_arguments_are_drawn_along_these(runs):
+    for name, place in (("a", "softmax"), ("b", "0.5,full")):
+        (runs / name).rename(runs / launch_screen.folder_of(f"dial:{place}"))
+    launch_screen.collect(["dial:softmax", "dial:0.5,full"], runs)
+    assert (runs / "test_ood_places.png").read_bytes().startswith(b"\x89PNG")
+    ends = {"dial-softmax": {"f1": 1}, "dial-0.5-full": {"f1": 2}, "r1": {"f1": 3}}
+    arguments = {"dial-softmax": ("dial", "softmax"), "dial-0.5-full": ("dial", "0.5,full"), "r1": ("r1", "")}
+    expected = {"dial": {"softmax": {"f1": 1}}, "dial, full": {"0.5": {"f1": 2}}}
+    assert launch_screen.along_places(ends, arguments) == expected
 
 
 def test_a_screen_without_validation_has_its_table(runs):

@@ -146,7 +146,7 @@ def test_implicit_gradients_are_those_of_the_converged_plan(implementation, taus
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("band", [None, 5], ids=["full", "band"])
 def test_the_end_is_softmax_attention(implementation, band):
-    """In float32 with as small errors as softmax itself, forward and backward."""
+    """Its errors in float32 are as small as those of softmax itself, forward and backward."""
     q, k, v, *_ = (x.astype(jnp.float32) for x in draw())
     spec = SinkhornSpec(band=band, tau_a=1, tau_b=0)
     inside = dense_support(*LENGTHS, 24, 24, band, "none")[:, :-1, :-1]

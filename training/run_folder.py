@@ -25,6 +25,11 @@ _FREE_DATA = "data.dir", "data.workers", "data.prefetch", "data.max_bad_records"
 _FREE_KEYS = "total_steps", "train.", "checkpoint.", "log.", "mesh.", *_FREE_DATA, "model.implementation"
 
 
+def name_of(config: str, argument: str = "") -> str:
+    """Return the name of a run's folder, from its configuration's name and argument: dial-0.8-full."""
+    return "-".join(filter(None, (config, *argument.replace("/", "_").split(","))))
+
+
 def check_place(workdir: Path) -> None:
     """Raise ValueError unless the folder, or one to make it in, can be written."""
     there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
