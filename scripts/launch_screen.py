@@ -154,7 +154,7 @@ def collect(names: list[str], out: Path) -> None:
 
 
 def along_places(ends: dict[str, dict], arguments: dict[str, tuple[str, str]]) -> dict[str, dict[str, dict]]:
-    """Return the runs whose configurations have arguments, by these: the first part is a place, the rest names a line."""
+    """Return the runs whose configurations have arguments: the first part is a place, and the rest names a line."""
     lines: dict[str, dict[str, dict]] = {}
     for name, (config, argument) in arguments.items():
         place, _, rest = argument.partition(",")
