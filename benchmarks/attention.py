@@ -55,19 +55,21 @@ class Case:
         return self.batch * self.heads * ((2 * band + 1) * self.length - band * (band + 1))
 
 
-_OURS = ("softmax", "softmax head by head", "tail", "newton, tail", "newton, implicit")
-_PEERS = ("softmax", "tail", "dense unrolled", "ott unrolled", "ott implicit", "ott kernel mode")
+_BANDED = "softmax 64", "softmax 64 head by head", "softmax 128", "softmax 128 head by head"
+_WHOLE = "softmax", "softmax head by head"  # of full support, or where blocks would cover nearly all
+_OURS = "tail", "newton, tail", "newton, implicit"
+_PEERS = "tail", "dense unrolled", "ott unrolled", "ott implicit", "ott kernel mode"
 CASES = {
-    "long": Case(1, 4, 2048, 256, _OURS),
-    "long, dustbin": Case(1, 4, 2048, 256, _OURS, dustbin="full"),
-    "long, sharp": Case(1, 4, 2048, 256, _OURS[:3], sd=30.0),
-    "long, epsilon .05": Case(1, 4, 2048, 256, _OURS[:3], epsilon=0.05),
-    "short": Case(32, 4, 192, 64, _OURS),
-    "short, ragged, dustbin": Case(32, 4, 192, 64, _OURS, dustbin="full", ragged=True),
-    "peers, full support": Case(1, 4, 1024, None, _PEERS),
-    "peers, band 64": Case(1, 4, 1024, 64, ("softmax", "tail", "newton, implicit", "dense unrolled")),
+    "long": Case(1, 4, 2048, 256, (*_BANDED, *_OURS)),
+    "long, dustbin": Case(1, 4, 2048, 256, (*_BANDED, *_OURS), dustbin="full"),
+    "long, sharp": Case(1, 4, 2048, 256, (*_BANDED, "tail"), sd=30.0),
+    "long, epsilon .05": Case(1, 4, 2048, 256, (*_BANDED, "tail"), epsilon=0.05),
+    "short": Case(32, 4, 192, 64, (*_WHOLE, *_OURS)),
+    "short, ragged, dustbin": Case(32, 4, 192, 64, (*_WHOLE, *_OURS), dustbin="full", ragged=True),
+    "peers, full support": Case(1, 4, 1024, None, (*_WHOLE, *_PEERS)),
+    "peers, band 64": Case(1, 4, 1024, 64, (*_BANDED, "tail", "newton, implicit", "dense unrolled")),
 }
-_SCALING = "softmax", "tail", "newton, implicit"
+_SCALING = "softmax 64", "softmax 128", "tail", "newton, implicit"  # of one head
 _SPARSE = "softmax, dense", "sparse sinkhorn", "sparse sinkhorn, sortcut"
 SERIES = {  # cases of growing length, of which slopes and a figure are made
     "scaling": {f"scaling {1024 << n}": Case(1, 1, 1024 << n, 256, _SCALING) for n in range(6)},
@@ -83,11 +85,11 @@ def sinkhorn(case: Case, implementation: Any, **changes) -> Callable:
     )[0]
 
 
-def softmax(case: Case, head_by_head: bool) -> Callable:
-    """Make banded softmax attention with automatic differentiation, over the blocks that Sinkhorn attention uses."""
+def softmax(case: Case, _: str, block: int = 64, head_by_head: bool = False) -> Callable:
+    """Make banded softmax attention with automatic differentiation, over blocks of `block` rows."""
 
     def attend_heads(q, k, v, n_q, n_k):
-        band = Band.create(n_q, n_k, q.shape[1], k.shape[1], case.band)
+        band = Band.create(n_q, n_k, q.shape[1], k.shape[1], case.band, block)
         scores = band.mask(band.outer(q / (q.shape[-1] ** 0.5 * case.epsilon), k), -jnp.inf)
         top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(q.dtype).min))
         weights = jnp.exp(scores - top)
@@ -142,8 +144,13 @@ def sparse_sinkhorn(**changes) -> Callable:
 _NEWTON: dict = {"base_steps": 10, "solver": "newton"}
 _DENSE = functools.partial(sparse.softmax_attention, causal=False)
 METHODS: dict[str, Callable[[Case, str], Callable]] = {
-    "softmax": lambda case, _: softmax(case, head_by_head=False),
-    "softmax head by head": lambda case, _: softmax(case, head_by_head=True),
+    "softmax": softmax,
+    "softmax head by head": functools.partial(softmax, head_by_head=True),
+    **{
+        f"softmax {block}{name}": functools.partial(softmax, block=block, head_by_head=head_by_head)
+        for block in (64, 128)
+        for name, head_by_head in (("", False), (" head by head", True))
+    },
     "tail": sinkhorn,
     "newton, tail": functools.partial(sinkhorn, **_NEWTON),
     "newton, implicit": functools.partial(sinkhorn, gradient="implicit", **_NEWTON),
@@ -156,7 +163,7 @@ METHODS: dict[str, Callable[[Case, str], Callable]] = {
     "ott kernel mode": lambda case, _: ott(case, implicit=False, lse_mode=False),
 }
 # Methods that are compared with another method in float64 instead of their own computation.
-_SAME_AS = {"softmax": "softmax head by head"} | {m: "dense unrolled" for m in METHODS if m.startswith("ott")}
+_SAME_AS = {m: "dense unrolled" for m in METHODS if m.startswith("ott")} | {m: "softmax" for m in (*_BANDED, *_WHOLE)}
 
 
 def parts(attend: Callable) -> dict[str, Callable]:
@@ -208,7 +215,8 @@ def measure(name: str, case: Case, implementation: str, rounds: int) -> list[har
         rows[method] = {"case": name, "method": method, "error": error} | row
     medians = {key: statistics.median(of) for key, of in harness.clock(calls, rounds).items()}
     for (method, part), seconds in medians.items():
-        softmax = min(t for (m, p), t in medians.items() if p == part and m.startswith("softmax"))
-        rows[method] |= {f"{part}_ms": 1e3 * seconds, f"{part}_to_softmax": seconds / softmax}
+        fastest = min((m for m in methods if m.startswith("softmax")), key=lambda m: medians[m, part])
+        ratio = {f"{part}_to_softmax": seconds / medians[fastest, part], f"{part}_fastest_softmax": fastest}
+        rows[method] |= {f"{part}_ms": 1e3 * seconds} | ratio
     shared = dataclasses.asdict(case) | {"implementation": implementation} | harness.machine()
     return [row | shared for row in rows.values()]

@@ -143,7 +143,9 @@ def _overlaps(problem: Problem, f, g, next_g) -> tuple[Float[Array, "N"], Float[
     """
     a, b, scores = problem.a, problem.b, problem.scores
     rows, columns = ((x > 0).astype(f.dtype) for x in (a, b))
-    exists = scores.map(lambda entries: jnp.isfinite(entries).astype(f.dtype))
+    exists = scores.shift(jnp.zeros_like(a), jnp.zeros_like(b)).map(
+        lambda entries: jnp.isfinite(entries).astype(f.dtype)
+    )
     meet_rows = (exists.transpose_times(rows) == rows.sum(-1, keepdims=True)) & (b > 0)
     meet_columns = (exists.times(columns) == columns.sum(-1, keepdims=True)) & (a > 0)
     in_columns = jnp.exp(-scores.shift(f - support.log(a), g).map(_negative).column_max())

@@ -20,7 +20,7 @@ class DustbinEntries(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Scores, `exp` of scores or a plan: 0 (scores: minus infinity) outside the support.
+    """Scores, `exp` of scores or a plan: 0 (scores: anything, minus infinity once shifted) outside the support.
 
     Vectors always have an entry for the dustbin, also where there is none.
     """

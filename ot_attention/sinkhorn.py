@@ -145,12 +145,14 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     """
     heads, solved, (d_out, d_f, d_g) = arguments
     problem = Problem.create(heads, spec, band)
-    plan = problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
     d_out = d_out.astype(heads.v.dtype)  # exact: the output was rounded to it
     is_small = jnp.maximum(jnp.abs(solved.f).max(), jnp.abs(solved.g).max()) < _LARGEST_EXACT_POTENTIAL
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
 
-    def sums(scaling, out):
+    def last_plan():
+        return problem.scores.shift(solved.f[:, -1], solved.g[:, -1]).exp()
+
+    def sums(plan, scaling, out):
         """Return dV, cotangents of f and g, and the values' fields, for the plan `K diag(scaling)` and its output."""
         dv = plan.band.transpose_times(plan.tiles, d_out)
         v = heads.v
@@ -163,11 +165,12 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
 
     if spec.gradient == "implicit":
         # dS = P * (G - x_i - y_j), docs/math.md, section 5
+        plan = last_plan()
         one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
         scaling, out = jax.lax.cond(
             is_small, lambda: (one_column, solved.out), lambda: _remade_output(problem, plan, heads)
         )
-        dv, f_bar, g_bar, values = sums(scaling, out)
+        dv, f_bar, g_bar, values = sums(plan, scaling, out)
         system = problem.linear_system(plan, one_row, scaling)
         x, y = implicit.solve(system, f_bar, g_bar, spec.cg_steps)
         terms = -jnp.stack([x, one_row], -1), jnp.stack([scaling, scaling * y], -1)
@@ -176,17 +179,22 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
 
     change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
     gentle = is_small & (jnp.maximum(*change) < _LARGEST_TAIL_CHANGE)
-    dv, f_bar, g_bar, values = sums(None, solved.out)
-    (x, y), of_targets = _tail_terms(problem, plan, solved, f_bar, g_bar)
-    d_scores = plan.modulate(values, (-jnp.where(gentle, x, 0), jnp.where(gentle, y, 0)))
+
+    # Both ways make their tiles inside: tiles of the one take no memory while the other runs.
+    def by_terms():
+        plan = last_plan()
+        dv, f_bar, g_bar, values = sums(plan, None, solved.out)
+        (x, y), of_targets = _tail_terms(problem, plan, solved, f_bar, g_bar)
+        d_scores = plan.modulate(values, (-jnp.where(gentle, x, 0), jnp.where(gentle, y, 0)))
+        return *pull_back(d_scores), dv, of_targets
 
     def exact():
-        dv, f_bar, g_bar, values = sums(*_remade_output(problem, plan, heads))
+        plan = last_plan()
+        dv, f_bar, g_bar, values = sums(plan, *_remade_output(problem, plan, heads))
         d_scores, of_targets = _minus_exact_tail(plan.modulate(values), problem, solved, f_bar, g_bar)
         return *pull_back(d_scores), dv, of_targets
 
-    found = jax.lax.cond(gentle, lambda: (*pull_back(d_scores), dv, of_targets), exact)
-    dq, dk, d_bin, dv, of_targets = found
+    dq, dk, d_bin, dv, of_targets = jax.lax.cond(gentle, by_terms, exact)
     return dq, dk, dv, d_bin, *_of_weights(problem, heads, *of_targets)
 
 
@@ -246,9 +254,10 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
     """
     tau_a, tau_b = problem.spec.tau_a, problem.spec.tau_b
     one_row, one_column = jnp.ones_like(problem.a), jnp.ones_like(problem.b)
-    of_a, of_b = jnp.zeros_like(f_bar), jnp.zeros_like(g_bar)
-    for r in range(problem.spec.tail_steps, 0, -1):
-        f, g, earlier_g = solved.f[:, r], solved.g[:, r], solved.g[:, r - 1]
+
+    def minus_step(carry, step):
+        d_scores, f_bar, g_bar, of_a, of_b = carry
+        f, g, earlier_g = step
         if tau_b:
             of_b += tau_b * g_bar
             factor = problem.scores.shift(f, g).exp()
@@ -261,8 +270,18 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
             x = tau_a * support.divide(f_bar, factor.times(one_column))
             d_scores = d_scores.minus(factor.modulate((x[..., None], one_column[..., None])))
             g_bar = -factor.transpose_times(x)
-        f_bar = jnp.zeros_like(f_bar)
-    return d_scores, (of_a, of_b)
+        return (d_scores, support.varying_like(f_bar, jnp.zeros_like(f_bar)), g_bar, of_a, of_b), None
+
+    none = support.varying_like(f_bar, (jnp.zeros_like(f_bar), jnp.zeros_like(g_bar)))
+    carry = d_scores, f_bar, g_bar, *none
+    steps = tuple(x.swapaxes(0, 1)[::-1] for x in (solved.f[:, 1:], solved.g[:, 1:], solved.g[:, :-1]))
+    if isinstance(d_scores.band, RemakingBand):  # its tiles list what was subtracted
+        for r in range(problem.spec.tail_steps):
+            carry, _ = minus_step(carry, [x[r] for x in steps])
+    else:  # in a loop, or XLA would subtract all terms at once and keep them until then
+        carry, _ = jax.lax.scan(minus_step, carry, steps)
+    d_scores, _, _, *of_targets = carry
+    return d_scores, tuple(of_targets)
 
 
 def _of_weights(problem: Problem, heads: Heads, of_log_a, of_log_b) -> tuple[Array | None, Array | None]:

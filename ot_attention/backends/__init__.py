@@ -39,6 +39,7 @@ class Band(Protocol):
     @staticmethod
     def implementation() -> Implementation: ...  # whose band this is
     # The band, and the scores `scale q_i . k_j` in it, from q `[N, rows, width]` and k `[N, columns, width]`.
+    # Outside the support they are anything until `shift`, minus infinity after it.
     @classmethod
     def scores(cls, q, k, n_q, n_k, band: int | None, scale: float, /) -> "tuple[Band, Any]": ...
     # First and last column (inclusive) in the support of each row.

@@ -29,47 +29,41 @@ Tiles = Float[Array, "N blocks block reach"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["first", "last", "row_index", "slot", "column_index", "in_block"],
-    meta_fields=["rows", "columns"],
+    data_fields=["first", "last", "row_start", "column_start"],
+    meta_fields=["rows", "columns", "block", "reach"],
 )
 class Band:
-    """Cells of the support, and their places in tiles `[N, blocks, block rows, block columns]`."""
+    """Cells of the support, and their places in tiles `[N, blocks, block, reach]` of consecutive rows and columns."""
 
-    def __init__(self, first, last, row_index, slot, column_index, in_block, rows, columns):
+    def __init__(self, first, last, row_start, column_start, rows, columns, block, reach):
         self.first, self.last = first, last  # [N, Lq], windows of all rows
-        self.row_index, self.in_block = row_index, in_block  # [N, blocks, block rows]
-        self.slot = slot  # [N, Lq], where a row lies in the flattened tiles
-        self.column_index = column_index  # [N, blocks, block columns], may run past the end
-        self.rows, self.columns = rows, columns
+        self.row_start = row_start  # [N, blocks + 1], of each tile and past the last; a tile may run past its last row
+        self.column_start = column_start  # [N, blocks]; a tile may run past the last column
+        self.rows, self.columns, self.block, self.reach = rows, columns, block, reach
 
     @staticmethod
     def implementation() -> Implementation:
         return "xla"
 
     @classmethod
-    def create(cls, n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None) -> "Band":
+    def create(
+        cls, n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, block: int | None = None
+    ) -> "Band":
         index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
         first, last = support.row_windows(index, n_q, n_k, band)
-        block, width, blocks = block_shape(rows, columns, band)
+        block, reach, blocks = block_shape(rows, columns, band, block)
         if blocks == 1:
-            one = jnp.zeros((*n_q.shape, 1, 1), jnp.int32)
-            column_index = one + jnp.arange(columns, dtype=jnp.int32)
-            return cls(first, last, index[:, None], index, column_index, index[:, None] < rows, rows, columns)
+            none = jnp.zeros((*n_q.shape, 1), jnp.int32)
+            return cls(first, last, jnp.concatenate([none, none + rows], 1), none, rows, columns, block, reach)
         number = jnp.arange(blocks + 1, dtype=jnp.int32)
-        start = jnp.minimum(first_row_at(number * block, n_q[:, None], n_k[:, None]), rows)
-        row_index = start[:, :-1, None] + jnp.arange(block, dtype=jnp.int32)
-        in_block = row_index < start[:, 1:, None]
-        home = jnp.sum(index[:, :, None] >= start[:, None, 1:-1], axis=-1, dtype=jnp.int32)
-        slot = home * block + index - jnp.take_along_axis(start, home, axis=1)
-        slot = jnp.where(index < n_q[:, None], slot, blocks * block)  # padding has no place in the tiles
-        first_column = jnp.take_along_axis(first, jnp.minimum(start[:, :-1], rows - 1), axis=1)
-        column_index = first_column[:, :, None] + jnp.arange(width, dtype=jnp.int32)
-        return cls(first, last, row_index, slot, column_index, in_block, rows, columns)
+        row_start = jnp.minimum(first_row_at(number * block, n_q[:, None], n_k[:, None]), rows)
+        column_start = jnp.take_along_axis(first, jnp.minimum(row_start[:, :-1], rows - 1), axis=1)
+        return cls(first, last, row_start, column_start, rows, columns, block, reach)
 
     @classmethod
     def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float):
         created = cls.create(n_q, n_k, q.shape[1], k.shape[1], band)
-        return created, created.mask(created.outer(q * scale, k), -jnp.inf)
+        return created, created.outer(q * scale, k)
 
     @staticmethod
     def heads_at_once(number: Size, rows: Size, columns: Size, band: int | None, itemsize: int) -> int:
@@ -90,26 +84,26 @@ class Band:
 
     @property
     def _whole(self) -> bool:
-        return self.row_index.shape[1] == 1
+        return self.column_start.shape[1] == 1
 
     def take_rows(self, x: Shaped[Array, "N rows ..."]) -> Shaped[Array, "N blocks block ..."]:
-        """Put rows in tile order; a slot without a row of its own repeats another block's row, or is 0."""
-        return x[:, None] if self._whole else _take(x, self.row_index)
+        """Put rows in tile order; a place without a row of its own repeats another tile's row, or is 0."""
+        return x[:, None] if self._whole else _windows(x, self.row_start[:, :-1], self.block)
 
     def take_columns(self, x: Float[Array, "N columns ..."]) -> Float[Array, "N blocks reach ..."]:
-        return x[:, None] if self._whole else _take(x, self.column_index)
+        return x[:, None] if self._whole else _windows(x, self.column_start, self.reach)
 
-    def put_rows(self, tiles: Float[Array, "N blocks block ..."]) -> Float[Array, "N rows ..."]:
-        flat = tiles.reshape(tiles.shape[0], -1, *tiles.shape[3:])
-        return flat if self._whole else _take(flat, self.slot)
+    def put_rows(self, tiles: Float[Array, "N blocks block ..."], method: str = "add", none: float = 0.0):
+        """Put rows in their own order, to `[N, rows, ...]`; places without a row of their own must be `none`."""
+        if self._whole:
+            return tiles[:, 0]
+        return _over_windows(method, tiles, self.row_start[:, :-1], self.rows, none)
 
     def _over_columns(self, method: str, tiles: Float[Array, "N blocks reach ..."], none: float):
         """Reduce the entries of several blocks for the same column, to `[N, columns, ...]`."""
         if self._whole:
             return tiles[:, 0]
-        start = jnp.full((tiles.shape[0], self.columns, *tiles.shape[3:]), none, tiles.dtype)
-        update = jax.vmap(lambda start, index, x: getattr(start.at[index], method)(x, mode="drop"))
-        return update(start, self.column_index, tiles)
+        return _over_windows(method, tiles, self.column_start, self.columns, none)
 
     def outer(self, x: Float[Array, "N rows width"], y: Float[Array, "N columns width"]) -> Tiles:
         """Return `x_i . y_j` for every cell of the tiles, in the support or not."""
@@ -117,8 +111,10 @@ class Band:
 
     def mask(self, tiles: Tiles, fill: float) -> Tiles:
         first, last = (self.take_rows(x)[..., None] for x in (self.first, self.last))
-        column = self.column_index[:, :, None, :]
-        return jnp.where((column >= first) & (column <= last) & self.in_block[..., None], tiles, fill)
+        column = self.column_start[:, :, None, None] + jnp.arange(self.reach, dtype=jnp.int32)
+        rows = (self.row_start[:, 1:] - self.row_start[:, :-1])[:, :, None, None]
+        in_block = jnp.arange(self.block, dtype=jnp.int32)[:, None] < rows
+        return jnp.where((column >= first) & (column <= last) & in_block, tiles, fill)
 
     def exp(self, tiles):
         return jnp.exp(tiles)
@@ -130,7 +126,9 @@ class Band:
         return tiles - others
 
     def shift(self, tiles, row: AllRows, column: AllColumns):
-        return tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
+        # XLA makes sum, mask and `exp` in one pass over the products.
+        shifted = tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
+        return self.mask(shifted, -jnp.inf)
 
     def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
         return self.put_rows(jnp.einsum("nbij,nbj...->nbi...", tiles, self.take_columns(x), precision=_PRECISION))
@@ -144,17 +142,18 @@ class Band:
         return self._over_columns("add", products, 0.0)
 
     def row_max(self, tiles) -> Rows:
-        return self.put_rows(tiles.max(-1))
+        return self.put_rows(tiles.max(-1), "max", -jnp.inf)
 
     def column_max(self, tiles) -> Columns:
         return self._over_columns("max", tiles.max(-2), -jnp.inf)
 
 
-def block_shape(rows: Size, columns: Size, band: int | None) -> tuple[Size, Size, Size]:
+def block_shape(rows: Size, columns: Size, band: int | None, block: int | None = None) -> tuple[Size, Size, Size]:
     """Return the rows and columns of a tile, and the number of tiles."""
     if band is None:
         return rows, columns, 1
-    block = 64
+    if block is None:  # larger ones copy columns less often, but reach further outside a narrow band
+        block = 64 if band < 128 else 128
     if is_symbolic_dim(rows) or is_symbolic_dim(columns):
         return block, block + 2 * band, -(-jax.core.max_dim(rows, columns) // block)
     width, blocks = block + 2 * band, math.ceil(max(rows, columns) / block)
@@ -173,6 +172,19 @@ def first_row_at(position: Int[Array, "blocks"], n_q, n_k) -> Int[Array, "N bloc
     return (whole + (2 * rest > twice_longer)).astype(jnp.int32)
 
 
-def _take(x: Shaped[Array, "N length ..."], index: Int[Array, "N *tiles"]) -> Shaped[Array, "..."]:
-    """Return `x[n, index[n]]`, 0 where the index runs past the end."""
-    return jax.vmap(lambda x, index: jnp.take(x, index, axis=0, mode="fill", fill_value=0))(x, index)
+def _windows(x: Shaped[Array, "N length ..."], start: Int[Array, "N blocks"], width: Size) -> Shaped[Array, "..."]:
+    """Return `x[n, start : start + width]` for every block, 0 past the end."""
+    # Windows are copied as a whole, entries by their index one by one.
+    padded = jnp.pad(x, ((0, 0), (0, width)) + ((0, 0),) * (x.ndim - 2))
+    one = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width)
+    return jax.vmap(jax.vmap(one, (None, 0)))(padded, start)
+
+
+def _over_windows(method: str, tiles: Float[Array, "N blocks width ..."], start, length: Size, none: float):
+    """Reduce what `_windows` takes apart, from `none`, to `[N, length, ...]`."""
+    number, _, width, *rest = tiles.shape
+    dimensions = jax.lax.ScatterDimensionNumbers(tuple(range(1, tiles.ndim - 1)), (), (0,))
+    scatter = functools.partial(getattr(jax.lax, f"scatter_{method}"), dimension_numbers=dimensions)
+    of_one = functools.partial(scatter, mode="promise_in_bounds")
+    padded = jnp.full((number, length + width, *rest), none, tiles.dtype)
+    return jax.vmap(of_one)(padded, start[..., None], tiles)[:, :length]
