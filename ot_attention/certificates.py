@@ -68,9 +68,8 @@ def contraction(
     `sinkhorn_attention` does.
     """
     only_xla(implementation, "certificates")
-    weights = row_weights, column_weights
-    checked = Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score, weights)
-    return checked.of_every_head(_step_rates)
+    given = q_lengths, k_lengths, dustbin_score, (row_weights, column_weights)
+    return Checked.create(q, k, None, spec, *given).of_every_head(_step_rates)
 
 
 def _step_rates(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N"]:
@@ -100,22 +99,21 @@ def posterior_bias(
     Balanced, the distance is at most `osc(g_1 - g_0) / (1 - rate)`, where the rate is below 1. Relaxed, the fixed point
     lies between `g_0 + min(g_1 - g_0) / (1 - tau_a tau_b)` and `g_0 + max(g_1 - g_0) / (1 - tau_a tau_b)`.
 
-    The cost is the solve, two passes over the band, and that of `contraction` if balanced. Weights are as in
+    The cost is the solve, two passes over the band, and that of a balanced `contraction`. Weights are as in
     `sinkhorn_attention`. Runs in XLA: any other named implementation is refused. Raises errors as `sinkhorn_attention`
     does.
     """
     only_xla(implementation, "certificates")
-    weights = row_weights, column_weights
-    checked = Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score, weights)
-    return checked.of_every_head(_posterior_bias)
+    given = q_lengths, k_lengths, dustbin_score, (row_weights, column_weights)
+    return Checked.create(q, k, None, spec, *given).of_every_head(_posterior_bias)
 
 
 def _posterior_bias(heads: Heads, spec: SinkhornSpec) -> Bias:
     nearby, bias = (_relaxed_nearby, _relaxed_bias) if spec.is_relaxed else (_nearby, _bias)
 
     def bounds(heads: Heads) -> Bias:
-        found = sinkhorn.by_group(functools.partial(nearby, spec=spec), cleaned(heads), spec)
-        return bias(*found, _half_step_rates(heads, spec), spec)
+        changes, overlaps = sinkhorn.by_group(functools.partial(nearby, spec=spec), cleaned(heads), spec)
+        return bias(changes, overlaps, _half_step_rates(heads, spec), spec)
 
     return derivatives.none(bounds, heads, "certificates")
 
@@ -339,7 +337,7 @@ def _range(x: Float[Array, "N ... length"], target: Float[Array, "N ... length"]
     """Return the least and the largest entries that have a target, 0 where there are none."""
     there = jnp.broadcast_to(target > 0, x.shape)
     least, most = jnp.where(there, x, jnp.inf).min(-1), jnp.where(there, x, -jnp.inf).max(-1)
-    return tuple(jnp.where(there.any(-1), bound, 0) for bound in (least, most))
+    return jnp.where(there.any(-1), least, 0), jnp.where(there.any(-1), most, 0)
 
 
 def _oscillation(x: Float[Array, "N length"], target: Float[Array, "N length"]) -> Float[Array, "N"]:
