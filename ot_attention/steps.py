@@ -158,6 +158,7 @@ class _ScaledKernel(NamedTuple):
     kernel: Kernel
     f: AllRows
     g: AllColumns
+    begun: Int[Array, ""]  # steps made before
 
     @classmethod
     def create(cls, heads: Heads, problem: Problem, progress: _Progress) -> "_ScaledKernel":
@@ -165,7 +166,7 @@ class _ScaledKernel(NamedTuple):
         absorbed = _absorbed_rows(problem, row_tops(problem, heads, g, plain=progress.step == 0))
         # Nothing is left to do after a last step in the log domain: u = v = 1.
         f = jnp.where(progress.step == problem.spec.all_steps, f, absorbed)
-        return cls(problem, problem.scores.shift(f, g).exp(), f, g)
+        return cls(problem, problem.scores.shift(f, g).exp(), f, g, progress.step)
 
     def scale(self, start: _Progress) -> _Scaling:
         """Make steps until all are done or one would leave the range."""
@@ -217,7 +218,10 @@ class _ScaledKernel(NamedTuple):
         return jax.lax.cond(due & (progress.corrections < spec.newton_steps), correct, lambda c: c, carry)
 
     def _record(self, progress: _Progress, u, v) -> _Progress:
-        return progress.record(self.problem.spec, self._row_potentials(u), self.g + support.log(v))
+        """Store the potentials of the last step, unless no step was made: f then only keeps sums in range."""
+        found = self._row_potentials(u), self.g + support.log(v)
+        potentials = zip(found, progress.last(self.problem.spec), strict=True)
+        return progress.record(self.problem.spec, *(jnp.where(progress.step > self.begun, *x) for x in potentials))
 
     def _row_potentials(self, u: AllRows) -> AllRows:
         return jnp.where(self.problem.a > 0, support.log(u) + self.f, 0)

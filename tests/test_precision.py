@@ -66,6 +66,17 @@ def test_sharp_scores_in_float32_stay_exact():
         assert error(banded, exact) <= 2 * error(dense, exact) + 32 * EPS["float32"]
 
 
+@pytest.mark.parametrize("base_steps", [0, 1])
+def test_a_relaxed_tail_whose_scalings_leave_the_range_at_once_has_its_own_potentials(base_steps):
+    """Scores of sd 300: a kernel begins from other potentials than those of the last step, and no step fits."""
+    case = Case("sd 300", 24, 24, None, sd=300.0)
+    spec = case.spec(dustbin="none", base_steps=base_steps, tail_steps=3, tau_a=0.9, tau_b=0.8)
+    given = inputs(case, "none")
+    exact, actual = (attend_and_pull_back(name, spec, *given, optimised=True) for name in ("reference", "xla"))
+    for name in ("out", "f", "g", "dq", "dk", "dv"):
+        assert error(actual[name], exact[name]) < 1e-9, name
+
+
 SETTINGS = [("tail", "sinkhorn"), ("implicit", "sinkhorn"), ("implicit", "newton")]
 
 
