@@ -1,6 +1,7 @@
 """The TPU's kernels, interpreted: tiles of the support, and a chip whose memory is scarce."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from ot_attention.backends.tpu_tiles import HeadTables, Sizes
 from ot_attention.spec import Heads
 from tests.support.conformance import (
     CASES,
+    Case,
     assert_same_as_reference,
+    error,
     inputs,
 )
 
 pytestmark = pytest.mark.usefixtures("float64", "kernels_are_interpreted")
+RELAXED = Case("relaxed", 60, 150, 10, (60, 31), (150, 40), base_steps=2)  # two tiles of columns
 
 
 def small_memory(monkeypatch, mib: float) -> None:
@@ -99,6 +103,72 @@ def test_tiles_of_any_lengths_fit_the_memory_that_is_laid_out(dustbin):
         unmasked = real & (inner < inner_end) & (inner < first + number)
         every = (lower.max(-1) <= 128 * inner) & (upper.min(-1) >= 128 * inner_end - 1)
         assert every[unmasked].all()
+
+
+@pytest.mark.parametrize(
+    ("tau_a", "tau_b", "dustbin", "sd"),
+    [
+        (0.3, 1, "unit", 1),
+        (1, 0, "none", 1),
+        (0, 1, "full", 1),
+        (0.9, 0.6, "full", 100),  # so sharp that scalings leave their range: these take steps in the log domain
+        pytest.param(0.3, 1, "none", 100, marks=pytest.mark.slow),
+        pytest.param(1, 0, "full", 100, marks=pytest.mark.slow),
+        pytest.param(0, 1, "unit", 100, marks=pytest.mark.slow),
+    ],
+)
+def test_relaxed_sums_are_those_of_the_reference(tau_a, tau_b, dustbin, sd):
+    case = dataclasses.replace(RELAXED, sd=sd)
+    assert_same_as_reference("pallas_tpu", case, dustbin, tau_a=tau_a, tau_b=tau_b)
+
+
+def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(monkeypatch):
+    case = dataclasses.replace(RELAXED, rows=150, q_lengths=(150, 97))  # two groups of rows
+    heads, spec = heads_of(inputs(case, "none")), case.spec(tau_a=0.9, tau_b=0.6)
+    sizes = Sizes.create(heads, spec)
+    small_memory(monkeypatch, tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20 + 0.01)
+    assert_same_as_reference("pallas_tpu", case, "none", tau_a=0.9, tau_b=0.6)
+
+
+@pytest.mark.parametrize(
+    ("weighted", "sd", "settings"),
+    [
+        ("ab", 1, {"dustbin": "none", "tolerance": 0.1, "base_steps": 20}),
+        ("b", 60, {"dustbin": "full", "tau_a": 0.9, "tau_b": 0.6, "tolerance": 0.3, "base_steps": 20}),
+        ("", 60, {"dustbin": "full", "tolerance": 0.3, "base_steps": 16}),  # some steps in the log domain
+        pytest.param("a", 1, {"dustbin": "unit", "tail_steps": 1}, marks=pytest.mark.slow),
+        pytest.param("ab", 1, {"dustbin": "full", "tau_a": 0.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_and_steps_are_those_of_the_reference(weighted, sd, settings):
+    """Heads of an easy and of a hard example settle on their own; weights get gradients."""
+    case = dataclasses.replace(RELAXED, sd=sd)
+    (q, k, v), lengths, score, cotangent = inputs(case, settings["dustbin"])
+    q = q.at[1].multiply(0.1)
+    rng = np.random.default_rng(1)
+    weights = {
+        f"{'row' if side == 'a' else 'column'}_weights": jnp.asarray(rng.uniform(0.2, 2, (2, size)))
+        for side, size in (("a", case.rows), ("b", case.columns))
+        if side in weighted
+    }
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(name, *arguments):
+        def attend(q, k, v, score, weights):
+            out, info = sinkhorn_attention(q, k, v, case.spec(**settings), *lengths, score, name, **weights)
+            return (out, info.f, info.g), (info.residual, info.steps)
+
+        results, pull_back, more = jax.vjp(attend, *arguments, has_aux=True)
+        of_f = jnp.cos(jnp.arange(results[1].size)).reshape(results[1].shape)
+        return results, more, pull_back((cotangent, of_f, jnp.full_like(results[2], 0.1)))
+
+    expected, actual = (jax.device_get(run(name, q, k, v, score, weights)) for name in ("reference", "pallas_tpu"))
+    steps = expected[1][1]
+    if "tolerance" in settings:
+        assert steps.min() < settings["base_steps"] and steps[0].max() > steps[1].min(), "the case tests nothing"
+    np.testing.assert_array_equal(actual[1][1], steps)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert error(x, y) < 1e-10
 
 
 def test_sequences_that_do_not_fit_on_the_chip_are_refused():

@@ -177,7 +177,7 @@ class _Gradient:
             x = times(self.tau_a, x)
             scratch.x_rows[:, shifted(group.rows, x_start)] = x
             f_bar[:, group.rows] = jnp.zeros_like(x)
-            if self.tau_a == 0:
+            if self.tau_a == 0 or r == 1:  # nothing needs the cotangent of the last base step's g
                 return carry
             x, f_over_tau = upright(x), over(f, self.tau_a)
 
