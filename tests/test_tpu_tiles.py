@@ -122,6 +122,18 @@ def test_relaxed_sums_are_those_of_the_reference(tau_a, tau_b, dustbin, sd):
     assert_same_as_reference("pallas_tpu", case, dustbin, tau_a=tau_a, tau_b=tau_b)
 
 
+def test_relaxed_sums_too_small_for_float32_are_made_in_the_log_domain():
+    """A share of the logarithm of a sum is in range, though the sum is not: 0 would pass for 1."""
+    case = dataclasses.replace(RELAXED, sd=100, tail_steps=1)
+    (arrays, lengths, *_), spec = inputs(case, "none", "float32"), case.spec(tau_b=0.1)
+
+    def columns(name, *arrays):
+        return jax.jit(lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation=name)[1].g)(*arrays)
+
+    exact = columns("reference", *(x.astype("float64") for x in arrays))
+    assert error(columns("pallas_tpu", *arrays), exact) < 1e-5
+
+
 def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(monkeypatch):
     case = dataclasses.replace(RELAXED, rows=150, q_lengths=(150, 97))  # two groups of rows
     heads, spec = heads_of(inputs(case, "none")), case.spec(tau_a=0.9, tau_b=0.6)
