@@ -24,31 +24,32 @@ from ot_attention import SinkhornSpec, sinkhorn_attention
 chip = topologies.get_topology_desc(platform="tpu", topology_name="{topology}").devices[0]
 mesh = jax.sharding.Mesh([chip], ("data",))  # tells the kernels which chip it is
 
-def bytes_a_row(batch, length, heads, width, band, dustbin, dtype):
-    spec = SinkhornSpec(band=band, dustbin=dustbin)
+def bytes_a_row(batch, length, heads, width, band, dustbin, dtype, weighted=False, **settings):
+    spec = SinkhornSpec(band=band, dustbin=dustbin, **settings)
 
-    def forward_and_backward(q, k, v, score, lengths, *cotangents):
-        def attend(q, k, v, score):
+    def forward_and_backward(q, k, v, score, weights, lengths, *cotangents):
+        def attend(q, k, v, score, *weights):
             score = None if dustbin == "none" else score
-            out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, "pallas_tpu")
-            return out, info.f, info.g
+            out, info = sinkhorn_attention(q, k, v, spec, *lengths, score, "pallas_tpu", *weights)
+            return (out, info.f, info.g), info.steps
 
-        results, pull_back = jax.vjp(attend, q, k, v, score)
-        return results, pull_back(cotangents)
+        results, pull_back, steps = jax.vjp(attend, q, k, v, score, *weights, has_aux=True)
+        return results, steps, pull_back(cotangents)
 
     def shape(*sizes, dtype="float32"):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
     x, potential = shape(batch, length, heads, width, dtype=dtype), shape(batch, heads, length + (dustbin != "none"))
-    lengths = (shape(batch, dtype="int32"),) * 2
+    lengths, weights = (shape(batch, dtype="int32"),) * 2, (shape(batch, length),) * 2 * weighted
     with jax.set_mesh(mesh):
-        lowered = jax.jit(forward_and_backward).lower(x, x, x, shape(heads), lengths, x, potential, potential)
+        given = x, x, x, shape(heads), weights, lengths, x, potential, potential
+        lowered = jax.jit(forward_and_backward).lower(*given)
         compiled = lowered.compile()
     assert compiled.as_text().count("tpu_custom_call") == 2
     return compiled.memory_analysis().temp_size_in_bytes / (batch * length * heads)
 
-for shape in {shapes}:
-    print(bytes_a_row(*shape), flush=True)
+for shape, settings in {problems}:
+    print(bytes_a_row(*shape, **settings), flush=True)
 """
 TRAIN_STEP = """
 import re
@@ -74,9 +75,17 @@ LONG = [(1, 8192, 2, 64, 512, "none", "float32"), (1, 8192, 2, 64, 512, "full", 
 NARROW = [(1, 8192, 2, 64, 128, "none", "float32")]
 
 
-def bytes_a_row(topology: str, shapes: list[tuple]) -> list[float]:
-    """Temporary memory of forward and backward a row and head, for each shape; all of them compile."""
-    return [float(line) for line in run(COMPILE.format(topology=topology, shapes=shapes)).splitlines()]
+RELAXED = [
+    {"tau_a": 0.9, "tau_b": 0.6, "tolerance": 1e-4, "weighted": True},
+    {"tolerance": 1e-4},
+    {"tau_a": 1.0, "tau_b": 0.0},
+    {"tau_a": 0.0, "tau_b": 1.0},
+]
+
+
+def bytes_a_row(topology: str, problems: list[tuple[tuple, dict]]) -> list[float]:
+    """Temporary memory of forward and backward a row and head, for shapes and settings; all of them compile."""
+    return [float(line) for line in run(COMPILE.format(topology=topology, problems=problems)).splitlines()]
 
 
 def run(program: str) -> str:
@@ -104,9 +113,16 @@ def run(program: str) -> str:
 def test_kernels_compile_for_the_chip_and_leave_nothing_but_vectors_in_main_memory(topology):
     """Three potentials a row and three a column, a target, and what the cotangents are padded to: 64 bytes."""
     shapes = CONFIGURED + LONG + (NARROW if topology == "v6e:2x4" else [])
-    found = dict(zip(shapes, bytes_a_row(topology, shapes), strict=True))
+    found = dict(zip(shapes, bytes_a_row(topology, [(shape, {}) for shape in shapes]), strict=True))
     assert max(found.values()) <= 64, found
     assert all(found[narrow] == found[LONG[0]] for narrow in NARROW if narrow in found), "memory grows with the band"
+
+
+def test_relaxed_and_weighted_problems_compile_for_the_chip():
+    shape = (8, 256, 4, 32, 64, "full", "float32")
+    weighted, *relaxed, balanced = bytes_a_row("v6e:2x4", [(shape, settings) for settings in (*RELAXED, {})])
+    assert max(relaxed) <= balanced + 8, "only steps are counted, 128 lanes a head"
+    assert weighted < 4 * (2 * 64 + 1), "weights and their gradients are vectors, smaller than the band"
 
 
 def test_a_training_step_lowers_for_a_tpu():

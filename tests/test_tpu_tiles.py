@@ -14,11 +14,14 @@ from ot_attention.backends.tpu_tiles import HeadTables, Sizes
 from ot_attention.spec import Heads
 from tests.support.conformance import (
     CASES,
+    Case,
     assert_same_as_reference,
+    error,
     inputs,
 )
 
 pytestmark = pytest.mark.usefixtures("float64", "kernels_are_interpreted")
+RELAXED = Case("relaxed", 60, 150, 10, (60, 31), (150, 40), base_steps=2)  # two tiles of columns
 
 
 def small_memory(monkeypatch, mib: float) -> None:
@@ -99,6 +102,58 @@ def test_tiles_of_any_lengths_fit_the_memory_that_is_laid_out(dustbin):
         unmasked = real & (inner < inner_end) & (inner < first + number)
         every = (lower.max(-1) <= 128 * inner) & (upper.min(-1) >= 128 * inner_end - 1)
         assert every[unmasked].all()
+
+
+@pytest.mark.parametrize(
+    ("tau_a", "tau_b", "dustbin", "sd"),
+    [
+        (0.3, 1, "unit", 1),
+        (1, 0, "none", 1),
+        (0, 1, "full", 1),
+        (0.9, 0.6, "full", 100),  # so sharp that scalings leave their range: these take steps in the log domain
+        pytest.param(0.3, 1, "none", 100, marks=pytest.mark.slow),
+        pytest.param(1, 0, "full", 100, marks=pytest.mark.slow),
+        pytest.param(0, 1, "unit", 100, marks=pytest.mark.slow),
+    ],
+)
+def test_relaxed_sums_are_those_of_the_reference(tau_a, tau_b, dustbin, sd):
+    case = dataclasses.replace(RELAXED, sd=sd)
+    assert_same_as_reference("pallas_tpu", case, dustbin, tau_a=tau_a, tau_b=tau_b)
+
+
+def test_relaxed_sums_too_small_for_float32_are_made_in_the_log_domain():
+    """A share of the logarithm of a sum is in range, though the sum is not: 0 would pass for 1."""
+    case = dataclasses.replace(RELAXED, sd=100, tail_steps=1)
+    (arrays, lengths, *_), spec = inputs(case, "none", "float32"), case.spec(tau_b=0.1)
+
+    def columns(name, *arrays):
+        return jax.jit(lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation=name)[1].g)(*arrays)
+
+    exact = columns("reference", *(x.astype("float64") for x in arrays))
+    assert error(columns("pallas_tpu", *arrays), exact) < 1e-5
+
+
+def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(monkeypatch):
+    case = dataclasses.replace(RELAXED, rows=150, q_lengths=(150, 97))  # two groups of rows
+    heads, spec = heads_of(inputs(case, "none")), case.spec(tau_a=0.9, tau_b=0.6)
+    sizes = Sizes.create(heads, spec)
+    small_memory(monkeypatch, tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20 + 0.01)
+    assert_same_as_reference("pallas_tpu", case, "none", tau_a=0.9, tau_b=0.6)
+
+
+@pytest.mark.parametrize(
+    ("weighted", "dustbin", "sd", "settings"),
+    [
+        (True, "none", 1, {"tolerance": 0.1}),
+        (False, "none", 100, {"tolerance": 1e-4, "tau_b": 0.1}),  # all in the log domain
+        pytest.param(False, "full", 60, {"tolerance": 0.3}, marks=pytest.mark.slow),
+        pytest.param(True, "unit", 60, {"tolerance": 0.3, "tau_a": 0.9, "tau_b": 0.6}, marks=pytest.mark.slow),
+        pytest.param(True, "full", 100, {"tau_a": 0.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_and_early_ends_are_those_of_the_reference(weighted, dustbin, sd, settings):
+    case = dataclasses.replace(RELAXED, sd=sd, base_steps=12)
+    assert_same_as_reference("pallas_tpu", case, dustbin, weighted=weighted, **settings)
 
 
 def test_sequences_that_do_not_fit_on_the_chip_are_refused():

@@ -6,6 +6,7 @@ fits; otherwise it is made anew from q and k in every step.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from ot_attention import derivatives
-from ot_attention.backends import tpu_backward, tpu_forward
+from ot_attention import derivatives, support
+from ot_attention.backends import tpu_backward, tpu_forward, tpu_steps
 from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
 from ot_attention.support import potential_dtype, promoting
@@ -45,21 +46,26 @@ class _Blocks(NamedTuple):
         row, all_rows, column = (_vector(n, dtype) for n in (sizes.rows, sizes.all_rows, sizes.all_columns))
         out = jax.ShapeDtypeStruct((v.shape[0], sizes.rows), v.dtype)
         f_tail, g_tail = _vector(tail * sizes.all_rows, dtype), _vector((tail + 1) * sizes.all_columns, dtype)
-        outputs = tpu_forward.Outputs(out, f_tail, g_tail, residual=_vector(TILE, dtype))
+        outputs = tpu_steps.Outputs(out, f_tail, g_tail, residual=_vector(TILE, dtype))
+        if spec.tolerance:
+            outputs = outputs._replace(steps=_vector(TILE, jnp.dtype(jnp.int32)))
         strip = jax.ShapeDtypeStruct((sizes.chunks + 1, TILE, TILE), dtype)  # one group's tiles, the dustbin's too
-        scratch = tpu_forward.Scratch(strip, top=row, f=all_rows, g=column, weight=column, mass=column)
-        return cls(tpu_forward.Inputs(q, k, v, column), outputs, scratch)
+        scratch = tpu_steps.Scratch(strip, top=row, f=all_rows, g=column, weight=column, mass=column)
+        if spec.tolerance:
+            scratch = scratch._replace(earlier_f=all_rows)
+        return cls(tpu_steps.Inputs(q, k, v, column, _if_weighted(row, heads.row_weights)), outputs, scratch)
 
     @classmethod
     def backward(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "_Blocks":
         dtype, tail = potential_dtype(*heads[:3]), spec.tail_steps
-        (q, k, v, column), (out, f_tail, g_tail, lane), forward_scratch = cls.forward(heads, spec, sizes)
+        (q, k, v, column, a), (out, f_tail, g_tail, lane, _), forward_scratch = cls.forward(heads, spec, sizes)
         strip, row, all_rows, *_ = forward_scratch
-        inputs = tpu_backward.Inputs(q, k, v, column, f_tail, g_tail, d_out=out, d_f=all_rows, d_g=column)
+        inputs = tpu_backward.Inputs(q, k, v, column, f_tail, g_tail, d_out=out, d_f=all_rows, d_g=column, a=a)
         x_rows, y_columns = _vector(tail * sizes.rows, dtype), _vector(tail * sizes.all_columns, dtype)
         dk_sum, dv_sum = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v))
         scratch = tpu_backward.Scratch(strip, row, column, column, x_rows, y_columns, dk_sum, dv_sum)
-        return cls(inputs, tpu_backward.Outputs(q, k, v, lane), scratch)
+        of_targets = (_if_weighted(x, *heads[6:]) for x in (all_rows, column))
+        return cls(inputs, tpu_backward.Outputs(q, k, v, lane, *of_targets), scratch)
 
     def bytes(self, buffers: int) -> int:
         once, more = (sum(map(_vmem_bytes, jax.tree.leaves(x))) for x in (self.scratch, (self.inputs, self.outputs)))
@@ -68,6 +74,11 @@ class _Blocks(NamedTuple):
 
 def _vector(length: int, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, length), dtype)
+
+
+def _if_weighted(block: jax.ShapeDtypeStruct, *weights: Array | None) -> jax.ShapeDtypeStruct | None:
+    """Return the block if any weights are given: without, kernels have no room for it."""
+    return None if all(x is None for x in weights) else block
 
 
 def _vmem_bytes(x: jax.ShapeDtypeStruct) -> int:
@@ -115,10 +126,6 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
     """Return why the kernels cannot do this and what to change, or None."""
     if spec.solver == "newton":
         return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
-    if spec.is_relaxed or spec.tolerance:
-        return "its kernels make all steps, and meet sums; use tau_a=tau_b=1 and tolerance=0, or implementation='xla'"
-    if heads.row_weights is not None or heads.column_weights is not None:
-        return "its kernels know no weights; leave out row_weights and column_weights, or use implementation='xla'"
     if spec.gradient == "implicit":
         return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
     sizes = Sizes.create(heads, spec)
@@ -141,28 +148,31 @@ def _call(kernel, blocks: _Blocks, tile_dtypes: tuple, lengths: tuple, heads: He
     """Run a kernel for every head.
 
     The first outputs are sequences of the given `lengths`: their last tile is cut short. `more` are the backward
-    kernel's inputs after q, k, v and b.
+    kernel's inputs after q, k, v and b, without a.
     """
     sizes, dtype = Sizes.create(heads, spec), potential_dtype(*heads[:3])
     memory, tables = _memory(blocks, sizes, tile_dtypes), HeadTables.create(heads, spec, sizes)
     assert memory is not None, "`unsupported_reason` comes first"
-    inputs = blocks.inputs._make([*(x.swapaxes(1, 2) for x in heads[:3]), tables.b, *more])
+    inputs = blocks.inputs._make([*(x.swapaxes(1, 2) for x in heads[:3]), tables.b, *more, tables.a])
     axes = jax.typeof(heads.q).manual_axis_type  # under shard_map, the axes that the heads vary over
 
     def of_head(block):
         return pl.BlockSpec((None, *block.shape), lambda n, *_: (n, 0, 0), pipeline_mode=pl.Buffered(memory.buffers))
 
-    def of_all_heads(block, length: int):
-        shape = len(heads.n_q), block.shape[0], length
+    def of_all_heads(block, length: int | None):
+        if block is None:
+            return None
+        shape = len(heads.n_q), block.shape[0], length or block.shape[1]
         return jax.ShapeDtypeStruct(shape, block.dtype, manual_axis_type=axes)
 
-    lengths += tuple(block.shape[1] for block in blocks.outputs[len(lengths) :])
     scratch = blocks.scratch
     if memory.holding is not None:
         scratch = scratch._replace(tiles=jax.ShapeDtypeStruct((sizes.tiles, TILE, TILE), memory.holding))
     call = pl.pallas_call(
         functools.partial(kernel, sizes=sizes, spec=spec, dtype=dtype),
-        out_shape=(blocks.outputs._make(map(of_all_heads, blocks.outputs, lengths)),),
+        out_shape=(
+            blocks.outputs._make(itertools.starmap(of_all_heads, itertools.zip_longest(blocks.outputs, lengths))),
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(len(heads.n_q),),
@@ -202,9 +212,9 @@ def _attend_fwd(heads: Heads, spec: SinkhornSpec):
     heads = derivatives.only_first(heads, "pallas_tpu")
     rows, columns, sizes = heads.q.shape[1], heads.k.shape[1], Sizes.create(heads, spec)
     blocks = _Blocks.forward(heads, spec, sizes)
-    out, f, g, residual = _call(tpu_forward.forward_kernel, blocks, _tile_dtypes(heads), (rows,), heads, spec)
+    out, f, g, residual, steps = _call(tpu_forward.forward_kernel, blocks, _tile_dtypes(heads), (rows,), heads, spec)
     last_f, last_g = _last(f, sizes, sizes.all_rows, rows), _last(g, sizes, sizes.all_columns, columns)
-    made = jnp.full_like(heads.n_q, spec.all_base_steps)
+    made = jnp.full_like(heads.n_q, spec.base_steps) if steps is None else steps[:, 0, 0]
     return (out.swapaxes(1, 2), last_f, last_g, residual[:, 0, 0], made), (heads, f, g)
 
 
@@ -215,9 +225,24 @@ def _attend_bwd(spec, kept, cotangents):
     d_f = with_dustbin(d_f, sizes.rows, sizes.all_rows)
     d_g = with_dustbin(d_g, sizes.columns, sizes.all_columns)
     more = f, g, d_out.swapaxes(1, 2), d_f, d_g
-    *gradients, d_score = _call(tpu_backward.backward_kernel, blocks, (dtype,), lengths, heads, spec, more)
+    *gradients, d_score, d_a, d_b = _call(tpu_backward.backward_kernel, blocks, (dtype,), lengths, heads, spec, more)
     dq, dk, dv = (x.swapaxes(1, 2) for x in gradients)
-    return (Heads(dq, dk, dv, d_score[:, 0, 0].astype(heads.dustbin_score.dtype), None, None),)
+    of_weights = _of_weights(heads, spec, sizes, d_a, d_b)
+    return (Heads(dq, dk, dv, d_score[:, 0, 0].astype(heads.dustbin_score.dtype), None, None, *of_weights),)
+
+
+def _of_weights(heads: Heads, spec: SinkhornSpec, sizes: Sizes, d_a, d_b) -> tuple[Array | None, ...]:
+    """Return gradients of the weights, None for those not given, from the kernel's of the targets."""
+    if d_a is None:
+        return None, None
+
+    def targets(row_weights, column_weights):
+        given = heads._replace(row_weights=row_weights, column_weights=column_weights)
+        return support.targets_of(given, spec, d_a.dtype)
+
+    _, pull_back = jax.vjp(targets, *heads[6:])
+    of_rows = _last(d_a, sizes, sizes.all_rows, heads.q.shape[1])
+    return pull_back((of_rows, _last(d_b, sizes, sizes.all_columns, heads.k.shape[1])))
 
 
 _attend.defvjp(promoting(_attend_fwd), promoting(_attend_bwd))

@@ -1,7 +1,10 @@
 """TPU kernel for one head: the tail's gradient (docs/math.md, section 4).
 
-Each factor `exp(S + f_r + g_s)` is made from the scores with its own potentials, so that none can overflow. Scores are
-made once where they fit into VMEM (`Scratch.tiles`), otherwise once a pass, one group at a time (`Scratch.strip`).
+Each factor `exp(S + f_r + g_s)` is made from the scores with its own potentials, so that none can overflow. In the
+factor of its own half step a relaxed potential is divided by tau: by a or b, the factor then holds shares of 1.
+
+Scores are made once where they fit into VMEM (`Scratch.tiles`), otherwise once a pass, one group at a time
+(`Scratch.strip`).
 """
 
 from typing import NamedTuple
@@ -9,7 +12,20 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ot_attention.backends import tpu_tiles
-from ot_attention.backends.tpu_tiles import TILE, Group, Head, Ref, dot, flat, iota, ratio, shifted, upright
+from ot_attention.backends.tpu_tiles import (
+    TILE,
+    Group,
+    Head,
+    Ref,
+    dot,
+    flat,
+    iota,
+    over,
+    ratio,
+    shifted,
+    times,
+    upright,
+)
 from ot_attention.spec import SinkhornSpec
 
 
@@ -25,6 +41,7 @@ class Inputs(NamedTuple):
     d_out: Ref  # [value, rows]
     d_f: Ref  # [1, all rows]
     d_g: Ref  # [1, all columns]
+    a: Ref | None = None  # [1, rows], targets of rows, if they are weighted
 
 
 class Outputs(NamedTuple):
@@ -34,6 +51,8 @@ class Outputs(NamedTuple):
     dk: Ref  # [width, columns]
     dv: Ref  # [value, columns]
     d_score: Ref  # [1, 128], alike in all lanes
+    d_a: Ref | None = None  # [1, all rows], of the targets of rows; both only if there are weights
+    d_b: Ref | None = None  # [1, all columns]
 
 
 class Scratch(NamedTuple):
@@ -43,8 +62,8 @@ class Scratch(NamedTuple):
     f_bar: Ref  # [1, rows]
     g_bar: Ref  # [1, all columns]
     next_g_bar: Ref  # [1, all columns]
-    x_rows: Ref  # [1, R * rows], f_bar / a of every tail step
-    y_columns: Ref  # [1, R * all columns], g_bar / b of every tail step
+    x_rows: Ref  # [1, R * rows], tau_a f_bar / a of every tail step
+    y_columns: Ref  # [1, R * all columns], tau_b g_bar / b of every tail step
     dk_sum: Ref  # [width, columns]
     dv_sum: Ref  # [value, columns]
     tiles: Ref | None = None  # the scores of all groups; None makes them anew in every pass
@@ -54,20 +73,24 @@ def backward_kernel(integers, scalars, inputs: Inputs, outputs: Outputs, scratch
     head, zero = Head(integers, scalars, inputs.q, inputs.k, sizes, spec, dtype), jnp.zeros((1, 1), dtype)
     for x in (outputs.dq, scratch.dk_sum, scratch.dv_sum, scratch.f_bar, scratch.x_rows):
         x[...] = jnp.zeros_like(x)
-    gradient = _Gradient(head, spec, inputs, scratch)
+    for x in (outputs.d_a, outputs.d_b):
+        if x is not None:
+            x[...] = jnp.zeros_like(x)
+    gradient = _Gradient(head, spec, inputs, outputs, scratch)
     gradient.start()
     score_bar, f_bar_bin = zero, inputs.d_f[:, sizes.rows :][:, :1] if head.dustbin else zero
     for r in range(spec.tail_steps, 0, -1):
         score_bar = gradient.pull_back_step(r, f_bar_bin, score_bar)
         f_bar_bin = zero  # only the last step's f is handed out
-    gradient.write(outputs, score_bar)
+    gradient.write(score_bar)
 
 
 class _Gradient:
     """The backward pass of one head: the plan's cotangent, the tail steps, then queries and keys."""
 
-    def __init__(self, head: Head, spec: SinkhornSpec, inputs: Inputs, scratch: Scratch):
-        self.head, self.tail, self.inputs, self.scratch = head, spec.tail_steps, inputs, scratch
+    def __init__(self, head: Head, spec: SinkhornSpec, inputs: Inputs, outputs: Outputs, scratch: Scratch):
+        self.head, self.tail, self.inputs, self.outputs, self.scratch = head, spec.tail_steps, inputs, outputs, scratch
+        self.tau_a, self.tau_b = spec.tau_a, spec.tau_b
         if scratch.tiles is not None:
             head.each_group(self._make_scores)
 
@@ -96,15 +119,15 @@ class _Gradient:
     def _f(self, r: int, group: Group):
         return upright(self.inputs.f[:, shifted(group.rows, (r - 1) * self.head.sizes.all_rows)])
 
-    def _g(self, s: int, columns):
-        return self.inputs.g[:, shifted(columns, s * self.head.sizes.all_columns)]
+    def _g(self, s: int, columns, tau: float = 1):
+        return over(self.inputs.g[:, shifted(columns, s * self.head.sizes.all_columns)], tau)
 
-    def _bin_row(self, r: int, s: int):
-        """Compute `exp(S + f_r + g_s)` of the dustbin's row."""
+    def _bin_row(self, r: int, s: int, taus: tuple[float, float]):
+        """Compute `exp(S + f_r / tau + g_s / tau)` of the dustbin's row."""
         inputs, sizes = self.inputs, self.head.sizes
         f_bin = inputs.f[:, r * sizes.all_rows - TILE : r * sizes.all_rows][:, :1]
         g = inputs.g[:, s * sizes.all_columns : (s + 1) * sizes.all_columns]
-        return jnp.exp(self.head.bin_row(inputs.b[...]) + f_bin + g)
+        return jnp.exp(self.head.bin_row(inputs.b[...]) + over(f_bin, taus[0]) + over(g, taus[1]))
 
     def start(self) -> None:
         """Compute dv, and the cotangents of the last f and g: row and column sums of P * G, with `G = d_out v^T`."""
@@ -133,7 +156,7 @@ class _Gradient:
         head, scratch, b = self.head, self.scratch, self.inputs.b
         f_bar, g_bar, next_g_bar = scratch.f_bar, scratch.g_bar, scratch.next_g_bar
         x_start, y_start = (r - 1) * head.sizes.rows, (r - 1) * head.sizes.all_columns
-        y = ratio(g_bar[...], b[...], b[...] > 0)
+        y = times(self.tau_b, ratio(g_bar[...], b[...], b[...] > 0))
         scratch.y_columns[:, y_start : y_start + head.sizes.all_columns] = y
         next_g_bar[...] = jnp.zeros_like(next_g_bar)
 
@@ -141,17 +164,25 @@ class _Gradient:
             f = self._f(r, group)
 
             def times_y(n, columns):
-                factor = jnp.exp(self._scores(group, n) + f + self._g(r, columns))
+                factor = jnp.exp(self._scores(group, n) + f + self._g(r, columns, self.tau_b))
                 return factor * scratch.y_columns[:, shifted(columns, y_start)]
 
-            total = head.row_sums(group, times_y)
-            x = jnp.where(head.supported(group), f_bar[:, group.rows] - flat(total), 0)
+            x = f_bar[:, group.rows]
+            if self.tau_b > 0:
+                x -= flat(head.row_sums(group, times_y))
+            x = jnp.where(head.supported(group), x, 0)
+            if self.inputs.a is not None:
+                a = self.inputs.a[:, group.rows]
+                x = ratio(x, a, a > 0)
+            x = times(self.tau_a, x)
             scratch.x_rows[:, shifted(group.rows, x_start)] = x
             f_bar[:, group.rows] = jnp.zeros_like(x)
-            x = upright(x)
+            if self.tau_a == 0 or r == 1:  # nothing needs the cotangent of the last base step's g
+                return carry
+            x, f_over_tau = upright(x), over(f, self.tau_a)
 
             def times_x(n, columns):
-                factor = jnp.exp(self._scores(group, n) + f + self._g(r - 1, columns))
+                factor = jnp.exp(self._scores(group, n) + f_over_tau + self._g(r - 1, columns))
                 next_g_bar[:, columns] -= (factor * x).sum(0, keepdims=True)
 
             head.each_tile(group, times_x)
@@ -164,17 +195,25 @@ class _Gradient:
         return score_bar
 
     def _pull_back_bin_row(self, r: int, y, f_bar_bin, score_bar):
-        here, earlier = self._bin_row(r, r), self._bin_row(r, r - 1)
-        f_bar_bin = f_bar_bin - (here * y).sum(1, keepdims=True)
-        x = ratio(f_bar_bin, self.head.a_bin, self.head.a_bin > 0)
-        self.scratch.next_g_bar[...] -= earlier * x
-        d_scores = here * y + earlier * x
-        residues = iota(1, d_scores.shape) < self.head.sizes.columns  # the corner's score is fixed
-        return score_bar - jnp.where(residues, d_scores, 0).sum(1, keepdims=True)
+        head, terms = self.head, []
+        if self.tau_b > 0:
+            terms.append(self._bin_row(r, r, (1, self.tau_b)) * y)
+            f_bar_bin = f_bar_bin - terms[0].sum(1, keepdims=True)
+        if self.tau_a > 0:
+            x = times(self.tau_a, ratio(f_bar_bin, head.a_bin, head.a_bin > 0))
+            terms.append(self._bin_row(r, r - 1, (self.tau_a, 1)) * x)
+            self.scratch.next_g_bar[...] -= terms[-1]
+            if self.outputs.d_a is not None:
+                self.outputs.d_a[:, head.sizes.rows :] += jnp.where(iota(1, (1, TILE)) == 0, x, 0)
+        residues = iota(1, (1, head.sizes.all_columns)) < head.sizes.columns  # the corner's score is fixed
+        for term in terms:
+            score_bar -= jnp.where(residues, term, 0).sum(1, keepdims=True)
+        return score_bar
 
-    def write(self, outputs: Outputs, score_bar) -> None:
-        """Write the gradients of q, k, v and the dustbin score."""
+    def write(self, score_bar) -> None:
+        """Write the gradients of q, k, v and the dustbin score, and of the targets if they are weights."""
         head, dtype, inputs, dk_sum = self.head, self.head.dtype, self.inputs, self.scratch.dk_sum
+        outputs = self.outputs
 
         def of_group(group, score_bar):
             d_rows, q_rows = head.rows_of(inputs.d_out, group), head.rows_of(inputs.q, group)
@@ -197,18 +236,27 @@ class _Gradient:
         outputs.d_score[...] = self._fold_groups(of_group, score_bar) * jnp.ones_like(outputs.d_score)
         outputs.dk[...] = dk_sum[...].astype(outputs.dk.dtype)
         outputs.dv[...] = self.scratch.dv_sum[...].astype(outputs.dv.dtype)
+        if outputs.d_a is not None and outputs.d_b is not None:
+            # Half steps see log a and log b only: x and y are the cotangents of these, divided by a and b.
+            rows, columns = head.sizes.rows, head.sizes.all_columns
+            for slot in range(self.tail):
+                outputs.d_a[:, :rows] += self.scratch.x_rows[:, slot * rows : (slot + 1) * rows]
+                outputs.d_b[...] += self.scratch.y_columns[:, slot * columns : (slot + 1) * columns]
 
     def _tail_cotangent(self, group: Group, f: list):
         """Return the function of a tile that computes the scores' cotangent without the plan's own part, `P * G`."""
         sizes, scratch = self.head.sizes, self.scratch
         x = [upright(scratch.x_rows[:, shifted(group.rows, slot * sizes.rows)]) for slot in range(self.tail)]
+        f_over_tau = [over(of_step, self.tau_a) for of_step in f] if self.tau_a > 0 else []
 
         def d_tail(n, columns):
             s, total = self._scores(group, n), self.head.zeros()
             for slot in reversed(range(self.tail)):
-                y = scratch.y_columns[:, shifted(columns, slot * sizes.all_columns)]
-                total -= jnp.exp(s + f[slot] + self._g(slot + 1, columns)) * y
-                total -= jnp.exp(s + f[slot] + self._g(slot, columns)) * x[slot]
+                if self.tau_b > 0:
+                    y = scratch.y_columns[:, shifted(columns, slot * sizes.all_columns)]
+                    total -= jnp.exp(s + f[slot] + self._g(slot + 1, columns, self.tau_b)) * y
+                if self.tau_a > 0:
+                    total -= jnp.exp(s + f_over_tau[slot] + self._g(slot, columns)) * x[slot]
             return total
 
         return d_tail

@@ -49,6 +49,7 @@ class HeadTables(NamedTuple):
     integers: Array  # int32; for each head n_q, n_k, then for each group `first`, `number`, `inner`, `inner_end`
     scalars: Array  # for each head the dustbin's score and the target of its row
     b: Array  # [N, 1, all columns], targets of columns
+    a: Array | None  # [N, 1, rows], targets of rows, if there are weights: otherwise 1 where there is support
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec, sizes: Sizes) -> "HeadTables":
@@ -66,9 +67,10 @@ class HeadTables(NamedTuple):
         inner_end = jnp.where(start + TILE <= n_q[:, None], inner_end, inner)
         groups = jnp.stack([first, number, inner, inner_end], -1)
         integers = jnp.concatenate([jnp.stack([n_q, n_k], -1), groups.reshape(len(n_q), -1)], -1).reshape(-1)
-        a, b = support.targets(n_q, n_k, heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype)
+        a, b = support.targets_of(heads, spec, dtype)
         scalars = jnp.stack([heads.dustbin_score.astype(dtype), a[:, -1]], -1).reshape(-1)
-        return cls(integers, scalars, with_dustbin(b, sizes.columns, sizes.all_columns))
+        of_rows = None if heads.row_weights is None else with_dustbin(a, sizes.rows, sizes.rows)
+        return cls(integers, scalars, with_dustbin(b, sizes.columns, sizes.all_columns), of_rows)
 
 
 class Group(NamedTuple):
@@ -243,6 +245,16 @@ def flat(x):
 def ratio(x, y, where=None):
     """Return x / y where x > 0 (or `where`), else 0; far out of any range where y is 0 and x is not."""
     return jnp.where(x > 0 if where is None else where, x / jnp.maximum(y, 1e-30), 0)
+
+
+def times(tau: float, x):
+    """Return tau x; kernels of problems that are not relaxed have no such product."""
+    return x if tau == 1 else tau * x
+
+
+def over(x, tau: float):
+    """Return x / tau, likewise."""
+    return x if tau == 1 else x / tau
 
 
 def log(x):
