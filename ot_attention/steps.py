@@ -178,7 +178,7 @@ class _ScaledKernel(NamedTuple):
             at_once = math.ceil(steps / math.ceil(steps / _STEPS_BETWEEN_CHECKS))
             step = functools.partial(jax.lax.fori_loop, 0, at_once, lambda _, c: self._step(c))
         u, v = jnp.where(a > 0, 1, a), jnp.where(b > 0, 1, b)
-        if self.problem.spec.tolerance:  # a step is compared with the one before
+        if self.problem.spec.tolerance or self.problem.spec.solver == "newton":  # they look at the step before
             u = jnp.where(a > 0, jnp.exp(start.last(self.problem.spec)[0] - self.f), a)
         carry = _Scaling(start, start.step >= 0, u, v)
         carry = jax.lax.while_loop(lambda c: (c.progress.step < steps) & c.fits, step, carry)
