@@ -16,6 +16,8 @@ from ot_attention.spec import AllColumns, AllRows, Heads, Lengths, SinkhornSpec
 # Scalings beyond it are absorbed into the potentials. A row's largest kernel entry is 1, or at least e^-16 where the
 # row maximum is skipped: entries too small for float32 hold under 1e-10 of a row or column.
 _SCALING_RANGE = 1e10
+# Relaxed scalings of smaller sums would be in range, and wrong: float32 has lost entries of these sums.
+_LEAST_SUM = 1e-25
 # `exp(S)` needs no row maximum below this score.
 _LARGEST_PLAIN_SCORE = 16.0
 
@@ -141,12 +143,12 @@ def in_range(scaling: Array, target: Array) -> Bool[Array, ""]:
 
 
 def _scaling(target: Array, sums: Array, tau: float, absorbed: Array) -> Array:
-    """Compute `exp(tau (log target - log sums + absorbed) - absorbed)`, 0 where there is no target."""
+    """Compute `exp(tau (log target - log sums + absorbed) - absorbed)`, 0 where there is no target or no sum."""
     scaling = support.divide(target, sums)
     if tau == 1:
         return scaling
     relaxed = jnp.exp(tau * support.log(scaling) - (1 - tau) * absorbed)
-    return jnp.where(target > 0, relaxed, 0)
+    return jnp.where((target > 0) & ((sums > _LEAST_SUM) | (tau == 0)), relaxed, 0)
 
 
 def _met(target: Array, potential: Array, tau: float) -> Array:

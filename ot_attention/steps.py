@@ -54,7 +54,8 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
     def step(carry):
         """Return the next potentials, and the largest change of each in one step so far."""
         f, g, *largest = carry
-        moves = [support.log(x) for x in scalings(f, g)]
+        # A scaling of 0 where there is a target makes an infinite move: its sum was lost to underflow.
+        moves = [jnp.log(jnp.where(target > 0, x, 1)) for x, target in zip(scalings(f, g), (a, b), strict=True)]
         return f + moves[0], g + moves[1], *map(jnp.maximum, largest, map(jnp.abs, moves))
 
     def base_step(carry):
