@@ -127,7 +127,9 @@ def _lengths(name: str, lengths: Any, leading: list, longest: int) -> Int[Array,
     return as_lengths(name, None if lengths is None else _fitting(name, lengths, leading), longest, number)
 
 
-def _weights(name: str, weights: Any, leading: list, length: int, n: Int[Array, "N"]) -> Float[Array, "N length"] | None:
+def _weights(
+    name: str, weights: Any, leading: list, length: int, n: Int[Array, "N"]
+) -> Float[Array, "N length"] | None:
     if weights is None:
         return None
     weights = _fitting(name, weights, leading, length)

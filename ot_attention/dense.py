@@ -93,9 +93,7 @@ def _all_at_once(problem: Problem, spec: SinkhornSpec, start: _Progress) -> _Pro
     carry = _ones(problem), support.varying_like(a, (jnp.ones_like(a, bool), jnp.ones_like(b, bool)))
     (u, v), fits = jax.lax.fori_loop(0, spec.base_steps, step, carry)
     done = fits[0].all(-1) & fits[1].all(-1)
-    f, g = (
-        jnp.where(done[:, None], x + support.log(y), x) for x, y in ((start.f, u), (start.g, v))
-    )
+    f, g = (jnp.where(done[:, None], x + support.log(y), x) for x, y in ((start.f, u), (start.g, v)))
     return _Progress(f, g, jnp.where(done, spec.base_steps, start.made), start.settled)
 
 
