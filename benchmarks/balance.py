@@ -112,7 +112,8 @@ def errors(method: str, case: Case, actual: tuple) -> dict[str, float]:
 
 def measure(name: str, case: Case, rounds: int) -> list[harness.Row]:
     """Measure error, memory and time of every method; how it fails where it does, and ott-jax where it is installed."""
-    rows, calls = {}, {}
+    rows: dict[str, harness.Row] = {}
+    calls: dict[tuple[str, str], Callable] = {}
     for method in tqdm([m for m in METHODS if HAS_OTT or not m.startswith("ott")], desc=name, disable=None):
         own: dict[str, Callable] = {}
         row = harness.or_failure(functools.partial(_compiled, method, case, own))

@@ -48,15 +48,10 @@ def balance(
     Raises ValueError for shapes, dtypes, lengths or weights that do not fit, naming the argument. Inside `jit` lengths
     are clipped, and weights that are not finite and above 0 make their matrix NaN.
     """
-    scores = as_array("scores", scores)
-    if len(scores.shape) < 2 or 0 in scores.shape:
-        raise ValueError(f"scores has shape {scores.shape}; it must be [..., rows, columns], none of them 0")
-    if scores.dtype not in DTYPES:
-        raise ValueError(f"scores has dtype {scores.dtype}; it must be one of {', '.join(DTYPES)}")
+    array = _scores(scores)
     if not isinstance(spec, SinkhornSpec):
         raise ValueError(f"spec={spec!r} must be a SinkhornSpec")
-    *leading, rows, columns = scores.shape
-    scores = jnp.asarray(scores).reshape(-1, rows, columns)
+    *leading, rows, columns = array.shape
     n_rows = _lengths("row_lengths", row_lengths, leading, rows)
     n_columns = _lengths("column_lengths", column_lengths, leading, columns)
     weights = (
@@ -65,7 +60,7 @@ def balance(
     )
     score = _dustbin_score(dustbin_score, spec, leading)
     spec = dataclasses.replace(spec.settled(), epsilon=1.0)
-    plan, info = _balanced(scores, n_rows, n_columns, weights, score, spec)
+    plan, info = _balanced(array.reshape(-1, rows, columns), n_rows, n_columns, weights, score, spec)
     return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), (plan, info))
 
 
@@ -107,6 +102,15 @@ def _problem(scores, n_rows, n_columns, weights, score, spec: SinkhornSpec) -> t
     corner = jnp.where(exists, jnp.zeros((), dtype), -jnp.inf)
     scores = jnp.concatenate([scores, column[:, :, None]], 2)
     return jnp.concatenate([scores, jnp.concatenate([row, corner], -1)[:, None]], 1), a, b
+
+
+def _scores(x: Any) -> Float[Array, "... rows columns"]:
+    x = as_array("scores", x)
+    if len(x.shape) < 2 or 0 in x.shape:
+        raise ValueError(f"scores has shape {x.shape}; it must be [..., rows, columns], none of them 0")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"scores has dtype {x.dtype}; it must be one of {', '.join(DTYPES)}")
+    return jnp.asarray(x)
 
 
 def _fitting(name: str, x: Any, leading: list, *length: int) -> Any:

@@ -3,6 +3,7 @@
 The definitions are those of `reference`, in docs/math.md, sections 3 to 6.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -48,6 +49,8 @@ def solve(problem: Problem, spec: SinkhornSpec) -> Solved:
     if spec.gradient == "unrolled":
         return reference.balance(*problem, spec, basis=None)
     scores, a, b = problem
+    if isinstance(a.shape[1], int):  # conjugate gradients end after as many steps as there are unknowns
+        spec = dataclasses.replace(spec, cg_steps=min(spec.cg_steps, a.shape[1]))
     constants = jax.lax.stop_gradient(problem)
     f, g, made = _base_steps(constants, spec)
     if spec.solver == "newton":
