@@ -103,7 +103,9 @@ def compare(spec, *, unrolled=False, weighted=True, masked=True, sd=1.0, rtol=1e
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("dustbin", "taus"), zip(["none", "unit", "full", "none", "full"], TAUS, strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("dustbin", "taus"), [*zip(["none", "unit", "full", "none", "full"], TAUS, strict=True)], ids=str
+)
 def test_tail_is_that_of_plain_half_steps(dustbin, taus):
     compare(SinkhornSpec(base_steps=6, tail_steps=3, dustbin=dustbin, tau_a=taus[0], tau_b=taus[1]))
 
