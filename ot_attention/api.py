@@ -25,7 +25,7 @@ from ot_attention.spec import (
 )
 from ot_attention.support import cleaned
 
-_DTYPES = ("bfloat16", "float32", "float64")
+DTYPES = ("bfloat16", "float32", "float64")
 
 
 @support.promoting
@@ -156,8 +156,8 @@ class Checked(NamedTuple):
             epsilon, spec = spec.epsilon, dataclasses.replace(spec, epsilon=1.0)
         score = _score(dustbin_score, spec, heads, support.potential_dtype(q, k, v))
         n_q, n_k = as_lengths("q_lengths", q_lengths, rows, batch), as_lengths("k_lengths", k_lengths, columns, batch)
-        row_weights = _weights("row_weights", weights[0], (batch, rows), n_q)
-        column_weights = _weights("column_weights", weights[1], (batch, columns), n_k)
+        row_weights = as_weights("row_weights", weights[0], (batch, rows), n_q)
+        column_weights = as_weights("column_weights", weights[1], (batch, columns), n_k)
         return cls(q, k, v, score, n_q, n_k, epsilon, row_weights, column_weights, spec.settled())
 
     def of_every_head(
@@ -227,8 +227,8 @@ def as_heads(name: str, x: Any) -> Float[Array, "batch length heads width"]:
     x = as_array(name, x)
     if len(x.shape) != 4 or 0 in x.shape:
         raise ValueError(f"{name} has shape {x.shape}; it must be [batch, length, heads, width], none of them 0")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(_DTYPES)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(DTYPES)}")
     return jnp.asarray(x)
 
 
@@ -251,20 +251,20 @@ def _score(score: Any, spec: SinkhornSpec, heads: int, dtype) -> Float[Array, "h
     if score is None:
         return jnp.zeros(heads, dtype)
     score = as_array("dustbin_score", score)
-    is_number = score.dtype in _DTYPES or jnp.issubdtype(score.dtype, jnp.integer)
+    is_number = score.dtype in DTYPES or jnp.issubdtype(score.dtype, jnp.integer)
     if score.shape not in ((), (heads,)) or not is_number:
         raise ValueError(
             f"dustbin_score must be {heads} floats, one a head; given {score.dtype} of shape {score.shape}"
         )
-    return jnp.broadcast_to(jnp.asarray(score, None if score.dtype in _DTYPES else dtype), (heads,))
+    return jnp.broadcast_to(jnp.asarray(score, None if score.dtype in DTYPES else dtype), (heads,))
 
 
-def _weights(name: str, weights: Any, shape: tuple, n: Int[Array, "batch"]) -> Float[Array, "batch length"] | None:
+def as_weights(name: str, weights: Any, shape: tuple, n: Int[Array, "batch"]) -> Float[Array, "batch length"] | None:
     """Return weights as floats, 1 at padding if it is known. Raises ValueError, for values only if they are known."""
     if weights is None:
         return None
     weights = as_array(name, weights)
-    is_number = weights.dtype in _DTYPES or jnp.issubdtype(weights.dtype, jnp.integer)
+    is_number = weights.dtype in DTYPES or jnp.issubdtype(weights.dtype, jnp.integer)
     if weights.shape != shape or not is_number:
         raise ValueError(f"{name} has shape {weights.shape} and dtype {weights.dtype}; it must be {shape} floats")
     if not any(isinstance(x, jax.core.Tracer) for x in (weights, n)):
@@ -273,7 +273,7 @@ def _weights(name: str, weights: Any, shape: tuple, n: Int[Array, "batch"]) -> F
         if not (np.isfinite(values) & (values > 0)).all():
             wrong = values[~(np.isfinite(values) & (values > 0))][0]
             raise ValueError(f"{name} holds {wrong}; weights of residues must be finite numbers above 0")
-    return jnp.asarray(weights, None if weights.dtype in _DTYPES else jnp.float32)
+    return jnp.asarray(weights, None if weights.dtype in DTYPES else jnp.float32)
 
 
 def as_lengths(name: str, lengths: Any, longest: int, batch: int) -> Int[Array, "batch"]:

@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     column_diagonal: AllColumns
     bin_column: AllRows  # the plan's last column and row
     bin_row: AllColumns
-    coarse_basis: Basis
+    coarse_basis: Basis | None  # none where rows and columns have no order
     has_gauge: bool  # whether (f + c, g - c) has the same plan for any c: not where marginals are relaxed
 
 
@@ -130,6 +130,8 @@ def newton_correction(plan: Plan, a: AllRows, steps: int) -> AllColumns:
 
 def _preconditioner(plan: Plan) -> Callable[[Array], Array]:
     """Return the preconditioner `diag(1/a) + Z C^-1 Z^T` (docs/math.md, section 5)."""
+    if plan.coarse_basis is None:
+        return lambda r: divide(r, plan.row_diagonal)
     padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in plan.coarse_basis)
     a, (row_basis, column_basis) = plan.row_diagonal, (x.at[:, -1, -1].set(1) for x in padded)
     inverse = _coarse_inverse(plan, row_basis, column_basis)

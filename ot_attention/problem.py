@@ -47,11 +47,11 @@ class Problem(NamedTuple):
 
     def row_scaling(self, sums: AllRows, absorbed: AllRows) -> AllRows:
         """Compute `u = exp(f - absorbed)` of the half step to f, from the row sums of `exp(S + absorbed + g)`."""
-        return _scaling(self.a, sums, self.spec.tau_a, absorbed)
+        return scaling_of(self.a, sums, self.spec.tau_a, absorbed)
 
     def column_scaling(self, sums: AllColumns, absorbed: AllColumns) -> AllColumns:
         """Compute `v = exp(g - absorbed)` of the half step to g, from the column sums of `exp(S + f + absorbed)`."""
-        return _scaling(self.b, sums, self.spec.tau_b, absorbed)
+        return scaling_of(self.b, sums, self.spec.tau_b, absorbed)
 
     def row_sums(self, f: AllRows) -> AllRows:
         """Return the row sums that the plan has after the half step to f: a, unless relaxed."""
@@ -139,10 +139,15 @@ def column_potentials(problem: Problem, f: AllRows) -> AllColumns:
 
 def in_range(scaling: Array, target: Array) -> Bool[Array, ""]:
     """Tell whether all scalings that have a target can go on without absorption."""
-    return jnp.all(((scaling > 1 / _SCALING_RANGE) & (scaling < _SCALING_RANGE)) | (target == 0))
+    return jnp.all(fit(scaling, target))
 
 
-def _scaling(target: Array, sums: Array, tau: float, absorbed: Array) -> Array:
+def fit(scaling: Array, target: Array) -> Bool[Array, "..."]:
+    """Tell which scalings can go on without absorption; those without a target can."""
+    return ((scaling > 1 / _SCALING_RANGE) & (scaling < _SCALING_RANGE)) | (target == 0)
+
+
+def scaling_of(target: Array, sums: Array, tau: float, absorbed: Array) -> Array:
     """Compute `exp(tau (log target - log sums + absorbed) - absorbed)`, 0 where there is no target or no sum."""
     scaling = support.divide(target, sums)
     if tau == 1:

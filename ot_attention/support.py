@@ -140,14 +140,18 @@ def targets(
         if is_relaxed:  # then nothing depends on the scale
             mass = lengths[0] if weights[1] is None else column_mass
         b = b * divide(mass, column_mass)
-        row_bin, column_bin = jnp.zeros_like(row_mass), jnp.zeros_like(row_mass)
-    elif dustbin == "unit":
-        row_bin = 1 + jnp.maximum(column_mass - row_mass, 0)
-        column_bin = 1 + jnp.maximum(row_mass - column_mass, 0)
-    else:
-        # The corner can take all the mass that residues match, so that every residue of either side may be a gap.
-        row_bin, column_bin = column_mass, row_mass
+    row_bin, column_bin = dustbin_targets(row_mass, column_mass, dustbin)
     return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
+
+
+def dustbin_targets(row_mass: Array, column_mass: Array, dustbin: Dustbin) -> tuple[Array, Array]:
+    """Return the targets of the dustbin's row and column, from the sums of the residues' targets."""
+    if dustbin == "none":
+        return jnp.zeros_like(row_mass), jnp.zeros_like(column_mass)
+    if dustbin == "unit":
+        return 1 + jnp.maximum(column_mass - row_mass, 0), 1 + jnp.maximum(row_mass - column_mass, 0)
+    # The corner can take all the mass that residues match, so that every residue of either side may be a gap.
+    return column_mass, row_mass
 
 
 def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:

@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Not ot_attention.spec and api, which check their arguments themselves, with messages that tests look for.
-_NAMES = ("asap", "backends.xla", "plans", "problem", "reference", "sinkhorn", "steps", "support")
+_NAMES = ("asap", "backends.xla", "dense", "plans", "problem", "reference", "sinkhorn", "steps", "support")
 _CHECKED = [f"ot_attention.{name}" for name in _NAMES]
 install_import_hook(
     [*_CHECKED, "data", "models", "training", "alignment", "evaluation"], "beartype.beartype"
@@ -39,6 +39,7 @@ _LONGEST_FIRST = [
     "test_second_order",
     "test_eval",
     "test_attention",
+    "test_balance",
     "test_report",
     "test_gpu",
     "test_bench_attention",
@@ -61,6 +62,8 @@ _LONGEST_FIRST = [
     "test_train",
     "test_run_config",
     "test_implicit",
+    "test_bench_balance",
+    "test_ott",
     "test_sparse",
     "test_decode",
     "test_refinement",

@@ -29,6 +29,7 @@ MISTAKES = {
     "scripts/align.py": ["{file}/none.fasta"],
     "scripts/aot_report.py": [f"--config={ROOT}/configs/r2_balanced.py", "--output={file}/x.json"],
     "scripts/bench_attention.py": ["--figure={file}/x.png"],
+    "scripts/bench_balance.py": ["--output={file}/x.jsonl"],
     "scripts/bench_gpu.py": ["--all", "--tiny", "--output={file}/x"],
     "scripts/build_pfam.py": ["--verify={file}/none"],
     "scripts/compile_asap.py": ["--workdir={file}/none"],
