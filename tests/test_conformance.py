@@ -83,14 +83,16 @@ RELAXED = [
 
 
 def relaxed_cases() -> list:
-    """All with and without weights; interpreted kernels have two in the quick suite, for they take long."""
+    """All with and without weights; of interpreted kernels, which take long, one is in the quick suite."""
+
+    def is_quick(implementation: str, n: int, weighted: bool) -> bool:
+        return implementation not in INTERPRETED or (implementation == "pallas_gpu" and n == 0 and weighted)
+
     return [
         pytest.param(
             *(implementation, *case, weighted),
             id=f"{implementation}-{case[0]}, {case[1]}, {', '.join(case[2])}{', weights' * weighted}",
-            marks=pytest.mark.slow
-            if implementation in INTERPRETED and (n, weighted) not in ((0, True), (2, False))
-            else (),
+            marks=() if is_quick(implementation, n, weighted) else pytest.mark.slow,
         )
         for implementation in IMPLEMENTATIONS[1:]
         for n, case in enumerate(RELAXED)
