@@ -22,7 +22,8 @@ import command_line
 from benchmarks import attention, harness
 from data import files
 
-_COLUMNS = "case method error_out error_gradient error_gradient_to_converged forward_ms forward_to_softmax "
+_COLUMNS = "case method error_out error_gradient error_out_to_converged error_gradient_to_converged "
+_COLUMNS += "forward_ms forward_to_softmax forward_fastest_softmax "
 _COLUMNS += "forward_backward_ms forward_backward_to_softmax forward_backward_fastest_softmax temporary_MB"
 _TITLES = {"scaling": "W = 256", "sparse": "blocks of 64"}
 

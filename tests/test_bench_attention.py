@@ -13,7 +13,16 @@ PEERS = "softmax", "softmax head by head", "tail", "ott unrolled", "ott implicit
 BANDED = "softmax 64", "softmax 64 head by head", "softmax 128", "softmax 128 head by head"
 TINY = {
     "full": Case(1, 1, 24, None, PEERS, width=8),
-    "band": Case(2, 1, 280, 6, (*BANDED, "tail", "newton, implicit"), width=8, dustbin="full", ragged=True),
+    "band": Case(
+        2,
+        1,
+        280,
+        6,
+        (*BANDED, "tail", "newton, implicit", "tail, tau .9", "softmax end"),
+        width=8,
+        dustbin="full",
+        ragged=True,
+    ),
 }
 SPARSE = {
     f"sparse {length}": Case(1, 1, length, None, ("softmax, dense", "sparse sinkhorn", "sparse sinkhorn, sortcut"), 8)
@@ -48,6 +57,9 @@ def test_all_methods_solve_the_same_problem(measured):
     bias = {row["method"]: row["error"].get("gradient_to_converged") for row in rows if row["case"] == "band"}
     assert bias["newton, implicit"] < 1e-4 < bias["tail"]
     assert bias["softmax 64"] is None
+    of_dial = {row["method"]: row["error"] for row in rows if row["method"] in ("tail, tau .9", "softmax end")}
+    assert of_dial["softmax end"]["gradient_to_converged"] < 1e-5
+    assert of_dial["tail, tau .9"]["out_to_converged"] < 1e-3
 
 
 def test_times_memory_and_ratios_are_reported(measured):
