@@ -58,7 +58,7 @@ class Case:
 _BANDED = "softmax 64", "softmax 64 head by head", "softmax 128", "softmax 128 head by head"
 _WHOLE = "softmax", "softmax head by head"  # of full support, or where blocks would cover nearly all
 _OURS = "tail", "newton, tail", "newton, implicit"
-_DIAL = "tail, tolerance", "tail, tau .9", "tail, tau .5", "softmax end"
+_DIAL = "tail, tolerance", "tail, tau .9", "tail, tau .5", "tail, tau (1, 0)"
 _PEERS = "tail", "dense unrolled", "ott unrolled", "ott implicit", "ott kernel mode"
 CASES = {
     "long": Case(1, 4, 2048, 256, (*_BANDED, *_OURS, *_DIAL[1:])),
@@ -147,7 +147,7 @@ _EARLY: dict = {"base_steps": 200, "tolerance": 1e-4}  # as many steps as that t
 _RELAXED: dict[str, dict] = {
     "tail, tau .9": {"tau_a": 0.9, "tau_b": 0.9},
     "tail, tau .5": {"tau_a": 0.5, "tau_b": 0.5},
-    "softmax end": {"tau_a": 1.0, "tau_b": 0.0},
+    "tail, tau (1, 0)": {"tau_a": 1.0, "tau_b": 0.0},
 }
 _DENSE = functools.partial(sparse.softmax_attention, causal=False)
 METHODS: dict[str, Callable[[Case, str], Callable]] = {

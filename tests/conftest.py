@@ -18,8 +18,8 @@ if not _IS_WORKER:
     os.environ["OT_TEST_FOLDER"] = tempfile.mkdtemp(prefix="ot_attention_tests_")
     # Equal programs of different processes are compiled once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["OT_TEST_FOLDER"], "compiled"))  # noqa: PTH118
-    # Not the smallest programs: XLA once crashed while it wrote one of thousands.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    # Only programs that take long: XLA crashed twice while it wrote one of thousands.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

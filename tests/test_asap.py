@@ -251,7 +251,7 @@ def test_newton_steps_reach_the_least_divergence():
         """Summed over problems, by head."""
         total = 0
         for given in samples:
-            f, g, _ = apply(of, given.q, given.k, given.k, spec, *given[2:5])[1]
+            f, g, *_ = apply(of, given.q, given.k, given.k, spec, *given[2:5])[1]
             teacher = attend(given.q, given.k, given.k, spec, *given[2:5])[1]
             compared = deviation(given.q, given.k, spec, *given[2:5], teacher=teacher[:2], student=(f, g))
             masses = transport_plan(given.q, given.k, spec, *given[2:5]).sum((2, 3))

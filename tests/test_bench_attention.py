@@ -9,6 +9,7 @@ from benchmarks import attention, harness
 from benchmarks.attention import Case
 from scripts import bench_attention
 
+LONG = attention.CASES["long"]
 PEERS = "softmax", "softmax head by head", "tail", "ott unrolled", "ott implicit"
 BANDED = "softmax 64", "softmax 64 head by head", "softmax 128", "softmax 128 head by head"
 TINY = {
@@ -18,7 +19,7 @@ TINY = {
         1,
         280,
         6,
-        (*BANDED, "tail", "newton, implicit", "tail, tau .9", "softmax end"),
+        (*BANDED, "tail", "newton, implicit", "tail, tau .9", "tail, tau (1, 0)"),
         width=8,
         dustbin="full",
         ragged=True,
@@ -57,8 +58,8 @@ def test_all_methods_solve_the_same_problem(measured):
     bias = {row["method"]: row["error"].get("gradient_to_converged") for row in rows if row["case"] == "band"}
     assert bias["newton, implicit"] < 1e-4 < bias["tail"]
     assert bias["softmax 64"] is None
-    of_dial = {row["method"]: row["error"] for row in rows if row["method"] in ("tail, tau .9", "softmax end")}
-    assert of_dial["softmax end"]["gradient_to_converged"] < 1e-5
+    of_dial = {row["method"]: row["error"] for row in rows if row["method"] in ("tail, tau .9", "tail, tau (1, 0)")}
+    assert of_dial["tail, tau (1, 0)"]["gradient_to_converged"] < 1e-5
     assert of_dial["tail, tau .9"]["out_to_converged"] < 1e-3
 
 
@@ -81,9 +82,8 @@ def test_times_memory_and_ratios_are_reported(measured):
 
 def test_softmax_programs_have_blocks_of_their_own():
     """The program that ours is compared with does not change with the block size of our band."""
-    case = attention.CASES["long"]
-    for method in attention.CASES["long"].methods[:4]:
-        text = str(jax.make_jaxpr(attention.METHODS[method](case, "xla"))(*case.arguments()[:-1]))
+    for method in LONG.methods[:4]:
+        text = str(jax.make_jaxpr(attention.METHODS[method](LONG, "xla"))(*LONG.arguments()[:-1]))
         block, heads = (64, 128)["128" in method], 1 if "head by head" in method else 4
         tiles = f"f32[{heads},{2048 // block},{block},{block + 512}]"
         assert tiles in text and not any(f"f32[{5 - heads},{2048 // b},{b}," in text for b in (64, 128)), method
