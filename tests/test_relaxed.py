@@ -293,3 +293,18 @@ def test_asap_refuses_relaxed_marginals():
 
     with pytest.raises(UnsupportedError, match="tau_a"):
         asap.maps.check_fixed(SinkhornSpec(tau_a=0.5))
+
+
+def test_relaxed_sums_too_small_for_float32_are_made_in_the_log_domain():
+    """A share of the logarithm of a sum is in range, though the sum is not: 0 would pass for 1."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(2, n, 2, 8)) for n in (60, 150))
+    spec = SinkhornSpec(band=8, base_steps=2, tail_steps=1, tau_b=0.1)
+
+    def columns(implementation, dtype):
+        arrays = (jnp.asarray(x, dtype) for x in (100 * q, k, k))
+        return sinkhorn_attention(*arrays, spec, implementation=implementation)[1].g
+
+    with jax.enable_x64(True):
+        exact = np.asarray(columns("reference", "float64"))
+    assert abs(columns("xla", "float32") - exact).max() < 1e-5 * abs(exact).max()
