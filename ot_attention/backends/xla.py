@@ -63,7 +63,8 @@ class Band:
     @classmethod
     def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float):
         created = cls.create(n_q, n_k, q.shape[1], k.shape[1], band)
-        return created, created.outer(q * scale, k)
+        # The mask is made here: in `shift`, within a `cond` on a mesh of explicit axes, JAX refuses it.
+        return created, created.mask(created.outer(q * scale, k), -jnp.inf)
 
     @staticmethod
     def heads_at_once(number: Size, rows: Size, columns: Size, band: int | None, itemsize: int) -> int:
@@ -126,9 +127,7 @@ class Band:
         return tiles - others
 
     def shift(self, tiles, row: AllRows, column: AllColumns):
-        # XLA makes sum, mask and `exp` in one pass over the products.
-        shifted = tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
-        return self.mask(shifted, -jnp.inf)
+        return tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
 
     def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
         return self.put_rows(jnp.einsum("nbij,nbj...->nbi...", tiles, self.take_columns(x), precision=_PRECISION))
