@@ -29,16 +29,17 @@ Tiles = Float[Array, "N blocks block reach"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["first", "last", "row_start", "column_start"],
+    data_fields=["first", "last", "row_start", "column_start", "places"],
     meta_fields=["rows", "columns", "block", "reach"],
 )
 class Band:
     """Cells of the support, and their places in tiles `[N, blocks, block, reach]` of consecutive rows and columns."""
 
-    def __init__(self, first, last, row_start, column_start, rows, columns, block, reach):
+    def __init__(self, first, last, row_start, column_start, places, rows, columns, block, reach):
         self.first, self.last = first, last  # [N, Lq], windows of all rows
         self.row_start = row_start  # [N, blocks + 1], of each tile and past the last; a tile may run past its last row
         self.column_start = column_start  # [N, blocks]; a tile may run past the last column
+        self.places = places  # [N, 1, block] and [N, 1, reach], of rows and columns in a tile
         self.rows, self.columns, self.block, self.reach = rows, columns, block, reach
 
     @staticmethod
@@ -52,19 +53,21 @@ class Band:
         index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
         first, last = support.row_windows(index, n_q, n_k, band)
         block, reach, blocks = block_shape(rows, columns, band, block)
+        # Zeros from lengths, for `vmap` over a mesh of explicit axes: JAX refuses constants within a `cond` there.
+        none = (n_q - n_q)[:, None]
+        places = tuple(none[:, None] + jnp.arange(size, dtype=jnp.int32) for size in (block, reach))
         if blocks == 1:
-            none = jnp.zeros((*n_q.shape, 1), jnp.int32)
-            return cls(first, last, jnp.concatenate([none, none + rows], 1), none, rows, columns, block, reach)
+            row_start = jnp.concatenate([none, none + rows], 1)
+            return cls(first, last, row_start, none, places, rows, columns, block, reach)
         number = jnp.arange(blocks + 1, dtype=jnp.int32)
         row_start = jnp.minimum(first_row_at(number * block, n_q[:, None], n_k[:, None]), rows)
         column_start = jnp.take_along_axis(first, jnp.minimum(row_start[:, :-1], rows - 1), axis=1)
-        return cls(first, last, row_start, column_start, rows, columns, block, reach)
+        return cls(first, last, row_start, column_start, places, rows, columns, block, reach)
 
     @classmethod
     def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float):
         created = cls.create(n_q, n_k, q.shape[1], k.shape[1], band)
-        # The mask is made here: in `shift`, within a `cond` on a mesh of explicit axes, JAX refuses it.
-        return created, created.mask(created.outer(q * scale, k), -jnp.inf)
+        return created, created.outer(q * scale, k)
 
     @staticmethod
     def heads_at_once(number: Size, rows: Size, columns: Size, band: int | None, itemsize: int) -> int:
@@ -112,9 +115,10 @@ class Band:
 
     def mask(self, tiles: Tiles, fill: float) -> Tiles:
         first, last = (self.take_rows(x)[..., None] for x in (self.first, self.last))
-        column = self.column_start[:, :, None, None] + jnp.arange(self.reach, dtype=jnp.int32)
+        place, other_place = self.places
+        column = (self.column_start[:, :, None] + other_place)[:, :, None]
         rows = (self.row_start[:, 1:] - self.row_start[:, :-1])[:, :, None, None]
-        in_block = jnp.arange(self.block, dtype=jnp.int32)[:, None] < rows
+        in_block = place[..., None] < rows
         return jnp.where((column >= first) & (column <= last) & in_block, tiles, fill)
 
     def exp(self, tiles):
@@ -127,7 +131,9 @@ class Band:
         return tiles - others
 
     def shift(self, tiles, row: AllRows, column: AllColumns):
-        return tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
+        # XLA makes sum, mask and `exp` in one pass over the products.
+        shifted = tiles + self.take_rows(row[:, :-1])[..., None] + self.take_columns(column[:, :-1])[:, :, None, :]
+        return self.mask(shifted, -jnp.inf)
 
     def times(self, tiles, x: Float[Array, "N columns ..."]) -> Float[Array, "N rows ..."]:
         return self.put_rows(jnp.einsum("nbij,nbj...->nbi...", tiles, self.take_columns(x), precision=_PRECISION))
