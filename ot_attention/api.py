@@ -22,6 +22,7 @@ from ot_attention.spec import (
     SinkhornSpec,
     UnsupportedError,
     WeightsLike,
+    nan_unless,
 )
 from ot_attention.support import cleaned
 
@@ -183,10 +184,10 @@ def _of_every_head(
         # Padding must not reach the gradient of epsilon.
         q = support.zero_padding(q, n_q).astype(dtype) / epsilon.astype(dtype)
     for weights, n in ((row_weights, n_q), (column_weights, n_k)):
-        if isinstance(weights, jax.core.Tracer):  # no error can say that they are wrong: everything becomes NaN
+        if isinstance(weights, jax.core.Tracer):  # wrong ones make everything NaN
             real = jnp.arange(weights.shape[1]) < n[:, None]
             right = jnp.all(~real | ((weights > 0) & (weights < jnp.inf)))
-            q = q + jnp.log(jnp.where(right, 1, -1)).astype(q.dtype)
+            q = q + nan_unless(right, q.dtype)
     batch, heads = q.shape[0], q.shape[2]
     given = by_head(q, k, v, score, n_q, n_k, row_weights, column_weights)
     more = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), layers), examples

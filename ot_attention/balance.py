@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Integer, Num
 
 from ot_attention import dense, support
 from ot_attention.api import DTYPES, as_array, as_lengths, as_weights
-from ot_attention.spec import SinkhornInfo, SinkhornSpec
+from ot_attention.spec import SinkhornInfo, SinkhornSpec, nan_unless
 
 
 @support.promoting
@@ -78,9 +78,9 @@ def _problem(scores, n_rows, n_columns, weights, score, spec: SinkhornSpec) -> t
     rows, columns = (jnp.arange(n) < m[:, None] for n, m in zip(scores.shape[1:], (n_rows, n_columns), strict=True))
     scores = jnp.where(rows[:, :, None] & columns[:, None], scores.astype(dtype), -jnp.inf)
     for given, real in zip(weights, (rows, columns), strict=True):
-        if given is not None:  # wrong ones that no error could tell of make everything NaN
+        if given is not None:
             right = (~real | ((given > 0) & (given < jnp.inf))).all(-1)
-            scores += jnp.log(jnp.where(right, 1, -1).astype(dtype))[:, None, None]
+            scores += nan_unless(right, dtype)[:, None, None]
     exists = support.dustbin_exists(n_rows, n_columns, spec.dustbin)[:, None]
     is_supported = scores != -jnp.inf  # so is NaN
     supported = rows & (is_supported.any(2) | exists), columns & (is_supported.any(1) | exists)
@@ -90,11 +90,12 @@ def _problem(scores, n_rows, n_columns, weights, score, spec: SinkhornSpec) -> t
     )
     row_mass, column_mass = a.sum(-1, keepdims=True), b.sum(-1, keepdims=True)
     if spec.dustbin == "none":
-        mass = row_mass
-        if spec.is_relaxed:  # then nothing depends on the scale
-            number = supported[0].sum(-1, keepdims=True).astype(dtype)
-            mass = number if weights[1] is None else column_mass
-        return scores, a, b * support.divide(mass, column_mass)
+        number = supported[0].sum(-1, keepdims=True).astype(dtype)
+        return (
+            scores,
+            a,
+            b * support.column_scale(row_mass, column_mass, number, weights[1] is not None, spec.is_relaxed),
+        )
     row_bin, column_bin = support.dustbin_targets(row_mass, column_mass, spec.dustbin)
     a, b = jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
     bins = jnp.where(exists, score[:, None].astype(dtype), -jnp.inf)

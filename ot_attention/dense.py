@@ -111,7 +111,7 @@ def _round(problem: Problem, spec: SinkhornSpec, start: _Progress) -> _Progress:
         taken, moved = going & fit(new_u, a).all(-1) & fit(new_v, b).all(-1), None
         if spec.tolerance:
             changes = (support.log(x) - support.log(y) for x, y in ((new_u, u), (new_v, v)))
-            moved = _movement(a, *changes, spec)
+            moved = support.movement(a, *changes, spec.is_relaxed)
         progress = progress.counted(spec, taken, moved)
         u, v = jnp.where(taken[:, None], new_u, u), jnp.where(taken[:, None], new_v, v)
         return progress, taken & progress.unfinished(spec), u, v
@@ -127,7 +127,9 @@ def _round(problem: Problem, spec: SinkhornSpec, start: _Progress) -> _Progress:
 def _log_step(problem: Problem, spec: SinkhornSpec, progress: _Progress, stuck: Bool[Array, "N"]) -> _Progress:
     """Make a step in the log domain for matrices that no scaling can move."""
     f, g = reference.step(problem, progress.g, spec)
-    moved = _movement(problem[1], f - progress.f, g - progress.g, spec) if spec.tolerance else None
+    moved = None
+    if spec.tolerance:
+        moved = support.movement(problem[1], f - progress.f, g - progress.g, spec.is_relaxed)
     f, g = jnp.where(stuck[:, None], f, progress.f), jnp.where(stuck[:, None], g, progress.g)
     return progress.counted(spec, stuck, moved)._replace(f=f, g=g)
 
@@ -181,10 +183,3 @@ def _ones(problem: Problem) -> Potentials:
     """Return scalings that change nothing, 0 without support."""
     _, a, b = problem
     return jnp.where(a > 0, jnp.ones_like(a), 0), jnp.where(b > 0, jnp.ones_like(b), 0)
-
-
-def _movement(a: AllRows, f_change: AllRows, g_change: AllColumns, spec: SinkhornSpec) -> Float[Array, "N"]:
-    """Measure a step: the most that it moved a row sum, or where relaxed a potential."""
-    if spec.is_relaxed:
-        return jnp.maximum(jnp.abs(f_change).max(-1), jnp.abs(g_change).max(-1))
-    return (a * jnp.abs(jnp.expm1(-f_change))).max(-1)

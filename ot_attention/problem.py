@@ -63,9 +63,7 @@ class Problem(NamedTuple):
 
     def movement(self, f_change: AllRows, g_change: AllColumns) -> Float[Array, "N"]:
         """Measure a step: the most that it moved a row sum, or where relaxed a potential."""
-        if self.spec.is_relaxed:
-            return jnp.maximum(jnp.abs(f_change).max(-1), jnp.abs(g_change).max(-1))
-        return (self.a * jnp.abs(jnp.expm1(-f_change))).max(-1)
+        return support.movement(self.a, f_change, g_change, self.spec.is_relaxed)
 
     def newton_system(self, kernel: Kernel, u: AllRows, v: AllColumns, f: AllRows) -> implicit.Plan:
         """Return the linear system of a Newton step: the Hessian of the dual at f, which need not be converged."""

@@ -48,10 +48,8 @@ def balance(scores: Matrices, a: AllRows, b: AllColumns, spec: SinkhornSpec, bas
         """Make a step of the heads that are not settled, which a step after the first may settle."""
         potentials, made, settled = carry
         stepped = step(constants, potentials[1], spec)
-        f_change, g_change = (x - y for x, y in zip(stepped, potentials, strict=True))
-        moved = (constants[1] * jnp.abs(jnp.expm1(-f_change))).max(-1)
-        if spec.is_relaxed:
-            moved = jnp.maximum(jnp.abs(f_change).max(-1), jnp.abs(g_change).max(-1))
+        changes = (x - y for x, y in zip(stepped, potentials, strict=True))
+        moved = support.movement(constants[1], *changes, spec.is_relaxed)
         potentials = tuple(jnp.where(settled[:, None], x, y) for x, y in zip(potentials, stepped, strict=True))
         settles = (moved <= spec.tolerance) & (made > 0) & (spec.tolerance > 0)
         return (potentials, made + ~settled, settled | settles), None

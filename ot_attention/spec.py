@@ -142,12 +142,17 @@ def positive(name: str, value: Any) -> Any:
             raise ValueError(f"{name} is traced with shape {value.shape} and dtype {value.dtype}; it must be one float")
         if not is_float or value.dtype.itemsize < 4:
             value = value.astype(jnp.float32)
-        # The logarithm of -1 makes NaN where it is due; a NaN to choose from would alarm `jax_debug_nans` always.
-        return value + jnp.log(jnp.where((value > 0) & (value < jnp.inf), 1, -1).astype(value.dtype))
+        return value + nan_unless((value > 0) & (value < jnp.inf), value.dtype)
     number = _scalar(value)
     if not isinstance(number, (int, float)) or not 0 < number <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} must be a finite number above 0")
     return float(number)
+
+
+def nan_unless(right: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return 0 where a traced value is right, and NaN where it is wrong, which no error can say."""
+    # The logarithm of -1 makes NaN where it is due; a NaN to choose from would alarm `jax_debug_nans` always.
+    return jnp.log(jnp.where(right, 1, -1).astype(dtype))
 
 
 def not_negative(name: str, value: Any) -> float:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ot_attention.spec import AllColumns, AllRows, Dustbin, Heads, SinkhornSpec, Size
 
 Lengths = Int[Array, "*batch"]
+Mass = Float[Array, "*batch 1"]
 P, R = ParamSpec("P"), TypeVar("R")
 # (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
 MAX_BANDED_PRODUCT = 2**31
@@ -136,10 +137,7 @@ def targets(
     column_weights, column_mass = given(weights[1], columns, n_k, lengths[1])
     a, b = a * row_weights, b * column_weights
     if dustbin == "none":
-        mass = row_mass
-        if is_relaxed:  # then nothing depends on the scale
-            mass = lengths[0] if weights[1] is None else column_mass
-        b = b * divide(mass, column_mass)
+        b = b * column_scale(row_mass, column_mass, lengths[0], weights[1] is not None, is_relaxed)
     row_bin, column_bin = dustbin_targets(row_mass, column_mass, dustbin)
     return jnp.concatenate([a, row_bin * exists], -1), jnp.concatenate([b, column_bin * exists], -1)
 
@@ -152,6 +150,23 @@ def dustbin_targets(row_mass: Array, column_mass: Array, dustbin: Dustbin) -> tu
         return 1 + jnp.maximum(column_mass - row_mass, 0), 1 + jnp.maximum(row_mass - column_mass, 0)
     # The corner can take all the mass that residues match, so that every residue of either side may be a gap.
     return column_mass, row_mass
+
+
+def column_scale(row_mass: Mass, column_mass: Mass, rows: Mass, is_weighted: bool, is_relaxed: bool) -> Mass:
+    """Return the factor of column targets without a dustbin.
+
+    Balanced, both sides then have one sum, that of the rows. Relaxed, weights stay, and otherwise the sum is `rows`.
+    """
+    if not is_relaxed:
+        return divide(row_mass, column_mass)
+    return jnp.ones_like(column_mass) if is_weighted else divide(rows, column_mass)
+
+
+def movement(a: AllRows, f_change: AllRows, g_change: AllColumns, is_relaxed: bool) -> Float[Array, "N"]:
+    """Measure a step: the most that it moved a row sum, or where relaxed a potential."""
+    if is_relaxed:
+        return jnp.maximum(jnp.abs(f_change).max(-1), jnp.abs(g_change).max(-1))
+    return (a * jnp.abs(jnp.expm1(-f_change))).max(-1)
 
 
 def with_dustbin(x: Float[Array, "N length ..."], last: float = 0) -> Float[Array, "N all ..."]:

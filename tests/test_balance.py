@@ -1,5 +1,6 @@
 """Balanced scores against plain half steps in float64, automatic differentiation, and attention."""
 
+import dataclasses
 import functools
 
 import jax
@@ -59,7 +60,7 @@ def problem(scores, row_weights, column_weights, score, spec, n_rows, n_columns)
     return scores, jnp.append(a, bins[0]), jnp.append(b, bins[1])
 
 
-def compare(spec, *, unrolled=False, weighted=True, masked=True, sd=1.0, rtol=1e-11):
+def assert_as_defined(spec, *, unrolled=False, weighted=True, masked=True, sd=1.0, rtol=1e-11):
     """Compare plan, f, g and all gradients with the definition, for two matrices of different lengths."""
     shape, lengths = (2, 5, 7), ([5, 4], [7, 5])
     scores = normal(0, *shape, sd=sd)
@@ -107,21 +108,21 @@ def compare(spec, *, unrolled=False, weighted=True, masked=True, sd=1.0, rtol=1e
     ("dustbin", "taus"), [*zip(["none", "unit", "full", "none", "full"], TAUS, strict=True)], ids=str
 )
 def test_tail_is_that_of_plain_half_steps(dustbin, taus):
-    compare(SinkhornSpec(base_steps=6, tail_steps=3, dustbin=dustbin, tau_a=taus[0], tau_b=taus[1]))
+    assert_as_defined(SinkhornSpec(base_steps=6, tail_steps=3, dustbin=dustbin, tau_a=taus[0], tau_b=taus[1]))
 
 
 @pytest.mark.usefixtures("float64")
 def test_more_ways_of_the_tail():
-    compare(SinkhornSpec(base_steps=1, tail_steps=1), weighted=False, masked=False)
-    compare(SinkhornSpec(base_steps=8, tail_steps=2), sd=30.0, rtol=1e-9)
-    compare(SinkhornSpec(base_steps=0, tail_steps=2), sd=200.0, rtol=1e-9)  # the tail in the log domain
-    compare(SinkhornSpec(base_steps=3, tail_steps=1, tau_a=0.7, tau_b=0.9), sd=30.0, rtol=1e-9)
+    assert_as_defined(SinkhornSpec(base_steps=1, tail_steps=1), weighted=False, masked=False)
+    assert_as_defined(SinkhornSpec(base_steps=8, tail_steps=2), sd=30.0, rtol=1e-9)
+    assert_as_defined(SinkhornSpec(base_steps=0, tail_steps=2), sd=200.0, rtol=1e-9)  # the tail in the log domain
+    assert_as_defined(SinkhornSpec(base_steps=3, tail_steps=1, tau_a=0.7, tau_b=0.9), sd=30.0, rtol=1e-9)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("dustbin", ["full"])
 def test_unrolled_is_automatic_differentiation(dustbin):
-    compare(SinkhornSpec(base_steps=4, tail_steps=1, dustbin=dustbin, gradient="unrolled"), unrolled=True)
+    assert_as_defined(SinkhornSpec(base_steps=4, tail_steps=1, dustbin=dustbin, gradient="unrolled"), unrolled=True)
 
 
 @pytest.mark.usefixtures("float64")
@@ -375,3 +376,27 @@ def test_wrong_weights_inside_jit_are_nan():
         jnp.array([[1.0, 2, 3], [1, 0, 3]])
     )
     assert np.isfinite(plan[0]).all() and np.isnan(plan[1]).all()
+
+
+@pytest.mark.parametrize(("base_steps", "tail_steps"), [(20, 1), (0, 2)])
+def test_entries_that_float32_loses_are_found_in_the_log_domain(base_steps, tail_steps):
+    """All but one column are e^-300 of the first, so that one kernel has sums of 0; an easy matrix stands beside."""
+    scores = normal(0, 2, 4, 4).astype(jnp.float32)
+    scores = scores.at[0].add(jnp.array([0.0, -300, -310, -290]))
+    weights = normal(1, 2, 4, 4).astype(jnp.float32)
+    spec = SinkhornSpec(base_steps=base_steps, tail_steps=tail_steps)
+
+    def results(dtype, gradient):
+        of = dataclasses.replace(spec, gradient=gradient)
+
+        def loss(scores):
+            plan, info = balance(scores, of)
+            return (plan * weights).sum(), (plan, info.f, info.g)
+
+        return jax.value_and_grad(loss, has_aux=True)(scores.astype(dtype))
+
+    found = results("float32", "tail")
+    with jax.enable_x64(True):
+        exact = results("float64", "tail")  # which holds e^-300
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4 * float(abs(y).max()))

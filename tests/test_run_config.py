@@ -543,3 +543,14 @@ def test_a_listed_file_counts_whatever_its_name(tmp_path):
     (folder / ".zarray").write_text("x")
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  .zarray\n")
     assert ".zarray" in damage_of(folder)
+
+
+def test_places_of_the_dial_are_configurations():
+    from configs import dial, r2_balanced, r2_dustbin
+
+    assert dial.get_config("1") == r2_balanced.get_config()
+    assert dial.get_config("1,full") == r2_dustbin.get_config()
+    softmax = dial.get_config("softmax,unit").attention
+    assert (softmax.tau_a, softmax.tau_b, softmax.dustbin) == (1.0, 0.0, "unit")
+    with pytest.raises(ValueError, match=r"dial\.py:soft must be a number from 0 to 1 or softmax"):
+        dial.get_config("soft")
