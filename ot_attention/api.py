@@ -52,6 +52,7 @@ def sinkhorn_attention(
     row_weights, column_weights: sums that the plan's rows and columns must have, `[batch, rows]` and
     `[batch, columns]`, positive; anything at padding. By default rows have 1, and columns n_q / n_k or, with a dustbin,
     1. Without a dustbin and unless relaxed, weights of columns are scaled to the sum of the rows'. They get gradients.
+    Where JAX traces them, an example of which a weight is not finite and above 0 becomes NaN.
 
     On a mesh of explicit axes the batch and the heads may be sharded, and results are sharded alike.
 
@@ -184,10 +185,10 @@ def _of_every_head(
         # Padding must not reach the gradient of epsilon.
         q = support.zero_padding(q, n_q).astype(dtype) / epsilon.astype(dtype)
     for weights, n in ((row_weights, n_q), (column_weights, n_k)):
-        if isinstance(weights, jax.core.Tracer):  # wrong ones make everything NaN
+        if isinstance(weights, jax.core.Tracer):  # wrong ones make their example NaN
             real = jnp.arange(weights.shape[1]) < n[:, None]
-            right = jnp.all(~real | ((weights > 0) & (weights < jnp.inf)))
-            q = q + nan_unless(right, q.dtype)
+            right = (~real | ((weights > 0) & (weights < jnp.inf))).all(1)
+            q = q + nan_unless(right, q.dtype)[:, None, None, None]
     batch, heads = q.shape[0], q.shape[2]
     given = by_head(q, k, v, score, n_q, n_k, row_weights, column_weights)
     more = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), layers), examples

@@ -256,7 +256,8 @@ def test_wrong_weights_are_refused_by_name_or_make_nan():
     same, _ = sinkhorn_attention(q, k, v, spec, *LENGTHS, column_weights=column_weights)
     np.testing.assert_array_equal(out, same)
     traced = jax.jit(lambda w: sinkhorn_attention(q, k, v, spec, row_weights=w)[0])
-    assert jnp.isfinite(traced(row_weights)).all() and jnp.isnan(traced(row_weights.at[1, 3].set(0))).any()
+    good, bad = traced(row_weights.at[1, 3].set(0))
+    assert jnp.isfinite(traced(row_weights)).all() and jnp.isfinite(good).all() and jnp.isnan(bad).all()
 
 
 @pytest.mark.parametrize("changes", [{"tau_a": -0.1}, {"tau_b": 1.5}, {"tau_a": None}, {"tolerance": -1}])
