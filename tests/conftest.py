@@ -18,11 +18,14 @@ if not _IS_WORKER:
     os.environ["OT_TEST_FOLDER"] = tempfile.mkdtemp(prefix="ot_attention_tests_")
     # Equal programs of different processes are compiled once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["OT_TEST_FOLDER"], "compiled"))  # noqa: PTH118
-    # Only programs that take long: XLA crashed twice while it wrote one of thousands.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+
+# Only child processes keep programs: XLA of jax 0.10 crashed while a process wrote the last of thousands.
+jax.config.update("jax_enable_compilation_cache", False)
 
 # Not ot_attention.spec and api, which check their arguments themselves, with messages that tests look for.
 _NAMES = ("asap", "backends.xla", "dense", "plans", "problem", "reference", "sinkhorn", "steps", "support")
@@ -88,8 +91,6 @@ def pytest_unconfigure():
 
 @pytest.fixture
 def float64():
-    import jax
-
     jax.config.update("jax_enable_x64", True)  # for all threads: interpreted kernels have their own
     yield
     jax.config.update("jax_enable_x64", False)
