@@ -25,8 +25,10 @@ lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff format --check .
 	$(TEST_VENV)/bin/mypy
 
+# Where a worker crashes, pytest-xdist can wait for ever for the next one (pytest-xdist, issue 1378): the run ends instead.
 test: lint
-	JAX_PLATFORMS=cpu $(TEST_VENV)/bin/python -m pytest -n auto --dist=loadfile --no-loadscope-reorder
+	JAX_PLATFORMS=cpu $(TEST_VENV)/bin/python -m pytest -n auto --dist=loadfile --no-loadscope-reorder \
+	  --max-worker-restart=0
 
 test-slow: $(TEST_VENV)/installed
 	JAX_PLATFORMS=cpu $(TEST_VENV)/bin/python -m pytest -m slow

@@ -33,9 +33,7 @@ def on_each_device(function: Callable[..., PyTree], arguments: tuple[Argument, .
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(given))
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
     if mesh is None:
-        # What is masked must not alarm `jax_debug_nans`, which looks at all results of calls that are not compiled.
-        call = _compiled if jax.config.values["jax_debug_nans"] else _call
-        return call(function, options, *given)
+        return _compiled(function, options, *given)
     cuts = _cuts(arguments)
     *specs, out = (
         PartitionSpec(*(axis and cuts.get(axis) for axis in axes))
@@ -44,11 +42,11 @@ def on_each_device(function: Callable[..., PyTree], arguments: tuple[Argument, .
     return _in_parts(function, options, mesh, tuple(specs), out, *given)
 
 
-def _call(function, options, *given):
+# Compiled, because hundreds of operations take ten times longer to compile one by one, and because what is masked must
+# not alarm `jax_debug_nans`, which looks at all results of calls that are not compiled.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(function, options, *given):
     return function(*given, *options)
-
-
-_compiled = jax.jit(_call, static_argnums=(0, 1))
 
 
 # Compiled, because only inside `jit` JAX moves arrays from one device to a mesh.

@@ -1,5 +1,6 @@
 """Set-up of every test session: quick compilation, a shared folder, checked signatures and the order of modules."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -18,14 +19,11 @@ if not _IS_WORKER:
     os.environ["OT_TEST_FOLDER"] = tempfile.mkdtemp(prefix="ot_attention_tests_")
     # Equal programs of different processes are compiled once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["OT_TEST_FOLDER"], "compiled"))  # noqa: PTH118
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
-
-# Only child processes keep programs: XLA of jax 0.10 crashed while a process wrote the last of thousands.
-jax.config.update("jax_enable_compilation_cache", False)
 
 # Not ot_attention.spec and api, which check their arguments themselves, with messages that tests look for.
 _NAMES = ("asap", "backends.xla", "dense", "plans", "problem", "reference", "sinkhorn", "steps", "support")
@@ -89,6 +87,26 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["OT_TEST_FOLDER"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs_are_kept():
+    """Free compiled programs behind each module: thousands take the 65,530 memory maps that Linux allows a process.
+
+    XLA then crashes while it compiles, or while it writes a program.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture
+def forget_programs():
+    """Function that forgets compiled attention, also called at the end: before it, the code must not change."""
+    from ot_attention import meshes
+
+    yield meshes._compiled.clear_cache
+    meshes._compiled.clear_cache()
+
+
 @pytest.fixture
 def float64():
     jax.config.update("jax_enable_x64", True)  # for all threads: interpreted kernels have their own
@@ -97,12 +115,13 @@ def float64():
 
 
 @pytest.fixture
-def kernels_are_interpreted(request, capfd, monkeypatch):
+def kernels_are_interpreted(request, capfd, monkeypatch, forget_programs):
     """Interpret Pallas kernels, and fail if the TPU's have a data race."""
     from jax.experimental.pallas import tpu as pltpu
 
     from ot_attention.backends import gpu_kernels
 
+    forget_programs()
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if parameters.get("implementation") == "pallas_gpu":  # TPUs' interpreter would take these too
         monkeypatch.setattr(gpu_kernels, "INTERPRET", True)

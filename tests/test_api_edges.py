@@ -214,7 +214,7 @@ def loss_of(implementation: str | None, *, dtype: str, **settings):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("gradient", "solver"), LEARNED[1:])
+@pytest.mark.parametrize(("gradient", "solver"), [pytest.param(*LEARNED[1], marks=pytest.mark.slow), LEARNED[2]])
 def test_the_gradient_of_a_temperature_equals_finite_differences(gradient, solver):
     steps = {"base_steps": 60 if gradient == "implicit" else 3, "cg_steps": 30}
     loss, _ = loss_of("reference", dtype="float64", gradient=gradient, solver=solver, **steps)
@@ -239,16 +239,16 @@ def test_the_gradient_of_a_temperature_follows_from_the_queries(implementation, 
     dq = jax.jit(jax.grad(lambda q: loss(0.7, q)))(q)
     expected = -(jnp.nan_to_num(q) * dq).sum() / 0.7
     value, slope = jax.jit(jax.value_and_grad(loss))(jnp.float64(0.7))
-    assert float(value) == pytest.approx(float(loss(0.7)), rel=1e-9)
+    assert float(value) == pytest.approx(float(jax.jit(lambda: loss(0.7))()), rel=1e-9)
     assert float(slope) == pytest.approx(float(expected), rel=1e-8)
 
 
 def test_temperatures_of_every_kind_of_trace():
     loss, _ = loss_of(None, dtype="float32")
     values = np.array([0.5, 0.7, 2.0], "float32")
-    expected = [jax.value_and_grad(loss)(x) for x in values]
-    for run in (jax.vmap(jax.value_and_grad(loss)), jax.jit(jax.vmap(jax.jit(jax.value_and_grad(loss))))):
-        assert_same(run(values), [np.stack(x) for x in zip(*expected, strict=True)], 1e-4)
+    run = jax.jit(jax.value_and_grad(loss))
+    expected = [run(x) for x in values]
+    assert_same(jax.jit(jax.vmap(run))(values), [np.stack(x) for x in zip(*expected, strict=True)], 1e-4)
     of_bfloat16 = jax.jit(jax.grad(loss))(jnp.bfloat16(0.5))
     assert of_bfloat16.dtype == jnp.bfloat16
     assert float(of_bfloat16) == pytest.approx(float(expected[0][1]), rel=1e-2)
@@ -301,7 +301,9 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(params=SETTINGS, ids=["strict", "strict, 64 bits", "NaN"])
+@pytest.fixture(
+    params=[pytest.param(SETTINGS[0], marks=pytest.mark.slow), *SETTINGS[1:]], ids=["strict", "strict, 64 bits", "NaN"]
+)
 def setting(request, monkeypatch):
     before = {name: getattr(jax.config, name) for name in request.param}
     for name, value in request.param.items():
@@ -359,6 +361,7 @@ def test_nothing_moves_between_host_and_device_inside_jit():
         assert compiled(q, k, v).shape == v.shape
 
 
+@pytest.mark.slow
 def test_attention_without_compilation():
     given = arrays(1)
     with jax.disable_jit():
@@ -406,11 +409,11 @@ SHORT = {"constraints": ["l <= 46276", "m <= 46276"]}
 @pytest.mark.parametrize(
     ("sizes", "settings"),
     [
-        ("b, 12, 12, 2", {"dustbin": "full"} | CONVERGING),
+        pytest.param("b, 12, 12, 2", {"dustbin": "full"} | CONVERGING, marks=pytest.mark.slow),
         ("b, 12, 12, h", {"implementation": "reference"}),
         ("b, l, m, h", SHORT | {"dustbin": "unit"}),
-        ("2, l, m, 2", SHORT | CONVERGING),
-        ("b, l, l, h", {"band": None, "implementation": "reference"} | CONVERGING),
+        pytest.param("2, l, m, 2", SHORT | CONVERGING, marks=pytest.mark.slow),
+        pytest.param("b, l, l, h", {"band": None, "implementation": "reference"} | CONVERGING, marks=pytest.mark.slow),
     ],
 )
 def test_symbols_may_stand_for_sizes_in_export(sizes, settings):
@@ -463,6 +466,7 @@ def loss(q, k, v):
 pull_back = jax.grad(loss, (0, 1, 2))
 spec = SinkhornSpec(band=4, base_steps=2)
 fitted = edges.fitted_map()
+WHOLE = bool(os.environ.get("WHOLE"))
 functions = dict(
     forward=attend,
     backward=jax.jit(pull_back),
@@ -472,6 +476,7 @@ functions = dict(
     asap=lambda q, k, v: asap.apply(fitted, q, k, v, spec, n, n),
     temperature=jax.jit(lambda *x: jax.grad(lambda e: (attend(*x, epsilon=e)[0] ** 2).sum())(.7)),
 )
+functions = functions if WHOLE else {name: functions[name] for name in ("forward", "backward", "asap")}
 expected = {name: function(q, k, v) for name, function in functions.items()}
 mesh = jax.make_mesh((2, 2), ("d", "m"))
 assert mesh.axis_types == (AxisType.Explicit,) * 2
@@ -490,10 +495,10 @@ def check(cut, names):
     assert all(jax.typeof(x).sharding.spec[:2] == (like_q[0], like_q[2]) for x in info)
 
 check(P("d", None, "m"), functions)
-for cut in P("d"), P(("d", "m")), P():
+for cut in (P("d"), P(("d", "m")), P()) if WHOLE else [P(("d", "m"))]:
     check(cut, ["backward"])
 with jax.set_mesh(mesh):
-    edges.assert_same(pull_back(*on(mesh, P("d"), q, k, v)), expected["backward"], 1e-4)
+    edges.assert_same(functions["backward"](*on(mesh, P("d"), q, k, v)), expected["backward"], 1e-4)
 some, = on(mesh, P("d"), q)
 edges.assert_same(attend(some, k, v), expected["forward"], 1e-4)  # k and v on one device
 stacked = on(mesh, P("d", None, None, "m"), *(np.stack([x, x]) for x in (q, k, v)))
@@ -518,7 +523,9 @@ print(json.dumps(told))
 """
 
 
-def test_arrays_on_a_mesh_of_explicit_axes():
+@pytest.mark.parametrize("whole", ["", pytest.param("yes", marks=pytest.mark.slow)])
+def test_arrays_on_a_mesh_of_explicit_axes(whole, monkeypatch):
+    monkeypatch.setenv("WHOLE", whole)
     (printed,) = finish(start("-c", ON_A_MESH, devices=4))
     told = json.loads(printed.splitlines()[-1])
     assert [x.split()[0] for x in told] == ["q", "k", "v", "v"]
@@ -528,11 +535,20 @@ def test_arrays_on_a_mesh_of_explicit_axes():
 # Transformations
 
 TRANSFORMED = [pytest.param(name, marks=pytest.mark.slow if name in INTERPRETED else ()) for name in IMPLEMENTATIONS]
+TOGETHER = [[True] * 7, [True, False] * 3 + [True]]
+ALONE = [[place == one for place in range(7)] for one in range(7)]
 
 
 @pytest.mark.usefixtures("kernels_are_interpreted")
-@pytest.mark.parametrize("implementation", TRANSFORMED)
-def test_every_argument_alone_and_all_together_may_be_mapped(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "masks"),
+    [
+        *((name, TOGETHER[:1]) for name in IMPLEMENTATIONS[:2]),
+        *(pytest.param(name, TOGETHER, marks=pytest.mark.slow) for name in INTERPRETED),
+        pytest.param("xla", [TOGETHER[1], *ALONE], marks=pytest.mark.slow),
+    ],
+)
+def test_every_argument_alone_and_all_together_may_be_mapped(implementation, masks):
     def loss(q, k, v, n_q, n_k, score, epsilon):
         spec = dataclasses.replace(BINNED, epsilon=epsilon, base_steps=1)
         out, info = sinkhorn_attention(q, k, v, spec, n_q, n_k, score, implementation)
@@ -544,8 +560,6 @@ def test_every_argument_alone_and_all_together_may_be_mapped(implementation):
     )
     run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 5, 6)))
     alone = run(*first)
-    alone_too = range(7) if implementation == "xla" else ()
-    masks = [[True] * 7, [True, False] * 3 + [True], *([place == one for place in range(7)] for one in alone_too)]
     for mapped in masks:
         given = [jnp.stack([x, y]) if m else x for x, y, m in zip(first, second, mapped, strict=True)]
         results = jax.jit(jax.vmap(run, [0 if m else None for m in mapped]))(*given)

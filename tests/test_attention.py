@@ -11,7 +11,6 @@ from tests.support.conformance import (
     CONVERGING,
     DUSTBINS,
     IMPLEMENTATIONS,
-    INTERPRETED,
     PLAIN_ONLY,
     Case,
     error,
@@ -32,7 +31,7 @@ def test_tail_gradient_equals_finite_differences_of_the_surrogate():
     arrays, lengths, score, cotangent = inputs(case, "full")
     q, k, v = arrays
     base = case.spec(dustbin="full", base_steps=19, tail_steps=1)
-    _, info = sinkhorn_attention(q, k, v, base, *lengths, score, "reference")
+    _, info = jax.jit(lambda q: sinkhorn_attention(q, k, v, base, *lengths, score, "reference"))(q)
 
     def surrogate(q, score):
         """Two plain steps from the frozen g, written out for one head at a time."""
@@ -57,7 +56,7 @@ def test_tail_gradient_equals_finite_differences_of_the_surrogate():
     def loss(q, score):
         return (sinkhorn_attention(q, k, v, spec, *lengths, score, "xla")[0] * cotangent).sum()
 
-    dq, dscore = jax.grad(loss, (0, 1))(q, score)
+    dq, dscore = jax.jit(jax.grad(loss, (0, 1)))(q, score)
     q, score, step = np.asarray(q), np.asarray(score), 1e-6
     direction = np.random.default_rng(1).normal(size=q.shape)
     slope = (surrogate(q + step * direction, score) - surrogate(q - step * direction, score)) / (2 * step)
@@ -98,7 +97,10 @@ def test_output_is_the_plan_times_the_values(implementation):
 
 @pytest.mark.parametrize(
     ("implementation", "settings"),
-    [pytest.param(*s.values, id=s.id, marks=pytest.mark.slow if s.values[0] in INTERPRETED else ()) for s in SETTINGS],
+    [
+        pytest.param(*s.values, id=s.id, marks=() if s.id in ("reference", "xla") else pytest.mark.slow)
+        for s in SETTINGS
+    ],
 )
 def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[1], "unit")
@@ -121,7 +123,11 @@ def test_jit_vmap_and_repetition_change_nothing(implementation, settings):
 
 @pytest.mark.parametrize(
     ("implementation", "settings"),
-    [s for s in SETTINGS if "pallas_gpu" not in s.values],  # its interpreter cannot: it is lowered in test_gpu.py
+    [
+        pytest.param(*s.values, id=s.id, marks=() if "xla" in s.values else pytest.mark.slow)
+        for s in SETTINGS
+        if "pallas_gpu" not in s.values  # its interpreter cannot: it is lowered in test_gpu.py
+    ],
 )
 def test_shard_map_over_the_batch(implementation, settings):
     arrays, lengths, score, _ = inputs(CASES[0], "full")
@@ -160,7 +166,9 @@ def temporary_bytes(shape: tuple[int, ...], spec: SinkhornSpec) -> int:
     return analysis.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("settings", [{}, CONVERGING], ids=["plain", "converging"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param(CONVERGING, marks=pytest.mark.slow)], ids=["plain", "converging"]
+)
 def test_memory_grows_linearly_with_length(settings):
     spec = SinkhornSpec(band=64, **settings)
     assert temporary_bytes((1, 16384, 2, 16), spec) < 2.1 * temporary_bytes((1, 8192, 2, 16), spec)
@@ -237,7 +245,8 @@ def test_unrolled_gradient_is_that_of_all_steps():
 
     def gradient(**changes):
         spec = CASES[0].spec(**changes)
-        return jax.grad(lambda q: (sinkhorn_attention(q, *arrays[1:], spec, *lengths)[0] * cotangent).sum())(arrays[0])
+        loss = lambda q: (sinkhorn_attention(q, *arrays[1:], spec, *lengths)[0] * cotangent).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss))(arrays[0])
 
     unrolled = gradient(base_steps=4, tail_steps=2, gradient="unrolled")
     assert error(unrolled, gradient(base_steps=0, tail_steps=6)) < 1e-12

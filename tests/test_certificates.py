@@ -13,6 +13,7 @@ from ot_attention.support import dense_support, targets
 from tests.support.dense import multipliers
 
 PROBLEMS, ROWS, COLUMNS, WIDTH = 100, 18, 15, 4
+compiled_bias, compiled_contraction = (jax.jit(x, static_argnums=2) for x in (posterior_bias, contraction))
 EPS = {"float32": 1e-5, "float64": 1e-10}
 
 
@@ -93,15 +94,15 @@ def osc(x) -> float:
     return float(np.ptp(x)) if len(x) else 0.0
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("band", "dustbin", "steps"),
     [
         (None, "none", (1, 1)),
-        (None, "unit", (4, 2)),
+        pytest.param(None, "unit", (4, 2), marks=pytest.mark.slow),
         (None, "full", (8, 3)),
         (4, "none", (20, 2)),
-        (4, "unit", (12, 1)),
+        pytest.param(4, "unit", (12, 1), marks=pytest.mark.slow),
         (4, "full", (3, 2)),
     ],
 )
@@ -109,15 +110,16 @@ def test_bounds_are_never_below_true_errors(band, dustbin, steps, dtype):
     q, k, lengths, score = problems(sum(steps), dtype)
     score = None if dustbin == "none" else score
     spec = SinkhornSpec(band=band, dustbin=dustbin, base_steps=steps[0], tail_steps=steps[1])
-    bias = jax.tree.map(lambda x: np.asarray(x[:, 0]), posterior_bias(q, k, spec, *lengths, score))
-    everywhere = np.asarray(contraction(q, k, spec, *lengths, score)[:, 0])
+    bias = jax.tree.map(lambda x: np.asarray(x[:, 0]), compiled_bias(q, k, spec, *lengths, score))
+    everywhere = np.asarray(compiled_contraction(q, k, spec, *lengths, score)[:, 0])
 
     q, k, score = (x if x is None else x.astype("float64") for x in (q, k, score))
     scores, a, b = dense(q, k, lengths, score, band, dustbin)
     cotangent = np.random.default_rng(1).normal(size=scores.shape)
-    f_0, g_0, plan, gradient = surrogate(scores, a, b, cotangent, *steps)
-    f, g, limit = converged(scores, a, b, g_0)
-    later = surrogate(scores, a, b, cotangent, steps[0] + 1, steps[1])[1]
+    f_0, g_0, plan, gradient = jax.device_get(surrogate(scores, a, b, cotangent, *steps))
+    f, g, limit = jax.device_get(converged(scores, a, b, g_0))
+    later = jax.device_get(surrogate(scores, a, b, cotangent, steps[0] + 1, steps[1])[1])
+    scores, a, b = jax.device_get((scores, a, b))
     slack = []
     for n in range(PROBLEMS):
         rows, columns, there = np.array(a[n] > 0), np.array(b[n] > 0), np.isfinite(scores[n])
@@ -156,7 +158,9 @@ def test_contraction_is_that_of_birkhoff_and_hopf():
         assert in_band[n] == (rates[n] if complete else 1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"solver": "newton", "gradient": "implicit"}])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.slow), {"solver": "newton", "gradient": "implicit"}]
+)
 def test_bounds_of_a_long_band_hold(settings):
     """Long enough for several tiles."""
     q, k = (jnp.asarray(x) for x in np.random.default_rng(0).normal(size=(2, 1, 500, 2, 8)))
@@ -243,8 +247,8 @@ def test_relaxed_bounds_are_never_below_true_errors(case):
     score = None if dustbin == "none" else jnp.asarray([rng.normal()], dtype)
     spec = SinkhornSpec(band=band, dustbin=dustbin, base_steps=steps[0], tail_steps=steps[1], tau_a=tau_a, tau_b=tau_b)
     given = q, k, spec, *lengths, score, None, *weights
-    bias = jax.tree.map(lambda x: np.asarray(x[:, 0], "float64"), posterior_bias(*given))
-    rate = np.asarray(contraction(*given)[:, 0], "float64")
+    bias = jax.tree.map(lambda x: np.asarray(x[:, 0], "float64"), compiled_bias(*given))
+    rate = np.asarray(compiled_contraction(*given)[:, 0], "float64")
 
     q, k, score, *weights = (x if x is None else x.astype("float64") for x in (q, k, score, *weights))
     scores, a, b = dense(q, k, lengths, score, band, dustbin, tuple(weights), True)

@@ -68,6 +68,7 @@ def test_the_report_says_what_each_way_costs_and_gives(maps):
     assert f"{mae:.4f}" in told and f"{report['layers']['plan']['asap']['ms']:.1f}" in told
 
 
+@pytest.mark.slow
 def test_eval_scores_the_compiled_model(model, maps, tmp_path, capsys):
     output, report = tmp_path / "table.json", json.loads(maps.with_suffix(".json").read_text())
     options = [f"--weights={model}", DATA, "--split=validation", f"--limit={PAIRS}", f"--output={output}"]

@@ -20,17 +20,15 @@ from tests.support.conformance import (
 
 pytestmark = pytest.mark.usefixtures("float64", "kernels_are_interpreted")
 
-# Of the cases that compile for seconds each when interpreted, those that are in the quick suite.
-QUICK_ON_GPU = ["ragged", "length 1 against many", "blocks, x longer", "empty problem", "sharp"]
+# Of the kernels that compile for 10 seconds each when interpreted, the cases in the quick suite.
+QUICK = {"pallas_tpu": ["ragged", "blocks", "empty problem"], "pallas_gpu": ["blocks, x longer"]}
 
 
 def cases(name: str) -> list:
-    """All cases with all dustbins that they are for; interpreted kernels have one of each in the quick suite."""
-    quick = name not in INTERPRETED
+    """All cases with all dustbins that they are for; the quick suite has one dustbin of each."""
 
     def in_quick_suite(number: int, case: Case, dustbin: str) -> bool:
-        here = quick or dustbin == case.dustbins[number % len(case.dustbins)]
-        return here and (name != "pallas_gpu" or case.name in QUICK_ON_GPU)
+        return dustbin == case.dustbins[number % len(case.dustbins)] and case.name in QUICK.get(name, [case.name])
 
     return [
         pytest.param(
@@ -58,11 +56,11 @@ def test_same_numbers_as_the_reference_in_float64(implementation, case, dustbin)
         pytest.param(
             *(name, case, case.dustbins[0]),
             id=f"{name}-{case.name}, {case.dustbins[0]}",
-            marks=pytest.mark.slow if case.name != "ragged" and (name in INTERPRETED or n % 2) else (),
+            marks=() if name == "xla" and case.name in ("ragged", "blocks, x longer") else pytest.mark.slow,
         )
         for name in IMPLEMENTATIONS[1:]
         if name not in PLAIN_ONLY
-        for n, case in enumerate(CASES)
+        for case in CASES
     ],
 )
 def test_newton_and_implicit_gradient_are_those_of_the_reference(implementation, case, dustbin):
@@ -83,10 +81,10 @@ RELAXED = [
 
 
 def relaxed_cases() -> list:
-    """All with and without weights; of interpreted kernels, which take long, one is in the quick suite."""
+    """All with and without weights; the quick suite has weights, and one case of interpreted kernels."""
 
     def is_quick(implementation: str, n: int, weighted: bool) -> bool:
-        return implementation not in INTERPRETED or (implementation == "pallas_gpu" and n == 0 and weighted)
+        return weighted and (implementation == "xla" or (implementation == "pallas_gpu" and n == 0))
 
     return [
         pytest.param(
@@ -118,7 +116,7 @@ def test_relaxed_marginals_weights_and_early_ends_are_those_of_the_reference(
 @pytest.mark.parametrize(
     ("implementation", "seed"),
     [
-        pytest.param(name, seed, marks=pytest.mark.slow if seed > (name == "xla") or name == "pallas_gpu" else ())
+        pytest.param(name, seed, marks=() if name == "xla" and seed < 2 else pytest.mark.slow)
         for name in IMPLEMENTATIONS[1:]
         for seed in range(4)
     ],

@@ -106,7 +106,7 @@ def test_without_a_gpu_it_is_refused():
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
-def test_products_with_bfloat16_lose_no_more_than_float32_would(by_rows, monkeypatch):
+def test_products_with_bfloat16_lose_no_more_than_float32_would(by_rows, monkeypatch, forget_programs):
     """Weights are not rounded to bfloat16, which would cost 2^-9."""
     monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
     rng = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def check_visits(cells, start, stop, inner_start, inner_stop, block: int, exactl
 
 
 @pytest.mark.parametrize(("rows", "columns", "band"), [(300, 200, 20), (130, 300, 70), (90, 100, None), (40, 200, 0)])
-def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch):
+def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch, forget_programs):
     """Strips of any lengths hold what their rows meet, and masks are where they are needed."""
     monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
     rng = np.random.default_rng(0)
@@ -188,8 +188,8 @@ def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch):
         np.testing.assert_allclose(sums, np.einsum("nij,ni->nj", entries, expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("band", [12, 130])
-def test_wide_heads_of_float32_have_blocks_of_their_own(band, monkeypatch):
+@pytest.mark.parametrize("band", [12, pytest.param(130, marks=pytest.mark.slow)])
+def test_wide_heads_of_float32_have_blocks_of_their_own(band, monkeypatch, forget_programs):
     """Smaller blocks, no strips; with the wider band tiles inside the support are visited in a loop of their own."""
     monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
     rng, length = np.random.default_rng(0), 300
@@ -209,7 +209,7 @@ def test_wide_heads_of_float32_have_blocks_of_their_own(band, monkeypatch):
         assert conformance.error(found, expected) < 1e-5
 
 
-def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
+def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch, forget_programs):
     """A column that underflows in the first step is noticed; then, or always if told to, steps are made by scaling."""
     monkeypatch.setattr(gpu_kernels, "INTERPRET", True)
     case, spec = conformance.CASES[11], SinkhornSpec(band=8, base_steps=3)
@@ -228,6 +228,7 @@ def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
     assert absorbed(*arrays) and absorbed(*with_column_at(-50.0))
     assert not absorbed(*with_column_at(-70.0)) and not absorbed(*with_column_at(-200.0))
     monkeypatch.setattr(steps, "_LARGEST_MOVE", 0.0)
+    forget_programs()
     out, info = jax.jit(lambda *x: sinkhorn_attention(*x, spec, *lengths, implementation="pallas_gpu"))(*arrays)
     expected, expected_info = sinkhorn_attention(*arrays, spec, *lengths, implementation="xla")
     assert conformance.error(out, expected) < 1e-5
@@ -235,7 +236,7 @@ def test_steps_that_lose_digits_are_made_with_care_instead(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [5, 11], ids=lambda n: conformance.CASES[n].name)
-def test_fewer_checks_on_a_gpu_change_no_step(number, monkeypatch):
+def test_fewer_checks_on_a_gpu_change_no_step(number, monkeypatch, forget_programs):
     """Scalings of one case leave their range in mid-run, several times."""
     case = conformance.CASES[number]
     arrays, lengths, *_ = conformance.inputs(case, "none", "float32")
@@ -249,6 +250,7 @@ def test_fewer_checks_on_a_gpu_change_no_step(number, monkeypatch):
     expected = run()
     monkeypatch.setattr(support, "platform", lambda: "gpu")
     monkeypatch.setattr(Band, "heads_at_once", lambda *_: 4)
+    forget_programs()
     actual = run()
     for name, value in expected.items():
         assert conformance.error(actual[name], value) < 1e-6, name

@@ -446,7 +446,7 @@ def test_the_place_of_the_data_does_not_matter(trained, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(trained / "data")
     copied = shutil.copytree(trained / "data", tmp_path / "disk" / "data")
     monkeypatch.chdir(trained)
-    for place in ("data", "data/", f"{tmp_path / 'link'}", str(copied), "./data/../data"):
+    for place in (f"{tmp_path / 'link'}", str(copied), "./data/../data/"):
         assert int(train.train(small(data__dir=place, total_steps=2), run).step) == 2
         assert run_folder.read_config(run).data.dir == place
 

@@ -193,7 +193,7 @@ def test_forward_mode_of_the_reference_is_that_of_reverse_mode(gradient):
     assert float(slope) == pytest.approx(sum(float(jnp.vdot(gradient[name], u[name])) for name in x), rel=1e-9)
 
 
-@pytest.mark.parametrize("gradient", ["tail", "implicit"])
+@pytest.mark.parametrize("gradient", ["tail", pytest.param("implicit", marks=pytest.mark.slow)])
 def test_transformations_around_either_derivative_change_nothing(gradient):
     """Gradients under checkpoint, scan and vmap, whose rewriting must meet no refusal, and second ones over them."""
     loss = functools.partial(attention_loss, spec=spec_of(gradient=gradient, cg_steps=5), implementation="xla")

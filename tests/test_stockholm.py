@@ -43,7 +43,7 @@ def content(alignment: Alignment) -> tuple:
     return a.ids, [text(row) for row in a.rows], a.gf, a.gs, a.gc, a.gr, a.comments
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if "5043" in x else ()) for x in REAL])
 def test_real_files_lose_nothing(name):
     path = real(name)
     alignments = list(read(path))

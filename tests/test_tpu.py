@@ -125,6 +125,7 @@ def test_relaxed_and_weighted_problems_compile_for_the_chip():
     assert weighted < 4 * (2 * 64 + 1), "weights and their gradients are vectors, smaller than the band"
 
 
+@pytest.mark.slow
 def test_a_training_step_lowers_for_a_tpu():
     config = r2_dustbin.get_config()
     config.model.implementation = "pallas_tpu"

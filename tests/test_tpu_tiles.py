@@ -24,21 +24,29 @@ pytestmark = pytest.mark.usefixtures("float64", "kernels_are_interpreted")
 RELAXED = Case("relaxed", 60, 150, 10, (60, 31), (150, 40), base_steps=2)  # two tiles of columns
 
 
-def small_memory(monkeypatch, mib: float) -> None:
-    """Kernels believe in a chip of so little memory."""
-    monkeypatch.setattr(tpu, "_vmem_capacity", lambda: int(mib * 2**20))
+@pytest.fixture
+def small_memory(monkeypatch, forget_programs):
+    """Function that makes kernels believe in a chip of so many MiB."""
+
+    def believe(mib: float) -> None:
+        monkeypatch.setattr(tpu, "_vmem_capacity", lambda: int(mib * 2**20))
+        forget_programs()
+
+    return believe
 
 
-@pytest.mark.parametrize("number", [4, 7, 11, 12], ids=lambda n: CASES[n].name)
-def test_a_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(number, monkeypatch):
-    case, dustbin = CASES[number], CASES[number].dustbins[-1]
+@pytest.mark.parametrize(
+    "case", [pytest.param(CASES[n], id=CASES[n].name, marks=() if n == 7 else pytest.mark.slow) for n in (4, 7, 11, 12)]
+)
+def test_a_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(case, small_memory):
+    dustbin = case.dustbins[-1]
     case = dataclasses.replace(case, base_steps=min(case.base_steps, 3))
     arguments = inputs(case, dustbin)
     spec = case.spec(dustbin=dustbin)
     heads = heads_of(arguments)
     sizes = Sizes.create(heads, spec)
     without_tiles = tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20
-    small_memory(monkeypatch, without_tiles + 0.01)
+    small_memory(without_tiles + 0.01)
     assert tpu._memory(tpu._Blocks.backward(heads, spec, sizes), sizes, (jnp.float64,)).holding is None
     assert_same_as_reference("pallas_tpu", case, dustbin)
 
@@ -49,7 +57,7 @@ def heads_of(arguments, dtype=None) -> Heads:
     return by_head(q, k, v, jnp.zeros(2) if score is None else score, n_q, n_k)
 
 
-def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(monkeypatch):
+def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(small_memory):
     """The error budget of bfloat16 tiles: where float32's do not fit, and for bfloat16 queries and keys only."""
     case = CASES[5]
     spec = case.spec(dustbin="full", base_steps=5)
@@ -58,7 +66,7 @@ def test_rounded_tiles_cost_no_more_than_rounded_queries_and_keys(monkeypatch):
     heads = heads_of((rounded, lengths, score, cotangent))
     sizes = Sizes.create(heads, spec)
     blocks = tpu._Blocks.forward(heads, spec, sizes)
-    small_memory(monkeypatch, (blocks.bytes(1) + 3 * sizes.tiles * 128 * 128) / 2**20)  # 2 bytes a score, not 4
+    small_memory((blocks.bytes(1) + 3 * sizes.tiles * 128 * 128) / 2**20)  # 2 bytes a score, not 4
     assert tpu._memory(blocks, sizes, tpu._tile_dtypes(heads)).holding == jnp.bfloat16
     assert tpu._tile_dtypes(heads_of((arrays, lengths, score, cotangent), "float32")) == (jnp.float32,)
 
@@ -107,9 +115,9 @@ def test_tiles_of_any_lengths_fit_the_memory_that_is_laid_out(dustbin):
 @pytest.mark.parametrize(
     ("tau_a", "tau_b", "dustbin", "sd"),
     [
-        (0.3, 1, "unit", 1),
+        pytest.param(0.3, 1, "unit", 1, marks=pytest.mark.slow),
         (1, 0, "none", 1),
-        (0, 1, "full", 1),
+        pytest.param(0, 1, "full", 1, marks=pytest.mark.slow),
         (0.9, 0.6, "full", 100),  # so sharp that scalings leave their range: these take steps in the log domain
         pytest.param(0.3, 1, "none", 100, marks=pytest.mark.slow),
         pytest.param(1, 0, "full", 100, marks=pytest.mark.slow),
@@ -133,11 +141,11 @@ def test_relaxed_sums_too_small_for_float32_are_made_in_the_log_domain():
     assert error(columns("pallas_tpu", *arrays), exact) < 1e-5
 
 
-def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(monkeypatch):
+def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(small_memory):
     case = dataclasses.replace(RELAXED, rows=150, q_lengths=(150, 97))  # two groups of rows
     heads, spec = heads_of(inputs(case, "none")), case.spec(tau_a=0.9, tau_b=0.6)
     sizes = Sizes.create(heads, spec)
-    small_memory(monkeypatch, tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20 + 0.01)
+    small_memory(tpu._Blocks.backward(heads, spec, sizes).bytes(1) / 2**20 + 0.01)
     assert_same_as_reference("pallas_tpu", case, "none", tau_a=0.9, tau_b=0.6)
 
 
@@ -145,7 +153,9 @@ def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step
     ("weighted", "dustbin", "sd", "settings"),
     [
         (True, "none", 1, {"tolerance": 0.1}),
-        (False, "none", 100, {"tolerance": 1e-4, "tau_b": 0.1}),  # all in the log domain
+        pytest.param(
+            False, "none", 100, {"tolerance": 1e-4, "tau_b": 0.1}, marks=pytest.mark.slow
+        ),  # in the log domain
         pytest.param(False, "full", 60, {"tolerance": 0.3}, marks=pytest.mark.slow),
         pytest.param(True, "unit", 60, {"tolerance": 0.3, "tau_a": 0.9, "tau_b": 0.6}, marks=pytest.mark.slow),
         pytest.param(True, "full", 100, {"tau_a": 0.0}, marks=pytest.mark.slow),

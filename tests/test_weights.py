@@ -21,6 +21,7 @@ def exported(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_weights_alone_give_the_table_of_the_run(exported, tmp_path):
     of_run = tiny.evaluated(tiny.trained(), "test_ood", limit=8)
     output = tmp_path / "table.json"
