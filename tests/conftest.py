@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
 # Programs here run once or twice: optimising them takes longer than running them. Child processes inherit the flags;
@@ -12,6 +13,9 @@ _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 if importlib.metadata.version("jax") < "0.11":  # later versions end at it
     _QUICK += " --xla_cpu_use_fusion_emitters=false"  # halves the time of compilation
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # the controller has set the environment of the workers
+
+# Programs started in the background of a shell ignore Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if not _IS_WORKER:

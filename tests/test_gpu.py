@@ -188,7 +188,8 @@ def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch, forget_p
         np.testing.assert_allclose(sums, np.einsum("nij,ni->nj", entries, expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("band", [12, pytest.param(130, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("band", [12, 130])
 def test_wide_heads_of_float32_have_blocks_of_their_own(band, monkeypatch, forget_programs):
     """Smaller blocks, no strips; with the wider band tiles inside the support are visited in a loop of their own."""
     monkeypatch.setattr(gpu_kernels, "INTERPRET", True)

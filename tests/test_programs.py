@@ -32,6 +32,7 @@ MISTAKES = {
     "scripts/bench_balance.py": ["--output={file}/x.jsonl"],
     "scripts/bench_gpu.py": ["--all", "--tiny", "--output={file}/x"],
     "scripts/build_pfam.py": ["--verify={file}/none"],
+    "scripts/compare_runs.py": ["{file}/none"],
     "scripts/compile_asap.py": ["--workdir={file}/none"],
     "scripts/export_weights.py": ["--weights={file}/none", "--output={file}/x"],
     "scripts/gpu_wheels.py": ["--output={file}/x"],

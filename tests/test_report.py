@@ -54,7 +54,9 @@ def written(tmp_path_factory) -> tuple[dict, Page, str]:
     """The JSON and the page of a run, as the command line writes them."""
     folder = tmp_path_factory.mktemp("report")
     output, workdir = folder / "scores.json", tiny.trained()
-    eval_program.main([f"--workdir={workdir}", "--limit=6", f"--output={output}", f"--report={folder / 'deep'}"])
+    eval_program.main(
+        [f"--workdir={workdir}", "--split=test_ood", "--limit=6", f"--output={output}", f"--report={folder / 'deep'}"]
+    )
     text = (folder / "deep" / "report.html").read_text()
     return json.loads(output.read_text()), Page(text), text
 

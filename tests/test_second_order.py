@@ -98,8 +98,11 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("implementation", "case"),
-    [(name, case) for name in ("reference", "xla") for case in CASES]
-    + [("reference", ("full", "unrolled", "sinkhorn"))],
+    [
+        *(("xla", case) for case in CASES),
+        *(pytest.param("reference", case, marks=pytest.mark.slow) for case in CASES),
+        ("reference", ("full", "unrolled", "sinkhorn")),
+    ],
     ids=str,
 )
 def test_second_derivatives_are_those_of_plain_iteration(implementation, case):

@@ -118,6 +118,7 @@ def test_kernels_compile_for_the_chip_and_leave_nothing_but_vectors_in_main_memo
     assert all(found[narrow] == found[LONG[0]] for narrow in NARROW if narrow in found), "memory grows with the band"
 
 
+@pytest.mark.slow
 def test_relaxed_and_weighted_problems_compile_for_the_chip():
     shape = (8, 256, 4, 32, 64, "full", "float32")
     weighted, *relaxed, balanced = bytes_a_row("v6e:2x4", [(shape, settings) for settings in (*RELAXED, {})])

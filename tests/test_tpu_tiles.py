@@ -141,6 +141,7 @@ def test_relaxed_sums_too_small_for_float32_are_made_in_the_log_domain():
     assert error(columns("pallas_tpu", *arrays), exact) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step(small_memory):
     case = dataclasses.replace(RELAXED, rows=150, q_lengths=(150, 97))  # two groups of rows
     heads, spec = heads_of(inputs(case, "none")), case.spec(tau_a=0.9, tau_b=0.6)

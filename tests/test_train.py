@@ -79,6 +79,7 @@ def test_steps_are_traced_when_asked(finished, tmp_path):
     assert list((tmp_path / "traced" / "trace").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
     """Parameters, optimiser, average and metrics are the same to the last bit, so the batches were too.
 
