@@ -65,7 +65,8 @@ def sinkhorn_attention(
     _check_implementation(implementation)
     weights = row_weights, column_weights
     checked = Checked.create(q, k, v, spec, q_lengths, k_lengths, dustbin_score, weights)
-    out, info = checked.of_every_head(_attend, implementation)
+    with registry.kernels_have_their_device():
+        out, info = checked.of_every_head(_attend, implementation)
     return out.swapaxes(1, 2), info
 
 

@@ -10,7 +10,7 @@ from benchmarks.attention import Case
 from scripts import bench_attention
 
 LONG = attention.CASES["long"]
-PEERS = "softmax", "softmax head by head", "tail", "ott unrolled", "ott implicit"
+PEERS = "softmax", "tail", "ott unrolled", "ott implicit"
 TINY = {
     "full": Case(1, 1, 24, None, PEERS, width=8),
     "band": Case(
@@ -18,7 +18,7 @@ TINY = {
         1,
         280,
         6,
-        (*BANDED, "tail", "newton, implicit", "tail, tau .9", "tail, tau (1, 0)"),
+        ("softmax 64", "softmax 128", "tail", "newton, implicit", "tail, tau (1, 0)"),
         width=8,
         dustbin="full",
         ragged=True,

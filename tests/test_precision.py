@@ -11,6 +11,7 @@ from tests.support.conformance import (
     DUSTBINS,
     EPS,
     IMPLEMENTATIONS,
+    INTERPRETED,
     Case,
     attend_and_pull_back,
     error,

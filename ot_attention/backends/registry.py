@@ -3,7 +3,8 @@
 A new backend is a module that satisfies `Backend` or `Band`, a line in `BACKENDS` and its name in `Implementation`.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -45,6 +46,19 @@ def choose(name: Implementation | None, heads: Heads, spec: SinkhornSpec) -> Imp
         if not (reasons := _unsupported_reasons(candidate, heads, spec)):
             return candidate
     raise UnsupportedError(f"implementation {candidates[-1]!r} cannot do this: " + "; ".join(reasons))
+
+
+@contextlib.contextmanager
+def kernels_have_their_device() -> Iterator[None]:
+    """Raise UnsupportedError where JAX is about to compile the kernels of a TPU for another device."""
+    try:
+        yield
+    except ValueError as error:
+        if "interpret mode" not in str(error):
+            raise
+        raise UnsupportedError(
+            "implementation 'pallas_tpu' cannot do this: there is no TPU here; use implementation='xla' or None"
+        ) from error
 
 
 def _unsupported_reasons(name: Implementation, heads: Heads, spec: SinkhornSpec) -> list[str]:

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from ot_attention import derivatives, support
 from ot_attention.backends import tpu_backward, tpu_forward, tpu_steps
 from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, with_dustbin
-from ot_attention.spec import Heads, SinkhornSpec, UnsupportedError
+from ot_attention.spec import Heads, SinkhornSpec
 from ot_attention.support import potential_dtype, promoting
 
 platform = "tpu"  # see `backends.Backend`
@@ -185,14 +185,7 @@ def _call(kernel, blocks: _Blocks, tile_dtypes: tuple, lengths: tuple, heads: He
         ),
         name=kernel.__name__,
     )
-    try:
-        return call(tables.integers, tables.scalars, inputs)[0]
-    except ValueError as error:
-        if "interpret mode" not in str(error):
-            raise
-        raise UnsupportedError(
-            "implementation 'pallas_tpu' cannot do this: there is no TPU here; use implementation='xla' or None"
-        ) from error
+    return call(tables.integers, tables.scalars, inputs)[0]
 
 
 def attend(heads: Heads, spec: SinkhornSpec):
