@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(args: argparse.Namespace) -> None:
     """Print the table, and write it and the figures."""
     groups = grouped(args.runs)
-    scores = {name: over_seeds(name, [last_validation(run) for run in runs]) for name, runs in groups.items()}
-    table = markdown(scores, {name: len(runs) for name, runs in groups.items()})
+    found = {name: [last_validation(run) for run in runs] for name, runs in groups.items()}
+    scores = {name: over_seeds(name, of_runs) for name, of_runs in found.items()}
+    table = markdown(scores, {name: (len(of_runs), of_runs[0][0]) for name, of_runs in found.items()})
     print(table)
     if not args.output:
         return
@@ -126,16 +127,17 @@ def setting(config, key: str) -> str:
     return str(value)
 
 
-def markdown(scores: dict[str, dict], runs: dict[str, int]) -> str:
-    """Return the table: a row for each name, a column for each metric."""
+def markdown(scores: dict[str, dict], sizes: dict[str, tuple[int, int]]) -> str:
+    """Return the table: a row for each name, with its number of runs and step, a column for each metric."""
 
     def cell(of: dict) -> str:
         spread = "" if of["low"] is None else f" ({of['low']:.3f} to {of['high']:.3f})"
         return f"{of['value']:.3f}{spread}"
 
-    rows = [
-        {"": name, "runs": str(runs[name])} | {m: cell(of) for m, of in found.items()} for name, found in scores.items()
-    ]
+    rows = []
+    for name, found in scores.items():
+        runs, step = sizes[name]
+        rows.append({"": name, "runs": str(runs), "step": str(step)} | {of: cell(x) for of, x in found.items()})
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 

@@ -32,9 +32,9 @@ def runs(tmp_path) -> list[str]:
 def test_seeds_share_a_row_with_their_mean_and_range(runs, capsys):
     assert compare_runs.main(runs) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["", "runs", "barycenter_mae", "f1"]
-    assert lines[2] == ["low", "3", *["0.600 (0.500 to 0.700)"] * 2]
-    assert lines[3:] == [["high", "1", "0.750", "0.750"], ["binned", "1", "0.250", "0.250"]]
+    assert lines[0] == ["", "runs", "step", "barycenter_mae", "f1"]
+    assert lines[2] == ["low", "3", "10", *["0.600 (0.500 to 0.700)"] * 2]
+    assert lines[3:] == [["high", "1", "10", "0.750", "0.750"], ["binned", "1", "10", "0.250", "0.250"]]
 
 
 def test_figures_and_numbers_are_written(runs, tmp_path):
