@@ -25,7 +25,7 @@ lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff format --check .
 	$(TEST_VENV)/bin/mypy
 
-# Where a worker crashes, pytest-xdist can wait for ever for the next one (pytest-xdist, issue 1378): the run ends instead.
+# The run ends if a worker crashes: pytest-xdist can wait for ever for the next one (its issue 1378).
 test: lint
 	JAX_PLATFORMS=cpu $(TEST_VENV)/bin/python -m pytest -n auto --dist=loadfile --no-loadscope-reorder \
 	  --max-worker-restart=0

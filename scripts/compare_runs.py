@@ -19,7 +19,6 @@ from tabulate import tabulate
 import command_line
 from data import files
 from evaluation import figures
-from evaluation.metrics import METRICS
 from training import run_folder
 
 _SPLIT = "validation/"
@@ -91,7 +90,7 @@ def over_seeds(name: str, found: list[tuple[int, dict[str, float]]]) -> dict[str
     """
     if len(steps := {step for step, _ in found}) > 1:
         raise ValueError(f"runs named {name} were validated last at steps {sorted(steps)}: finish them first")
-    metrics = [metric for metric in METRICS if all(metric in scores for _, scores in found)]
+    metrics = [metric for metric in found[0][1] if all(metric in scores for _, scores in found)]
     values = {metric: [scores[metric] for _, scores in found] for metric in metrics}
     several = len(found) > 1
     return {

@@ -498,7 +498,7 @@ check(P("d", None, "m"), functions)
 for cut in (P("d"), P(("d", "m")), P()) if WHOLE else [P(("d", "m"))]:
     check(cut, ["backward"])
 with jax.set_mesh(mesh):
-    edges.assert_same(functions["backward"](*on(mesh, P("d"), q, k, v)), expected["backward"], 1e-4)
+    edges.assert_same(pull_back(*on(mesh, P("d"), q, k, v)), expected["backward"], 1e-4)
 some, = on(mesh, P("d"), q)
 edges.assert_same(attend(some, k, v), expected["forward"], 1e-4)  # k and v on one device
 stacked = on(mesh, P("d", None, None, "m"), *(np.stack([x, x]) for x in (q, k, v)))

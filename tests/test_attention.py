@@ -245,7 +245,10 @@ def test_unrolled_gradient_is_that_of_all_steps():
 
     def gradient(**changes):
         spec = CASES[0].spec(**changes)
-        loss = lambda q: (sinkhorn_attention(q, *arrays[1:], spec, *lengths)[0] * cotangent).sum()  # noqa: E731
+
+        def loss(q):
+            return (sinkhorn_attention(q, *arrays[1:], spec, *lengths)[0] * cotangent).sum()
+
         return jax.jit(jax.grad(loss))(arrays[0])
 
     unrolled = gradient(base_steps=4, tail_steps=2, gradient="unrolled")

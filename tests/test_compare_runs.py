@@ -32,7 +32,7 @@ def runs(tmp_path) -> list[str]:
 def test_seeds_share_a_row_with_their_mean_and_range(runs, capsys):
     assert compare_runs.main(runs) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["", "runs", "step", "barycenter_mae", "f1"]
+    assert lines[0] == ["", "runs", "step", "f1", "barycenter_mae"]
     assert lines[2] == ["low", "3", "10", *["0.600 (0.500 to 0.700)"] * 2]
     assert lines[3:] == [["high", "1", "10", "0.750", "0.750"], ["binned", "1", "10", "0.250", "0.250"]]
 
@@ -72,6 +72,11 @@ def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys, options, messa
     options = [option.format(tmp=tmp_path) for option in options]
     assert compare_runs.main([*options, *runs, f"--output={tmp_path / 'out'}"]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_scores_of_another_task_are_compared_too(tmp_path, capsys):
+    assert compare_runs.main([str(run(tmp_path / "sorted", 0.5, scores=("exact_match",)))]) == 0
+    assert "exact_match" in capsys.readouterr().out
 
 
 def test_options_that_need_others_say_so(runs, capsys):

@@ -154,9 +154,8 @@ def test_a_relaxed_band_that_does_not_fit_on_the_chip_is_made_anew_in_every_step
     ("weighted", "dustbin", "sd", "settings"),
     [
         (True, "none", 1, {"tolerance": 0.1}),
-        pytest.param(
-            False, "none", 100, {"tolerance": 1e-4, "tau_b": 0.1}, marks=pytest.mark.slow
-        ),  # in the log domain
+        # All in the log domain.
+        pytest.param(False, "none", 100, {"tolerance": 1e-4, "tau_b": 0.1}, marks=pytest.mark.slow),
         pytest.param(False, "full", 60, {"tolerance": 0.3}, marks=pytest.mark.slow),
         pytest.param(True, "unit", 60, {"tolerance": 0.3, "tau_a": 0.9, "tau_b": 0.6}, marks=pytest.mark.slow),
         pytest.param(True, "full", 100, {"tau_a": 0.0}, marks=pytest.mark.slow),
