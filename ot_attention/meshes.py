@@ -42,8 +42,8 @@ def on_each_device(function: Callable[..., PyTree], arguments: tuple[Argument, .
     return _in_parts(function, options, mesh, tuple(specs), out, *given)
 
 
-# Compiled, because a loop or branch outside `jit` would be compiled anew in each call, and because what is masked must not
-# alarm `jax_debug_nans`, which looks at all results of calls that are not compiled.
+# Compiled, because a loop or branch outside `jit` would be compiled anew in each call, and because what is masked must
+# not alarm `jax_debug_nans`, which looks at all results of calls that are not compiled.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled(function, options, *given):
     return function(*given, *options)
