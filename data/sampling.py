@@ -72,12 +72,12 @@ class LengthIndex:
 
     def draw(
         self, family: Int64[np.ndarray, "*shape"], bucket: int, rng: np.random.Generator
-    ) -> Int32[np.ndarray, "*shape 3"]:
+    ) -> Int32[np.ndarray, "*shape 4"]:
         """Draw one pair of each `family`, uniform over its pairs in the bucket, in either order; returns their ids."""
         longer, shorter = _unrank(rng.integers(self.ranks[family, bucket], self.ranks[family, bucket + 1]))
         swap = rng.random(family.shape) < 0.5
         x, y = (self.rows[self.first[family] + np.where(swap, a, b)] for a, b in ((shorter, longer), (longer, shorter)))
-        return np.stack([family, x, y], axis=-1).astype(np.int32)
+        return np.stack([family, x, family, y], axis=-1).astype(np.int32)
 
 
 def readable(families: Families, max_bad: int, bad: list[str]) -> Iterator[Family | None]:

@@ -9,6 +9,8 @@ from data import vocab
 
 NO_TARGET = -1
 
+Tokens = Int32[np.ndarray, " length"]
+
 
 class Pair(NamedTuple):
     """Two unaligned sequences and the reference alignment between them."""
@@ -36,6 +38,29 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
     target = np.full(x_occupied.sum(), NO_TARGET, np.int32)
     target[np.cumsum(x_occupied)[shared] - 1] = np.cumsum(y_occupied)[shared] - 1
     return Pair(vocab.encode(x_row[x_occupied]), vocab.encode(y_row[y_occupied]), target)
+
+
+def sequence(alignment: UInt8[np.ndarray, "rows columns"], row: int) -> Int32[np.ndarray, " length"]:
+    """Return the tokens of a row of an alignment, without its gaps."""
+    symbols = alignment[row]
+    return vocab.encode(symbols[~np.isin(symbols, np.frombuffer(vocab.GAPS, np.uint8))])
+
+
+def unaligned(x: Int32[np.ndarray, " x_length"], y: Int32[np.ndarray, " y_length"]) -> Pair:
+    """Make a pair whose sequences have nothing to do with each other."""
+    return Pair(x, y, np.full(len(x), NO_TARGET, np.int32))
+
+
+def add_flanks(core: Pair, x_ends: tuple[Tokens, Tokens], y_ends: tuple[Tokens, Tokens]) -> Pair:
+    """Extend both sequences by residues before and after the core, which are aligned with none."""
+    shift = len(y_ends[0])
+    target = np.where(core.target == NO_TARGET, NO_TARGET, core.target + shift)
+    before, after = (np.full(len(end), NO_TARGET) for end in x_ends)
+    return Pair(
+        np.concatenate([x_ends[0], core.x, x_ends[1]]),
+        np.concatenate([y_ends[0], core.y, y_ends[1]]),
+        np.concatenate([before, target, after]).astype(np.int32),
+    )
 
 
 def crop(whole: Pair, draws: Float64[np.ndarray, "3"]) -> Pair:

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from alignment import decoding
 from alignment.inference import Pretrained
-from data import pipeline, vocab
+from data import vocab
+from data.batches import Batch, unbatch
+from data.sampling import Families
 from data.transforms import NO_TARGET
 from evaluation import baselines, figures, metrics
 from evaluation.report import Example, Examples
@@ -56,8 +58,8 @@ def pretrained(trainer: Trainer, mesh: Mesh, params: PyTree = None) -> Pretraine
 
 def score_split(
     model: Pretrained,
-    families: pipeline.Families,
-    batches: Iterable[pipeline.Batch],
+    families: Families,
+    batches: Iterable[Batch],
     *,
     see: Callable[[Example], None] = lambda example: None,
     progress: str = "",
@@ -70,14 +72,14 @@ def score_split(
     not if the name is empty. Raises ValueError if there is no pair.
     """
     scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
-    pairs = [of_one for batch in batches for of_one in pipeline.unbatch(batch)]
+    pairs = [of_one for batch in batches for of_one in unbatch(batch)]
     if not pairs:
         raise ValueError("there is no pair to score")
     predictions = model.predict([(pair.x, pair.y) for _, pair in pairs], measure=reconstruction)
     for n, found in tqdm(
         predictions, desc=progress, unit=" pairs", total=len(pairs), disable=None if progress else True
     ):
-        (index, *rows), pair = pairs[n]
+        (index, i, _, j), pair = pairs[n]
         family, plan, posterior = families[index], found.plan.dense(), found.posterior.dense()
         score = metrics.score_plan(family.accession, pair, posterior, found.match)
         if model.decoder == "posterior":
@@ -85,7 +87,7 @@ def score_split(
         scores["model"].append(dataclasses.replace(score, **found.measured))
         for who, baseline in baselines.BASELINES.items():
             scores[who].append(metrics.score_prediction(family.accession, pair, *baseline(pair)))
-        see(Example(family, tuple(rows), pair, plan, posterior, found.match, score, scores["nw_blosum62"][-1]))
+        see(Example(family, (i, j), pair, plan, posterior, found.match, score, scores["nw_blosum62"][-1]))
     return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
@@ -106,7 +108,7 @@ def reconstruction(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[A
     }
 
 
-def certify_split(certify: Callable, batches: Iterable[pipeline.Batch]) -> dict[str, dict]:
+def certify_split(certify: Callable, batches: Iterable[Batch]) -> dict[str, dict]:
     """Summarise each layer's certificates: median and worst of pairs and heads, None if infinite, and finite share."""
 
     def number(x):

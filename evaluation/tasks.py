@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data import files, pfam, pipeline, sorting
+from data.evaluation_pairs import evaluation_batches
+from data.sampling import Families
 from data.settings import Folder, Section
 from evaluation import baselines, figures, scoring
 from evaluation import sorting as sorting_scores
@@ -191,13 +193,11 @@ class AlignmentTask(Task):
 
         return score
 
-    def _evaluation_batches(self, families: pipeline.Families, mesh: Mesh, limit: int | None):
+    def _evaluation_batches(self, families: Families, mesh: Mesh, limit: int | None):
         data, devices = self.config.data, mesh.shape["data"]
         size = _evaluated_at_once(self.config.batch_size, devices)
         max_bad = data.get("max_bad_records", 0)  # older runs have none
-        return pipeline.evaluation_batches(
-            families, size, data.buckets, limit=limit, divisible_by=devices, max_bad=max_bad
-        )
+        return evaluation_batches(families, size, data.buckets, limit=limit, divisible_by=devices, max_bad=max_bad)
 
 
 class SortingTask(Task):

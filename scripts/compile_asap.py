@@ -31,6 +31,8 @@ import command_line
 from alignment import asap_maps
 from benchmarks import asap_ways
 from data import files, pfam, pipeline
+from data.batches import Batch
+from data.evaluation_pairs import evaluation_batches
 from evaluation import model_options, runs, tasks
 from models.attention import Asap, SinkhornSpec
 from ot_attention import asap
@@ -124,12 +126,12 @@ def compile_model(args: argparse.Namespace) -> None:
     print(f"{table(report)}\n\nwritten: {args.output}, {beside}")
 
 
-def _batches(run: runs.Run, shards: Path, split: str, buckets: Sequence[int], pairs: int) -> Iterator[pipeline.Batch]:
+def _batches(run: runs.Run, shards: Path, split: str, buckets: Sequence[int], pairs: int) -> Iterator[Batch]:
     """Yield batches with about `pairs` pairs: random ones of the training split, else those that evaluation takes."""
     families, batch_size, data = pfam.open_split(shards, split), run.config.batch_size, run.config.data
     if split != "train":
         divisible_by = run.mesh.shape["data"]
-        yield from pipeline.evaluation_batches(families, batch_size, buckets, limit=pairs, divisible_by=divisible_by)
+        yield from evaluation_batches(families, batch_size, buckets, limit=pairs, divisible_by=divisible_by)
         return
     seed = run.config.seed + 1  # other pairs than in training
     config = pipeline.PipelineConfig(buckets, batch_size, seed, data.pairs_per_family, data.crop)

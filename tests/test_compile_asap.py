@@ -12,7 +12,8 @@ import eval as eval_program
 from alignment import asap_maps, weights
 from alignment.inference import Pretrained
 from benchmarks import asap_ways
-from data import pfam, pipeline
+from data import pfam
+from data.evaluation_pairs import evaluation_batches
 from evaluation import runs
 from ot_attention.asap import Deviation
 from scripts import align, compile_asap
@@ -90,7 +91,7 @@ def test_each_layer_is_replaced_in_all_that_reads_it(model, maps, layer):
         trainer=dataclasses.replace(run.trainer, graph=asap_maps.into(run.trainer.graph, run.params, far))
     )
     families = pfam.open_split(tiny.ROOT / "data/default", "validation")
-    batch = next(iter(pipeline.evaluation_batches(families, 2, (128,), limit=2)))
+    batch = next(iter(evaluation_batches(families, 2, (128,), limit=2)))
     pair = [jnp.asarray(batch[name]) for name in ("x", "y", "x_length", "y_length")]
 
     @jax.jit

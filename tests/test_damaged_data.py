@@ -10,6 +10,7 @@ import pytest
 
 import train
 from data import pfam, pipeline
+from data.evaluation_pairs import evaluation_batches
 from data.families import BadRecordError
 from tests.support import tiny
 from tests.support.run import assert_same_run, config, copy, flip
@@ -64,9 +65,9 @@ def test_a_truncated_shard_is_as_many_damaged_records(tmp_path):
     path.write_bytes(path.read_bytes()[:70000])
     families = pfam.open_split(tmp_path, "validation")
     with pytest.raises(BadRecordError, match=r"record 0, family PF02463 is damaged"):
-        list(pipeline.evaluation_batches(families, 4, (320,)))
+        list(evaluation_batches(families, 4, (320,)))
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="none of the 2 families"):
-        list(pipeline.evaluation_batches(families, 4, (320,), max_bad=2))
+        list(evaluation_batches(families, 4, (320,), max_bad=2))
 
 
 def test_a_shard_of_another_build_is_noticed(tmp_path):

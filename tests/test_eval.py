@@ -10,7 +10,9 @@ import pytest
 import eval as eval_program
 from alignment import weights
 from alignment.inference import Pretrained
-from data import pfam, pipeline
+from data import pfam
+from data.batches import unbatch
+from data.evaluation_pairs import evaluation_batches
 from evaluation import metrics, runs, scoring
 from evaluation.baselines import BASELINES
 from evaluation.tasks import AlignmentTask
@@ -121,8 +123,8 @@ def test_a_gap_model_is_scored_by_its_posterior_too(finished, tmp_path):
 def test_the_scores_are_of_the_alignments_that_users_get(finished, tmp_path):
     """F1 of the report, counted again from what scripts/align.py gives of the run's weights."""
     run, families = runs.load_run(finished), pfam.open_split(tiny.ROOT / "data/default", "test_ood")
-    batches = list(pipeline.evaluation_batches(families, 4, (320,), limit=8))
-    pairs = [pair for batch in batches for _, pair in pipeline.unbatch(batch)]
+    batches = list(evaluation_batches(families, 4, (320,), limit=8))
+    pairs = [pair for batch in batches for _, pair in unbatch(batch)]
     path = tmp_path / "w.safetensors"
     weights.save(path, run.params, run.config.to_dict(), run.step)
     found = [set(map(tuple, of.pairs.tolist())) for of in Pretrained.load(path).align([pair[:2] for pair in pairs])]

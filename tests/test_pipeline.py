@@ -13,8 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from data.evaluation_pairs import evaluation_batches
 from data.families import Family
-from data.pipeline import PairStream, PipelineConfig, evaluation_batches, train_iterator
+from data.pipeline import PairStream, PipelineConfig, train_iterator
 from data.sampling import LengthIndex, _rank, _unrank
 from data.transforms import NO_TARGET
 from data.vocab import is_residue
@@ -38,7 +39,7 @@ def test_batches_hold_the_pairs_their_ids_name():
 
 def test_target_points_at_residues_of_the_same_column():
     batch = PairStream(FAMILIES, CONFIG)[0]
-    for n, (family, i, j) in enumerate(batch["id"]):
+    for n, (family, i, _, j) in enumerate(batch["id"]):
         rows = FAMILIES[family].alignment[[i, j]]
         columns = [np.flatnonzero(is_residue(row)) for row in rows]
         for position, target in enumerate(batch["target"][n, : batch["x_length"][n]]):
@@ -86,7 +87,7 @@ def test_a_share_of_the_pairs_is_cropped():
         PipelineConfig(crop=1.5)
 
 
-GOLDEN = [[3, 1, 0], [1, 2, 8], [3, 4, 1]]
+GOLDEN = [[3, 1, 3, 0], [1, 2, 1, 8], [3, 4, 3, 1]]
 
 
 def test_stream_is_the_one_of_earlier_versions():
@@ -114,8 +115,8 @@ def test_pairs_of_a_family_are_uniform_within_a_bucket():
     expected = {0: 4 * 3 / 2, 1: 6 * 5 / 2 + 6 * 4, 2: 8 * 7 / 2 + 8 * 10}
     for bucket, pairs in expected.items():
         ids = index.draw(np.zeros(20_000, np.int64), bucket, np.random.default_rng(bucket))
-        assert (ids[:, 1] != ids[:, 2]).all()
-        cells, counts = np.unique(ids[:, 1:], axis=0, return_counts=True)
+        assert (ids[:, 1] != ids[:, 3]).all()
+        cells, counts = np.unique(ids[:, 1::2], axis=0, return_counts=True)
         assert len(cells) == 2 * pairs, "in both orders"
         mean = 20_000 / (2 * pairs)
         chi_square, freedom = np.sum((counts - mean) ** 2 / mean), 2 * pairs - 1
@@ -151,7 +152,7 @@ def test_share_of_too_long_pairs_is_reported():
     families = [make_family("half", [10, 10, 10, 99]), make_family("fits", [10, 11, 12, 13])]
     stream = PairStream(families, PipelineConfig(buckets=(16,), batch_size=4))
     assert stream.index.left_out == pytest.approx(3 / 12)
-    assert 3 not in stream[0]["id"][stream[0]["id"][:, 0] == 0][:, 1:]
+    assert 3 not in stream[0]["id"][stream[0]["id"][:, 0] == 0][:, 1::2]
 
 
 def test_pairs_without_an_aligned_residue_are_drawn_again():

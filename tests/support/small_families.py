@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 
+from data.batches import unbatch
 from data.families import Family
-from data.pipeline import PipelineConfig, unbatch
+from data.pipeline import PipelineConfig
 from data.transforms import NO_TARGET, pair
 from data.vocab import RESIDUES
 
@@ -44,11 +45,11 @@ def check_examples(batch, families):
     pairs = dict(zip(np.flatnonzero(batch["id"][:, 0] >= 0).tolist(), unbatch(batch), strict=True))
     for n in range(len(batch["id"])):
         if n in pairs:
-            (family, i, j), got = pairs[n]
+            (family, i, other, j), got = pairs[n]
             expected = pair(families[family].alignment, i, j)
             for name in ("x", "y", "target"):
                 np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
-            assert i != j
+            assert i != j and family == other
         assert not batch["x"][n, batch["x_length"][n] :].any()
         assert not batch["y"][n, batch["y_length"][n] :].any()
         assert (batch["target"][n, batch["x_length"][n] :] == NO_TARGET).all()

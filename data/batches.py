@@ -1,0 +1,75 @@
+"""Batches of sequence pairs: their arrays, and the pairs that ids name."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from data import vocab
+from data.sampling import Families
+from data.transforms import NO_TARGET, Pair, pair, sequence, unaligned
+
+PairId = tuple[int, int, int, int]  # family of x, row of x, family of y, row of y
+
+_CACHED_FAMILIES = 512  # decoded records kept, mostly below 50 KB each; reading one takes longer than making its pair
+
+
+class Batch(TypedDict):
+    """Pairs of one length bucket; an empty example has padding, lengths 0 and id -1."""
+
+    x: Int32[np.ndarray, "batch length"]  # tokens, PAD beyond x_length
+    y: Int32[np.ndarray, "batch length"]
+    x_length: Int32[np.ndarray, " batch"]
+    y_length: Int32[np.ndarray, " batch"]
+    target: Int32[np.ndarray, "batch length"]  # position in y aligned with x_i, NO_TARGET for none
+    id: Int32[np.ndarray, "batch 4"]  # family of x (index in the split), row of x, family of y, row of y
+
+
+def unbatch(batch: Batch) -> Iterator[tuple[PairId, Pair]]:
+    """Yield id and unpadded pair of every example that is not empty."""
+    for n, pair_id in enumerate(batch["id"].tolist()):
+        if pair_id[0] >= 0:
+            x, y = slice(batch["x_length"][n]), slice(batch["y_length"][n])
+            yield tuple(pair_id), Pair(batch["x"][n, x], batch["y"][n, y], batch["target"][n, x])
+
+
+class PairReader:
+    """Pairs by id, with a cache of decoded families in every process."""
+
+    def __init__(self, families: Families):
+        self.families = families
+        self.family = functools.lru_cache(_CACHED_FAMILIES)(families.__getitem__)
+
+    def __call__(self, x_family: int, i: int, y_family: int, j: int) -> Pair:
+        """Return the pair of an id, unaligned if it is of two families; the empty pair for an id of -1."""
+        if x_family < 0:
+            return Pair(*[np.zeros(0, np.int32)] * 3)
+        if x_family == y_family:
+            return pair(self.family(x_family).alignment, i, j)
+        return unaligned(self.sequence(x_family, i), self.sequence(y_family, j))
+
+    def sequence(self, family: int, row: int) -> Int32[np.ndarray, " length"]:
+        """Return the tokens of a row without its gaps."""
+        return sequence(self.family(family).alignment, row)
+
+    def __reduce__(self):
+        return PairReader, (self.families,)
+
+
+def assemble(pairs: Sequence[Pair], ids: Int[np.ndarray, "batch 4"], length: int) -> Batch:
+    """Pad pairs to a length and stack them."""
+    batch = Batch(
+        x=np.full((len(pairs), length), vocab.PAD, np.int32),
+        y=np.full((len(pairs), length), vocab.PAD, np.int32),
+        x_length=np.array([len(p.x) for p in pairs], np.int32),
+        y_length=np.array([len(p.y) for p in pairs], np.int32),
+        target=np.full((len(pairs), length), NO_TARGET, np.int32),
+        id=ids.astype(np.int32),
+    )
+    for n, p in enumerate(pairs):
+        batch["x"][n, : len(p.x)] = p.x
+        batch["y"][n, : len(p.y)] = p.y
+        batch["target"][n, : len(p.x)] = p.target
+    return batch
