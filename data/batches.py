@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from data import vocab
-from data.sampling import Families
+from data.index import Families
 from data.transforms import NO_TARGET, Pair, pair, sequence, unaligned
 
 PairId = tuple[int, int, int, int]  # family of x, row of x, family of y, row of y
@@ -47,7 +47,8 @@ class PairReader:
         if x_family < 0:
             return Pair(*[np.zeros(0, np.int32)] * 3)
         if x_family == y_family:
-            return pair(self.family(x_family).alignment, i, j)
+            family = self.family(x_family)
+            return pair(family.alignment, i, j, family.insert_states)
         return unaligned(self.sequence(x_family, i), self.sequence(y_family, j))
 
     def sequence(self, family: int, row: int) -> Int32[np.ndarray, " length"]:

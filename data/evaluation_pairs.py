@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from data.batches import Batch, PairReader, assemble
-from data.sampling import Families, check_buckets, readable, row_lengths
+from data.index import Families, readable, row_lengths
+from data.sampling import check_buckets
 
 Ids = Int64[np.ndarray, "pairs 4"]
 PairLengths = Int64[np.ndarray, " pairs"]

@@ -48,6 +48,7 @@ class Family:
     rows: tuple[str, ...] = field(repr=False)  # row names
     alignment: UInt8[np.ndarray, "rows columns"] = field(repr=False)  # ASCII symbols as in the file
     pairs: Int32[np.ndarray, "pairs 2"] = field(repr=False)  # rows of the fixed evaluation pairs; none in training
+    insert_states: bool = False  # lower case marks insert states of a profile HMM, which are aligned with nothing
 
     @property
     def unit(self) -> str:

@@ -34,6 +34,10 @@ REPORT = "report.json"
 _TEXTS = "accession", "name", "clan"
 
 
+class NoSplitError(ValueError):
+    """A data set has no families in a split."""
+
+
 class Pfam(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the splits that data/families.py describes."""
 
@@ -233,7 +237,7 @@ class FamilySource:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise ValueError(f"{folder} cannot be read ({reason}); build or copy the data again") from error
         if split not in dataset.info.splits:
-            raise ValueError(
+            raise NoSplitError(
                 f"split {split!r} is empty in {folder}; it has {', '.join(dataset.info.splits)}: add families"
             )
         self.split_info = dataset.info.splits[split]

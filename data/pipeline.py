@@ -1,4 +1,4 @@
-"""Batches of sequence pairs from a split of families: random ones for training.
+"""Batches of sequence pairs from the training families of one or several data sets.
 
 A training batch is a pure function of (seed, step): `PairStream(...)[step]` draws one length bucket, then `batch_size`
 pairs whose longer sequence falls into that bucket. No state is carried from step to step, so the batches are the same
@@ -7,23 +7,26 @@ for any number of worker processes, hosts or restarts.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, cast
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Float64, Int32
+from jaxtyping import Int32
 
-from data.batches import Batch, PairReader, assemble
+from data.augmentation import NO_ENDS, Cut, Ends, Shares, stretch
+from data.batches import Batch, PairId, PairReader, assemble
+from data.index import Families
 from data.iterator import BatchIterator, Stream, shard_rows
-from data.sampling import Families, LengthIndex
-from data.settings import BATCH_SIZE, MOST, SEED, Integer, Lengths, Number, Section
-from data.transforms import NO_TARGET, Pair, crop
+from data.plan import Plan, Planner
+from data.sampling import LengthIndex
+from data.settings import BATCH_SIZE, MOST, SEED, BinShares, Integer, Lengths, Section
+from data.transforms import IDENTITY_EDGES, NO_TARGET, Pair, Tokens, identities
 
-_ATTEMPTS = 4  # draws of an example before a pair without any aligned residue is accepted
+_AT_ONCE = 8  # candidates whose identities are computed together
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineConfig(Section):
+class PipelineConfig(Shares, Section):
     """Settings of the training batches. `workers` and `prefetch` do not change the batches."""
 
     name: ClassVar[str] = "data"
@@ -31,19 +34,29 @@ class PipelineConfig(Section):
     # ascending; a pair is padded to the first that holds both sequences
     buckets: Annotated[Sequence[int], Lengths()] = (64, 128, 192, 256, 384)
     batch_size: Annotated[int, BATCH_SIZE] = 64  # pairs a step, over all hosts
-    seed: Annotated[int, SEED] = 0  # of the pairs and crops that are drawn
+    seed: Annotated[int, SEED] = 0  # of everything that is drawn
     # largest weight of a family; below, a family weighs as much as it has pairs
     pairs_per_family: Annotated[int, Integer(1, or_all=True)] = 100
-    crop: Annotated[float, Number(0.0, 1.0)] = 0.0  # share of pairs in which one sequence loses up to half at one end
+    # shares of the pairs in the bins of IDENTITY_EDGES; none for the shares that the families have
+    identity_mass: Annotated[Sequence[float], BinShares(len(IDENTITY_EDGES) + 1)] = ()
     workers: Annotated[int, Integer(0, 1024)] = 0  # processes that make batches; 0 for a thread
     prefetch: Annotated[int, Integer(1, 1 << 16)] = 4  # batches made ahead, by each worker
     max_bad_records: Annotated[int, Integer()] = 0  # damaged records that may be left out; one more is an error
 
 
+class Example(NamedTuple):
+    """A training pair, and what was done to it."""
+
+    id: PairId
+    pair: Pair
+    changes: tuple[str, ...]  # fields of `Shares`
+    ends: Ends  # lengths of its flanks
+
+
 class PairStream(Stream):
     """Training batches by step number: `stream[step]` is this host's part of the batch of that step.
 
-    Picklable; `index` is computed once and travels to the worker processes.
+    Picklable; the index is computed once and travels to the worker processes.
     """
 
     def __init__(self, families: Families, config: PipelineConfig, *, shard_index: int = 0, shard_count: int = 1):
@@ -51,55 +64,116 @@ class PairStream(Stream):
         most = MOST if config.pairs_per_family == -1 else config.pairs_per_family
         self.index = LengthIndex.build(families, config.buckets, most, config.max_bad_records)
         self.bad, self.content = self.index.bad, self.index.content
+        self._planner = Planner(self.index, config)
         self._shard = shard_rows(config.batch_size, shard_index, shard_count)
+        self._names: Sequence[str] = getattr(families, "names", ())
         self._read = PairReader(families)
 
     def __getitem__(self, step: int) -> Batch:
-        bucket, candidates, draws = self._candidates(step)
-        ids, pairs = zip(*map(self._first_aligned, candidates[self._shard].tolist()), strict=True)
-        cropped = [
-            crop(found, draw[1:]) if draw[0] < self.config.crop else found
-            for found, draw in zip(pairs, draws[self._shard], strict=True)
-        ]
-        return assemble(cropped, np.array(ids), self.config.buckets[bucket])
+        bucket, examples = self.examples(step)
+        ids = np.array([example.id for example in examples])
+        return assemble([example.pair for example in examples], ids, bucket)
+
+    def examples(self, step: int) -> tuple[int, list[Example]]:
+        """Make this host's examples of a step; return the length that they are padded to, and the examples."""
+        plan = self._planner.plan(step)
+        rows = range(self._shard.start, self._shard.stop)
+        return self.config.buckets[plan.bucket], [self._example(step, plan, n) for n in rows]
 
     def largest(self) -> Batch:
         """Return an empty batch of the largest bucket that has pairs; its arrays take no memory."""
-        bucket = int(np.flatnonzero(self.index.mass.any(0))[-1])
+        bucket = int(np.flatnonzero(self._planner.bucket_mass)[-1])
         rows = self._shard.stop - self._shard.start
         shapes = {"x": (self.config.buckets[bucket],), "x_length": (), "id": (4,)}
         shapes |= {"y": shapes["x"], "y_length": (), "target": shapes["x"]}
         return cast(Batch, {name: np.broadcast_to(np.int32(0), (rows, *shape)) for name, shape in shapes.items()})
 
     def fingerprint(self) -> str:
-        """Return a hash of seed, sizes and lengths; hosts and workers do not change it."""
+        """Return a hash of the settings and lengths that decide the batches; hosts and workers do not change it."""
         c = self.config
-        digest = hashlib.sha256(repr((tuple(c.buckets), c.batch_size, c.seed, c.crop)).encode())
-        for array in (self.index.rows, self.index.first, self.index.ranks, self.index.mass):
+        later = (c.stagger, c.noise, c.flanks, c.negatives, tuple(c.identity_mass))
+        # Later settings count where they are on, so that runs of earlier versions can be resumed.
+        settings = (tuple(c.buckets), c.batch_size, c.seed, c.crop, *(later if any(later) else ()))
+        digest = hashlib.sha256(repr(settings).encode())
+        for array in (self.index.rows, self.index.first, self.index.ranks, self._planner.mass):
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
     def description(self) -> str:
+        """Say where the pairs come from, and which share of them is changed."""
+        return "; ".join([*self._sources(), *self._shares(), self._too_long()])
+
+    def _sources(self) -> Iterator[str]:
+        mass = self._planner.mass
+        for name, part in zip(self._names, self.index.parts, strict=False):
+            yield f"{name} {mass[part].sum() / mass.sum():.0%} of pairs"
+
+    def _shares(self) -> Iterator[str]:
+        if self.config.identity_mass:
+            bins = self._planner.mass.sum(axis=(0, 1))
+            yield f"identity below .40 {bins[: IDENTITY_EDGES.index(0.40) + 1].sum() / bins.sum():.0%}"
+        for field in dataclasses.fields(Shares):
+            if share := getattr(self.config, field.name):
+                yield f"{field.name} {share:.0%}"
+
+    def _too_long(self) -> str:
         return f"{self.index.left_out:.1%} of pairs longer than the largest bucket"
 
-    def _candidates(
-        self, step: int
-    ) -> tuple[int, Int32[np.ndarray, "batch attempts 4"], Float64[np.ndarray, "batch 4"]]:
-        """Draw the bucket and, for every example of the global batch, pairs to try in turn and numbers for `crop`."""
-        rng = np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(step,)))
-        mass = self.index.mass
-        bucket = int(rng.choice(mass.shape[1], p=mass.sum(0) / mass.sum()))
-        weights = mass[:, bucket] / mass[:, bucket].sum()
-        family = rng.choice(len(mass), size=(self.config.batch_size, _ATTEMPTS), p=weights)
-        return bucket, self.index.draw(family, bucket, rng), rng.random((self.config.batch_size, 4))
+    def _example(self, step: int, plan: Plan, n: int) -> Example:
+        changes, length = plan.changes[n], self.config.buckets[plan.bucket]
+        # What depends on the records read has a generator of its own, so that no example changes another.
+        rng = np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(step, 1, n)))
+        if changes.partner:
+            pair_id = (*plan.candidates[n, 0, :2].tolist(), *changes.partner)
+            found = self._read(*pair_id)
+        else:
+            pair_id, found = self._first_fitting(plan.candidates[n], int(plan.bins[n]))
+            found = changes.alter(found, rng)
+        ends = NO_ENDS
+        if changes.ends != NO_ENDS:
+            found, ends = changes.flank(found, length, self._cutter(pair_id, plan, rng))
+        return Example(pair_id, found, changes.names(), ends)
 
-    def _first_aligned(self, candidates: list[list[int]]) -> tuple[list[int], Pair]:
-        """Return id and pair of the first candidate with an aligned residue, else of the last."""
-        for candidate in candidates:
+    def _first_fitting(self, candidates: Int32[np.ndarray, "attempts 4"], wanted: int) -> tuple[PairId, Pair]:
+        """Return id and pair of the first candidate with an aligned residue, else of the last.
+
+        One of the wanted identity bin is preferred; -1 stands for any.
+        """
+        for candidate in (candidates if wanted < 0 else self._preferred(candidates, wanted)).tolist():
             found = self._read(*candidate)
             if (found.target != NO_TARGET).any():
                 break
-        return candidate, found
+        return tuple(candidate), found
+
+    def _preferred(self, candidates: Int32[np.ndarray, "attempts 4"], wanted: int) -> Int32[np.ndarray, "some 4"]:
+        """Return the first candidate of the wanted identity bin, or all if there is none; all are of one family."""
+        family = self._read.family(int(candidates[0, 0]))
+        if len(family.rows) == 2:  # there is one pair
+            return candidates[:1]
+        for first in range(0, len(candidates), _AT_ONCE):
+            some = candidates[first : first + _AT_ONCE]
+            found = identities(family.alignment, some[:, 1::2], family.insert_states)
+            fits = np.searchsorted(IDENTITY_EDGES, found, side="right") == wanted
+            if (fits := fits & ~np.isnan(found)).any():
+                return some[fits][:1]
+        return candidates
+
+    def _cutter(self, pair_id: PairId, plan: Plan, rng: np.random.Generator) -> Cut:
+        """Return a function that cuts a flank out of a clan other than the pair's and than its other flanks'."""
+        units, index = self.index.units, self.index
+        donors = plan.donors[index.parts.index(index.part_of(pair_id[0]))]
+        used = {int(units[pair_id[0]]), int(units[pair_id[2]])}
+
+        def cut(length: int) -> Tokens:
+            family = next((int(f) for f in rng.permutation(donors) if int(units[f]) not in used), -1)
+            if family < 0 or not length:
+                return np.zeros(0, np.int32)
+            used.add(int(units[family]))
+            # The longest rows of a family are its last: the upper half holds those that are long enough.
+            rows = index.rows_of(family)
+            return stretch(self._read.sequence(family, int(rng.choice(rows[len(rows) // 2 :]))), length, rng)
+
+        return cut
 
 
 def train_iterator(

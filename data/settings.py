@@ -95,15 +95,35 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Kind of names of folders."""
+    """Kind of names of folders. `hint` says what else there is."""
+
+    hint: str = ""
 
     def __str__(self) -> str:
-        return "the name of a folder"
+        return f"the name of a folder{self.hint}"
 
     def read(self, value: object) -> str:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise ValueError
         return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class BinShares:
+    """Kind of shares of a number of bins, which add up to 1, or none."""
+
+    bins: int
+
+    def __str__(self) -> str:
+        return f"{self.bins} shares of 0 or more that add up to 1, or () for none"
+
+    def read(self, value: object) -> tuple[float, ...]:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError
+        shares = tuple(Number().read(share) for share in value)
+        if shares and (len(shares) != self.bins or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
+            raise ValueError
+        return shares
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,9 +33,36 @@ for _token, _letters in [*enumerate(RESIDUES, start=1), (X, AMBIGUOUS)]:
     _TOKENS[list((_letters + _letters.lower()).encode())] = _token
 
 
+_ALIGNED_TOKENS = _TOKENS.copy()
+_ALIGNED_TOKENS[list(GAPS)] = PAD
+
+
+def aligned_tokens(symbols: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Return the tokens of ASCII symbols of an alignment, PAD for gaps.
+
+    Raises ValueError for a symbol that is no residue and no gap.
+    """
+    tokens = _ALIGNED_TOKENS[symbols]
+    if (tokens == _INVALID).any():
+        symbol = chr(symbols[tokens == _INVALID][0])
+        raise ValueError(
+            f"alignment: symbol {symbol!r} is no residue and no gap; allowed are letters and the gaps {GAPS.decode()}"
+        )
+    return tokens
+
+
 def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:
     """Mask the ASCII symbols that are residues, in either case, ambiguity codes included."""
     return _TOKENS[symbols] != _INVALID
+
+
+def can_be_aligned(symbols: UInt8[np.ndarray, "*shape"], insert_states: bool = False) -> np.ndarray:
+    """Mask the ASCII symbols that may be aligned with others of their column: residues, in either case.
+
+    With `insert_states`, lower-case residues are insert states of a profile HMM, which are aligned with nothing.
+    """
+    residues = is_residue(symbols)
+    return residues & (symbols < ord("a")) if insert_states else residues
 
 
 def count_letters(symbols: UInt8[np.ndarray, "*shape"]) -> Counter[str]:

@@ -17,7 +17,7 @@ from alignment import decoding
 from alignment.inference import Pretrained
 from data import vocab
 from data.batches import Batch, unbatch
-from data.sampling import Families
+from data.index import Families
 from data.transforms import NO_TARGET
 from evaluation import baselines, figures, metrics
 from evaluation.report import Example, Examples

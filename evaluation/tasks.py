@@ -15,9 +15,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data import files, pfam, pipeline, sorting
+from data import files, mixture, pipeline, sorting
 from data.evaluation_pairs import evaluation_batches
-from data.sampling import Families
+from data.index import Families
 from data.settings import Folder, Section
 from evaluation import baselines, figures, scoring
 from evaluation import sorting as sorting_scores
@@ -139,9 +139,9 @@ def _kind_of(settings: Any) -> "type[Task]":
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(pipeline.PipelineConfig):
-    """`config.data` of an aligner: a folder, and the settings of the batches."""
+    """`config.data` of an aligner: one or several data sets, and the settings of the batches."""
 
-    dir: Annotated[str, Folder()] = "data/default"
+    dir: Annotated[str, Folder(hint=", or several with weights: runs/a:1,runs/b:0.5")] = "data/default"
 
 
 class AlignmentTask(Task):
@@ -156,14 +156,13 @@ class AlignmentTask(Task):
         )
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        directory = resolve_data_dir(self.config.data.dir)
         config = DataConfig.of({**self.config.data, "batch_size": self.config.batch_size, "seed": self.config.seed})
         shard_index, shard_count = sharding.host_shard(mesh)
-        families = pfam.open_split(directory, "train")
+        families = open_families(self.config.data.dir, "train")
         return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
-        families = pfam.open_split(resolve_data_dir(self.config.data.dir), "validation")
+        families = open_families(self.config.data.dir, "validation")
         model = scoring.pretrained(trainer, mesh)
         batches = functools.partial(self._evaluation_batches, families, mesh, _limit(self.config))
 
@@ -175,13 +174,13 @@ class AlignmentTask(Task):
 
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         pictures, limit = options.pictures, options.limit
-        shards = resolve_data_dir(options.data_dir or self.config.data.dir)
+        data_dir = options.data_dir or self.config.data.dir
         certificates = run.trainer.compiled_evaluation(scoring.certifier(run.trainer), run.mesh)
         model, certify = run.pretrained(), functools.partial(certificates, run.params)
         pictures.mkdir(parents=True, exist_ok=True)
 
         def score(name: str) -> dict[str, Any]:
-            families = pfam.open_split(shards, name)
+            families = open_families(data_dir, name)
             batches = functools.partial(self._evaluation_batches, families, run.mesh)
             observer = scoring.Observer(name, pictures, options.examples)
             summaries = scoring.score_split(model, families, batches(limit), see=observer, progress=name)
@@ -258,6 +257,11 @@ def _limit(config: ConfigDict) -> int | None:
 def _evaluated_at_once(batch_size: int, devices: int) -> int:
     """Return the batch size of evaluations: with a larger one of training, most of a batch would be padding."""
     return min(batch_size, _CERTIFIED // devices * devices or devices)
+
+
+def open_families(data_dir: str, split: str) -> mixture.Mixture:
+    """Open a split of the data sets that `data.dir` names, as `mixture.open_split` does."""
+    return mixture.open_split(data_dir, split, resolve_data_dir)
 
 
 def resolve_data_dir(directory: str) -> Path:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import command_line
 from alignment import asap_maps
 from benchmarks import asap_ways
-from data import files, pfam, pipeline
+from data import files, pipeline
 from data.batches import Batch
 from data.evaluation_pairs import evaluation_batches
 from evaluation import model_options, runs, tasks
@@ -95,7 +95,7 @@ def compile_model(args: argparse.Namespace) -> None:
     runs.check_aligns(run)
     for path in (args.output, beside):
         files.check_writable(path)
-    shards = tasks.resolve_data_dir(args.data or run.config.data.dir)
+    shards = str(args.data or run.config.data.dir)
     buckets = tuple(args.buckets or run.config.data.buckets)
     of_map = tuple(args.features), args.directions, args.projections, args.ridge, args.newton_steps, not args.one_sided
     settings = Settings(*of_map)
@@ -114,7 +114,7 @@ def compile_model(args: argparse.Namespace) -> None:
         off = {n: asap_ways.spread(layer.spec, inputs, ways["asap"]) for n, inputs in layer.inputs.items()}
         report["lengths"][name] = off
     if not args.no_scores:
-        scored, families = [k for k in args.steps if k <= _SCORED], pfam.open_split(shards, "validation")
+        scored, families = [k for k in args.steps if k <= _SCORED], tasks.open_families(shards, "validation")
         report["metrics"] = asap_ways.metrics(run, maps, families, batches, scored)
     for name, layer in held_out.items() if args.ablation else ():
         fitting = tqdm(ABLATION, desc=f"{name}: others", disable=None)
@@ -126,15 +126,15 @@ def compile_model(args: argparse.Namespace) -> None:
     print(f"{table(report)}\n\nwritten: {args.output}, {beside}")
 
 
-def _batches(run: runs.Run, shards: Path, split: str, buckets: Sequence[int], pairs: int) -> Iterator[Batch]:
+def _batches(run: runs.Run, shards: str, split: str, buckets: Sequence[int], pairs: int) -> Iterator[Batch]:
     """Yield batches with about `pairs` pairs: random ones of the training split, else those that evaluation takes."""
-    families, batch_size, data = pfam.open_split(shards, split), run.config.batch_size, run.config.data
+    families, batch_size = tasks.open_families(shards, split), run.config.batch_size
     if split != "train":
         divisible_by = run.mesh.shape["data"]
         yield from evaluation_batches(families, batch_size, buckets, limit=pairs, divisible_by=divisible_by)
         return
-    seed = run.config.seed + 1  # other pairs than in training
-    config = pipeline.PipelineConfig(buckets, batch_size, seed, data.pairs_per_family, data.crop)
+    other_pairs = {"buckets": buckets, "batch_size": batch_size, "seed": run.config.seed + 1}  # than in training
+    config = tasks.DataConfig.of({**run.config.data, **other_pairs})
     with contextlib.closing(pipeline.train_iterator(families, config)) as batches:
         yield from itertools.islice(batches, max(1, pairs // batch_size))
 

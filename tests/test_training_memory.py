@@ -147,7 +147,7 @@ def test_evaluation_batches_stay_small_whatever_training_takes():
     """Or a run trained on a large machine could not be scored on a smaller one."""
     settings = config(batch_size=120_000, data__buckets=(320,))
     task, mesh = tasks.task_of(settings), sharding.make_mesh(sharding.MeshConfig(1), settings.batch_size)
-    families = tasks.pfam.open_split(tasks.resolve_data_dir(settings.data.dir), "validation")
+    families = tasks.open_families(settings.data.dir, "validation")
     batches = list(task._evaluation_batches(families, mesh, None))
     assert max(len(batch["x"]) for batch in batches) == 128
     assert sum((batch["id"][:, 0] >= 0).sum() for batch in batches) == 30

@@ -53,7 +53,7 @@ def test_a_row_outside_the_alignment_is_refused_by_name():
 
 
 def test_a_symbol_that_is_no_residue_is_refused():
-    with pytest.raises(ValueError, match=r"symbol '\*' at position 1"):
+    with pytest.raises(ValueError, match=r"symbol '\*' is no residue and no gap"):
         transforms.pair(rows("A*", "AR"), 0, 1)
 
 
