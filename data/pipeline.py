@@ -189,7 +189,10 @@ class _Reader:
 
     def __call__(self, family: int, i: int, j: int) -> Pair:
         """Return the pair of an id; the empty pair for an id of -1."""
-        return pair(self._family(family).alignment, i, j) if family >= 0 else Pair(*[np.zeros(0, np.int32)] * 3)
+        if family < 0:
+            return Pair(*[np.zeros(0, np.int32)] * 3)
+        found = self._family(family)
+        return pair(found.alignment, i, j, found.insert_states)
 
     def __reduce__(self):
         return _Reader, (self.families,)

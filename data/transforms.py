@@ -18,12 +18,13 @@ class Pair(NamedTuple):
     target: Int32[np.ndarray, " x_length"]  # position in y aligned with x_i, or NO_TARGET
 
 
-def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
+def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int, insert_states: bool = False) -> Pair:
     """Cut rows i and j out of an alignment (ASCII, as in the file), with the reference alignment between them.
 
     Two residues are aligned where they share a column, in either case: curators align a seed in all its columns, and
-    some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made by a profile HMM (Pfam full),
-    lower case marks insert states, whose columns only stack residues; mask them first.
+    some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made by a profile HMM (Pfam-A.full),
+    lower case marks insert states, whose columns only stack residues. With `insert_states`, lower-case residues are
+    part of the sequences, and have no target.
 
     Raises ValueError if i or j is no row of the alignment, or holds a symbol that is no residue and no gap.
     """
@@ -32,7 +33,7 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int) -> Pair:
             raise ValueError(f"{name}: row {row} was given, the alignment has rows 0..{len(alignment) - 1}")
     x_row, y_row = alignment[i], alignment[j]
     x_occupied, y_occupied = ~np.isin([x_row, y_row], np.frombuffer(vocab.GAPS, np.uint8))
-    shared = x_occupied & y_occupied
+    shared = vocab.can_be_aligned(alignment[[i, j]], insert_states).all(axis=0)
     target = np.full(x_occupied.sum(), NO_TARGET, np.int32)
     target[np.cumsum(x_occupied)[shared] - 1] = np.cumsum(y_occupied)[shared] - 1
     return Pair(vocab.encode(x_row[x_occupied]), vocab.encode(y_row[y_occupied]), target)

@@ -38,6 +38,15 @@ def is_residue(symbols: UInt8[np.ndarray, "*shape"]) -> np.ndarray:
     return _TOKENS[symbols] != _INVALID
 
 
+def can_be_aligned(symbols: UInt8[np.ndarray, "*shape"], insert_states: bool = False) -> np.ndarray:
+    """Mask the ASCII symbols that may be aligned with others of their column: residues, in either case.
+
+    With `insert_states`, lower-case residues are insert states of a profile HMM, which are aligned with nothing.
+    """
+    residues = is_residue(symbols)
+    return residues & (symbols < ord("a")) if insert_states else residues
+
+
 def count_letters(symbols: UInt8[np.ndarray, "*shape"]) -> Counter[str]:
     """Count the letters of ASCII symbols, as upper case."""
     counts = np.bincount(symbols.ravel(), minlength=256)
