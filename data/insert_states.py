@@ -48,8 +48,8 @@ class Decision:
         if len(self.first) == 2:
             raise ValueError(
                 f"{self.path}: family {self.first[True]} has '#=GC RF', as alignments by a profile HMM have, and "
-                f"family {self.first[False]} has none; both have lower case, which is aligned in the latter alone: divide "
-                f"the file, or give {_OPTIONS} for all of it"
+                f"family {self.first[False]} has none; both have lower case, which is aligned in the latter alone: "
+                f"divide the file, or give {_OPTIONS} for all of it"
             )
         return marked
 
