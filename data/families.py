@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
-from data.files import DAMAGED, display_name, open_unpacked
+from data.files import DAMAGED, display_name, open_unpacked, without_endings
+from data.insert_states import check_columns
 from data.other_formats import format_of
 from data.stockholm import Alignment
-from data.vocab import GAPS, count_letters, is_residue, seem_nucleotides
+from data.vocab import GAPS, can_be_aligned, count_letters, seem_nucleotides
 
 SPLITS = ("train", "validation", "test_iid", "test_ood")
 # Chosen once, before anything was trained: the first of "pfam-0", "pfam-1", ... with which validation and test_ood of
@@ -31,7 +32,6 @@ PAIRS_PER_FAMILY = 15
 MAX_CLANS_BYTES = 1 << 28  # unpacked; the table of Pfam 37 has 2 MB
 _VERSIONED = re.compile(r"([A-Za-z]+_?\d+)\.\d+")
 _NO_CLAN = ("", "\\N", "-", "NULL", "NONE", "NA", "N/A", "NAN")  # \N is the NULL of Pfam's tables
-_ENDINGS = (".gz", ".bz2", ".xz"), (".sto", ".stk", ".sth", ".stockholm", ".txt")  # of files, left out of names
 
 
 class BadRecordError(ValueError):
@@ -56,12 +56,17 @@ class Family:
         return self.clan or self.accession
 
 
-def from_alignment(alignment: Alignment, clans: dict[str, str], path: str = "") -> Family:
+def from_alignment(
+    alignment: Alignment, clans: dict[str, str], path: str = "", *, insert_states: bool = False
+) -> Family:
     """Make a family without evaluation pairs; `clans` maps accessions to clans.
 
     Its accession is 'PF08975' for '#=GF AC PF08975.5', or the ID without AC. A record without both is named after its
-    file at `path`. Raises ValueError if there is none either, or if the residues are nucleotides.
+    file at `path`. Raises ValueError if there is none either, if the residues are nucleotides, or if it is said to have
+    insert states and a column mixes them with match states.
     """
+    if insert_states:
+        check_columns(alignment.rows)
     if seem_nucleotides(count_letters(alignment.rows)):
         raise ValueError("its residues are nucleotides (DNA or RNA), proteins are needed: translate or remove it")
     given = (alignment.feature(feature) or "" for feature in ("AC", "ID"))
@@ -70,7 +75,8 @@ def from_alignment(alignment: Alignment, clans: dict[str, str], path: str = "") 
     if not accession:
         raise ValueError(f"the alignment of {alignment.ids[0]!r} has neither '#=GF AC' nor '#=GF ID'; give it one")
     name, no_pairs = (alignment.feature("ID") or accession).strip(), np.zeros((0, 2), np.int32)
-    return Family(accession, name, clans.get(accession, ""), alignment.ids, alignment.rows, no_pairs)
+    clan = clans.get(accession, "")
+    return Family(accession, name, clan, alignment.ids, alignment.rows, no_pairs, insert_states)
 
 
 def without_version(accession: str) -> str:
@@ -84,10 +90,7 @@ def without_version(accession: str) -> str:
 
 def _named_after(path: str, number: int) -> str:
     """Return the file's name without its endings; of a later record followed by its number, as in globins/2."""
-    name = Path(path).name
-    for endings in _ENDINGS:
-        ending = next((ending for ending in endings if name.lower().endswith(ending)), "")
-        name = name[: len(name) - len(ending)] or name
+    name = without_endings(path)
     return f"{name}/{number}" if name and number > 1 else name
 
 
@@ -186,8 +189,8 @@ def evaluation_pairs(family: Family, cap: int = PAIRS_PER_FAMILY) -> Int32[np.nd
 
     Stops after 100 * cap different draws: thousands of fragments may have millions of pairs without overlap.
     """
-    residue = is_residue(family.alignment)
-    total = math.comb(len(residue), 2)
+    aligned = can_be_aligned(family.alignment, family.insert_states)
+    total = math.comb(len(aligned), 2)
     # Python promises that seeding and random() stay the same in later versions; numpy promises nothing of the kind.
     draw = random.Random(family.accession).random
     seen: set[int] = set()
@@ -198,7 +201,7 @@ def evaluation_pairs(family: Family, cap: int = PAIRS_PER_FAMILY) -> Int32[np.nd
             continue
         seen.add(index)
         i, j = _pair_at(index)
-        if (residue[i] & residue[j]).any():
+        if (aligned[i] & aligned[j]).any():
             pairs.append((i, j))
     return np.array(pairs, np.int32).reshape(-1, 2)
 

@@ -20,6 +20,7 @@ _STRAY = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found", "@e
 STANDARD_STREAM = "-"  # as a name: standard input, or standard output
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # errors of reading a truncated or corrupt compressed file
 _OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_ENDINGS = (".gz", ".bz2", ".xz"), (".sto", ".stk", ".sth", ".stockholm", ".txt")  # of Stockholm files
 _NOT_READ = {
     b"PK\x03\x04": "a zip archive; unpack it (unzip)",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it (unzstd), or compress by gzip, bzip2 or xz",
@@ -39,6 +40,15 @@ _PEEKED = 512  # bytes
 def display_name(path: str | Path) -> str:
     """Return the name of a file for messages."""
     return "standard input" if str(path) == STANDARD_STREAM else str(path)
+
+
+def without_endings(path: str | Path) -> str:
+    """Return the name of a Stockholm file without folder and endings: Pfam-A.full of parts/Pfam-A.full.gz."""
+    name = Path(path).name
+    for endings in _ENDINGS:
+        ending = next((ending for ending in endings if name.lower().endswith(ending)), "")
+        name = name[: len(name) - len(ending)] or name
+    return name
 
 
 def expanded(path: str | PurePath) -> str:

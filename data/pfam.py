@@ -41,8 +41,11 @@ class NoSplitError(ValueError):
 class Pfam(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the splits that data/families.py describes."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "Splits by clan, held-out sequences, fixed evaluation pairs."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {
+        "1.0.0": "Splits by clan, held-out sequences, fixed evaluation pairs.",
+        "1.1.0": "insert_states: whether lower case marks insert states. Records of 1.0.0 lack it: False.",
+    }
     code_path = None  # with a path, TFDS looks for a checksum file through a package that it does not declare
 
     def __init__(self, *, recipe: Recipe, **kwargs):
@@ -56,6 +59,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
             "rows": tfds.features.Tensor(shape=(None,), dtype=np.str_),
             "alignment": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="zlib"),
             "pairs": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
+            "insert_states": tfds.features.Scalar(dtype=np.bool_),
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -128,7 +132,9 @@ def to_example(family: Family) -> dict:
 def from_example(example: dict) -> Family:
     text = {name: example[name].decode() for name in _TEXTS}
     rows = tuple(name.decode() for name in example["rows"])
-    return Family(**text, rows=rows, alignment=example["alignment"], pairs=example["pairs"])
+    insert_states = bool(example.get("insert_states", False))  # records of version 1.0.0 have none
+    arrays = {name: example[name] for name in ("alignment", "pairs")}
+    return Family(**text, rows=rows, **arrays, insert_states=insert_states)
 
 
 def build(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from data import stockholm, vocab
 from data.families import PAIRS_PER_FAMILY, Family, from_alignment, limit_rows, split_records
 from data.files import STANDARD_STREAM, expanded
+from data.insert_states import Decision, told_by_name
+from data.insert_states import seem_present as seem_insert_states
 from data.stockholm import StockholmError
 
 RELEASES = "https://ftp.ebi.ac.uk/pub/databases/Pfam/releases"
@@ -30,6 +32,7 @@ class Recipe:
     num_shards: int | None = None  # of every split; by default it follows from the size
     evaluation_only: bool = False  # put all families into test_ood, for alignments that are never trained on
     pairs: int = PAIRS_PER_FAMILY  # most evaluation pairs a family
+    insert_states: bool | None = None  # lower case is never aligned, as in Pfam-A.full; None: the input decides
 
     def __post_init__(self):
         object.__setattr__(self, "inputs", tuple(map(expanded, self.inputs)))
@@ -56,6 +59,12 @@ class Recipe:
         if self.max_family_bytes < 1:
             raise ValueError(f"max_family_bytes={self.max_family_bytes}: at least 1 is needed, to read any family")
 
+    def insert_states_of(self, path: str) -> bool | None:
+        """Say whether the families of a file have insert states; None if each family's annotation has to decide."""
+        if self.insert_states is not None:
+            return self.insert_states
+        return False if self.release else told_by_name(path)
+
     def records(self, family: Family) -> Iterator[tuple[str, Family]]:
         """Yield the (split, record) that one family gives."""
         return split_records(family, evaluation_only=self.evaluation_only, pairs=self.pairs)
@@ -77,16 +86,29 @@ class Report:
         files = f"{read['files']:,} file{'s' * (read['files'] != 1)}: {families:,} families, {read['rows']:,} rows"
         residues = f"{read['residues']:,} residues, {read['unknown_letters']:,} of them unknown ({unknown})"
         known = f"; the table of clans knows {read['known_to_clans']:,} of {families:,} families" if with_clans else ""
-        return f"read {files}, {residues}{known}"
+        inserts = read["insert_states"]
+        marked = f"; in {inserts:,} of {families:,} families lower case is aligned with nothing" if inserts else ""
+        return f"read {files}, {residues}{known}{marked}"
 
     def check(self, clans: dict[str, str], kept: int) -> None:
-        """Raise ValueError if no family is kept, or none is in the table of clans; warn if fewer than half are."""
+        """Raise ValueError if no family is kept, or none is in the table of clans; warn of what seems to be wrong.
+
+        A table of clans should know half of the families. Most families should not seem to have insert states where
+        nothing says so.
+        """
         read = Counter(self.read)
         if not kept:
             reasons = [*self.skipped, *self.dropped]
             first = f"; the first: {reasons[0]}" if reasons else ""
             told = f"{len(self.skipped)} malformed, {len(self.dropped)} left out"
             raise ValueError(f"no family to write: {read['families']} were read, {told}{first}")
+        if 2 * read["seem_insert_states"] > read["families"]:
+            warnings.warn(
+                f"{read['seem_insert_states']} of the {read['families']} families seem to be aligned by a profile HMM, "
+                "with insert states in lower case, which are not aligned with each other; they are read as aligned "
+                "here: give --insert-states (insert_states=True), or --no-insert-states to stay with that",
+                stacklevel=2,
+            )
         if not clans or 2 * read["known_to_clans"] >= read["families"]:
             return
         accession, clan = next(iter(clans.items()))
@@ -111,17 +133,30 @@ class Candidate:
     residues: int
     unknown_letters: int
     known_to_clans: bool
+    insert_states: bool
+    seem_insert_states: bool  # but nothing says so
 
 
 def candidate(place: Place, path: str, family: Family, clans: dict[str, str], recipe: Recipe) -> Candidate:
     splits, letters = tuple(split for split, _ in recipe.records(family)), vocab.count_letters(family.alignment)
-    unknown, known = sum(letters[letter] for letter in vocab.AMBIGUOUS), family.accession in clans
-    return Candidate(place, path, family.accession, len(family.rows), splits, letters.total(), unknown, known)
+    undecided = not family.insert_states and recipe.insert_states_of(path) is None
+    return Candidate(
+        place,
+        path,
+        family.accession,
+        len(family.rows),
+        splits,
+        residues=letters.total(),
+        unknown_letters=sum(letters[letter] for letter in vocab.AMBIGUOUS),
+        known_to_clans=family.accession in clans,
+        insert_states=family.insert_states,
+        seem_insert_states=undecided and seem_insert_states(family.alignment),
+    )
 
 
 def counts(found: Candidate) -> Counter[str]:
     """Return what a family adds to `Report.read`."""
-    names = ("rows", "residues", "unknown_letters", "known_to_clans")
+    names = ("rows", "residues", "unknown_letters", "known_to_clans", "insert_states", "seem_insert_states")
     return Counter(families=1, **{name: int(getattr(found, name)) for name in names})
 
 
@@ -149,7 +184,7 @@ def read_families(path: str, clans: dict[str, str], recipe: Recipe, skipped: Ski
     """Yield the families of one file, with at most `max_rows` rows.
 
     A malformed family, nucleotides, or a file without any family raise ValueError; with `skip_bad`, `skipped` gets the
-    message.
+    message. A file of which some families have insert states and some do not raises ValueError in any case.
     """
     families = 0
 
@@ -161,10 +196,12 @@ def read_families(path: str, clans: dict[str, str], recipe: Recipe, skipped: Ski
         skipped(str(error))
 
     on_bad = bad if recipe.skip_bad else None
+    has_insert_states = Decision(path, recipe.insert_states_of(path))
     for alignment in stockholm.read(path, max_family_bytes=recipe.max_family_bytes, on_bad=on_bad):
         families += 1
+        insert_states = has_insert_states(alignment)
         try:
-            family = from_alignment(alignment, clans, path)
+            family = from_alignment(alignment, clans, path, insert_states=insert_states)
         except ValueError as error:
             bad(StockholmError(path, alignment.line, alignment.name, str(error)))
         else:

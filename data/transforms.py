@@ -25,8 +25,9 @@ def pair(alignment: UInt8[np.ndarray, "rows columns"], i: int, j: int, insert_st
     """Cut rows i and j out of an alignment (ASCII, as in the file), with the reference alignment between them.
 
     Two residues are aligned where they share a column, in either case: curators align a seed in all its columns, and
-    some seeds are mostly lower case (SMC_N: 78 % of its residues). With `insert_states` lower case is aligned with
-    nothing: alignments made by a profile HMM (Pfam full) stack residues of insert states in columns.
+    some seeds are mostly lower case (SMC_N: 78 % of its residues). In alignments made by a profile HMM (Pfam-A.full),
+    lower case marks insert states, whose columns only stack residues. With `insert_states`, lower-case residues are
+    part of the sequences, and have no target.
 
     Raises ValueError if i or j is no row of the alignment, or holds a symbol that is no residue and no gap.
     """

@@ -5,8 +5,8 @@ Examples:
   python scripts/build_pfam.py --release 37.0 --out runs/pfam37
   python scripts/build_pfam.py --verify runs/pfam37
   python scripts/build_pfam.py --input homstrad.sto.gz --evaluation-only --pairs-per-family 5 --out runs/homstrad
-  python scripts/build_pfam.py --input part-*.sto.gz --clans Pfam-A.clans.tsv.gz --max-rows 2000 --out runs/full \\
-      --beam --beam-options --runner=DirectRunner --direct_num_workers=8
+  python scripts/build_pfam.py --input parts/* --clans Pfam-A.clans.tsv.gz --insert-states --max-rows 2000 \\
+      --out runs/full --beam --beam-options --runner=DirectRunner --direct_num_workers=8
 """
 
 import argparse
@@ -63,6 +63,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-family-bytes", type=int, default=MAX_FAMILY_BYTES, metavar="N", help="larger families are malformed")
     add("--evaluation-only", action="store_true", help="put all families into test_ood; needs no --clans")
     add("--pairs-per-family", type=int, default=PAIRS_PER_FAMILY, metavar="N", help="evaluation pairs, at most")
+    add(
+        "--insert-states",
+        action=argparse.BooleanOptionalAction,
+        help="lower case marks insert states of a profile HMM, never aligned (--no-insert-states: as aligned as upper "
+        "case); default: yes for files named Pfam-A.full* and for families with #=GC RF, else no",
+    )
     add("--num-shards", type=int, metavar="N", help="shards a split; default: by size")
     add("--mirror", default=RELEASES, metavar="URL", help="parent of the Pfam37.0 folders")
     add(

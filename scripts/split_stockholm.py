@@ -1,6 +1,6 @@
 """Divide a Stockholm file into parts of whole families and about equal size, so that several workers can read it.
 
-Example, for parts/part-00000-of-00064.sto.gz and so on:
+Example, for parts/Pfam-A.full.part-00000-of-00064.sto.gz and so on:
   python scripts/split_stockholm.py Pfam-A.full.gz --parts 64 --out parts
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import command_line
-from data.files import DAMAGED, display_name, open_unpacked
+from data.files import DAMAGED, STANDARD_STREAM, display_name, open_unpacked, without_endings
 from data.stockholm import MAX_ROW_BYTES, is_header, no_header
 
 MAX_PARTS = 1000  # all are open at once; systems allow a process 1,024 files or more
@@ -47,7 +47,9 @@ def split(source: str, parts: int, out: Path) -> None:
     with open_unpacked(source) as lines:
         out.mkdir(parents=True)
         try:
-            names = [out / f"part-{i:05d}-of-{parts:05d}.sto.gz" for i in range(parts)]
+            # The build reads a file named Pfam-A.full* as one with insert states.
+            stem = "" if source == STANDARD_STREAM else f"{without_endings(source)}."
+            names = [out / f"{stem}part-{i:05d}-of-{parts:05d}.sto.gz" for i in range(parts)]
             families = _divide(iter(lambda: lines.readline(MAX_ROW_BYTES), b""), display_name(source), names)
             if families < parts:
                 raise ValueError(f"--parts {parts}: {display_name(source)} has only {families} families")

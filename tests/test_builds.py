@@ -60,6 +60,7 @@ def test_a_build_says_what_it_read(folder, capsys):
     assert f"\n{read}; the table of clans knows 2 of 2 families\n" in capsys.readouterr().out
     report = json.loads((pfam.find_dataset(folder / "out") / "report.json").read_text())
     counted = {"files": 1, "families": 2, "rows": 6, "residues": 42, "unknown_letters": 4, "known_to_clans": 2}
+    counted |= {"insert_states": 0, "seem_insert_states": 0}
     assert report["read"] == counted
     assert build(folder, "--overwrite") == 0
     assert f"\n{read}\n" in capsys.readouterr().out

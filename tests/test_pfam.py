@@ -371,7 +371,7 @@ def test_split_stockholm_divides_without_loss(made):
     arguments = [str(made / "in.sto"), "--parts", "3", "--out", str(made / "parts")]
     assert split_stockholm.main(arguments) == 0
     parts = sorted((made / "parts").iterdir())
-    assert [part.name for part in parts] == [f"part-{i:05d}-of-00003.sto.gz" for i in range(3)]
+    assert [part.name for part in parts] == [f"in.part-{i:05d}-of-00003.sto.gz" for i in range(3)]
     run(made, *local(made, "in.sto"))
     build(Recipe(inputs=tuple(map(str, parts)), clans=str(made / "clans.tsv")), made / "of_parts")
     assert contents(made / "of_parts") == contents(made / "out")
