@@ -17,7 +17,11 @@ def get_config() -> ConfigDict:
     config.total_steps = 500
     config.data.buckets = (96, 192, 384)
     config.data.pairs_per_family = 30  # so half of the pairs come from deep families, half from two-row ones
+    config.data.identity_mass = (0.06, 0.10, 0.10, 0.10, 0.14, 0.30, 0.20)  # half below .40, where help is needed
     config.data.crop = 0.25  # as sequences of users need not begin and end together
+    config.data.stagger = 0.1
+    config.data.flanks = 0.5  # as domains of users lie in longer proteins
+    config.data.negatives = 0.1
     config.model.width = 96
     config.model.attention_every = 0
     config.model.positions = False  # a pull to the diagonal harms pairs that leave it

@@ -19,10 +19,15 @@ def get_config() -> ConfigDict:
             "batch_size": 32,  # pairs a step, over all devices
             "seed": 0,
             "data": {
-                "dir": "data/default",  # shards made by scripts/build_pfam.py
+                "dir": "data/default",  # shards of scripts/build_pfam.py; or several: "runs/pfam:1,runs/hmm:0.5"
                 "buckets": (64, 128, 192, 256, 384),  # padded lengths in residues; longer pairs are left out
                 "pairs_per_family": 100,  # largest weight of a family, else its number of pairs; -1 for no limit
+                "identity_mass": (),  # shares of pairs by identity: <.15, -.20, -.25, -.30, -.40, -.60, above; () for none
                 "crop": 0.0,  # share of pairs in which one sequence loses up to half at one end
+                "stagger": 0.0,  # share of pairs x = A B, y = B C, cut out of longer ones
+                "noise": 0.0,  # share of pairs that lose up to 30 % of their residues to substitutions
+                "flanks": 0.0,  # share of pairs with unrelated residues at their ends, half of them more than 40
+                "negatives": 0.0,  # share of pairs of different clans, which are aligned nowhere
                 "workers": 0,  # processes that make batches; 0 for a thread
                 "prefetch": 4,  # batches made ahead, by each worker
                 "max_bad_records": 0,  # damaged records that may be left out of a split

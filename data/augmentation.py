@@ -18,7 +18,7 @@ Ends = tuple[int, int, int, int]  # residues before and after x, before and afte
 Cut = Callable[[int], Tokens]  # makes a flank of about this length
 
 NO_ENDS: Ends = (0, 0, 0, 0)
-MEDIAN_FLANK, LONGEST_FLANK = 40, 300  # residues; half of the overhangs of whole proteins are longer than 40
+MEDIAN_FLANK, LONGEST_FLANK = 42, 300  # residues; half of the overhangs of whole proteins are longer than 40
 MOST_NOISE = 0.3  # share of residues that a noisy pair loses
 _DRAWN = 4096  # flanked pairs, whose lengths are drawn once; each flanked pair of a batch has the lengths of one
 
@@ -76,8 +76,9 @@ class Changes(NamedTuple):
 class FlankLengths:
     """Lengths of flanks, and the length buckets that flanked pairs come from and go to.
 
-    Half of the flanked ends are longer than MEDIAN_FLANK. A pair of bucket k with `needed` more residues goes to the
-    first bucket that holds these and the longest pair of bucket k; else to the largest, where the flanks are cut short.
+    Half of the flanks are longer than MEDIAN_FLANK. A pair of bucket k that becomes longer by `needed` residues goes to
+    the first bucket that holds the longest pair of bucket k and these; if none does, to the largest, where its flanks
+    are cut short. Pairs of the largest bucket get no flanks, unless there is no other bucket.
     """
 
     def __init__(self, buckets: Sequence[int]):
@@ -94,8 +95,9 @@ class FlankLengths:
         self._start = np.pad(self._stop[:, :-1], ((0, 0), (1, 0)))
 
     def moved(self, mass: Float64[np.ndarray, " buckets"]) -> Float64[np.ndarray, "buckets buckets"]:
-        """Return the mass of flanked pairs by the bucket that they come from and the bucket that they go to."""
-        return mass[:, None] * (self._stop - self._start) / _DRAWN
+        """Share the mass out to flanked pairs, by the bucket that they come from and the bucket that they go to."""
+        origins = np.append(mass[:-1], 0) if mass[:-1].any() else mass
+        return mass.sum() * (origins / origins.sum())[:, None] * (self._stop - self._start) / _DRAWN
 
     def draw(self, origin: int, bucket: int, draw: float) -> Ends:
         """Return lengths with which a pair goes from bucket `origin` to `bucket`; `draw` is uniform in [0, 1)."""

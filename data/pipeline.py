@@ -23,6 +23,8 @@ from data.settings import BATCH_SIZE, MOST, SEED, BinShares, Integer, Lengths, S
 from data.transforms import IDENTITY_EDGES, NO_TARGET, Pair, Tokens, identities
 
 _AT_ONCE = 8  # candidates whose identities are computed together
+_TRIED = 3  # donors of a flank, until one is long enough
+_UNUSED = np.random.default_rng(0)  # where nothing is drawn; to make a generator takes as long as to make a pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +123,7 @@ class PairStream(Stream):
 
     def _example(self, step: int, plan: Plan, n: int) -> Example:
         changes, length = plan.changes[n], self.config.buckets[plan.bucket]
-        # What depends on the records read has a generator of its own, so that no example changes another.
-        rng = np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(step, 1, n)))
+        rng = self._generator(step, n) if changes.noise or changes.ends != NO_ENDS else _UNUSED
         if changes.partner:
             pair_id = (*plan.candidates[n, 0, :2].tolist(), *changes.partner)
             found = self._read(*pair_id)
@@ -133,6 +134,10 @@ class PairStream(Stream):
         if changes.ends != NO_ENDS:
             found, ends = changes.flank(found, length, self._cutter(pair_id, plan, rng))
         return Example(pair_id, found, changes.names(), ends)
+
+    def _generator(self, step: int, n: int) -> np.random.Generator:
+        """Make the generator of draws that depend on the records read: no example may change another."""
+        return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(step, 1, n)))
 
     def _first_fitting(self, candidates: Int32[np.ndarray, "attempts 4"], wanted: int) -> tuple[PairId, Pair]:
         """Return id and pair of the first candidate with an aligned residue, else of the last.
@@ -161,17 +166,24 @@ class PairStream(Stream):
     def _cutter(self, pair_id: PairId, plan: Plan, rng: np.random.Generator) -> Cut:
         """Return a function that cuts a flank out of a clan other than the pair's and than its other flanks'."""
         units, index = self.index.units, self.index
-        donors = plan.donors[index.parts.index(index.part_of(pair_id[0]))]
         used = {int(units[pair_id[0]]), int(units[pair_id[2]])}
+        donors = plan.donors[index.parts.index(index.part_of(pair_id[0]))].tolist()
 
         def cut(length: int) -> Tokens:
-            family = next((int(f) for f in rng.permutation(donors) if int(units[f]) not in used), -1)
-            if family < 0 or not length:
-                return np.zeros(0, np.int32)
-            used.add(int(units[family]))
-            # The longest rows of a family are its last: the upper half holds those that are long enough.
-            rows = index.rows_of(family)
-            return stretch(self._read.sequence(family, int(rng.choice(rows[len(rows) // 2 :]))), length, rng)
+            first = int(rng.integers(len(donors)))
+            unrelated = [f for f in donors[first:] + donors[:first] if int(units[f]) not in used]
+            best = np.zeros(0, np.int32)
+            for family in unrelated[:_TRIED]:
+                rows = index.rows_of(family)
+                # The longer half of the rows: flanks are longer than many a domain.
+                found = self._read.sequence(family, int(rows[int(rng.integers(len(rows) // 2, len(rows)))]))
+                if len(found) > len(best):
+                    best, unit = found, int(units[family])
+                if len(best) >= length:
+                    break
+            if len(best):
+                used.add(unit)
+            return stretch(best, length, rng)
 
         return cut
 

@@ -84,6 +84,7 @@ class AlignmentObjective:
         return {
             "reconstruction/count": _known(batch).sum().astype(jnp.float32),
             "sparse_ce/count": (batch["target"] >= 0).sum().astype(jnp.float32),
+            "alignment/count": _bearing(batch).sum().astype(jnp.float32),
         }
 
     def value(self, totals: Totals) -> Float[Array, ""]:
@@ -91,7 +92,7 @@ class AlignmentObjective:
         loss = self.loss.reconstruction * _mean(totals, "reconstruction")
         loss += self.loss.sparse_ce * (totals["sparse_ce_unfloored"] / aligned)
         if self.loss.alignment:
-            loss += self.loss.alignment * totals["alignment"] / aligned
+            loss += self.loss.alignment * _mean(totals, "alignment")
         return loss
 
     def residues(self, batch: Batch) -> Int[Array, ""]:
@@ -130,9 +131,10 @@ def sums(model: Aligner, batch: Batch) -> dict[str, Float[Array, "batch"]]:
     }
     if transported.log_plan is not None:
         nll = pair_hmm.negative_log_likelihood(transported.log_plan, target, *lengths, gaps=model.gaps())
-        # The likelihood belongs to all residues of a pair together; each aligned one bears the same share.
-        share = nll / jnp.maximum(aligned.sum(-1), 1)
-        per_residue["alignment"] = (jnp.broadcast_to(share[:, None], aligned.shape), aligned)
+        # The likelihood belongs to all residues of a pair together; each that bears it has the same share.
+        bearing = _bearing(batch)
+        share = nll / jnp.maximum(bearing.sum(-1), 1)
+        per_residue["alignment"] = (jnp.broadcast_to(share[:, None], bearing.shape), bearing)
     result = {"residual": transported.residual, "residual/count": jnp.ones_like(transported.residual)}
     for name, (value, where) in per_residue.items():
         result[name] = jnp.where(where, value, 0).sum(-1)
@@ -153,3 +155,13 @@ def _mean(totals: Totals, name: str) -> Float[Array, ""]:
 def _known(batch: Batch) -> Bool[Array, "batch length"]:
     """Mark the residues to reconstruct that are one of the twenty."""
     return batch["query_mask"] & (batch["x"] > 0) & (batch["x"] <= len(vocab.RESIDUES))
+
+
+def _bearing(batch: Batch) -> Bool[Array, "batch length"]:
+    """Mark the residues of x that bear the likelihood of a pair: aligned ones, or all where nothing is aligned.
+
+    The right answer for an unrelated pair is the empty alignment, whose likelihood counts as much as another's.
+    """
+    aligned = batch["target"] >= 0
+    real = jnp.arange(aligned.shape[1]) < batch["x_length"][:, None]
+    return aligned | (real & ~aligned.any(axis=1, keepdims=True))
