@@ -15,10 +15,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data import files
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 UNUSABLE = 1  # input, data, a setting, memory or a file cannot be used; one line on stderr says why
 WRONG_COMMAND_LINE = 2  # argparse's own
@@ -75,6 +79,25 @@ def path(text: str) -> Path:
 def file_name(text: str) -> str:
     """Return a path as text; "-", a standard stream, stays."""
     return str(path(text))
+
+
+def parse_with_config(parser: Parser, arguments: Sequence[str] | None) -> "tuple[argparse.Namespace, ConfigDict]":
+    """Return a program's own options, and the configuration that --config and all --config.KEY=VALUE describe."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    args, rest = parser.parse_known_args(arguments)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    try:
+        unknown = values([parser.prog, *config_with_home(rest)[0]])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    if values.config is None:
+        parser.error("--config is missing, for example --config=configs/r2_balanced.py")
+    return args, values.config
 
 
 def config_with_home(argv: list[str]) -> tuple[list[str], str | None]:

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
                 "dir": "data/default",  # shards of scripts/build_pfam.py; or several: "runs/pfam:1,runs/hmm:0.5"
                 "buckets": (64, 128, 192, 256, 384),  # padded lengths in residues; longer pairs are left out
                 "pairs_per_family": 100,  # largest weight of a family, else its number of pairs; -1 for no limit
-                "identity_mass": (),  # shares of pairs by identity: <.15, -.20, -.25, -.30, -.40, -.60, above; () for none
+                "identity_mass": (),  # shares of pairs with identity below .15, .20, .25, .30, .40, .60, 1; () for none
                 "crop": 0.0,  # share of pairs in which one sequence loses up to half at one end
                 "stagger": 0.0,  # share of pairs x = A B, y = B C, cut out of longer ones
                 "noise": 0.0,  # share of pairs that lose up to 30 % of their residues to substitutions

@@ -6,15 +6,16 @@ All are drawn on `Figure` objects without pyplot: no display is needed, and no g
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
 
 from alignment.decoding import NO_MATCH
@@ -208,6 +209,58 @@ def reliability(tenths: Sequence[Mapping[str, float]], path: Where) -> None:
     right.bar(confidence, np.array(pairs) / max(sum(pairs), 1), width=0.06, color=_COLOURS[0])
     right.set(xlabel="mean confidence", ylabel="share of decoded pairs", xlim=(0, 1))
     _save(figure, path)
+
+
+class PairPicture(NamedTuple):
+    """A pair of sequences to draw: lengths, the reference alignment, identical residues, and lengths of flanks."""
+
+    title: str
+    x_length: int
+    y_length: int
+    target: Int[np.ndarray, " x_length"]  # position in y, or -1
+    identical: Bool[np.ndarray, " x_length"]  # aligned with the same residue
+    ends: tuple[int, int, int, int]  # residues before and after x, before and after y
+
+
+def training_pairs(pairs: Sequence[PairPicture], path: Where, *, title: str = "") -> None:
+    """Draw each pair as two bars, x above y, with the aligned stretches between them; flanks are orange.
+
+    Stretches are the darker, the more of their residues are identical.
+    """
+    columns = 2 if len(pairs) > 4 else 1
+    rows = -(-len(pairs) // columns)
+    figure, axes = _figure(rows, columns, 6.4 * columns, 0.4 + 1.1 * rows)
+    figure.suptitle(title)
+    for panel in axes[len(pairs) :]:
+        panel.set_visible(False)
+    for panel, pair in zip(axes, pairs, strict=False):
+        for y, length, (before, after) in ((1.0, pair.x_length, pair.ends[:2]), (0.0, pair.y_length, pair.ends[2:])):
+            for start, stop, colour in (
+                (0, before, _COLOURS[5]),
+                (before, length - after, _BASELINE),
+                (length - after, length, _COLOURS[5]),
+            ):
+                panel.barh(y, stop - start, left=start, height=0.22, color=colour)
+        for first, last in _stretches(pair.target):
+            corners = [(first, 0.89), (last + 1, 0.89), (pair.target[last] + 1, 0.11), (pair.target[first], 0.11)]
+            share = 0.15 + 0.85 * float(pair.identical[first : last + 1].mean())
+            panel.add_patch(Polygon(corners, color=_COLOURS[0], alpha=share, linewidth=0))
+        panel.set(
+            yticks=[0, 1], yticklabels=["y", "x"], ylim=(-0.25, 1.25), xlim=(0, max(pair.x_length, pair.y_length))
+        )
+        panel.set_title(pair.title, fontsize=8, loc="left")
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(labelsize=7, length=2)
+    _save(figure, path)
+
+
+def _stretches(target: Int[np.ndarray, " x_length"]) -> Iterator[tuple[int, int]]:
+    """Yield first and last position of each stretch of x whose residues are aligned with neighbours, one by one."""
+    aligned = np.flatnonzero(target >= 0)
+    breaks = np.flatnonzero((np.diff(aligned) != 1) | (np.diff(target[aligned]) != 1)) + 1
+    for part in np.split(aligned, breaks):
+        if len(part):
+            yield int(part[0]), int(part[-1])
 
 
 def _curves(rows: Sequence[MetricRow]) -> dict[str, dict[str, Curve]]:

@@ -156,10 +156,13 @@ class AlignmentTask(Task):
         )
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
-        config = DataConfig.of({**self.config.data, "batch_size": self.config.batch_size, "seed": self.config.seed})
         shard_index, shard_count = sharding.host_shard(mesh)
         families = open_families(self.config.data.dir, "train")
-        return pipeline.train_iterator(families, config, shard_index=shard_index, shard_count=shard_count)
+        return pipeline.train_iterator(families, self.data(), shard_index=shard_index, shard_count=shard_count)
+
+    def data(self) -> DataConfig:
+        """Return the settings of the training batches."""
+        return DataConfig.of({**self.config.data, "batch_size": self.config.batch_size, "seed": self.config.seed})
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         families = open_families(self.config.data.dir, "validation")

@@ -28,10 +28,9 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -53,7 +52,7 @@ _MIB = 2**20
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = _parser()
-    args, config = _parse(parser, arguments)
+    args, config = command_line.parse_with_config(parser, arguments)
     return command_line.run("aot_report.py", lambda: write_report(args, config), debug=args.debug)
 
 
@@ -207,22 +206,6 @@ def _parser() -> command_line.Parser:
     parser.add_argument("--bucket", type=natural, nargs="+", metavar="N", help=told)
     parser.add_argument("--output", type=command_line.path, metavar="FILE", help="JSON file to write as well")
     return parser
-
-
-def _parse(parser: command_line.Parser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
-    """Return the options of this program, and the configuration that all others describe."""
-    args, rest = parser.parse_known_args(arguments)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    try:
-        unknown = values(["aot_report.py", *command_line.config_with_home(rest)[0]])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}")
-    if values.config is None:
-        parser.error("--config is missing, for example --config=configs/r2_balanced.py")
-    return args, values.config
 
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ MISTAKES = {
     "scripts/export_weights.py": ["--weights={file}/none", "--output={file}/x"],
     "scripts/gpu_wheels.py": ["--output={file}/x"],
     "scripts/launch_screen.py": ["--target=tpu", "--project=p", "--zone=z", "--bucket=gs://b"],  # without gcloud
+    "scripts/show_batch.py": [
+        f"--config={ROOT}/configs/aligner.py",
+        "--config.data.dir={file}/none",
+        "--output={file}/x",
+    ],
     "scripts/split_stockholm.py": ["{file}/none.sto", "--parts=2", "--out={file}/x"],
     "scripts/tune_gpu.py": ["--output={file}/x"],
 }
