@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +28,15 @@ class Families(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Family: ...
+
+
+@runtime_checkable
+class Stored(Families, Protocol):
+    """The families of a data set on a disk."""
+
+    folder: Path
+    split: str
+    shards: list[Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +128,12 @@ def _check_bad(count: int, max_bad: int, message: str) -> None:
 
 def _place(families: Families) -> tuple[Path | None, str]:
     """Return the file of the index of a split of a data set, and a hash of the shards' sums, sizes and times."""
-    folder, split = getattr(families, "folder", None), getattr(families, "split", "")
-    if folder is None:
+    if not isinstance(families, Stored):
         return None, ""
-    shards = [path.stat() for path in sorted(folder.glob(f"*-{split}.*"))]
-    sums = (folder / "SHA256SUMS").read_bytes()
+    shards = [path.stat() for path in families.shards]
+    sums = (families.folder / "SHA256SUMS").read_bytes()
     facts = repr((_VERSION, _SAMPLED, IDENTITY_EDGES, [(shard.st_size, shard.st_mtime_ns) for shard in shards]))
-    return folder / f".index-{split}.npz", hashlib.sha256(sums + facts.encode()).hexdigest()
+    return families.folder / f".index-{families.split}.npz", hashlib.sha256(sums + facts.encode()).hexdigest()
 
 
 def _kept(path: Path, fingerprint: str) -> SplitIndex | None:
@@ -136,7 +145,7 @@ def _kept(path: Path, fingerprint: str) -> SplitIndex | None:
             fields: dict[str, Any] = {name: stored[name] for name in _FIELDS}
             fields |= {name: tuple(fields[name].tolist()) for name in ("unit_names", "bad")}
             return SplitIndex(**fields, content=stored["content"].item())
-    except Exception:  # of zipfile, zlib or NumPy, depending on the damage; what is unreadable is counted again
+    except (*files.DAMAGED, ValueError, KeyError, zipfile.BadZipFile):  # what cannot be read is counted again
         return None
 
 

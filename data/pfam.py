@@ -259,10 +259,11 @@ class FamilySource:
                 f"split {split!r} is empty in {folder}; it has {', '.join(dataset.info.splits)}: add families"
             )
         self.split_info = dataset.info.splits[split]
-        for path in self.split_info.filepaths:
-            if not Path(path).is_file():
+        self.shards = [Path(path) for path in self.split_info.filepaths]
+        for path in self.shards:
+            if not path.is_file():
                 raise FileNotFoundError(f"shard {path} is missing; build or copy the data again")
-        self.records = ArrayRecordDataSource([str(path) for path in self.split_info.filepaths])
+        self.records = ArrayRecordDataSource(list(map(str, self.shards)))
         listed = folder / RECORDS  # data sets of early versions have none
         try:
             self.accessions: list[str] = json.loads(listed.read_text())[split] if listed.exists() else []
@@ -290,7 +291,7 @@ class FamilySource:
         """Return shard, number of the record in it and family, for messages."""
         ends = list(itertools.accumulate(self.split_info.shard_lengths))
         shard = bisect.bisect_right(ends, index)
-        path, number = self.split_info.filepaths[shard], index - (ends[shard - 1] if shard else 0)
+        path, number = self.shards[shard], index - (ends[shard - 1] if shard else 0)
         family = self.accessions[index] if self.accessions else f"number {index} of {self.split}"
         return f"{path}, record {number}, family {family}"
 

@@ -103,7 +103,7 @@ def stagger(whole: Pair, draws: Float64[np.ndarray, "3"]) -> Pair:
     if len(aligned) < 2:
         return whole
     half = len(aligned) // 2
-    first, last = aligned[int(draws[1] * half)], aligned[half + int(draws[2] * (len(aligned) - half))]
+    first, last = aligned[[int(draws[1] * half), half + int(draws[2] * (len(aligned) - half))]].tolist()
     if draws[0] < 0.5:
         return _part(whole, 0, last[0] + 1, first[1], len(whole.y))
     return _part(whole, first[0], len(whole.x), 0, last[1] + 1)
