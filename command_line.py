@@ -89,10 +89,14 @@ def parse_with_config(parser: Parser, arguments: Sequence[str] | None) -> "tuple
     args, rest = parser.parse_known_args(arguments)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    line, given = [parser.prog, *config_with_home(rest)[0]], sys.argv
     try:
-        unknown = values([parser.prog, *config_with_home(rest)[0]])[1:]
+        sys.argv = line  # where ml_collections looks for the keys that are set
+        unknown = values(line)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
+    finally:
+        sys.argv = given
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     if values.config is None:

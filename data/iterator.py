@@ -88,8 +88,8 @@ class BatchIterator(grain.DatasetIterator):
         if state["stream"] != self._fingerprint:
             raise ValueError(
                 f"the batches of the saved run are others (stream {state['stream']}, this is {self._fingerprint}): "
-                "they differ in the data at data.dir, seed, batch_size, data.buckets, data.pairs_per_family or "
-                "data.crop; give the values of the saved run, or start a new one in another --workdir"
+                "they differ in the data at data.dir or their weights, in seed, batch_size, or a setting of data "
+                "(buckets, shares, caps); give the values of the saved run, or start a new one in another --workdir"
             )
         if state.get("content", self.stream.content) != self.stream.content:
             raise ValueError(

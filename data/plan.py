@@ -52,7 +52,7 @@ class Planner:
             candidates[of_origin] = self.index.draw(family, origin, rng)
         crops, draws = rng.random((size, 4)), other.random((size, 7))
         partners = [
-            self._partner(candidates[n, 0, 0], int(origins[n]), other) if draws[n, 6] < config.negatives else None
+            self._partner(int(candidates[n, 0, 0]), int(origins[n]), other) if draws[n, 6] < config.negatives else None
             for n in range(size)
         ]
         changes = [self._changes(*of) for of in zip(crops, draws, ends, partners, strict=True)]
@@ -111,7 +111,7 @@ class Planner:
         for draw in rng.random(_PARTNERS):
             other = int(_choose(cumulative, low + draw * (high - low))) // bins
             if self.index.units[other] != self.index.units[family]:
-                return other, int(self.index.draw(np.array(other), bucket, rng)[1])
+                return other, int(self.index.draw(np.array([other]), bucket, rng)[0, 1])
         return None
 
     def _donors(self, part: slice, rng: np.random.Generator) -> Int64[np.ndarray, " donors"]:

@@ -10,7 +10,7 @@ from data import vocab
 NO_TARGET = -1
 IDENTITY_EDGES = (0.15, 0.20, 0.25, 0.30, 0.40, 0.60)  # of the identity bins; a bin holds its lower edge
 
-Tokens = Int32[np.ndarray, " length"]
+Tokens = Int32[np.ndarray, " _"]  # of one sequence
 
 
 class Pair(NamedTuple):
