@@ -19,14 +19,23 @@ from data.transforms import Pair, Tokens, add_flanks
 
 PLAIN, FLANKED, NEGATIVES = "plain", "flanked", "negatives"
 _SPLITS = "validation", "test_iid", "test_ood"
-EVALUATION_SETS = {  # name: split whose families it is made of, and variant
-    **{name: (name, PLAIN) for name in _SPLITS},
-    **{f"{name}_flanked": (name, FLANKED) for name in _SPLITS},
-    "negatives": ("validation", NEGATIVES),
-    **{f"{name}_negatives": (name, NEGATIVES) for name in _SPLITS[1:]},
-}
 MEDIAN_FLANK, LONGEST_FLANK = 40, 300  # residues
 _CANDIDATES = 64  # rows drawn for a flank, of which the first that is long enough is taken, or for a negative pair
+
+
+class EvaluationSet(NamedTuple):
+    """Evaluation pairs of a split, or a variant of them."""
+
+    split: str  # of the families
+    variant: str
+
+
+EVALUATION_SETS = {
+    **{name: EvaluationSet(name, PLAIN) for name in _SPLITS},
+    **{f"{name}_flanked": EvaluationSet(name, FLANKED) for name in _SPLITS},
+    "negatives": EvaluationSet("validation", NEGATIVES),
+    **{f"{name}_negatives": EvaluationSet(name, NEGATIVES) for name in _SPLITS[1:]},
+}
 
 
 class Stretch(NamedTuple):
@@ -44,9 +53,7 @@ Ends = tuple[Stretch | None, Stretch | None, Stretch | None, Stretch | None]  # 
 class SplitRows:
     """Lengths of all rows of a split, and random draws of rows by unit: families of one clan may be related."""
 
-    def __init__(
-        self, accessions: Sequence[str], units: Sequence[str], lengths: Sequence[Int64[np.ndarray, " _rows"]]
-    ):
+    def __init__(self, accessions: Sequence[str], units: Sequence[str], lengths: Sequence[Int64[np.ndarray, " _rows"]]):
         """Take names and lengths family by family; a family without residues, such as a damaged one, is never drawn."""
         self.accessions, self.units, self.lengths = accessions, units, lengths
         self._with_residues = [np.flatnonzero(of) for of in lengths]
