@@ -9,7 +9,7 @@ from data import vocab
 
 NO_TARGET = -1
 
-Tokens = Int32[np.ndarray, " length"]
+Tokens = Int32[np.ndarray, " _length"]
 
 
 class Pair(NamedTuple):

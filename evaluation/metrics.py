@@ -160,8 +160,8 @@ def summarise_negatives(
 ) -> dict:
     """Summarise pairs of unrelated sequences, in the form of `summarise` without bins.
 
-    `auc` is the area under the ROC curve, which is the share of (related, unrelated) pairs of pairs in which the related
-    one has the higher score; ties count half. `false_pairs` is the number of decoded residue pairs over the residues of
+    `auc` is the area under the ROC curve: the share of all (related, unrelated) couples in which the related pair has
+    the higher score, where ties count half. `false_pairs` is the number of decoded residue pairs over the residues of
     the shorter sequences. Intervals are over the families of the unrelated pairs' first sequences.
 
     Args:
