@@ -139,10 +139,8 @@ def test_the_scores_are_of_the_alignments_that_users_get(finished, tmp_path):
 def variants(finished, tmp_path_factory) -> dict:
     """Report with flanked pairs and negatives, as eval.py makes them one after the other."""
     run, pictures = runs.load_run(finished), tmp_path_factory.mktemp("variants")
-    flanked, negatives = (
-        run.task.evaluate(run, split, pictures=pictures, limit=4)
-        for split in ("test_iid_flanked", "test_iid_negatives")
-    )
+    names = "test_iid_flanked", "test_iid_negatives"
+    flanked, negatives = (run.task.evaluate(run, name, pictures=pictures, limit=4) for name in names)
     splits = flanked["splits"] | negatives.pop("splits")
     return flanked | negatives | {"splits": splits, "pictures": pictures}
 

@@ -145,7 +145,7 @@ def negatives(scores, of_related, families=None, decoded=None) -> dict:
 
 
 def test_area_under_the_curve_by_hand():
-    """Of six couples, the related pair is higher in 0.4 > 0.1, 0.9 > 0.1 and 0.9 > 0.4, and level in 0.4 = 0.4."""
+    """Six couples: the related pair is higher in 0.4 > 0.1, 0.9 > 0.1 and 0.9 > 0.4, and level in 0.4 = 0.4."""
     found = negatives([0.1, 0.4, 1.0], [0.4, 0.9])
     assert found["overall"]["auc"]["value"] == pytest.approx(3.5 / 6)
     assert found["overall"]["auc"]["low"] is None and (found["pairs"], found["families"], found["bins"]) == (3, 3, {})

@@ -91,7 +91,7 @@ def test_flanks_by_hand():
 
 
 def test_half_of_the_flanks_are_beyond_forty_residues_and_half_of_the_ends_have_one():
-    """In many draws: 6,500 flanks, whose share has a standard error of 0.006."""
+    """Count many draws: 6,500 flanks, whose share has a standard error of 0.006."""
     rows = SplitRows([f"P{n}" for n in range(10)], list("abcdefghij"), [np.full(25, 60 + 40 * n) for n in range(10)])
     ids = [(f, i, f, j) for f in range(10) for i in range(25) for j in range(i)]
     ends = [flanks(rows, pair_id) for pair_id in ids]
