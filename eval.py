@@ -2,6 +2,8 @@
 
 python eval.py --workdir=runs/r2_balanced                          # both test splits, table, JSON and figures
 python eval.py --workdir=runs/r2_balanced --split=validation --step=0
+python eval.py --workdir=runs/r2_balanced --split=test_ood_flanked   # unrelated residues at their ends
+python eval.py --workdir=runs/r2_balanced --split=negatives        # told from unrelated pairs?
 python eval.py --workdir=runs/r2_balanced --data=runs/pfam --output=table.json
 python eval.py --workdir=runs/r2_balanced --report=runs/report   # also one HTML page, with alignments
 python eval.py --weights=weights/aligner.safetensors --data=runs/pfam --split=test_ood
@@ -88,7 +90,8 @@ def _table_of_split(report: dict, split: str) -> str:
         values = (of["bins"].get(name, {}).get(metric) for of in result.values())
         bins.append([f"{label} {name}", *sizes, *("-" if of is None else f"{of['value']:.3f}" for of in values)])
     parts += [_text(bins, ["", *size.values(), *result])] if bins else []
-    text = "\n".join(parts if is_sorting else [*parts, _certificates(report["certificates"][split])])
+    certificates = report.get("certificates", {}).get(split)  # neither of sorting nor of negatives
+    text = "\n".join([*parts, _certificates(certificates)] if certificates is not None else parts)
     found = [f"{mark} {told}".format(unit=unit, resampled=resampled) for mark, told in _FOOTNOTES.items()]
     return "\n".join([text, *(line for line, mark in zip(found, _FOOTNOTES, strict=True) if f" {mark}" in text)])
 

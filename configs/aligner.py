@@ -36,4 +36,5 @@ def get_config() -> ConfigDict:
     config.loss.alignment = 1.0
     config.optimizer.learning_rate = 1e-3
     config.checkpoint.every = 100
+    config.log.eval_splits = ("validation", "validation_flanked", "negatives")
     return config

@@ -101,8 +101,9 @@ def get_config() -> ConfigDict:
             },
             "log": {
                 "every": 10,  # steps between lines of metrics.jsonl; 0 for none
-                "eval_every": 200,  # steps between evaluations on the validation split; 0 for none
-                "eval_pairs": 256,  # of the validation split; -1 for all
+                "eval_every": 200,  # steps between evaluations; 0 for none
+                "eval_splits": ("validation",),  # that are evaluated; any that eval.py scores, but "test"
+                "eval_pairs": 256,  # of each of these splits; -1 for all
                 "trace": 0,  # first of three steps to trace into <workdir>/trace; 0 for none
                 "wandb": "offline",  # "offline", "online" (needs an account) or "disabled"
             },

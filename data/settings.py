@@ -94,6 +94,24 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Choices:
+    """Kind of lists of different texts out of a list, at least one."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"a list, such as ({self.names[0]!r},), of {', '.join(self.names)}"
+
+    def read(self, value: object) -> tuple[str, ...]:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError
+        chosen = tuple(Choice(self.names).read(name) for name in value)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ValueError
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
 class Folder:
     """Kind of names of folders. `hint` says what else there is."""
 

@@ -44,6 +44,11 @@ def nw_blosum62(pair: Pair) -> Placement:
     neighbour at an end. Where no residue is aligned, all are placed on the scaled diagonal. Raises ValueError if a
     sequence is empty.
     """
+    return nw_with_score(pair)[0]
+
+
+def nw_with_score(pair: Pair) -> tuple[Placement, int]:
+    """Return the alignment of `nw_blosum62` and its score, in units of BLOSUM62."""
     if not (len(pair.x) and len(pair.y)):
         raise ValueError(f"pair: lengths {len(pair.x)} and {len(pair.y)} were given, both must be at least 1")
     result = parasail.nw_trace_striped_sat(
@@ -56,8 +61,8 @@ def nw_blosum62(pair: Pair) -> Placement:
     match[np.cumsum(x_step)[both] - 1] = np.cumsum(y_step)[both] - 1
     rows = np.flatnonzero(match != NO_TARGET)
     if not rows.size:
-        return Placement(scaled_diagonal(pair).positions, match)
-    return Placement(np.interp(np.arange(len(match)), rows, match[rows]), match)
+        return Placement(scaled_diagonal(pair).positions, match), result.score
+    return Placement(np.interp(np.arange(len(match)), rows, match[rows]), match), result.score
 
 
 BASELINES = {"diagonal": diagonal, "scaled_diagonal": scaled_diagonal, "nw_blosum62": nw_blosum62}

@@ -39,6 +39,8 @@ LABELS = {
     "precision": "precision (share)",
     "recall": "recall (share)",
     "f1": "F1 of aligned residue pairs",
+    "auc": "AUC of related before unrelated pairs",
+    "false_pairs": "false pairs (per residue of the shorter sequence)",
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm",
 }

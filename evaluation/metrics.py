@@ -151,6 +151,33 @@ def summarise(scores: Sequence[PairScores]) -> dict:
     return by_bin(ratios, families, np.array([identity_bin(score.identity) or "" for score in scores]), BINS)
 
 
+def summarise_negatives(
+    families: Sequence[str],
+    scores: Float64[np.ndarray, " pairs"],
+    of_related: Float64[np.ndarray, " related"],
+    decoded: Float64[np.ndarray, " pairs"],
+    shorter: Float64[np.ndarray, " pairs"],
+) -> dict:
+    """Summarise pairs of unrelated sequences, in the form of `summarise` without bins.
+
+    `auc` is the area under the ROC curve: the share of all (related, unrelated) couples in which the related pair has
+    the higher score, where ties count half. `false_pairs` is the number of decoded residue pairs over the residues of
+    the shorter sequences. Intervals are over the families of the unrelated pairs' first sequences.
+
+    Args:
+        families: Family of the first sequence of each unrelated pair.
+        scores: Score of each unrelated pair.
+        of_related: Scores of the evaluation pairs.
+        decoded: Residue pairs that are aligned in each unrelated pair.
+        shorter: Length of the shorter sequence of each unrelated pair, in residues.
+    """
+    in_order = np.sort(of_related)
+    not_higher, lower = (np.searchsorted(in_order, scores, side) for side in ("right", "left"))
+    wins = 1 - (not_higher + lower) / (2 * len(in_order))
+    ratios = {"auc": np.stack([wins, np.ones(len(wins))]), "false_pairs": np.stack([decoded, shorter])}
+    return by_bin(ratios, np.unique(families, return_inverse=True)[1], np.full(len(wins), ""), ())
+
+
 def by_bin(ratios: dict[str, Ratio], families: np.ndarray, bins: np.ndarray, names: Iterable[str]) -> dict:
     """Compute `intervals` over all pairs and in each bin that holds any, and count pairs and families."""
 

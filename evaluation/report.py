@@ -27,8 +27,12 @@ from evaluation.metrics import PairScores
 TEMPLATE = "report.html.jinja"
 _SHOWN = 3  # alignments of each kind and split
 _BASELINE = "nw_blosum62"  # its F1 stands beside each alignment
-_LOWER_IS_BETTER = ("reconstruction", "reconstruction_masked", "sparse_ce", "barycenter_mae")
-_CURVES = ("loss", "reconstruction", "sparse_ce", "alignment", "f1", "barycenter_mae", "gradient_norm", "learning_rate")
+_LOWER_IS_BETTER = ("reconstruction", "reconstruction_masked", "sparse_ce", "barycenter_mae", "false_pairs")
+_CURVES = (
+    *("loss", "reconstruction", "sparse_ce", "alignment", "f1", "barycenter_mae"),
+    *("auc", "false_pairs", "gradient_norm", "learning_rate"),
+)
+_FIRST = {"f1": "F1 of aligned residue pairs", "auc": "AUC of related before unrelated pairs"}  # tables of all splits
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
@@ -109,6 +113,7 @@ def write_html(
         report=report,
         least_families=metrics.LEAST_FAMILIES,
         few_pairs=metrics.FEW_PAIRS,
+        first=[table for metric, title in _FIRST.items() if (table := _all_splits(metric, title, report["splits"]))],
         splits=[_split(name, report, examples) for name in report["splits"]],
         curves=_drawn(figures.metric_curves, rows, metrics=curves) if curves else "",
         configuration=sorted(flatten_dict(report["config"], sep=".").items()),
@@ -121,25 +126,36 @@ def write_html(
 
 def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
     """Return the values of one split that the template shows."""
-    result, tenths = report["splits"][name], report["reliability"][name]
+    result, tenths = report["splits"][name], report.get("reliability", {}).get(name)
     model, overall = result["model"], {who: of["overall"] for who, of in result.items()}
-    decoded = {who: of for who, of in result.items() if who != "transport"}  # same alignments as the model
-    found = [metric for metric in metrics.METRICS if metric in model["overall"]]
-    others = {who: overall.pop(who) for who in BASELINES}
-    shared = [metric for metric in metrics.METRICS if metric in others[_BASELINE]]
+    decoded = _decoded(result)
+    others = {who: overall.pop(who) for who in BASELINES if who in overall}
     return {
         "name": name,
-        "f1": _row("f1", decoded),
-        "metrics": {"who": list(result), "rows": [_row(metric, result) for metric in found]},
+        "has_transport": "transport" in result,
+        "metrics": {"who": list(result), "rows": [_row(metric, result) for metric in model["overall"]]},
         "bins": {"who": list(decoded), "rows": [_row("f1", decoded, of_bin) for of_bin in model["bins"]]},
-        "bars": _drawn(figures.comparison_bars, overall, others, metrics=shared),
+        "bars": _drawn(figures.comparison_bars, overall, others, metrics=list(others[_BASELINE])),
         "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
         "reliability": _drawn(figures.reliability, tenths) if tenths else "",
         "kinds": [
             (kind, [_shown(example, with_plan=n == 0) for n, example in enumerate(examples.of(name, kind))])
             for kind in KINDS
         ],
+        "certificates": report.get("certificates", {}).get(name, {}),
     }
+
+
+def _all_splits(metric: str, title: str, splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with a row for each split that has the metric, and nothing if there is none."""
+    found = {name: _decoded(of) for name, of in splits.items() if metric in of["model"]["overall"]}
+    rows = [{"split": name, "of": of["model"], **_row(metric, of)} for name, of in found.items()]
+    return {"title": title, "who": list(next(iter(found.values()))), "rows": rows} if found else {}
+
+
+def _decoded(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out `transport`, which has the alignments of the model."""
+    return {who: of for who, of in result.items() if who != "transport"}
 
 
 def _row(metric: str, result: Mapping[str, Any], of_bin: str = "") -> dict[str, Any]:

@@ -91,6 +91,43 @@ def score_split(
     return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
+def score_negatives(
+    model: Pretrained,
+    families: Families,
+    related: Iterable[Batch],
+    unrelated: Iterable[Batch],
+    *,
+    done: Callable[[int], object] = lambda count: None,
+    progress: str = "",
+) -> dict[str, dict]:
+    """Summarise how well a model and Needleman-Wunsch tell evaluation pairs of a split from unrelated pairs.
+
+    A pair's score is the sum of the confidences of its decoded residue pairs over the length of the shorter sequence,
+    until models have a score of their own for homology; that of Needleman-Wunsch is its alignment score over the same.
+    Diagonals have no score. `done` is called with the number of pairs of each finished batch. Raises ValueError if
+    there is no pair.
+    """
+    positives, negatives = ([of_one for batch in of for of_one in unbatch(batch)] for of in (related, unrelated))
+    if not (positives and negatives):
+        raise ValueError("there is no pair to score")
+    pairs = [pair for _, pair in (*negatives, *positives)]
+    shorter = np.array([min(len(pair.x), len(pair.y)) for pair in pairs], np.float64)
+    with tqdm(desc=progress, unit=" pairs", total=len(pairs), disable=None if progress else True) as bar:
+        found = model.align([(pair.x, pair.y) for pair in pairs], done=lambda count: (bar.update(count), done(count)))
+    aligned = {
+        "model": [(of.confidence.sum(dtype=np.float64), len(of.pairs)) for of in found],
+        "nw_blosum62": [(score, (of.match != NO_TARGET).sum()) for of, score in map(baselines.nw_with_score, pairs)],
+    }
+    names, count = [families[x_family].accession for (x_family, *_), _ in negatives], len(negatives)
+    summaries = {}
+    for who, of_pairs in aligned.items():
+        score, decoded = np.array(of_pairs, np.float64).T
+        score /= shorter
+        told = score[:count], score[count:], decoded[:count], shorter[:count]
+        summaries[who] = metrics.summarise_negatives(names, *told)
+    return summaries
+
+
 def reconstruction(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, " batch"]]:
     """Compute the reconstruction sums of `PairScores`: with x as it is, and with every seventh residue masked."""
     x = batch["x"]

@@ -17,8 +17,11 @@ from tqdm import tqdm
 
 from data import files, mixture, pipeline, sorting
 from data.evaluation_pairs import evaluation_batches
+from data.families import BadRecordError
 from data.index import Families
+from data.pfam import NoSplitError
 from data.settings import Folder, Section
+from data.variants import EVALUATION_SETS, NEGATIVES, PLAIN
 from evaluation import baselines, figures, scoring
 from evaluation import sorting as sorting_scores
 from evaluation.report import Examples
@@ -34,8 +37,8 @@ from training.state import OptimizerConfig, Trainer
 if TYPE_CHECKING:
     from evaluation.runs import Run
 
-SPLITS = {**{name: (name,) for name in ("validation", "test_iid", "test_ood")}, "test": ("test_iid", "test_ood")}
-Validation = Callable[[PyTree, Callable[[], None]], dict[str, dict]]
+SPLITS = {**{name: (name,) for name in EVALUATION_SETS}, "test": ("test_iid", "test_ood")}
+Validation = Callable[[PyTree, Callable[[], None]], dict[str, dict[str, dict]]]
 _ROOT = Path(__file__).parents[1]
 _CERTIFIED = 128  # pairs of a split whose plans are certified, and most examples of a batch
 
@@ -70,9 +73,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
-        """Return a function from parameters to a summary of scores on a fixed sample of the validation split.
+        """Return a function from parameters to tables of scores, by split of `log.eval_splits`, on a fixed sample.
 
-        It calls its second argument, which may raise, after each example or before each batch.
+        It calls its second argument, which may raise, after each example or before each batch. Raises ValueError or
+        OSError for a split that there is not.
         """
 
     @abc.abstractmethod
@@ -165,13 +169,24 @@ class AlignmentTask(Task):
         return DataConfig.of({**self.config.data, "batch_size": self.config.batch_size, "seed": self.config.seed})
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
-        families = open_families(self.config.data.dir, "validation")
-        model = scoring.pretrained(trainer, mesh)
-        batches = functools.partial(self._evaluation_batches, families, mesh, _limit(self.config))
+        splits, model = self.config.log.eval_splits, scoring.pretrained(trainer, mesh)
+        data_dir, limit = self.config.data.dir, _limit(self.config)
+        try:
+            found = {name: self._open(data_dir, name, mesh) for name in splits}
+            samples = {name: (families, list(map(list, batches(limit)))) for name, (families, batches) in found.items()}
+        except BadRecordError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"log.eval_splits={tuple(splits)}: {error}") from error
 
-        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict]:
+        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict[str, dict]]:
             trained = dataclasses.replace(model, params=params)
-            return scoring.score_split(trained, families, batches(), see=lambda example: after_each())
+            return {
+                name: scoring.score_negatives(trained, families, *batches, done=lambda count: after_each())
+                if EVALUATION_SETS[name].variant == NEGATIVES
+                else scoring.score_split(trained, families, *batches, see=lambda example: after_each())
+                for name, (families, batches) in samples.items()
+            }
 
         return score
 
@@ -183,23 +198,47 @@ class AlignmentTask(Task):
         pictures.mkdir(parents=True, exist_ok=True)
 
         def score(name: str) -> dict[str, Any]:
-            families = open_families(data_dir, name)
-            batches = functools.partial(self._evaluation_batches, families, run.mesh)
-            observer = scoring.Observer(name, pictures, options.examples)
-            summaries = scoring.score_split(model, families, batches(limit), see=observer, progress=name)
-            others = {who: summaries[who]["overall"] for who in baselines.BASELINES}
-            certified = scoring.certify_split(certify, batches(min(limit or _CERTIFIED, _CERTIFIED)))
-            first = {"model": summaries["model"]["overall"]}
-            figures.comparison_bars(first, others, pictures / f"{name}.png", title=name)
-            return {"splits": summaries, "certificates": certified, "reliability": observer.reliability.tenths()}
+            families, batches = self._open(data_dir, name, run.mesh)
+            if EVALUATION_SETS[name].variant == NEGATIVES:
+                found: dict[str, Any] = {
+                    "splits": scoring.score_negatives(model, families, *batches(limit), progress=name)
+                }
+            else:
+                observer = scoring.Observer(name, pictures, options.examples)
+                summaries = scoring.score_split(model, families, *batches(limit), see=observer, progress=name)
+                certified = scoring.certify_split(certify, *batches(min(limit or _CERTIFIED, _CERTIFIED)))
+                tenths = observer.reliability.tenths()
+                found = {"splits": summaries, "certificates": certified, "reliability": tenths}
+            overall = {who: of["overall"] for who, of in found["splits"].items()}
+            others = {who: of for who, of in overall.items() if who in baselines.BASELINES}
+            figures.comparison_bars({"model": overall["model"]}, others, pictures / f"{name}.png", title=name)
+            return found
 
         return score
 
-    def _evaluation_batches(self, families: Families, mesh: Mesh, limit: int | None):
+    def _open(self, data_dir: str, name: str, mesh: Mesh) -> tuple[Families, Callable[[int | None], list]]:
+        """Open the families of an evaluation split; return them, and a function from a limit to the pairs to score.
+
+        Negatives come behind the evaluation pairs that they are compared with. Raises ValueError or OSError as
+        `open_families` does.
+        """
+        base, variant = EVALUATION_SETS[name]
+        try:
+            families = open_families(data_dir, base)
+        except NoSplitError as error:
+            if name == base:
+                raise
+            instead = "; or take test_ood_negatives" if name == "negatives" else ""
+            raise ValueError(f"{name} is made of the families of {base}: {error}{instead}") from error
+        needed = (PLAIN, NEGATIVES) if variant == NEGATIVES else (variant,)
+        return families, lambda limit: [self._evaluation_batches(families, mesh, limit, of) for of in needed]
+
+    def _evaluation_batches(self, families: Families, mesh: Mesh, limit: int | None, variant: str = PLAIN):
         data, devices = self.config.data, mesh.shape["data"]
         size = _evaluated_at_once(self.config.batch_size, devices)
         max_bad = data.get("max_bad_records", 0)  # older runs have none
-        return evaluation_batches(families, size, data.buckets, limit=limit, divisible_by=devices, max_bad=max_bad)
+        options = {"variant": variant, "limit": limit, "divisible_by": devices, "max_bad": max_bad}
+        return evaluation_batches(families, size, data.buckets, **options)
 
 
 class SortingTask(Task):
@@ -218,16 +257,18 @@ class SortingTask(Task):
         return pipeline.BatchIterator(sorting.SortingStream(self._data(), shard_index=index, shard_count=count))
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
+        if (splits := tuple(self.config.log.eval_splits)) != ("validation",):
+            raise ValueError(f"log.eval_splits={splits}: allowed is ('validation',) for a model that sorts")
         write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
         limit = _limit(self.config)
         batches = functools.partial(sorting.evaluation_batches, self._evaluated(mesh), "validation", limit)
 
-        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict]:
+        def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict[str, dict]]:
             def write_one(batch):
                 after_each()
                 return write(params, batch)
 
-            return sorting_scores.score_split(write_one, batches())
+            return {"validation": sorting_scores.score_split(write_one, batches())}
 
         return score
 

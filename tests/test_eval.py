@@ -13,8 +13,9 @@ from alignment.inference import Pretrained
 from data import pfam
 from data.batches import unbatch
 from data.evaluation_pairs import evaluation_batches
+from data.transforms import NO_TARGET, Pair
 from evaluation import metrics, runs, scoring
-from evaluation.baselines import BASELINES
+from evaluation.baselines import BASELINES, nw_with_score
 from evaluation.tasks import AlignmentTask
 from tests.support import tiny
 from training import run_folder
@@ -132,6 +133,87 @@ def test_the_scores_are_of_the_alignments_that_users_get(finished, tmp_path):
     f1 = 2 * sum(len(a & b) for a, b in zip(found, reference, strict=True)) / sum(map(len, found + reference))
     scored = scoring.score_split(run.pretrained(), families, batches)["model"]
     assert scored["overall"]["f1"]["value"] == pytest.approx(f1) and 0 < f1 < 1 and scored["pairs"] == 8
+
+
+@pytest.fixture(scope="module")
+def variants(finished, tmp_path_factory) -> dict:
+    """Report with flanked pairs and negatives, as eval.py makes them one after the other."""
+    run, pictures = runs.load_run(finished), tmp_path_factory.mktemp("variants")
+    names = "test_iid_flanked", "test_iid_negatives"
+    flanked, negatives = (run.task.evaluate(run, name, pictures=pictures, limit=4) for name in names)
+    splits = flanked["splits"] | negatives.pop("splits")
+    return flanked | negatives | {"splits": splits, "pictures": pictures}
+
+
+def pairs_of(variant: str) -> list[Pair]:
+    families = pfam.open_split(tiny.ROOT / "data/default", "test_iid")
+    batches = evaluation_batches(families, 4, (320,), limit=4, variant=variant)
+    return [pair for batch in batches for _, pair in unbatch(batch)]
+
+
+def test_flanked_pairs_are_reported_as_others_are(variants):
+    result, nothing = variants["splits"]["test_iid_flanked"], NO_TARGET
+    assert list(result) == list(WHO) and result["model"]["overall"].keys() == metrics.METRICS.keys()
+    assert result["model"]["bins"] and result["model"]["pairs"] == 4
+    found = [(nw_with_score(pair)[0].match, pair.target) for pair in pairs_of("flanked")]
+    counts = [((a == b)[b != nothing].sum(), (a != nothing).sum() + (b != nothing).sum()) for a, b in found]
+    f1 = 2 * sum(right for right, _ in counts) / sum(pairs for _, pairs in counts)
+    assert result["nw_blosum62"]["overall"]["f1"]["value"] == pytest.approx(f1)
+    assert list(variants["certificates"]) == list(variants["reliability"]) == ["test_iid_flanked"]
+    assert {path.name for path in variants["pictures"].iterdir()} > {"test_iid_flanked.png", "test_iid_negatives.png"}
+
+
+def test_negatives_have_metrics_of_their_own(variants, finished):
+    """Scores are counted again from alignments of the same pairs, one by one."""
+    found = variants["splits"]["test_iid_negatives"]
+    assert list(found) == ["model", "nw_blosum62"], "diagonals have no score"
+    model, related, unrelated = runs.load_run(finished).pretrained(), pairs_of("plain"), pairs_of("negatives")
+
+    def scores_of(pairs):
+        alignments = model.align([(pair.x, pair.y) for pair in pairs])
+        return [of.confidence.sum() / min(len(p.x), len(p.y)) for of, p in zip(alignments, pairs, strict=True)]
+
+    def nw(pair):
+        return nw_with_score(pair)[1] / min(len(pair.x), len(pair.y))
+
+    positive, negative = scores_of(related), scores_of(unrelated)
+    auc = sum(a > b for a in positive for b in negative) / 16
+    assert found["model"]["overall"]["auc"]["value"] == pytest.approx(auc)
+    auc = sum(nw(a) > nw(b) for a in related for b in unrelated) / 16
+    assert found["nw_blosum62"]["overall"]["auc"]["value"] == pytest.approx(auc) and auc > 0.5
+    shorter = sum(min(len(pair.x), len(pair.y)) for pair in unrelated)
+    false_pairs = sum(len(of.pairs) for of in model.align([(pair.x, pair.y) for pair in unrelated])) / shorter
+    assert found["model"]["overall"]["false_pairs"]["value"] == pytest.approx(false_pairs) and 0 < false_pairs <= 1
+    for of in found.values():
+        assert of.keys() == {"overall", "bins", "pairs", "families"} and of["bins"] == {} and of["pairs"] == 4
+
+
+def test_tables_of_variants_alone_and_mixed(variants):
+    told = eval_program.table(variants)
+    assert re.search(r"auc +\d\.\d{3} .*\nfalse_pairs +\d\.\d{3} ", told) and told.count("median / worst") == 1
+    for name, of_split in variants["splits"].items():
+        alone = {"step": 1, "splits": {name: of_split}}
+        alone |= {} if name.endswith("negatives") else {"certificates": variants["certificates"]}
+        told = eval_program.table(alone)
+        assert f"{name}: 4 pairs of 4 families, step 1" in told
+        assert ("auc" in told) == name.endswith("negatives") == ("f1" not in told)
+
+
+def test_a_data_set_without_the_families_of_a_variant_says_so(finished, tmp_path, capsys):
+    without = dict.fromkeys(("validation", "test_iid"))
+    shutil.copytree(tiny.ROOT / "data/default", tmp_path / "data")
+    (info,) = (tmp_path / "data").rglob("dataset_info.json")
+    told = json.loads(info.read_text())
+    told["splits"] = [of for of in told["splits"] if of["name"] not in without]
+    info.write_text(json.dumps(told))
+    for split, expected in {
+        "negatives": "negatives is made of the families of validation: split 'validation' is empty in .*; it has "
+        "train, test_ood: add families; or take test_ood_negatives$",
+        "test_iid_flanked": "test_iid_flanked is made of the families of test_iid: split 'test_iid' is empty",
+    }.items():
+        arguments = [f"--workdir={finished}", f"--data={tmp_path / 'data'}", f"--split={split}"]
+        assert eval_program.main(arguments) == 1
+        assert re.search(expected, capsys.readouterr().err.strip())
 
 
 def test_certificates_of_the_layers_are_reported(scored):

@@ -136,6 +136,42 @@ def test_families_without_the_metric_do_not_count():
     assert 0.4 < found["high"] <= 0.8
 
 
+def negatives(scores, of_related, families=None, decoded=None) -> dict:
+    ones = np.ones(len(scores))
+    decoded = ones if decoded is None else np.array(decoded, float)
+    names = families or [f"f{k}" for k in range(len(scores))]
+    told = np.array(scores, float), np.array(of_related, float), decoded, 10 * ones
+    return metrics.summarise_negatives(names, *told)
+
+
+def test_area_under_the_curve_by_hand():
+    """Six couples: the related pair is higher in 0.4 > 0.1, 0.9 > 0.1 and 0.9 > 0.4, and level in 0.4 = 0.4."""
+    found = negatives([0.1, 0.4, 1.0], [0.4, 0.9])
+    assert found["overall"]["auc"]["value"] == pytest.approx(3.5 / 6)
+    assert found["overall"]["auc"]["low"] is None and (found["pairs"], found["families"], found["bins"]) == (3, 3, {})
+    for scores, expected in (([0, 0], 1.0), ([3, 3], 0.0), ([1, 2], 0.5)):
+        assert negatives(scores, [1, 2])["overall"]["auc"]["value"] == pytest.approx(expected)
+
+
+def test_area_under_the_curve_is_the_share_of_couples_in_order():
+    rng = np.random.default_rng(0)
+    scores, of_related = rng.integers(0, 12, 60) / 10, rng.integers(4, 16, 45) / 10  # with many ties
+    couples = [1.0 if a > b else 0.5 if a == b else 0.0 for a in of_related for b in scores]
+    found = negatives(scores, of_related, families=[f"f{k % 9}" for k in range(60)])["overall"]["auc"]
+    assert found["value"] == pytest.approx(np.mean(couples))
+    assert found["low"] < found["value"] < found["high"]
+    # The area below the curve itself: the trapezoid rule over all thresholds.
+    thresholds = np.concatenate([[np.inf], np.unique([*scores, *of_related])[::-1]])
+    true, false = ([(of >= t).mean() for t in thresholds] for of in (of_related, scores))
+    assert found["value"] == pytest.approx(np.trapezoid(true, false))
+
+
+def test_false_pairs_are_pooled_over_the_residues_of_the_shorter_sequences():
+    scores, decoded, shorter = np.zeros(2), np.array([3.0, 6.0]), np.array([10.0, 90.0])
+    found = metrics.summarise_negatives(["a", "b"], scores, np.ones(1), decoded, shorter)
+    assert found["overall"]["false_pairs"]["value"] == pytest.approx(9 / 100)
+
+
 def test_unusable_predictions_are_refused():
     one, match = pair([0, 1], 2), np.array([0, 1], np.int32)
     with pytest.raises(ValueError, match="NaN or inf for an aligned residue of a pair of PF1"):

@@ -84,6 +84,44 @@ def test_the_numbers_are_those_of_the_json(written):
             assert f"{spread['residual']['median']:.2g} / {spread['residual']['worst']:.2g}" in page.texts["td"]
 
 
+def summary(**overall: float) -> dict:
+    values = {name: {"value": value, "low": None, "high": None} for name, value in overall.items()}
+    return {"overall": values, "bins": {}, "pairs": 1234, "families": 3}
+
+
+PLAIN = {"model": summary(f1=0.25), "transport": summary(f1=0.25), "nw_blosum62": summary(f1=0.5)}
+UNRELATED = {"model": summary(auc=0.75, false_pairs=0.125), "nw_blosum62": summary(auc=0.625, false_pairs=0.375)}
+
+
+@pytest.mark.parametrize(
+    ("splits", "values", "titles"),
+    [
+        ({"negatives": UNRELATED}, [0.75, 0.625, 0.75, 0.625, 0.125, 0.375], ["AUC"]),
+        ({"validation_flanked": PLAIN}, [0.25, 0.5, 0.25, 0.25, 0.5], ["F1"]),
+        (
+            {"negatives": UNRELATED, "validation": PLAIN},
+            [0.25, 0.5, 0.75, 0.625, 0.75, 0.625, 0.125, 0.375, 0.25, 0.25, 0.5],
+            ["F1", "AUC"],
+        ),
+    ],
+    ids=["negatives", "flanked", "mixed"],
+)
+def test_pages_of_variants_alone_and_mixed(splits, values, titles, tmp_path):
+    path = tmp_path / "report.html"
+    spread = {name: {"median": 0.5, "worst": None, "finite": 0.5} for name in ("residual", "rate")}
+    certificates = {name: {"plan": spread} for name in splits if name != "negatives"}
+    whole = {"step": 3, "config": {}, "splits": splits, "certificates": certificates}
+    report.write_html(path, whole if certificates else {k: whole[k] for k in list(whole)[:3]}, report.Examples())
+    page = Page(path.read_text())
+    assert page.values == values
+    assert [text.split()[0] for text in page.texts["h3"] if text.split()[0] in ("F1", "AUC")] == titles
+    assert sum("How converged" in text for text in page.texts["h3"]) == len(certificates)
+    assert page.of("section", "id")[:-1] == list(splits) and len(page.of("img", "src")) == len(splits)
+    assert any("1,234 pairs of 3 families" in text for text in page.texts["h2"])
+    best = [value for tag, name, value in page.attributes if (tag, name) == ("td", "class") and value == "best"]
+    assert len(best) == sum(1 + len(of["model"]["overall"]) for of in splits.values())
+
+
 def test_figures_are_embedded_and_nothing_is_loaded(written):
     _, page, text = written
     sources = page.of("img", "src")

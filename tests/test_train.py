@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import train
+from configs import sort_sinkhorn
 from evaluation import runs
 from evaluation.tasks import completed
 from tests.support import tiny
@@ -72,6 +73,43 @@ def test_folder_of_a_run(finished):
     assert all(row["residues_per_second"] > 0 and 0 <= row["data_share"] < 1 for row in logged if "loss" in row)
     values = [value for row in logged for value in row.values()]
     assert np.isfinite(values).all()
+
+
+def test_all_splits_that_are_asked_for_are_logged_and_made_up_for(finished, tmp_path):
+    """A finished run that is asked for more splits scores them; f1 of the old one stays as it was."""
+    workdir = shutil.copytree(finished, tmp_path / "again")
+    splits = ("validation", "validation_flanked", "negatives")
+    train.train(tiny.config_of(finished, log__eval_splits=splits), workdir)
+    *before, last = rows(workdir)
+    assert before == rows(finished) and last["step"] == tiny.STEPS
+    of_splits = {split: {name.partition("/")[2] for name in last if name.startswith(f"{split}/")} for split in splits}
+    assert of_splits["validation"] == of_splits["validation_flanked"] > {"f1", "barycenter_mae"}
+    assert of_splits["negatives"] == {"auc", "false_pairs"}
+    assert last["validation/f1"] == pytest.approx(before[-1]["validation/f1"])
+    assert last["validation/f1"] != last["validation_flanked/f1"]
+    logged = contents(workdir)
+    train.train(tiny.config_of(finished, log__eval_splits=splits), workdir)
+    assert contents(workdir) == logged, "nothing is missing any more"
+
+
+def test_splits_that_cannot_be_scored_are_named_before_the_run_begins(finished, tmp_path):
+    shutil.copytree(tiny.ROOT / "data/default", tmp_path / "data")
+    (info,) = (tmp_path / "data").rglob("dataset_info.json")
+    told = json.loads(info.read_text())
+    told["splits"] = [of for of in told["splits"] if of["name"] != "validation"]
+    info.write_text(json.dumps(told))
+    for splits, message in {
+        ("validation",): r"log\.eval_splits=\('validation',\): split 'validation' is empty in",
+        ("test_iid", "negatives"): r"log\.eval_splits=.*: negatives is made of .*; or take test_ood_negatives",
+    }.items():
+        config = tiny.config_of(finished, log__eval_splits=splits, data__dir=str(tmp_path / "data"))
+        with pytest.raises(ValueError, match=message):
+            train.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    config = sort_sinkhorn.get_config()
+    config.log.eval_splits = ("validation", "negatives")
+    with pytest.raises(ValueError, match=r"log\.eval_splits=\('validation', 'negatives'\): allowed is"):
+        train.train(config, tmp_path / "new")
 
 
 def test_steps_are_traced_when_asked(finished, tmp_path):

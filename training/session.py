@@ -33,8 +33,8 @@ class Parts(NamedTuple):
     mesh: Mesh
     update: Callable  # jitted: a training step, compiled when it is first called
     batches: pipeline.BatchIterator  # this process's part of them
-    # Parameters, function that is called after each example -> summary of a sample of the validation split
-    score: Callable[[PyTree, Callable[[], None]], dict[str, dict]] | None
+    # Parameters, function that is called now and then -> tables of a sample of each split of log.eval_splits
+    score: Callable[[PyTree, Callable[[], None]], dict[str, dict[str, dict]]] | None
 
 
 class Session:
@@ -106,11 +106,12 @@ class Session:
         return bool(every) and (step % every == 0 or step == self.config.total_steps)
 
     def lacks_validation(self, step: int) -> bool:
-        """Tell whether the validation of a step was prevented or cut short; the first process decides for all."""
+        """Tell whether the validation of a step is missing in the log, or a split of it; the first process decides."""
         if not self.is_evaluated(step):
             return False
         logged = {name for row in run_folder.read_metrics(self.workdir) if row["step"] == step for name in row}
-        return gather(str(any(name.startswith("validation/") for name in logged)))[0] == "False"
+        found = {name.rpartition("/")[0] for name in logged}
+        return gather(str(found.issuperset(self.config.log.eval_splits)))[0] == "False"
 
     def validate(self, step: int, requests: StopRequests) -> None:
         """Log scores of the averaged parameters. Every process computes all of them from the same predictions.
@@ -119,10 +120,12 @@ class Session:
         """
         assert self.parts.score
         try:
-            overall = self.parts.score(self.state.ema, requests.raise_if_noted)["model"]["overall"]
+            scores = self.parts.score(self.state.ema, requests.raise_if_noted)
         except StopRequestedError:
             return
-        self.log.write(step, {f"validation/{name}": metric["value"] for name, metric in overall.items()})
+        overall = {split: tables["model"]["overall"] for split, tables in scores.items()}
+        values = {f"{split}/{name}": of["value"] for split, found in overall.items() for name, of in found.items()}
+        self.log.write(step, values)
 
     def close(self) -> None:
         for resource in (self.progress, self.checkpoints, self.parts.batches, self.log):

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Annotated, ClassVar
 
-from data.settings import BATCH_SIZE, MOST, SEED, Choice, Integer, Section
+from data.settings import BATCH_SIZE, MOST, SEED, Choice, Choices, Integer, Section
+from data.variants import EVALUATION_SETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,5 +37,6 @@ class LogConfig(Section):
     every: Annotated[int, Integer()] = 10
     eval_every: Annotated[int, Integer()] = 200
     eval_pairs: Annotated[int, Integer(1, or_all=True, hint="; log.eval_every=0 evaluates nothing")] = 256
+    eval_splits: Annotated[tuple[str, ...], Choices(tuple(EVALUATION_SETS))] = ("validation",)
     trace: Annotated[int, Integer()] = 0
     wandb: Annotated[str, Choice(("offline", "online", "disabled"))] = "offline"
