@@ -10,7 +10,7 @@ import pytest
 from data import pfam
 from data.batches import PairReader, unbatch
 from data.evaluation_pairs import evaluation_batches
-from data.sampling import row_lengths
+from data.index import row_lengths
 from data.transforms import NO_TARGET, pair
 from data.variants import EVALUATION_SETS, FlankedReader, SplitRows, Stretch, flanks, negative
 from tests.support.small_families import FAMILIES, make_family
