@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from alignment import asap_maps, weights
+from alignment import asap_maps
 from alignment.inference import Pretrained
 from evaluation import scoring
 from evaluation.tasks import AlignmentTask, Task, checked, task_of
+from models import weights
 from models.attention import Asap
 from training import sharding
 from training.checkpoints import Checkpoints, DamagedCheckpointError

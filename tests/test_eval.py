@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import eval as eval_program
-from alignment import weights
 from alignment.inference import Pretrained
 from data import pfam, pipeline
 from evaluation import metrics, runs, scoring
 from evaluation.baselines import BASELINES
 from evaluation.tasks import AlignmentTask
+from models import weights
 from tests.support import tiny
 from training import run_folder
 
