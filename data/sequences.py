@@ -67,20 +67,21 @@ class Sequences(tfds.core.GeneratorBasedBuilder):
 
     def finish(self) -> None:
         """Write the report, and the index, from the records as they are read again."""
-        arrays, folder = {}, Path(self.data_dir)
+        arrays: dict[str, np.ndarray] = {}
+        folder = Path(self.data_dir)
         for split in self.info.splits:
             index = _index(self.as_data_source(split=split))
             arrays |= {f"{split}/{name}": array for name, array in index.items()}
             self.report.records[split] = len(index["sizes"])
         with (folder / INDEX).open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # as allow_pickle has a name
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(self.report), indent=1) + "\n")
 
 
 def build(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> Report:
     """Build the shards in `out`/sequences, as `builds.build`."""
     make = functools.partial(Sequences, recipe=recipe)
-    options = {"overwrite": overwrite, "num_shards": recipe.num_shards}
+    options: dict = {"overwrite": overwrite, "num_shards": recipe.num_shards}
     return builds.build(Sequences.name, make, out, recipe.inputs, recipe.clusters, **options).report
 
 

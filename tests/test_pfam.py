@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import builds, pfam
+from data import builds
 from data.builds import verify
 from data.families import SPLITS, Family, split_of, ungapped
 from data.pfam import build, open_split
@@ -286,7 +286,7 @@ def test_verify_says_what_was_checked_and_names_damaged_files(made, capsys):
     command = ["--verify", str(made / "out")]
     folder = builds.find_dataset(made / "out")
     assert build_pfam.main(command) == 0
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != pfam.CHECKSUMS)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != builds.CHECKSUMS)
     counts = f"4 splits, 4 shards, 5 records, {size:,} bytes: all 9 files have their checksums"
     assert capsys.readouterr().out == f"{folder}: {counts}\n"
 
