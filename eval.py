@@ -30,6 +30,8 @@ from models.attention import Certificate
 from training.run_folder import read_metrics
 
 _NO_INTERVAL = "(?)"
+# Metric that is told by bin, and its label; the first that a report has.
+_BINNED = {"exact_match": "exact match, length", "perplexity": "perplexity, length", "f1": "f1, identity"}
 _FOOTNOTES = {
     _NO_INTERVAL: f"no interval: fewer than {metrics.LEAST_FAMILIES} {{resampled}} have the metric",
     "*": f"fewer than {metrics.FEW_PAIRS} {{unit}}: chance decides",
@@ -74,16 +76,17 @@ def table(report: dict) -> str:
 
 def _table_of_split(report: dict, split: str) -> str:
     result = report["splits"][split]
-    model, is_sorting = result["model"], "exact_match" in result["model"]["overall"]
-    size = {"pairs": "sequences"} if is_sorting else {"pairs": "pairs", "families": "families"}
-    unit, resampled = size["pairs"], "sequences" if is_sorting else "families"
+    model = result["model"]
+    metric = next((name for name in _BINNED if name in model["overall"]), "f1")
+    of_sequences = metric != "f1"
+    size = {"pairs": "sequences"} if of_sequences else {"pairs": "pairs", "families": "families"}
+    unit, resampled = size["pairs"], "sequences" if of_sequences else "families"
     asap = f", compiled by {report['asap']}" if "asap" in report else ""
     counts = " of ".join(f"{model[key]} {name}" for key, name in size.items())
     title = f"\n{split}: {counts}, step {report['step']}{asap}; 95 % intervals over {resampled}"
     rows = [[name, *(_cell(of["overall"].get(name)) for of in result.values())] for name in model["overall"]]
     parts = [title, _text(rows, ["", *result])]
-    metric, label = ("exact_match", "exact match, length") if is_sorting else ("f1", "f1, identity")
-    bins = []
+    label, bins = _BINNED[metric], []
     for name, of_bin in model["bins"].items():
         sizes = [str(of_bin[key]) for key in size]
         sizes[0] += " *" if of_bin["pairs"] < metrics.FEW_PAIRS else ""

@@ -3,6 +3,7 @@
   python train.py --config=configs/r2_balanced.py                       # into runs/r2_balanced
   python train.py --config=configs/r2_dustbin.py --config.loss.sparse_ce=1.0 --workdir=runs/supervised
   python train.py --config=configs/r2_balanced.py --config.data.dir=runs/pfam --config.total_steps=2000
+  python train.py --config=configs/finetune.py --config.data.dir=runs/mine --init-from=weights/aligner.safetensors
 
 The folder of a run holds config.json, metrics.jsonl and checkpoints/. Score it with eval.py.
 
@@ -40,7 +41,7 @@ import command_line
 from data import files
 from evaluation.runs import make_trainer
 from evaluation.tasks import checked, completed, task_of
-from training import memory, run_folder, sharding
+from training import initial, memory, run_folder, sharding
 from training.checkpoints import newest_position, set_damaged_aside
 from training.nonfinite_guard import NonFiniteError, NonFinitePolicy, TrainedStep, Verdict
 from training.processes import in_all_processes, is_first_process, join, warn
@@ -59,6 +60,9 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; with --coordinator=HOST:PORT")
 _PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0; with --coordinator=HOST:PORT")
+_INIT_FROM = flags.DEFINE_string(
+    "init-from", "", "begin from parameters of another run (its folder) or of a .safetensors file, as far as they fit"
+)
 _QUIET = flags.DEFINE_bool("quiet", False, "show no progress; warnings and errors stay")
 _THREADS = flags.DEFINE_integer("threads", None, "CPU cores to use; default: all", lower_bound=1)
 _DEBUG = flags.DEFINE_boolean("debug", False, "show where an error arose")
@@ -92,7 +96,7 @@ def _work() -> int:
     workdir = Path(files.expanded(_WORKDIR.value or f"runs/{name}"))
     try:
         join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train(_CONFIG.value, workdir, quiet=_QUIET.value)
+        train(_CONFIG.value, workdir, init_from=_INIT_FROM.value, quiet=_QUIET.value)
     except Stopped as stopped:
         return command_line.failed(_NAME, str(stopped), STOPPED)
     except jax.errors.JaxRuntimeError as error:
@@ -105,16 +109,17 @@ def _work() -> int:
     return 0
 
 
-def train(config: ConfigDict, workdir: Path, *, quiet: bool = False) -> TrainState:
+def train(config: ConfigDict, workdir: Path, *, init_from: str = "", quiet: bool = False) -> TrainState:
     """Start or resume a run, together with the other processes if there are any, and return its final state.
 
+    A run that starts takes the parameters of `init_from`, a run or a file of weights, where they fit its model.
     Its progress is shown on stderr unless `quiet`. Raises ValueError or OSError if a setting, the data or the folder
     cannot be used; NonFiniteError if `config.train` ends the run at a loss or gradient that is not finite; Stopped if a
     signal came (training/signals.py), and the run is saved.
     """
     # ---- settings, model, data and folder ----
     config = in_all_processes(checked, config)
-    parts = in_all_processes(prepare, config, workdir)
+    parts = in_all_processes(prepare, config, workdir, init_from)
     with contextlib.ExitStack() as resources:
         requests = resources.enter_context(stop_requests())
         with run_folder.removed_on_failure(workdir) if is_first_process() else contextlib.nullcontext():
@@ -170,7 +175,7 @@ def train(config: ConfigDict, workdir: Path, *, quiet: bool = False) -> TrainSta
     return session.state
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Parts:
+def prepare(config: ConfigDict, workdir: Path, init_from: str = "") -> Parts:
     """Make the parts of a run without touching its folder. Raises ValueError or OSError if something does not fit."""
     run_folder.check_place(workdir)
     run_folder.check_workdir(workdir, config, completed)
@@ -189,8 +194,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
     largest = batches.stream.largest()
     memory.check(trainer, mesh, largest, config)
     # What the model cannot do is raised when it is traced; a step with a batch of this shape uses the trace again.
-    jax.eval_shape(update, trainer.abstract_state(mesh), _abstract(largest, config.batch_size, mesh))
-    return Parts(policy, trainer, mesh, update, batches, score)
+    state = trainer.abstract_state(mesh)
+    jax.eval_shape(update, state, _abstract(largest, config.batch_size, mesh))
+    return Parts(policy, trainer, mesh, update, batches, score, initial.prepare(init_from, state.params, workdir))
 
 
 def _check_implementation(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

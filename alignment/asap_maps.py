@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from alignment import weights
+from models import weights
 from models.attention import Asap, AsapPotentials
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
-from alignment import asap_maps, batching, decoding, weights
+from alignment import asap_maps, batching, decoding
 from alignment.batching import PairOfTokens
 from alignment.sequences import MAX_LENGTH
-from models import pair_hmm
+from models import pair_hmm, weights
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 

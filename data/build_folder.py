@@ -5,16 +5,18 @@ import shutil
 from pathlib import Path
 
 from data.files import STANDARD_STREAM, visible
-from data.recipe import Recipe
 
 CHECKSUMS = "SHA256SUMS"
 
 
-def check_inputs(recipe: Recipe, out: Path) -> None:
-    """Raise an error unless all inputs are files that can be read twice, and outside of the folder to make."""
-    for name in (*recipe.inputs, *filter(None, [recipe.clans])):
+def check_inputs(inputs: tuple[str, ...], table: str, out: Path) -> None:
+    """Raise an error unless all inputs are files that can be read twice, and outside of the folder to make.
+
+    A table, "" for none, is read once, and may be the standard input.
+    """
+    for name in (*inputs, *filter(None, [table])):
         path = Path(name)
-        if name == recipe.clans and name == STANDARD_STREAM:
+        if name == table and name == STANDARD_STREAM:
             continue
         if path.is_dir():
             raise IsADirectoryError(f"input {name} is not a file but a folder: give the files in it")

@@ -36,7 +36,7 @@ class Stored(Families, Protocol):
 
     folder: Path
     split: str
-    shards: list[Path]
+    shard_paths: list[Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _place(families: Families) -> tuple[Path | None, str]:
     """Return the file of the index of a split of a data set, and a hash of the shards' sums, sizes and times."""
     if not isinstance(families, Stored):
         return None, ""
-    shards = [path.stat() for path in families.shards]
+    shards = [path.stat() for path in families.shard_paths]
     sums = (families.folder / "SHA256SUMS").read_bytes()
     facts = repr((_VERSION, _SAMPLED, IDENTITY_EDGES, [(shard.st_size, shard.st_mtime_ns) for shard in shards]))
     return families.folder / f".index-{families.split}.npz", hashlib.sha256(sums + facts.encode()).hexdigest()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from data import pfam
+from data.builds import NoSplitError
 from data.families import Family
 from data.index import Families
 from data.settings import Number
@@ -59,7 +60,7 @@ def open_split(data_dir: str, split: str, place: Callable[[str], Path] = Path) -
     for folder, weight in chosen:
         try:
             found.append((pfam.open_split(place(folder), split), weight, folder))
-        except pfam.NoSplitError as error:
+        except NoSplitError as error:
             errors.append(error)
     if errors and (split == "train" or not found):
         raise errors[0]

@@ -3,16 +3,12 @@
     build(Recipe(inputs=("Pfam-A.seed.gz",), clans="Pfam-A.clans.tsv.gz"), "runs/pfam")
     families = open_split("runs/pfam", "train")     # families[i] is a Family
 
-A build appears at its place whole or not at all: it is written to `<out>.incomplete`, checksums last, and then renamed.
+data/builds.py has what this data set shares with others.
 """
 
-import bisect
-import contextlib
-import hashlib
-import itertools
+import functools
 import json
 import operator
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,19 +22,14 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from data import build_folder
-from data.build_folder import CHECKSUMS
+from data import builds
+from data.builds import REPORT, find_dataset
 from data.families import SALT, SPLITS, BadRecordError, Family, read_clans
-from data.files import expanded, visible
+from data.files import expanded
 from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, counts, read_inputs
 
 RECORDS = "records.json"  # split -> accessions in the order of its records, to name a record that is damaged
-REPORT = "report.json"
 _TEXTS = "accession", "name", "clan"
-
-
-class NoSplitError(ValueError):
-    """A data set has no families in a split."""
 
 
 class Pfam(tfds.core.GeneratorBasedBuilder):
@@ -125,6 +116,22 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
                 record = next(record for name, record in self.recipe.records(family) if name == split)
                 yield record.accession, to_example(record)
 
+    def finish(self) -> None:
+        """Write the report, and the accessions of all records."""
+        accessions, folder = _accessions(self), Path(self.data_dir)
+        self.report.records = {split: len(names) for split, names in accessions.items()}
+        (folder / REPORT).write_text(json.dumps(asdict(self.report), indent=1) + "\n")
+        (folder / RECORDS).write_text(json.dumps(accessions, indent=1) + "\n")
+
+
+def _accessions(prepared: Pfam) -> dict[str, list[str]]:
+    """Return the accessions of each split in the order of its records."""
+    packed = {"alignment": tfds.decode.SkipDecoding()}
+    return {
+        split: [example["accession"].decode() for example in prepared.as_data_source(split=split, decoders=packed)]
+        for split in prepared.info.splits
+    }
+
 
 def to_example(family: Family) -> dict:
     """Return a record as `Pfam` writes it."""
@@ -153,95 +160,16 @@ def build(
     recipe: Recipe,
     out: str | Path,
     *,
-    overwrite: bool = False,
     download_dir: str | Path | None = None,
     builder: type[Pfam] = Pfam,
-    **config,
+    **options,
 ) -> Report:
-    """Build the shards in `out`/pfam; `config` goes to tfds.download.DownloadConfig (beam_options, for example).
-
-    Raises FileExistsError if `out` has a data set and `overwrite` is off, or holds something else at the place of the
-    data set, which is never deleted. No error changes `out`.
-    """
-    out = Path(expanded(out)).resolve()
-    if not out.name:
-        raise ValueError(f"out={out} is the root of all folders: give another folder")
-    final, growing = out / builder.name, out.with_name(out.name + ".incomplete")
-    build_folder.check_inputs(recipe, out)
-    build_folder.check_place(out, final, overwrite)
-    build_folder.remove_unfinished(growing, builder.name)
-    missing = [folder for folder in growing.parents if not folder.exists()]
-    kept_downloads = out.with_name(out.name + ".downloads") if recipe.release else growing / "downloads"
-    try:
-        growing.mkdir(parents=True)
-        prepared = builder(recipe=recipe, data_dir=str(growing))
-        prepared.download_and_prepare(
-            download_dir=expanded(download_dir or kept_downloads),
-            download_config=tfds.download.DownloadConfig(
-                try_download_gcs=False, num_shards=recipe.num_shards, **config
-            ),
-        )
-        _finish(prepared)
-        build_folder.exchange(growing / builder.name, final, growing / "replaced")
-    except BaseException:
-        shutil.rmtree(growing, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for folder in missing:
-                folder.rmdir()
-        raise
-    shutil.rmtree(growing, ignore_errors=True)
-    return prepared.report
-
-
-def _finish(prepared: Pfam) -> None:
-    """Write the report, the accessions of all records and, last, the checksums."""
-    packed = {"alignment": tfds.decode.SkipDecoding()}
-    accessions = {
-        split: [example["accession"].decode() for example in prepared.as_data_source(split=split, decoders=packed)]
-        for split in prepared.info.splits
-    }
-    prepared.report.records = {split: len(names) for split, names in accessions.items()}
-    folder = Path(prepared.data_dir)
-    (folder / REPORT).write_text(json.dumps(asdict(prepared.report), indent=1) + "\n")
-    (folder / RECORDS).write_text(json.dumps(accessions, indent=1) + "\n")
-    (folder / CHECKSUMS).write_text("".join(f"{_sha256(p)}  {p.name}\n" for p in _listed(folder)))
-
-
-def verify(data_dir: str | Path) -> str:
-    """Check every file of a data set against its SHA256SUMS; return a line that says what was checked.
-
-    Raises ValueError if files are missing, changed or unknown, and FileNotFoundError if `data_dir` holds no data set.
-    """
-    folder = find_dataset(data_dir)
-    expected = build_folder.read_checksums(folder)
-    found = {path.name: _sha256(path) for path in _listed(folder)}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        names = ", ".join(wrong)
-        raise ValueError(f"{folder}: missing, changed or unknown files: {names}; build or copy the data again")
-    splits = tfds.builder_from_directory(str(folder)).info.splits.values()
-    shards, families = (sum(getattr(split, name) for split in splits) for name in ("num_shards", "num_examples"))
-    size = sum((folder / name).stat().st_size for name in found)
-    counts = f"{len(splits)} splits, {shards} shards, {families:,} families, {size:,} bytes"
-    return f"{folder}: {counts}: all {len(found)} files have their checksums"
-
-
-def find_dataset(data_dir: str | Path) -> Path:
-    """Return the one folder below `data_dir` that holds a finished data set."""
-    data_dir = Path(expanded(data_dir))
-    if not data_dir.is_dir():
-        raise FileNotFoundError(
-            f"data.dir={data_dir} is not a folder; build one with scripts/build_pfam.py --out {data_dir}"
-        )
-    # The checksums are written last: a folder without them is of a build that was killed.
-    found = (path.parent for path in data_dir.rglob(CHECKSUMS) if path.with_name("dataset_info.json").is_file())
-    hidden = (".", "__MACOSX")  # beginnings of names
-    folders = sorted(p for p in found if not any(part.startswith(hidden) for part in p.relative_to(data_dir).parts))
-    if not folders:
-        raise FileNotFoundError(f"data.dir={data_dir} holds no data set; build one with scripts/build_pfam.py")
-    if len(folders) > 1:
-        raise ValueError(f"data.dir={data_dir} holds several data sets, choose one: {', '.join(map(str, folders))}")
-    return folders[0]
+    """Build the shards in `out`/pfam, as `builds.build`, which takes the other options."""
+    kept = Path(expanded(out)).resolve()
+    downloads = download_dir or (kept.with_name(kept.name + ".downloads") if recipe.release else None)
+    make = functools.partial(builder, recipe=recipe)
+    options |= {"num_shards": recipe.num_shards, "download_dir": downloads}
+    return builds.build(builder.name, make, out, recipe.inputs, recipe.clans, **options).report
 
 
 class FamilySource:
@@ -249,21 +177,9 @@ class FamilySource:
 
     def __init__(self, folder: Path, split: str):
         self.folder, self.split = folder, split
-        try:
-            dataset = tfds.builder_from_directory(str(folder))
-        except Exception as error:  # of json or protobuf, depending on the damage
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise ValueError(f"{folder} cannot be read ({reason}); build or copy the data again") from error
-        if split not in dataset.info.splits:
-            raise NoSplitError(
-                f"split {split!r} is empty in {folder}; it has {', '.join(dataset.info.splits)}: add families"
-            )
-        self.split_info = dataset.info.splits[split]
-        self.shards = [Path(path) for path in self.split_info.filepaths]
-        for path in self.shards:
-            if not path.is_file():
-                raise FileNotFoundError(f"shard {path} is missing; build or copy the data again")
-        self.records = ArrayRecordDataSource(list(map(str, self.shards)))
+        self.shards = builds.Shards(folder, split, "alignment")
+        self.shard_paths = self.shards.paths
+        self._records = ArrayRecordDataSource(list(map(str, self.shard_paths)))
         listed = folder / RECORDS  # data sets of early versions have none
         try:
             self.accessions: list[str] = json.loads(listed.read_text())[split] if listed.exists() else []
@@ -271,14 +187,14 @@ class FamilySource:
             raise ValueError(f"{listed} is damaged ({error!r}); build or copy the data again") from error
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.shards)
 
     def __getitem__(self, index: SupportsIndex) -> Family:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index}: split {self.split!r} has {len(self)} families")
         try:
-            family = from_record(self.records[index])
+            family = from_record(self._records[index])
         except Exception as error:  # of Riegeli, zlib or protobuf, depending on the damage
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise BadRecordError(f"{self.place(index)} is damaged ({reason})") from error
@@ -289,11 +205,8 @@ class FamilySource:
 
     def place(self, index: int) -> str:
         """Return shard, number of the record in it and family, for messages."""
-        ends = list(itertools.accumulate(self.split_info.shard_lengths))
-        shard = bisect.bisect_right(ends, index)
-        path, number = self.shards[shard], index - (ends[shard - 1] if shard else 0)
         family = self.accessions[index] if self.accessions else f"number {index} of {self.split}"
-        return f"{path}, record {number}, family {family}"
+        return f"{self.shards.place(index)}, family {family}"
 
     def __reduce__(self):
         return FamilySource, (self.folder, self.split)
@@ -308,12 +221,3 @@ def open_split(data_dir: str | Path, split: str) -> FamilySource:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the splits are {', '.join(SPLITS)}")
     return FamilySource(find_dataset(data_dir), split)
-
-
-def _listed(folder: Path) -> list[Path]:
-    return [path for path in visible(folder) if path.is_file() and path.name != CHECKSUMS]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

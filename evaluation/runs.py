@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from alignment import asap_maps, weights
+from alignment import asap_maps
 from alignment.inference import Pretrained
 from evaluation import scoring
 from evaluation.tasks import AlignmentTask, Task, checked, task_of
+from models import weights
 from models.attention import Asap
 from training import sharding
 from training.checkpoints import Checkpoints, DamagedCheckpointError
@@ -37,7 +38,7 @@ class Run(NamedTuple):
         return task_of(self.config)
 
     def pretrained(self) -> Pretrained:
-        """Return the aligner for use. Raises ValueError if the run sorts."""
+        """Return the aligner for use. Raises ValueError if the run does not align."""
         check_aligns(self)
         return scoring.pretrained(self.trainer, self.mesh, self.params)
 
@@ -99,7 +100,8 @@ def described(config: ConfigDict, path: Path) -> tuple[ConfigDict, Trainer, Mesh
 def check_aligns(run: Run) -> None:
     """Raise ValueError unless the model aligns."""
     if not isinstance(run.task, AlignmentTask):
-        raise ValueError("the model was trained to sort, and has no plan: give one that was trained on alignments")
+        told = f"the model was trained to {run.task.purpose}, and has no plan"
+        raise ValueError(f"{told}: give one that was trained on alignments")
 
 
 def local_mesh(batch_size: int) -> Mesh:

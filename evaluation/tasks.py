@@ -6,27 +6,31 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data import files, mixture, pipeline, sorting
+from data import files, masked, mixture, pipeline, sequences, sorting
+from data.builds import NoSplitError
 from data.evaluation_pairs import evaluation_batches
 from data.families import BadRecordError
 from data.index import Families
-from data.pfam import NoSplitError
 from data.settings import Folder, Section
 from data.variants import EVALUATION_SETS, NEGATIVES, PLAIN
 from evaluation import baselines, figures, scoring
+from evaluation import masked as masked_scores
 from evaluation import sorting as sorting_scores
 from evaluation.report import Examples
 from models.aligner import AlignerConfig
 from models.attention import AttentionConfig, SparseConfig, specs_of
+from models.encoder import EncoderConfig
+from models.masked import MaskedLossConfig, MaskedObjective
 from models.objectives import AlignmentObjective, LossConfig, Objective
 from models.sorter import SorterConfig, SortingObjective
 from training import sharding
@@ -59,6 +63,8 @@ class Task(abc.ABC):
     """A task that models are trained for, as a configuration describes it."""
 
     sections: ClassVar[tuple[type[Section], ...]]  # of the configuration
+    purpose: ClassVar[str]  # for messages: "a model was trained to ..."
+    splits: ClassVar[tuple[str, ...]]  # that can be scored
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -79,6 +85,14 @@ class Task(abc.ABC):
         OSError for a split that there is not.
         """
 
+    def _eval_splits(self) -> tuple[str, ...]:
+        """Return `log.eval_splits`. Raises ValueError if the task has no such split."""
+        wanted = tuple(self.config.log.eval_splits)
+        if not set(wanted) <= set(self.splits):
+            allowed = f"allowed are {', '.join(self.splits)} for a model that is trained to {self.purpose}"
+            raise ValueError(f"log.eval_splits={wanted}: {allowed}")
+        return wanted
+
     @abc.abstractmethod
     def _scorer(self, run: "Run", options: "Options") -> Callable[[str], dict[str, Any]]:
         """Return a function from the name of a split to its entries in the tables of the report."""
@@ -88,9 +102,13 @@ class Task(abc.ABC):
 
         Further arguments are the fields of `Options`. Raises ValueError for those that only alignments have.
         """
+        names = [name for name in SPLITS[split] if name in self.splits]
+        if not names:
+            allowed = f"allowed are {', '.join(self.splits)} for a model that was trained to {self.purpose}"
+            raise ValueError(f"--split={split}: {allowed}")
         score = self._scorer(run, Options(**options))
         report: dict = {"step": run.step, "config": self.config.to_dict()}
-        for name in SPLITS[split]:
+        for name in names:
             for table, entry in score(name).items():
                 report.setdefault(table, {})[name] = entry
         return report
@@ -106,7 +124,7 @@ class Options(NamedTuple):
 
 
 def task_of(config: ConfigDict) -> Task:
-    """Make the task that a configuration names: sorting, or else alignment."""
+    """Make the task that a configuration names: sorting, masked residues, or else alignment."""
     return _kind_of(config)(config)
 
 
@@ -138,7 +156,8 @@ def checked(config: ConfigDict) -> ConfigDict:
 
 
 def _kind_of(settings: Any) -> "type[Task]":
-    return SortingTask if settings.get("task") == "sorting" else AlignmentTask
+    kinds = {"sorting": SortingTask, "masked_residues": MaskedResiduesTask}
+    return kinds.get(settings.get("task"), AlignmentTask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +171,8 @@ class AlignmentTask(Task):
     """Align pairs of rows of Pfam alignments; score beside the baselines on the same pairs."""
 
     sections = (*_OF_ALL_TASKS, DataConfig, AlignerConfig, LossConfig)
+    splits = tuple(EVALUATION_SETS)
+    purpose = "align"
 
     def objective(self) -> AlignmentObjective:
         spec, blocks = specs_of(self.config.to_dict())
@@ -169,7 +190,7 @@ class AlignmentTask(Task):
         return DataConfig.of({**self.config.data, "batch_size": self.config.batch_size, "seed": self.config.seed})
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
-        splits, model = self.config.log.eval_splits, scoring.pretrained(trainer, mesh)
+        splits, model = self._eval_splits(), scoring.pretrained(trainer, mesh)
         data_dir, limit = self.config.data.dir, _limit(self.config)
         try:
             found = {name: self._open(data_dir, name, mesh) for name in splits}
@@ -245,6 +266,8 @@ class SortingTask(Task):
     """Sort sequences of symbols, the task of arXiv 2002.11296; score exact matches and edit distances, by length."""
 
     sections = (*_OF_ALL_TASKS, sorting.SortingConfig, SorterConfig)
+    purpose = "sort"
+    splits = tuple(sorting.EVALUATION_SPLITS)
 
     def objective(self) -> SortingObjective:
         _, blocks = specs_of(self.config.to_dict())
@@ -257,18 +280,15 @@ class SortingTask(Task):
         return pipeline.BatchIterator(sorting.SortingStream(self._data(), shard_index=index, shard_count=count))
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
-        if (splits := tuple(self.config.log.eval_splits)) != ("validation",):
-            raise ValueError(f"log.eval_splits={splits}: allowed is ('validation',) for a model that sorts")
-        write = trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
-        limit = _limit(self.config)
-        batches = functools.partial(sorting.evaluation_batches, self._evaluated(mesh), "validation", limit)
+        splits, write = self._eval_splits(), trainer.compiled_evaluation(sorting_scores.writer(trainer), mesh)
+        batches = functools.partial(sorting.evaluation_batches, self._evaluated(mesh), limit=_limit(self.config))
 
         def score(params: PyTree, after_each: Callable[[], None]) -> dict[str, dict[str, dict]]:
             def write_one(batch):
                 after_each()
                 return write(params, batch)
 
-            return {"validation": sorting_scores.score_split(write_one, batches())}
+            return {name: sorting_scores.score_split(write_one, batches(name)) for name in splits}
 
         return score
 
@@ -291,6 +311,67 @@ class SortingTask(Task):
     def _evaluated(self, mesh: Mesh) -> sorting.SortingConfig:
         size = _evaluated_at_once(self.config.batch_size, mesh.shape["data"])
         return dataclasses.replace(self._data(), batch_size=size)
+
+
+class MaskedResiduesTask(Task):
+    """Predict masked residues of single sequences, which trains the encoder of an aligner; score perplexities."""
+
+    sections = (*_OF_ALL_TASKS, masked.SequenceConfig, EncoderConfig, MaskedLossConfig)
+    purpose = "predict masked residues"
+    splits = ("validation", "test_ood")
+
+    def objective(self) -> MaskedObjective:
+        spec, blocks = specs_of(self.config.to_dict())
+        model, loss = EncoderConfig.of(self.config.model.to_dict()), MaskedLossConfig.of(self.config.loss.to_dict())
+        return MaskedObjective(model, blocks or spec, loss)
+
+    def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
+        index, count = sharding.host_shard(mesh)
+        shared = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        config = masked.SequenceConfig.of({**self.config.data, **shared})
+        stream = masked.SequenceStream(self._open("train"), config, shard_index=index, shard_count=count)
+        return pipeline.BatchIterator(stream)
+
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
+        score = self._score_split(trainer, mesh, self._open("train").residues)
+        sources, limit = {name: self._open(name) for name in self._eval_splits()}, _limit(self.config)
+        return lambda params, after_each: {
+            name: score(params, self._evaluated(source, mesh, limit, after_each)) for name, source in sources.items()
+        }
+
+    def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
+        if options.examples:
+            raise ValueError(f"--report needs a model that aligns; this one was trained to {self.purpose}")
+        # The baseline predicts what the model was trained on, or could have been.
+        score = self._score_split(run.trainer, run.mesh, self._open("train", options.data_dir).residues)
+        options.pictures.mkdir(parents=True, exist_ok=True)
+
+        def score_one(name: str) -> dict[str, Any]:
+            source = self._open(name, options.data_dir)
+            batches = tqdm(self._evaluated(source, run.mesh, options.limit), name, unit=" batches", disable=None)
+            found = score(run.params, batches)
+            model, others = ({who: of["overall"]} for who, of in found.items())
+            figures.comparison_bars(model, others, options.pictures / f"{name}.png", title=name)
+            return {"splits": found}
+
+        return score_one
+
+    def _open(self, split: str, data_dir: str | None = None) -> sequences.SequenceSource:
+        return sequences.open_sequences(resolve_data_dir(data_dir or self.config.data.dir), split)
+
+    def _score_split(self, trainer: Trainer, mesh: Mesh, residues: np.ndarray) -> Callable[..., dict[str, dict]]:
+        predict = trainer.compiled_evaluation(masked_scores.predictor(trainer), mesh)
+        return lambda params, batches: masked_scores.score_split(functools.partial(predict, params), batches, residues)
+
+    def _evaluated(
+        self, source: sequences.SequenceSource, mesh: Mesh, limit: int | None, before_each: Callable = lambda: None
+    ) -> Iterator[masked.SequenceBatch]:
+        devices = mesh.shape["data"]
+        size = _evaluated_at_once(self.config.batch_size, devices)
+        options: dict = {"limit": limit, "divisible_by": devices}
+        for batch in masked.evaluation_batches(source, size, self.config.data.buckets, **options):
+            before_each()
+            yield batch
 
 
 def _limit(config: ConfigDict) -> int | None:

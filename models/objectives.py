@@ -23,7 +23,7 @@ Totals = dict[str, Float[Array, ""]]  # sum of metric `<name>`, and the number o
 
 @runtime_checkable
 class Objective(Protocol):
-    """Make a model and compute its loss: `AlignmentObjective`, `models.sorter.SortingObjective`."""
+    """Make a model and compute its loss: `AlignmentObjective`, and those of `models.sorter` and `models.masked`."""
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...  # untrained
     def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch: ...  # adds everything random: masks, noise
@@ -143,9 +143,10 @@ def sums(model: Aligner, batch: Batch) -> dict[str, Float[Array, "batch"]]:
 
 
 def means(totals: Totals) -> Totals:
-    """Compute the metrics of a batch."""
+    """Compute the metrics of a batch. The perplexity is the exponential of its mean, which is in nats."""
     names = [name for name in totals if f"{name}/count" in totals and name != "sparse_ce_unfloored"]
-    return {name: _mean(totals, name) for name in names}
+    found = {name: _mean(totals, name) for name in names}
+    return found | {name: jnp.exp(found[name]) for name in names if name == "perplexity"}
 
 
 def _mean(totals: Totals, name: str) -> Float[Array, ""]:

@@ -18,8 +18,9 @@ import warnings
 import tensorflow_datasets as tfds
 
 import command_line
+from data.builds import verify
 from data.families import PAIRS_PER_FAMILY
-from data.pfam import Pfam, build, verify
+from data.pfam import Pfam, build
 from data.recipe import RELEASES, Recipe, Report
 from data.stockholm import MAX_FAMILY_BYTES
 

@@ -11,9 +11,9 @@ import sys
 import jax.numpy as jnp
 
 import command_line
-from alignment import weights
 from alignment.decoding import Gaps
 from evaluation import model_options, runs
+from models import weights
 
 
 def main(argv: list[str] | None = None) -> int:

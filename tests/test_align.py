@@ -22,10 +22,11 @@ import pytest
 from Bio import AlignIO, SeqIO
 from flax import nnx
 
-from alignment import batching, decoding, formats, inference, sequences, weights
+from alignment import batching, decoding, formats, inference, sequences
 from alignment.inference import Pretrained
 from alignment.sequences import Record
 from data import stockholm, vocab
+from models import weights
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 from ot_attention import transport_plan

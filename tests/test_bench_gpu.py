@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from alignment import weights
 from benchmarks import harness
 from benchmarks.attention import Case
 from benchmarks.gpu_programs import TINY, Settings
 from benchmarks.gpu_stages import STAGES
+from models import weights
 from ot_attention.backends import gpu_kernels
 from scripts import bench_gpu
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data import build_folder, pfam
+from data import build_folder, builds, pfam
 from data.recipe import Recipe
 from scripts import build_pfam, split_stockholm
 
@@ -58,7 +58,7 @@ def test_a_build_says_what_it_read(folder, capsys):
     assert build(folder, *clans) == 0
     read = "read 1 file: 2 families, 6 rows, 42 residues, 4 of them unknown (B, J, O, U, X, Z)"
     assert f"\n{read}; the table of clans knows 2 of 2 families\n" in capsys.readouterr().out
-    report = json.loads((pfam.find_dataset(folder / "out") / "report.json").read_text())
+    report = json.loads((builds.find_dataset(folder / "out") / "report.json").read_text())
     counted = {"files": 1, "families": 2, "rows": 6, "residues": 42, "unknown_letters": 4, "known_to_clans": 2}
     counted |= {"insert_states": 0, "seem_insert_states": 0}
     assert report["read"] == counted
@@ -178,7 +178,7 @@ def test_what_is_no_data_set_is_never_replaced(folder, capsys):
         assert f"{mine} is no file of a data set; move it" in told(capsys)
     shutil.rmtree(folder / "out")
     assert build(folder) == 0
-    added = pfam.find_dataset(folder / "out") / "notes.md"
+    added = builds.find_dataset(folder / "out") / "notes.md"
     for make, remove in ((added.touch, added.unlink), (added.mkdir, added.rmdir)):
         make()
         capsys.readouterr()
@@ -235,7 +235,7 @@ def test_the_home_folder_is_meant_in_every_path(folder, capsys):
     assert build_pfam.main(["--verify", "~/out"]) == 0
     recipe = Recipe(inputs=("~/raw/in.sto",), clans="~/raw/clans.tsv", evaluation_only=True)
     pfam.build(recipe, "~/again", download_dir="~/downloads")
-    pfam.verify("~/again")
+    builds.verify("~/again")
     assert len(pfam.open_split("~/again", "test_ood")) == 2
     assert split_stockholm.main(["~/raw/in.sto", "--parts", "2", "--out", "~/parts"]) == 0
     assert {path.name for path in folder.iterdir()} >= {"out", "again", "parts"}
@@ -245,7 +245,7 @@ def test_the_home_folder_is_meant_in_every_path(folder, capsys):
 
 def test_what_systems_leave_in_folders_does_not_count(folder):
     assert build(folder) == 0
-    data = pfam.find_dataset(folder / "out")
+    data = builds.find_dataset(folder / "out")
     for place in (folder / "out", data.parent, data):
         for name in (
             ".DS_Store",
@@ -257,24 +257,24 @@ def test_what_systems_leave_in_folders_does_not_count(folder):
             (place / name).write_text("x")
     shutil.copytree(data, folder / "out" / ".Trash-1000" / "1.0.0")
     (folder / "out" / "__MACOSX").mkdir()
-    assert "all 6 files have their checksums" in pfam.verify(folder / "out")
+    assert "all 6 files have their checksums" in builds.verify(folder / "out")
     assert len(pfam.open_split(folder / "out", "test_ood")) == 2
     (data / "new").touch()
     with pytest.raises(ValueError, match="missing, changed or unknown files: new"):
-        pfam.verify(folder / "out")
+        builds.verify(folder / "out")
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", ""])
 @pytest.mark.parametrize("name", ["records.json", "dataset_info.json", "features.json"])
 def test_damaged_descriptions_of_a_data_set_are_named(name, damage, folder):
     assert build(folder) == 0
-    path = pfam.find_dataset(folder / "out") / name
+    path = builds.find_dataset(folder / "out") / name
     path.write_text(damage)
     with pytest.raises(ValueError, match=r"build or copy the data again|is empty in"):
         len(pfam.open_split(folder / "out", "test_ood"))
     (path.parent / "SHA256SUMS").write_text("no such line\n")
     with pytest.raises(ValueError, match="missing, changed or unknown files"):
-        pfam.verify(folder / "out")
+        builds.verify(folder / "out")
 
 
 DIVIDED = {

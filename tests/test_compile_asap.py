@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import eval as eval_program
-from alignment import asap_maps, weights
+from alignment import asap_maps
 from alignment.inference import Pretrained
 from benchmarks import asap_ways
 from data import pfam
 from data.evaluation_pairs import evaluation_batches
 from evaluation import runs
+from models import weights
 from ot_attention.asap import Deviation
 from scripts import align, compile_asap
 from tests.support import tiny

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import eval as eval_program
-from alignment import weights
 from alignment.inference import Pretrained
 from data import pfam
 from data.batches import unbatch
@@ -17,6 +16,7 @@ from data.transforms import NO_TARGET, Pair
 from evaluation import metrics, runs, scoring
 from evaluation.baselines import BASELINES, nw_with_score
 from evaluation.tasks import AlignmentTask
+from models import weights
 from tests.support import tiny
 from training import run_folder
 

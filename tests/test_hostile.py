@@ -27,11 +27,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from alignment import sequences, weights
+from alignment import sequences
 from configs import base
 from data import families, pfam, stockholm
 from data.transforms import Pair
 from evaluation import report, runs, scoring
+from models import weights
 from tests.support import processes as several
 from tests.support import tiny
 from tests.support.stockholm_text import written

@@ -200,14 +200,6 @@ def test_records_of_earlier_versions_are_read_as_aligned_in_either_case():
     old = pfam.open_split(ROOT / "data" / "default", "validation")
     assert pfam.find_dataset(ROOT / "data" / "default").name == "1.0.0"
     assert [family.insert_states for family in old] == [False, False]
-    family = old[0]
-    assert pfam.from_example({**_encoded(family), "insert_states": np.True_}).insert_states is True
-
-
-def _encoded(family) -> dict:
-    texts = {name: getattr(family, name).encode() for name in ("accession", "name", "clan")}
-    arrays = {"alignment": family.alignment, "pairs": family.pairs}
-    return texts | arrays | {"rows": [name.encode() for name in family.rows]}
 
 
 @needs_shared

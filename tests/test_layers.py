@@ -84,10 +84,10 @@ SETTINGS = {f"data.settings.{name}" for name in ("Choice", "Integer", "Number", 
 
 
 @pytest.mark.parametrize("path", modules("models"), ids=identifier)
-def test_models_take_vocabulary_and_settings_from_data_and_attention_from_one_module(path):
+def test_models_take_files_vocabulary_and_settings_from_data_and_attention_from_one_module(path):
     ours = {name for name in imports(path) if name.split(".")[0] in ("data", "ot_attention")}
     assert path.name == "attention.py" or not {name for name in ours if name.startswith("ot_attention")}
-    assert {name for name in ours if name.startswith("data")} <= {"data.vocab", *SETTINGS}
+    assert {name for name in ours if name.startswith("data")} <= {"data.files", "data.vocab", *SETTINGS}
 
 
 def test_libraries_do_not_print():

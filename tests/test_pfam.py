@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import pfam
+from data import builds
+from data.builds import verify
 from data.families import SPLITS, Family, split_of, ungapped
-from data.pfam import build, open_split, verify
+from data.pfam import build, open_split
 from data.recipe import Recipe
 from data.vocab import is_residue
 from scripts import build_pfam, split_stockholm
@@ -93,7 +94,7 @@ def test_default_data_are_real_whole_and_small():
             rows[family.accession, family.clan or "none"] += len(family.rows)
     for (accession, clan), count in rows.items():
         assert f"| {accession} | {clan} | {count} |" in provenance
-    shards = json.loads((pfam.find_dataset(DEFAULT) / "dataset_info.json").read_text())
+    shards = json.loads((builds.find_dataset(DEFAULT) / "dataset_info.json").read_text())
     assert shards["fileFormat"] == "array_record"
 
 
@@ -143,7 +144,7 @@ def local(folder: Path, *names: str) -> list[str]:
 
 
 def report_of(data_dir: Path) -> dict:
-    report = json.loads((pfam.find_dataset(data_dir) / "report.json").read_text())
+    report = json.loads((builds.find_dataset(data_dir) / "report.json").read_text())
     return {**report, "skipped": sorted(report["skipped"]), "dropped": sorted(report["dropped"])}
 
 
@@ -228,8 +229,8 @@ def test_malformed_family_stops_the_build_or_is_listed(made, capsys):
 
 def test_a_killed_build_leaves_nothing_that_looks_complete(made):
     script = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from data import pfam\n"
-        "pfam._sha256 = lambda path: os._exit(9)\n"  # the last moment: all shards are written, the checksums are not
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from data import builds, pfam\n"
+        "builds._sha256 = lambda path: os._exit(9)\n"  # the last moment: all shards are written, the checksums are not
         "from data.recipe import Recipe\n"
         "pfam.build(Recipe(inputs=(sys.argv[2],), clans=sys.argv[3]), sys.argv[4])"
     )
@@ -283,10 +284,10 @@ def test_verify_says_what_was_checked_and_names_damaged_files(made, capsys):
     run(made, *local(made, "in.sto"))
     capsys.readouterr()
     command = ["--verify", str(made / "out")]
-    folder = pfam.find_dataset(made / "out")
+    folder = builds.find_dataset(made / "out")
     assert build_pfam.main(command) == 0
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != pfam.CHECKSUMS)
-    counts = f"4 splits, 4 shards, 5 families, {size:,} bytes: all 9 files have their checksums"
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != builds.CHECKSUMS)
+    counts = f"4 splits, 4 shards, 5 records, {size:,} bytes: all 9 files have their checksums"
     assert capsys.readouterr().out == f"{folder}: {counts}\n"
 
     changed = next(folder.glob("pfam-train.*"))

@@ -1,4 +1,4 @@
-"""alignment/weights.py and scripts/export_weights.py: the file alone gives the run's table."""
+"""models/weights.py and scripts/export_weights.py: the file alone gives the run's table."""
 
 import json
 import os
@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import eval as eval_program
-from alignment import decoding, weights
+from alignment import decoding
 from evaluation import runs
+from models import weights
 from scripts import align, export_weights
 from tests.support import tiny
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from data.files import is_stray
 from training.processes import is_first_process
@@ -122,7 +124,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     One process may call it, before any `Checkpoints` of the folder is made. It returns a message for each of them.
     Raises DamagedCheckpointError if there are checkpoints and none is good; then nothing is renamed.
     """
-    found = _steps(workdir)
+    found = saved(workdir)
     damaged = {}
     for folder in reversed(found):
         if (damage := damage_of(folder)) is None:
@@ -140,13 +142,32 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     return list(damaged.values())
 
 
+def newest_average(workdir: Path) -> tuple[PyTree, int]:
+    """Return the averaged parameters of the newest checkpoint, in the memory of this machine, and its step.
+
+    No model is needed for it. Raises FileNotFoundError if there is none, and DamagedCheckpointError.
+    """
+    if not (found := saved(workdir)):
+        raise FileNotFoundError(f"{workdir} holds no checkpoint: train there first, or give another run")
+    if damage := damage_of(found[-1]):
+        raise DamagedCheckpointError(f"{found[-1]} is damaged: {damage}. The run there sets it aside when it goes on")
+    path = found[-1].absolute() / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        shapes = {"ema": reader.metadata(path).item_metadata["ema"]}
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        restored = reader.restore(
+            path, args=ocp.args.PyTreeRestore(shapes, restore_args=as_arrays, partial_restore=True)
+        )
+    return restored["ema"], int(found[-1].name)
+
+
 def newest_position(workdir: Path) -> dict | None:
     """Return the iterator state of the newest checkpoint, which must be whole; None if there is none."""
-    found = _steps(workdir)
+    found = saved(workdir)
     return ocp.JsonCheckpointHandler().restore(found[-1].absolute() / "iterator") if found else None
 
 
-def _steps(workdir: Path) -> list[Path]:
+def saved(workdir: Path) -> list[Path]:
     """Return the folders of all checkpoints, oldest first; copies such as `100.bak` are none."""
     folders = [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.is_dir()]
     return sorted((path for path in folders if path.name.isdecimal()), key=lambda path: int(path.name))

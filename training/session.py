@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from data import files, pipeline
 from training import run_folder, sharding
 from training.checkpoints import Checkpoints
+from training.initial import Initial, write_record
 from training.nonfinite_guard import NonFinitePolicy, TrainedStep, Verdict, guard
 from training.processes import gather, is_first_process, tell, warn
 from training.progress import Progress
 from training.signals import StopRequestedError, StopRequests
-from training.state import Trainer
+from training.state import Trainer, TrainState
 
 _TRACED = 3  # steps
 
@@ -35,6 +36,7 @@ class Parts(NamedTuple):
     batches: pipeline.BatchIterator  # this process's part of them
     # Parameters, function that is called now and then -> tables of a sample of each split of log.eval_splits
     score: Callable[[PyTree, Callable[[], None]], dict[str, dict[str, dict]]] | None
+    initial: Initial | None = None  # parameters to begin from
 
 
 class Session:
@@ -51,7 +53,7 @@ class Session:
             position = self._restore()
             parts.batches.set_state(position)
         else:
-            self.state, position = parts.trainer.initial_state(parts.mesh), {}
+            self.state, position = self._begin(), {}
         self.start = int(self.state.step)
         self.nonfinite = position.get("nonfinite", 0)  # steps so far
         self.log = run_folder.MetricsLog(workdir, config, self.start)
@@ -131,6 +133,16 @@ class Session:
         for resource in (self.progress, self.checkpoints, self.parts.batches, self.log):
             resource.close()
         gather("")  # all end together, however long W&B takes in the first process: JAX waits for seconds only
+
+    def _begin(self) -> TrainState:
+        """Make the state before training. What it begins from is recorded before the first checkpoint."""
+        state, begun = self.parts.trainer.initial_state(self.parts.mesh), self.parts.initial
+        if begun is None:
+            return state
+        if is_first_process():
+            write_record(begun, self.workdir)
+            tell(f"{self.workdir}: {begun.told()}", sys.stdout)
+        return begun.into(state)
 
     def _restore(self) -> dict:
         self.state, position = self.checkpoints.restore(self.parts.trainer.abstract_state(self.parts.mesh))

@@ -16,7 +16,7 @@ from data import files
 def save(path: Path, params: PyTree, config: dict[str, Any], step: int) -> None:
     """Write the file, which appears when it is finished, and its folder if there is none."""
     header = {"config": json.dumps(config), "step": str(step)}
-    arrays = {name: np.asarray(array) for name, array in _named(params).items()}
+    arrays = {name: np.asarray(array) for name, array in named(params).items()}
     with files.finished(path, "wb") as file:
         file.write(safetensors.numpy.save(arrays, metadata=header))
 
@@ -38,21 +38,26 @@ def read_config(path: Path) -> tuple[dict[str, Any], int]:
 def load(path: Path, like: PyTree) -> PyTree:
     """Load parameters in the structure of `like`. Raises ValueError if names or shapes differ."""
     file = _open(path)
-    wanted = {name: np.shape(array) for name, array in _named(like).items()}
+    wanted = {name: np.shape(array) for name, array in named(like).items()}
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise ValueError(f"{path} does not fit the model of its configuration: {', '.join(wrong)} differ")
-    return jax.tree.map_with_path(lambda keys, _: file.get_tensor(_name(keys)), like)
+    return jax.tree.map_with_path(lambda keys, _: file.get_tensor(name_of(keys)), like)
 
 
 def load_by_layer(path: Path) -> dict[str, dict[str, Any]]:
     """Load all arrays by layer and name: `a.b.c` is array `c` of layer `a.b`."""
-    file = _open(path)
     found: dict[str, dict[str, Any]] = {}
-    for name in file.keys():  # noqa: SIM118
+    for name, array in load_all(path).items():
         layer, _, of_layer = name.rpartition(".")
-        found.setdefault(layer, {})[of_layer] = file.get_tensor(name)
+        found.setdefault(layer, {})[of_layer] = array
     return found
+
+
+def load_all(path: Path) -> dict[str, np.ndarray]:
+    """Load all arrays by their dotted names."""
+    file = _open(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _open(path: Path):
@@ -64,9 +69,11 @@ def _open(path: Path):
         raise ValueError(f"{path} is no safetensors file ({error})") from error
 
 
-def _named(params: PyTree) -> dict[str, Any]:
-    return {_name(keys): array for keys, array in jax.tree.leaves_with_path(params)}
+def named(params: PyTree) -> dict[str, Any]:
+    """Return the arrays of a tree by their dotted names."""
+    return {name_of(keys): array for keys, array in jax.tree.leaves_with_path(params)}
 
 
-def _name(keys) -> str:
+def name_of(keys: Any) -> str:
+    """Return the dotted name of a place in a tree."""
     return ".".join(str(key.key) for key in keys)
