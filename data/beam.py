@@ -67,7 +67,7 @@ class PfamBeam(Pfam, skip_registration=True):
         self.notes = Path(self.data_dir) / "notes"
         for kind, found in (gathered | {"read": counted}).items():
             _ = found | f"Note_{kind}" >> beam.Map(note, str(self.notes.with_suffix(f".{kind}")))
-        return {split: chosen[split] for split in (["test_ood"] if self.recipe.evaluation_only else SPLITS)}
+        return {split: chosen[split] for split in self.recipe.splits}
 
     def _process_pipeline_result(self, pipeline_result: "beam.runners.runner.PipelineResult") -> None:
         noted = {}
