@@ -11,7 +11,7 @@ CHECKSUMS = "SHA256SUMS"
 
 
 def check_inputs(recipe: Recipe, out: Path) -> None:
-    """Raise an error unless all inputs are files that can be read twice, and outside of the folder to make."""
+    """Raise an error unless all inputs are files that any worker can read, and outside of the folder to make."""
     for name in (*recipe.inputs, *filter(None, [recipe.clans])):
         path = Path(name)
         if name == recipe.clans and name == STANDARD_STREAM:
@@ -19,7 +19,9 @@ def check_inputs(recipe: Recipe, out: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"input {name} is not a file but a folder: give the files in it")
         if path.exists() and not path.is_file():
-            raise ValueError(f"input {name} is not a file, but a pipe or device: a build reads twice, save it first")
+            raise ValueError(
+                f"input {name} is not a file, but a pipe or device: save it first, for all workers to read"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"input {name} is not a file")
         if path.resolve().parent == out:

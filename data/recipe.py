@@ -51,7 +51,7 @@ class Recipe:
         if self.release and self.clans:
             raise ValueError(f"clans={self.clans} was given, but a release brings its own: leave one of them out")
         if STANDARD_STREAM in self.inputs:
-            raise ValueError("inputs: '-' (standard input) can be read once, a build reads twice: save it as a file")
+            raise ValueError("inputs: '-' (standard input) cannot be read by the workers of a build: save it as a file")
         if not 1 <= self.pairs <= MAX_PAIRS:
             raise ValueError(f"pairs={self.pairs}: at least 1 evaluation pair a family is needed, at most {MAX_PAIRS}")
         if self.max_rows is not None and self.max_rows < 2:
@@ -172,8 +172,10 @@ class Candidate:
     seem_insert_states: bool  # but nothing says so
 
 
-def candidate(place: Place, path: str, family: Family, clans: dict[str, str], recipe: Recipe) -> Candidate:
-    splits, letters = tuple(split for split, _ in recipe.records(family)), vocab.count_letters(family.alignment)
+def candidate(
+    place: Place, path: str, family: Family, splits: tuple[str, ...], clans: dict[str, str], recipe: Recipe
+) -> Candidate:
+    letters = vocab.count_letters(family.alignment)
     undecided = not family.insert_states and recipe.insert_states_of(path) is None
     return Candidate(
         place,
