@@ -2,9 +2,10 @@
 
     parse every file -> one record an accession -> split -> write
 
-A gzip file cannot be divided among workers, so each file is parsed by one worker; a reshuffle then spreads the
-families. First divide Pfam-A.full.gz into about as many parts as there are workers (scripts/split_stockholm.py). Inputs
-and output are paths that all workers see. A family must fit into a worker's memory; `max_rows` cuts it down first.
+A gzip file cannot be divided among workers, so each file is parsed by one worker, which also makes the records; the
+grouping by accession then spreads these. First divide Pfam-A.full.gz into about as many parts as there are workers
+(scripts/split_stockholm.py). Inputs and output are paths that all workers see. A family must fit into a worker's
+memory; `max_rows` cuts it down first.
 """
 
 import json
@@ -53,7 +54,6 @@ class PfamBeam(Pfam, skip_registration=True):
         )
         chosen = (
             read.families
-            | "Spread" >> beam.Reshuffle()
             | "SameAccession" >> beam.GroupByKey()
             | "Choose" >> beam.FlatMap(records_of).with_outputs("dropped", *SPLITS)
         )
