@@ -2,9 +2,10 @@
 
     parse every file -> one record an accession -> split -> write
 
-A gzip file cannot be divided among workers, so each file is parsed by one worker; a reshuffle then spreads the
-families. First divide Pfam-A.full.gz into about as many parts as there are workers (scripts/split_stockholm.py). Inputs
-and output are paths that all workers see. A family must fit into a worker's memory; `max_rows` cuts it down first.
+A gzip file cannot be divided among workers, so each file is parsed by one worker, which also makes the records; the
+grouping by accession then spreads these. First divide Pfam-A.full.gz into about as many parts as there are workers
+(scripts/split_stockholm.py). Inputs and output are paths that all workers see. A family must fit into a worker's
+memory; `max_rows` cuts it down first.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from data.families import SPLITS, Family
+from data.families import SPLITS
 from data.pfam import Pfam, to_example
 from data.recipe import Candidate, Recipe, candidate, choose, counts, read_families
 
@@ -24,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(f"Apache Beam is missing ({error}): pip install -r requirements-beam.txt") from error
 
-Placed = tuple[Candidate, Family]
+Placed = tuple[Candidate, list[tuple[str, dict]]]  # the examples of a family, each with its split
 
 
 class PfamBeam(Pfam, skip_registration=True):
@@ -53,9 +54,8 @@ class PfamBeam(Pfam, skip_registration=True):
         )
         chosen = (
             read.families
-            | "Spread" >> beam.Reshuffle()
             | "SameAccession" >> beam.GroupByKey()
-            | "Choose" >> beam.FlatMap(records_of, self.recipe).with_outputs("dropped", *SPLITS)
+            | "Choose" >> beam.FlatMap(records_of).with_outputs("dropped", *SPLITS)
         )
         counted = (
             read.families
@@ -67,7 +67,7 @@ class PfamBeam(Pfam, skip_registration=True):
         self.notes = Path(self.data_dir) / "notes"
         for kind, found in (gathered | {"read": counted}).items():
             _ = found | f"Note_{kind}" >> beam.Map(note, str(self.notes.with_suffix(f".{kind}")))
-        return {split: chosen[split] for split in (["test_ood"] if self.recipe.evaluation_only else SPLITS)}
+        return {split: chosen[split] for split in self.recipe.splits}
 
     def _process_pipeline_result(self, pipeline_result: "beam.runners.runner.PipelineResult") -> None:
         noted = {}
@@ -81,23 +81,25 @@ class PfamBeam(Pfam, skip_registration=True):
 
 
 def parse(numbered: tuple[int, str], clans: dict[str, str], recipe: Recipe) -> Iterator:
-    """Yield (accession, (candidate, family)) for every family of a file; malformed ones go to the output 'skipped'."""
+    """Yield (accession, (candidate, examples)) for each family of a file; malformed ones go to the output 'skipped'."""
     number, path = numbered
     skipped: list[str] = []
     for index, family in enumerate(read_families(path, clans, recipe, skipped.append)):
-        yield family.accession, (candidate((number, index), path, family, clans, recipe), family)
+        records = list(recipe.records(family))
+        splits = tuple(split for split, _ in records)
+        found = candidate((number, index), path, family, splits, clans, recipe)
+        yield family.accession, (found, [(split, to_example(record)) for split, record in records])
     yield from (beam.pvalue.TaggedOutput("skipped", text) for text in skipped)
 
 
-def records_of(same: tuple[str, Iterable[Placed]], recipe: Recipe) -> Iterator["beam.pvalue.TaggedOutput"]:
+def records_of(same: tuple[str, Iterable[Placed]]) -> Iterator["beam.pvalue.TaggedOutput"]:
     """Yield the records of the family that is kept of one accession, each to the output of its split."""
     accession, placed = same
-    families = dict(placed)
-    best, left_out = choose(list(families))
+    examples = dict(placed)
+    best, left_out = choose(list(examples))
     yield from (beam.pvalue.TaggedOutput("dropped", text) for text in left_out)
-    if best is not None:
-        for split, record in recipe.records(families[best]):
-            yield beam.pvalue.TaggedOutput(split, (accession, to_example(record)))
+    for split, example in examples[best] if best else ():
+        yield beam.pvalue.TaggedOutput(split, (accession, example))
 
 
 def total(found: Iterable[Counter[str]]) -> Counter[str]:

@@ -10,7 +10,7 @@ CHECKSUMS = "SHA256SUMS"
 
 
 def check_inputs(inputs: tuple[str, ...], table: str, out: Path) -> None:
-    """Raise an error unless all inputs are files that can be read twice, and outside of the folder to make.
+    """Raise an error unless all inputs are files that any worker can read, and outside of the folder to make.
 
     A table, "" for none, is read once, and may be the standard input.
     """
@@ -21,7 +21,9 @@ def check_inputs(inputs: tuple[str, ...], table: str, out: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"input {name} is not a file but a folder: give the files in it")
         if path.exists() and not path.is_file():
-            raise ValueError(f"input {name} is not a file, but a pipe or device: a build reads twice, save it first")
+            raise ValueError(
+                f"input {name} is not a file, but a pipe or device: save it first, for all workers to read"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"input {name} is not a file")
         if path.resolve().parent == out:

@@ -153,14 +153,15 @@ def limit_rows(family: Family, max_rows: int | None) -> Family:
 
 
 def split_records(
-    family: Family, *, evaluation_only: bool = False, pairs: int = PAIRS_PER_FAMILY
+    family: Family, split: str | None = None, *, pairs: int = PAIRS_PER_FAMILY
 ) -> Iterator[tuple[str, Family]]:
     """Yield the (split, record) that one family gives: none (no two rows share an aligned residue), one or two.
 
-    Part of the sequences of a training family go to 'test_iid'. With `evaluation_only`, every family goes to 'test_ood'
-    whole. A record has at most `pairs` evaluation pairs, a 'train' record none.
+    Part of the sequences of a training family go to 'test_iid', other families are in one split whole. By default the
+    clan, or the family without one, decides the split. A record has at most `pairs` evaluation pairs, a 'train' record
+    none.
     """
-    split = "test_ood" if evaluation_only else split_of(family.unit)
+    split = split or split_of(family.unit)
     if split != "train":
         records = [(split, family)]
     else:

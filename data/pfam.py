@@ -27,6 +27,7 @@ from data.builds import REPORT, find_dataset
 from data.families import SALT, SPLITS, BadRecordError, Family, read_clans
 from data.files import expanded
 from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, counts, read_inputs
+from data.spool import Piece, Spool
 
 RECORDS = "records.json"  # split -> accessions in the order of its records, to name a record that is damaged
 _TEXTS = "accession", "name", "clan"
@@ -67,15 +68,16 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         inputs, clans = self.local_input(dl_manager)
-        kept = self.survey(inputs, clans)
-        self.report.check(clans, len(kept))
-        sizes = Counter(split for splits in kept.values() for split in splits)
+        spool = Spool(Path(self.data_dir))
+        kept = self.survey(inputs, clans, spool)
+        self.report.check(clans, sum(map(len, kept.values())))
+        sizes = {split: len(pieces) for split, pieces in kept.items()}
         num_shards = self.recipe.num_shards or 1
         for split, size in sizes.items():
             if num_shards > size:
                 raise ValueError(f"num_shards={num_shards}: split {split} has {size} records; ask for fewer")
         # TFDS cannot write a split without records.
-        return {split: self._generate_examples(inputs, clans, kept, split) for split in SPLITS if sizes[split]}
+        return {split: self._generate_examples(spool, kept[split]) for split in SPLITS if split in kept}
 
     def local_input(self, dl_manager: tfds.download.DownloadManager) -> tuple[tuple[str, ...], dict[str, str]]:
         """Return the Stockholm files and the clan of each accession; downloads both if the recipe names a release."""
@@ -90,31 +92,31 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
             raise OSError(f"{error} Check release={recipe.release!r} and mirror={recipe.mirror!r}") from error
         return (str(files["Pfam-A.seed.gz"]),), read_clans(str(files["Pfam-A.clans.tsv.gz"]))
 
-    def survey(self, inputs: tuple[str, ...], clans: dict[str, str]) -> dict[Place, tuple[str, ...]]:
-        """Read all input once, before anything is written; return the places of the families to keep, with splits."""
+    def survey(self, inputs: tuple[str, ...], clans: dict[str, str], spool: Spool) -> dict[str, list[Piece]]:
+        """Read all input, once, and put its records into the spool; return those to keep, by split."""
         candidates: dict[str, list[Candidate]] = {}
+        pieces: dict[Place, dict[str, Piece]] = {}
         read = Counter(files=len(inputs))
         placed = read_inputs(inputs, clans, self.recipe, self.report.skipped.append)
         for place, family in tqdm(placed, desc="Reading families", unit=" families", mininterval=1.0, disable=None):
-            found = candidate(place, inputs[place[0]], family, clans, self.recipe)
+            records = dict(self.recipe.records(family))
+            found = candidate(place, inputs[place[0]], family, tuple(records), clans, self.recipe)
+            pieces[place] = {split: spool.add(to_example(record)) for split, record in records.items()}
             read.update(counts(found))
             candidates.setdefault(family.accession, []).append(found)
         self.report.read = dict(read)
-        kept = {}
+        kept: dict[str, list[Piece]] = {}
         for same in candidates.values():
             best, left_out = choose(same)
             self.report.dropped += left_out
-            if best is not None:
-                kept[best.place] = best.splits
+            for split, piece in pieces[best.place].items() if best else ():
+                kept.setdefault(split, []).append(piece)
         return kept
 
-    def _generate_examples(
-        self, inputs: tuple[str, ...], clans: dict[str, str], kept: dict[Place, tuple[str, ...]], split: str
-    ) -> Iterator[tuple[str, dict]]:
-        for place, family in read_inputs(inputs, clans, self.recipe, lambda _: None):
-            if split in kept.get(place, ()):
-                record = next(record for name, record in self.recipe.records(family) if name == split)
-                yield record.accession, to_example(record)
+    def _generate_examples(self, spool: Spool, pieces: list[Piece]) -> Iterator[tuple[str, dict]]:
+        for piece in pieces:
+            example = spool.read(piece)
+            yield example["accession"], example
 
     def finish(self) -> None:
         """Write the report, and the accessions of all records."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from data import stockholm, vocab
-from data.families import PAIRS_PER_FAMILY, Family, from_alignment, limit_rows, split_records
+from data.families import PAIRS_PER_FAMILY, SPLITS, Family, from_alignment, limit_rows, split_of, split_records
 from data.files import STANDARD_STREAM, expanded
 from data.insert_states import Decision, told_by_name
 from data.insert_states import seem_present as seem_insert_states
@@ -23,7 +23,7 @@ class Recipe:
     """Input and options of a build."""
 
     inputs: tuple[str, ...] = ()  # Stockholm files, plain or compressed
-    clans: str = ""  # Pfam-A.clans.tsv, plain or compressed; needed with inputs unless evaluation_only
+    clans: str = ""  # Pfam-A.clans.tsv, plain or compressed; needed with inputs unless evaluation_only or every_family
     release: str = ""  # Pfam release such as "37.0", downloaded from `mirror` in place of inputs and clans
     mirror: str = RELEASES
     skip_bad: bool = False  # list malformed families in the report instead of stopping at the first
@@ -31,6 +31,8 @@ class Recipe:
     max_family_bytes: int = stockholm.MAX_FAMILY_BYTES  # a larger family is malformed
     num_shards: int | None = None  # of every split; by default it follows from the size
     evaluation_only: bool = False  # put all families into test_ood, for alignments that are never trained on
+    every_family: bool = False  # put all families into train, part of their sequences into test_iid; without clans
+    train_only: bool = False  # write no other split than train, as it would be with the others
     pairs: int = PAIRS_PER_FAMILY  # most evaluation pairs a family
     insert_states: bool | None = None  # lower case is never aligned, as in Pfam-A.full; None: the input decides
 
@@ -39,15 +41,17 @@ class Recipe:
         object.__setattr__(self, "clans", expanded(self.clans))
         if bool(self.release) == bool(self.inputs):
             raise ValueError(f"give either a release or inputs, not {'both' if self.release else 'neither'}")
-        if self.inputs and not (self.clans or self.evaluation_only):
+        self._check_splits()
+        if self.inputs and not (self.clans or self.evaluation_only or self.every_family):
             raise ValueError(
                 "inputs need clans (--clans Pfam-A.clans.tsv[.gz]): without them homologous families would be split "
-                "apart; only data that are never trained on need none (evaluation_only, --evaluation-only)"
+                "apart; only data that are never trained on need none (evaluation_only, --evaluation-only), and those "
+                "of which all families are trained on (every_family, --every-family)"
             )
         if self.release and self.clans:
             raise ValueError(f"clans={self.clans} was given, but a release brings its own: leave one of them out")
         if STANDARD_STREAM in self.inputs:
-            raise ValueError("inputs: '-' (standard input) can be read once, a build reads twice: save it as a file")
+            raise ValueError("inputs: '-' (standard input) cannot be read by the workers of a build: save it as a file")
         if not 1 <= self.pairs <= MAX_PAIRS:
             raise ValueError(f"pairs={self.pairs}: at least 1 evaluation pair a family is needed, at most {MAX_PAIRS}")
         if self.max_rows is not None and self.max_rows < 2:
@@ -59,6 +63,24 @@ class Recipe:
         if self.max_family_bytes < 1:
             raise ValueError(f"max_family_bytes={self.max_family_bytes}: at least 1 is needed, to read any family")
 
+    def _check_splits(self) -> None:
+        """Raise ValueError if two options contradict each other about the split of a family."""
+        told = "every_family (--every-family) puts all families into train"
+        if self.every_family and self.evaluation_only:
+            raise ValueError(f"{told}, evaluation_only (--evaluation-only) into test_ood: give one of them")
+        if self.every_family and (self.clans or self.release):
+            by = f"clans={self.clans}" if self.clans else f"release={self.release}"
+            raise ValueError(f"{told}, and {by} divides them by clan: leave one of them out")
+        if self.train_only and self.evaluation_only:
+            raise ValueError("train_only (--train-only) writes train, and evaluation_only none: give one of them")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Name the splits that families may go to."""
+        if self.evaluation_only or self.train_only:
+            return ("test_ood",) if self.evaluation_only else ("train",)
+        return ("train", "test_iid") if self.every_family else SPLITS
+
     def insert_states_of(self, path: str) -> bool | None:
         """Say whether the families of a file have insert states; None if each family's annotation has to decide."""
         if self.insert_states is not None:
@@ -67,7 +89,19 @@ class Recipe:
 
     def records(self, family: Family) -> Iterator[tuple[str, Family]]:
         """Yield the (split, record) that one family gives."""
-        return split_records(family, evaluation_only=self.evaluation_only, pairs=self.pairs)
+        records = split_records(family, self._split(family), pairs=self.pairs)
+        return (record for record in records if record[0] in self.splits)
+
+    def why_without_record(self, family: Family) -> str:
+        """Say why a family gives no record."""
+        if (split := self._split(family)) not in self.splits:
+            return f"of {split}, and train alone is written"
+        return "no two rows with an aligned residue"
+
+    def _split(self, family: Family) -> str:
+        if self.evaluation_only:
+            return "test_ood"
+        return "train" if self.every_family else split_of(family.unit)
 
 
 @dataclass
@@ -130,6 +164,7 @@ class Candidate:
     accession: str
     rows: int
     splits: tuple[str, ...]
+    why: str  # it has no splits, else ""
     residues: int
     unknown_letters: int
     known_to_clans: bool
@@ -137,8 +172,10 @@ class Candidate:
     seem_insert_states: bool  # but nothing says so
 
 
-def candidate(place: Place, path: str, family: Family, clans: dict[str, str], recipe: Recipe) -> Candidate:
-    splits, letters = tuple(split for split, _ in recipe.records(family)), vocab.count_letters(family.alignment)
+def candidate(
+    place: Place, path: str, family: Family, splits: tuple[str, ...], clans: dict[str, str], recipe: Recipe
+) -> Candidate:
+    letters = vocab.count_letters(family.alignment)
     undecided = not family.insert_states and recipe.insert_states_of(path) is None
     return Candidate(
         place,
@@ -146,6 +183,7 @@ def candidate(place: Place, path: str, family: Family, clans: dict[str, str], re
         family.accession,
         len(family.rows),
         splits,
+        why="" if splits else recipe.why_without_record(family),
         residues=letters.total(),
         unknown_letters=sum(letters[letter] for letter in vocab.AMBIGUOUS),
         known_to_clans=family.accession in clans,
@@ -162,7 +200,7 @@ def counts(found: Candidate) -> Counter[str]:
 
 def choose(candidates: list[Candidate]) -> tuple[Candidate | None, list[str]]:
     """Choose among families of one accession the first with most rows; return it and why the others are left out."""
-    left_out = [f"{c.accession} of {c.path}: no two rows with an aligned residue" for c in candidates if not c.splits]
+    left_out = [f"{c.accession} of {c.path}: {c.why}" for c in candidates if not c.splits]
     usable = sorted((c for c in candidates if c.splits), key=lambda c: (-c.rows, c.place))
     if not usable:
         return None, left_out

@@ -5,6 +5,7 @@ Examples:
   python scripts/build_pfam.py --release 37.0 --out runs/pfam37
   python scripts/build_pfam.py --verify runs/pfam37
   python scripts/build_pfam.py --input homstrad.sto.gz --evaluation-only --pairs-per-family 5 --out runs/homstrad
+  python scripts/build_pfam.py --input mine.sto --every-family --out runs/mine
   python scripts/build_pfam.py --input parts/* --clans Pfam-A.clans.tsv.gz --insert-states --max-rows 2000 \\
       --out runs/full --beam --beam-options --runner=DirectRunner --direct_num_workers=8
 """
@@ -56,13 +57,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--verify", type=path, metavar="DIR", help="check the checksums of the data set in DIR; build nothing"
     )
     add = parser.add_argument
-    add("--clans", type=path, metavar="FILE", help=f"Pfam-A.clans.tsv, {PACKED}; needed with --input")
+    add(
+        "--clans",
+        type=path,
+        metavar="FILE",
+        help=f"Pfam-A.clans.tsv, {PACKED}; needed with --input unless an option below says so",
+    )
     add("--out", type=path, metavar="DIR", help="folder to make, for data.dir")
     add("--overwrite", action="store_true", help="replace the data set in DIR")
     add("--skip-bad", action="store_true", help="list malformed families instead of stopping at the first")
     add("--max-rows", type=int, metavar="N", help="keep N rows a family, always the same ones")
     add("--max-family-bytes", type=int, default=MAX_FAMILY_BYTES, metavar="N", help="larger families are malformed")
     add("--evaluation-only", action="store_true", help="put all families into test_ood; needs no --clans")
+    add(
+        "--every-family",
+        action="store_true",
+        help="put all families into train, and part of the sequences of each into test_iid; needs no --clans",
+    )
+    add("--train-only", action="store_true", help="write train alone, for alignments that nobody should evaluate on")
     add("--pairs-per-family", type=int, default=PAIRS_PER_FAMILY, metavar="N", help="evaluation pairs, at most")
     add(
         "--insert-states",

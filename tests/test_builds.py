@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data import build_folder, builds, pfam
+from data import build_folder, builds, pfam, stockholm
 from data.recipe import Recipe
+from data.spool import Spool
 from scripts import build_pfam, split_stockholm
 
 ROWS = ["ACDEFG-h", "XCDEF.GH", "-CDEFGBI"]
@@ -66,6 +67,28 @@ def test_a_build_says_what_it_read(folder, capsys):
     assert f"\n{read}\n" in capsys.readouterr().out
 
 
+def test_an_input_is_read_once(folder, monkeypatch):
+    opened, read = [], stockholm.read
+    monkeypatch.setattr(stockholm, "read", lambda path, **options: opened.append(path) or read(path, **options))
+    names = "PF00001", "PF00003", "PF00009"  # of train and validation
+    (folder / "raw" / "many.sto").write_bytes(b"".join(map(record, names)))
+    (folder / "raw" / "clans.tsv").write_text("".join(f"{name}\t\n" for name in names))
+    recipe = Recipe(inputs=(str(folder / "raw" / "many.sto"),), clans=str(folder / "raw" / "clans.tsv"))
+    assert len(pfam.build(recipe, folder / "out").records) > 1
+    assert opened == list(recipe.inputs)
+
+
+def test_records_wait_in_a_file_that_nobody_sees(tmp_path):
+    spool = Spool(tmp_path)
+    pieces = [spool.add({"number": n, "text": "x" * 1000 * n}) for n in range(3)]
+    assert [spool.read(piece)["number"] for piece in pieces[::-1]] == [2, 1, 0]
+    later = spool.add({"number": 3})
+    assert spool.read(pieces[1])["text"] == "x" * 1000
+    assert spool.read(later) == {"number": 3}
+    assert max(piece.size for piece in pieces) < 200  # packed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_table_of_clans_that_knows_no_family_is_an_error_and_one_that_knows_few_a_warning(folder, capsys):
     (folder / "raw" / "many.sto").write_bytes(b"".join(record(f"PF0000{n}") for n in range(1, 6)))
     table = folder / "raw" / "other.tsv"
@@ -85,7 +108,7 @@ def test_clans_may_come_from_standard_input_and_alignments_may_not(folder, monke
     assert {family.clan for family in pfam.open_split(folder / "out", "test_ood")} == {"CL1"}
     capsys.readouterr()
     assert build_pfam.main(["--input", "-", "--evaluation-only", "--out", str(folder / "other")]) == 1
-    assert "'-' (standard input) can be read once, a build reads twice" in told(capsys)
+    assert "'-' (standard input) cannot be read by the workers of a build" in told(capsys)
     os.mkfifo(folder / "raw" / "pipe")
     assert build(folder, name="pipe", out="other") == 1
     assert "is not a file, but a pipe or device" in told(capsys)
