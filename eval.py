@@ -25,7 +25,7 @@ import command_line
 from data import files
 from evaluation import figures, metrics, model_options
 from evaluation.report import Examples, write_html
-from evaluation.tasks import SPLITS
+from evaluation.task import SPLITS
 from models.attention import Certificate
 from training.run_folder import read_metrics
 

@@ -1,18 +1,30 @@
-"""Score a model that predicts masked residues: perplexity and accuracy, by length, beside the training composition."""
+"""The task of predicting masked residues: perplexity and accuracy, by length, beside the training composition."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float64, Int64
+from tqdm import tqdm
 
-from data import vocab
+from data import masked as batching
+from data import pipeline, sequences, vocab
 from data.masked import SequenceBatch
-from evaluation import metrics
-from models.masked import is_known, scores
+from evaluation import figures, metrics
+from evaluation.task import OF_ALL_TASKS, Options, Task, Validation, evaluated_at_once, limit_of, resolve_data_dir
+from models.attention import specs_of
+from models.encoder import EncoderConfig
+from models.masked import MaskedLossConfig, MaskedObjective, is_known, scores
+from training import sharding
 from training.state import Trainer
+
+if TYPE_CHECKING:
+    from evaluation.runs import Run
 
 _EVERY = 7  # residues of a sequence, of which one is masked: 14 %, nearly as in training
 _EDGES = (64, 128, 256, 512, 1024)  # last lengths of bins
@@ -22,6 +34,67 @@ _NAMES = (
     f"{_EDGES[-1] + 1}-",
 )
 BASELINE = "unigram"
+
+
+class MaskedResiduesTask(Task):
+    """Predict masked residues of single sequences, which trains the encoder of an aligner; score perplexities."""
+
+    sections = (*OF_ALL_TASKS, batching.SequenceConfig, EncoderConfig, MaskedLossConfig)
+    purpose = "predict masked residues"
+    splits = ("validation", "test_ood")
+
+    def objective(self) -> MaskedObjective:
+        spec, blocks = specs_of(self.config.to_dict())
+        model, loss = EncoderConfig.of(self.config.model.to_dict()), MaskedLossConfig.of(self.config.loss.to_dict())
+        return MaskedObjective(model, blocks or spec, loss)
+
+    def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
+        index, count = sharding.host_shard(mesh)
+        shared = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        config = batching.SequenceConfig.of({**self.config.data, **shared})
+        stream = batching.SequenceStream(self._open("train"), config, shard_index=index, shard_count=count)
+        return pipeline.BatchIterator(stream)
+
+    def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
+        score = self._score_split(trainer, mesh, self._open("train").residues)
+        sources, limit = {name: self._open(name) for name in self._eval_splits()}, limit_of(self.config)
+        return lambda params, after_each: {
+            name: score(params, self._evaluated(source, mesh, limit, after_each)) for name, source in sources.items()
+        }
+
+    def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
+        if options.examples:
+            raise ValueError(f"--report needs a model that aligns; this one was trained to {self.purpose}")
+        # The baseline predicts what the model was trained on, or could have been.
+        score = self._score_split(run.trainer, run.mesh, self._open("train", options.data_dir).residues)
+        options.pictures.mkdir(parents=True, exist_ok=True)
+
+        def score_one(name: str) -> dict[str, Any]:
+            source = self._open(name, options.data_dir)
+            batches = tqdm(self._evaluated(source, run.mesh, options.limit), name, unit=" batches", disable=None)
+            found = score(run.params, batches)
+            model, others = ({who: of["overall"]} for who, of in found.items())
+            figures.comparison_bars(model, others, options.pictures / f"{name}.png", title=name)
+            return {"splits": found}
+
+        return score_one
+
+    def _open(self, split: str, data_dir: str | None = None) -> sequences.SequenceSource:
+        return sequences.open_sequences(resolve_data_dir(data_dir or self.config.data.dir), split)
+
+    def _score_split(self, trainer: Trainer, mesh: Mesh, residues: np.ndarray) -> Callable[..., dict[str, dict]]:
+        predict = trainer.compiled_evaluation(predictor(trainer), mesh)
+        return lambda params, batches: score_split(functools.partial(predict, params), batches, residues)
+
+    def _evaluated(
+        self, source: sequences.SequenceSource, mesh: Mesh, limit: int | None, before_each: Callable = lambda: None
+    ) -> Iterator[SequenceBatch]:
+        devices = mesh.shape["data"]
+        size = evaluated_at_once(self.config.batch_size, devices)
+        options: dict = {"limit": limit, "divisible_by": devices}
+        for batch in batching.evaluation_batches(source, size, self.config.data.buckets, **options):
+            before_each()
+            yield batch
 
 
 def score_split(

@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 from alignment import asap_maps
 from alignment.inference import Pretrained
 from evaluation import scoring
-from evaluation.tasks import AlignmentTask, Task, checked, task_of
+from evaluation.alignment import AlignmentTask
+from evaluation.task import Task
+from evaluation.tasks import checked, task_of
 from models import weights
 from models.attention import Asap
 from training import sharding

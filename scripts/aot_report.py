@@ -39,7 +39,8 @@ from benchmarks import counting, roofline
 from benchmarks.roofline import CHIPS, Chip
 from data import files
 from data.sampling import LengthIndex
-from evaluation import runs, tasks
+from evaluation import runs
+from evaluation.alignment import open_families
 from ot_attention import UnsupportedError
 from training import sharding
 from training.state import Trainer, abstract_batch
@@ -177,7 +178,7 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
-    families = tasks.open_families(config.data.dir, "train")
+    families = open_families(config.data.dir, "train")
     mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
     shares = dict(zip(config.data.buckets, (mass / mass.sum()).tolist(), strict=True))
     mean = sum(share * found[bucket] for bucket, share in shares.items())

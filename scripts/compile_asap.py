@@ -33,7 +33,8 @@ from benchmarks import asap_ways
 from data import files, pipeline
 from data.batches import Batch
 from data.evaluation_pairs import evaluation_batches
-from evaluation import model_options, runs, tasks
+from evaluation import model_options, runs
+from evaluation.alignment import DataConfig, open_families
 from models.attention import Asap, SinkhornSpec
 from ot_attention import asap
 from ot_attention.asap import Deviation, Direction, Feature, Sample
@@ -114,7 +115,7 @@ def compile_model(args: argparse.Namespace) -> None:
         off = {n: asap_ways.spread(layer.spec, inputs, ways["asap"]) for n, inputs in layer.inputs.items()}
         report["lengths"][name] = off
     if not args.no_scores:
-        scored, families = [k for k in args.steps if k <= _SCORED], tasks.open_families(shards, "validation")
+        scored, families = [k for k in args.steps if k <= _SCORED], open_families(shards, "validation")
         report["metrics"] = asap_ways.metrics(run, maps, families, batches, scored)
     for name, layer in held_out.items() if args.ablation else ():
         fitting = tqdm(ABLATION, desc=f"{name}: others", disable=None)
@@ -128,13 +129,13 @@ def compile_model(args: argparse.Namespace) -> None:
 
 def _batches(run: runs.Run, shards: str, split: str, buckets: Sequence[int], pairs: int) -> Iterator[Batch]:
     """Yield batches with about `pairs` pairs: random ones of the training split, else those that evaluation takes."""
-    families, batch_size = tasks.open_families(shards, split), run.config.batch_size
+    families, batch_size = open_families(shards, split), run.config.batch_size
     if split != "train":
         divisible_by = run.mesh.shape["data"]
         yield from evaluation_batches(families, batch_size, buckets, limit=pairs, divisible_by=divisible_by)
         return
     other_pairs = {"buckets": buckets, "batch_size": batch_size, "seed": run.config.seed + 1}  # than in training
-    config = tasks.DataConfig.of({**run.config.data, **other_pairs})
+    config = DataConfig.of({**run.config.data, **other_pairs})
     with contextlib.closing(pipeline.train_iterator(families, config)) as batches:
         yield from itertools.islice(batches, max(1, pairs // batch_size))
 

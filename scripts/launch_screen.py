@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 import command_line
 from data import files
-from evaluation import figures, tasks
+from evaluation import figures, task
 from evaluation.baselines import BASELINES
 from evaluation.metrics import METRICS
 from scripts import launch_tpu
@@ -34,7 +34,7 @@ from training import processes, run_folder
 
 STOPPED = 75  # exit code of a train.py that a signal stopped, and of this script then
 SCREEN = ("r1_balanced", "r2_balanced", "r1_dustbin", "r2_dustbin")
-SPLITS = ("validation", *tasks.SPLITS["test"])
+SPLITS = ("validation", *task.SPLITS["test"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

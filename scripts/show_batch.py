@@ -23,6 +23,7 @@ from data.index import Families
 from data.pipeline import Example, PairStream
 from data.transforms import NO_TARGET, pair_identity
 from evaluation import figures, tasks
+from evaluation.alignment import AlignmentTask, open_families
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +43,9 @@ def show(args: argparse.Namespace, config: ConfigDict) -> str:
     files.check_writable(args.output)
     config = tasks.checked(config)
     task = tasks.task_of(config)
-    if not isinstance(task, tasks.AlignmentTask):
+    if not isinstance(task, AlignmentTask):
         raise ValueError(f"task={config.task!r} has no pairs to draw; give a configuration that aligns")
-    families = tasks.open_families(config.data.dir, "train")
+    families = open_families(config.data.dir, "train")
     stream = PairStream(families, task.data())
     length, examples = stream.examples(args.step)
     chosen = examples[: args.pairs]

@@ -14,8 +14,8 @@ from data.batches import unbatch
 from data.evaluation_pairs import evaluation_batches
 from data.transforms import NO_TARGET, Pair
 from evaluation import metrics, runs, scoring
+from evaluation.alignment import AlignmentTask
 from evaluation.baselines import BASELINES, nw_with_score
-from evaluation.tasks import AlignmentTask
 from models import weights
 from tests.support import tiny
 from training import run_folder

@@ -18,7 +18,7 @@ import command_line
 import train
 from configs import base, sort_sinkhorn
 from data import pipeline
-from evaluation import tasks
+from evaluation import alignment, task, tasks
 from tests.support import tiny
 from tests.support.small_families import CONFIG as SMALL_BATCHES
 from tests.support.small_families import FAMILIES
@@ -170,9 +170,9 @@ def test_every_configuration_is_allowed_and_reads_the_same_again(name):
 def test_defaults_of_the_sections_are_those_of_the_base_configuration():
     """A run of an earlier version lacks a key: it was trained with its default."""
     config = base.get_config()
-    for section in tasks.AlignmentTask.sections:
+    for section in alignment.AlignmentTask.sections:
         given = config.to_dict()[section.name] if section.name else config.to_dict()
-        if section is not tasks.DataConfig:  # its class is used without a configuration, too
+        if section is not alignment.DataConfig:  # its class is used without a configuration, too
             assert {key: section.defaults()[key] for key in given if key in section.defaults()} == {
                 key: value for key, value in given.items() if not isinstance(value, dict)
             }
@@ -224,9 +224,9 @@ def test_unknown_keys_and_sections_are_refused(change, told):
 
 
 def test_no_band_is_a_band_of_the_diagonal_alone():
-    spec, _ = tasks.specs_of({"attention": {"band": 0}})
+    spec, _ = alignment.specs_of({"attention": {"band": 0}})
     assert spec.band == 0
-    spec, _ = tasks.specs_of({"attention": {"band": -1}})
+    spec, _ = alignment.specs_of({"attention": {"band": -1}})
     assert spec.band is None
 
 
@@ -356,7 +356,7 @@ def test_home_is_the_home_folder_in_every_path(ended, tmp_path, monkeypatch):
     assert ended("--config=~/mine.py", "--config.data.dir=~/data", workdir="~/run") == (0, "")
     assert seen["workdir"] == tmp_path / "run"
     assert seen["config"].data.dir == "~/data", "the configuration keeps what was given"
-    assert tasks.resolve_data_dir("~/data") == tmp_path / "data"
+    assert task.resolve_data_dir("~/data") == tmp_path / "data"
     assert ended("--config", "~/mine.py", workdir=None) == (0, "")
     assert seen["workdir"] == Path("runs/mine")
 

@@ -7,7 +7,7 @@ import pytest
 
 import train
 from configs import sort_sinkhorn
-from evaluation import tasks
+from evaluation import alignment, tasks
 from evaluation.runs import make_trainer
 from tests.support.run import config
 from training import memory, sharding
@@ -147,10 +147,10 @@ def test_evaluation_batches_stay_small_whatever_training_takes():
     """Or a run trained on a large machine could not be scored on a smaller one."""
     settings = config(batch_size=120_000, data__buckets=(320,))
     task, mesh = tasks.task_of(settings), sharding.make_mesh(sharding.MeshConfig(1), settings.batch_size)
-    families = tasks.open_families(settings.data.dir, "validation")
+    families = alignment.open_families(settings.data.dir, "validation")
     batches = list(task._evaluation_batches(families, mesh, None))
     assert max(len(batch["x"]) for batch in batches) == 128
     assert sum((batch["id"][:, 0] >= 0).sum() for batch in batches) == 30
-    assert tasks._evaluated_at_once(120_000, 3) == 126 and tasks._evaluated_at_once(4, 4) == 4
-    assert tasks._evaluated_at_once(120_000, 256) == 256
+    assert evaluated_at_once(120_000, 3) == 126 and evaluated_at_once(4, 4) == 4
+    assert evaluated_at_once(120_000, 256) == 256
     assert tasks.task_of(sorting(batch_size=2048))._evaluated(mesh).batch_size == 128
