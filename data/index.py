@@ -63,7 +63,7 @@ class SplitIndex:
         found = _kept(path, fingerprint) if path else None
         if found is None:
             began = time.monotonic()
-            found = cls._counted(families, max_bad)
+            found = cls.counted(families, max_bad)
             if path and time.monotonic() - began >= _KEPT_FROM:
                 found.keep(path, fingerprint)
         for n, message in enumerate(found.bad):
@@ -71,7 +71,8 @@ class SplitIndex:
         return found
 
     @classmethod
-    def _counted(cls, families: Families, max_bad: int) -> "SplitIndex":
+    def counted(cls, families: Families, max_bad: int = 0) -> "SplitIndex":
+        """Count the index anew; reads every family once."""
         bad: list[str] = []
         digest = hashlib.sha256()
         lengths, identity, names = [], [], []

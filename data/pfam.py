@@ -26,6 +26,7 @@ from data import builds
 from data.builds import REPORT, find_dataset
 from data.families import SALT, SPLITS, BadRecordError, Family, read_clans
 from data.files import expanded
+from data.index import SplitIndex
 from data.recipe import Candidate, Place, Recipe, Report, candidate, choose, counts, read_inputs
 from data.spool import Piece, Spool
 
@@ -171,7 +172,10 @@ def build(
     downloads = download_dir or (kept.with_name(kept.name + ".downloads") if recipe.release else None)
     make = functools.partial(builder, recipe=recipe)
     options |= {"num_shards": recipe.num_shards, "download_dir": downloads}
-    return builds.build(builder.name, make, out, recipe.inputs, recipe.clans, **options).report
+    report = builds.build(builder.name, make, out, recipe.inputs, recipe.clans, **options).report
+    if "train" in report.records:
+        SplitIndex.of(open_split(out, "train"))  # a large one is kept, so that training need not read all records
+    return report
 
 
 class FamilySource:

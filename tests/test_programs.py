@@ -30,6 +30,7 @@ MISTAKES = {
     "scripts/aot_report.py": [f"--config={ROOT}/configs/r2_balanced.py", "--output={file}/x.json"],
     "scripts/bench_attention.py": ["--figure={file}/x.png"],
     "scripts/bench_balance.py": ["--output={file}/x.jsonl"],
+    "scripts/bench_data.py": [f"--config={ROOT}/configs/aligner.py", "--config.data.dir=nowhere"],
     "scripts/bench_gpu.py": ["--all", "--tiny", "--output={file}/x"],
     "scripts/build_pfam.py": ["--verify={file}/none"],
     "scripts/compare_runs.py": ["{file}/none"],

@@ -9,6 +9,7 @@ import train
 from configs import sort_sinkhorn
 from evaluation import alignment, tasks
 from evaluation.runs import make_trainer
+from evaluation.task import evaluated_at_once
 from tests.support.run import config
 from training import memory, sharding
 from training.memory import Estimate
