@@ -26,7 +26,7 @@ from models.attention import BlockSpec, SinkhornSpec, SparseSpec
 from models.encoder import EncoderConfig
 from models.masked import MaskedLossConfig, MaskedObjective, hidden
 from scripts import align
-from tests.support import small_sequences, tiny
+from tests.support import small_sequences
 from training import initial
 
 CONFIG = SequenceConfig(batch_size=12, buckets=(40, 60, 100), seed=3)
@@ -231,8 +231,9 @@ def test_a_run_learns_is_scored_and_handed_to_an_aligner(tmp_path, capsys):
     (tmp_path / "a.fasta").write_text(">x\nMKV\n>y\nMKV\n")
     assert align.main([f"--workdir={workdir}", str(tmp_path / "a.fasta")]) == 1
     assert "was trained to predict masked residues, and has no plan" in capsys.readouterr().err
-    trainer = runs.make_trainer(tiny.config_of(tiny.trained(), model__depth=2, model__kernel=3))
-    shapes = trainer.abstract_state(runs.local_mesh(1)).params
+    small = aligner_config.get_config()
+    small.model.update(width=16, depth=2, kernel=3)
+    shapes = runs.make_trainer(tasks.checked(small)).abstract_state(runs.local_mesh(1)).params
     begun = initial.prepare(str(workdir), shapes, tmp_path / "none")
     assert begun.left_over == ["residues.bias", "residues.kernel"] and not begun.other_shape
     assert set(begun.taken) == {name for name in weights.named(shapes) if name.startswith("encoder.")}
