@@ -58,8 +58,8 @@ class Sequences(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(survey, split) for split in SPLITS if self.report.splits.get(split)}
 
     def _generate_examples(self, survey: Survey, split: str) -> Iterator[tuple[str, dict]]:
-        found = tqdm(survey.sequences(split), f"Writing {split}", unit=" sequences", mininterval=1.0, disable=None)
-        for n, group in enumerate(_grouped(found, self.recipe.buckets)):
+        groups = _grouped(survey.sequences(split), self.recipe.buckets)
+        for n, group in enumerate(tqdm(groups, f"Writing {split}", unit=" records", mininterval=1.0, disable=None)):
             names = np.array([sequence.name for sequence in group], dtype=object)
             tokens = [sequence.tokens for sequence in group]
             lengths = np.array(list(map(len, tokens)), np.int32)

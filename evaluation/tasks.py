@@ -44,4 +44,4 @@ def checked(config: ConfigDict) -> ConfigDict:
 
 def _kind_of(settings: Any) -> "type[Task]":
     kinds = {"sorting": SortingTask, "masked_residues": MaskedResiduesTask}
-    return kinds.get(settings.get("task"), AlignmentTask)
+    return kinds.get(str(settings.get("task")), AlignmentTask)  # another name is refused by RunConfig

@@ -101,8 +101,8 @@ def hidden(x: Tokens, key: PRNGKeyArray, rate: float) -> tuple[Tokens, Chosen]:
 
 def scores(
     predicted: Float[Array, "batch length residues"], x: Tokens
-) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
-    """Return the nats of each residue, and whether it is the likeliest; without meaning where it is not known."""
+) -> tuple[Float[Array, "batch length"], Float[Array, "batch length"]]:
+    """Return the nats of each residue, and 1 where it is the likeliest; without meaning where it is not known."""
     residue = jnp.clip(x - 1, 0, _TWENTY - 1)
     nats = -jnp.take_along_axis(predicted, residue[..., None], -1)[..., 0]
-    return nats, predicted.argmax(-1) == residue
+    return nats, (predicted.argmax(-1) == residue).astype(nats.dtype)

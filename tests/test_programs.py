@@ -33,6 +33,7 @@ MISTAKES = {
     "scripts/bench_data.py": [f"--config={ROOT}/configs/aligner.py", "--config.data.dir=nowhere"],
     "scripts/bench_gpu.py": ["--all", "--tiny", "--output={file}/x"],
     "scripts/build_pfam.py": ["--verify={file}/none"],
+    "scripts/build_sequences.py": ["--verify={file}/none"],
     "scripts/compare_runs.py": ["{file}/none"],
     "scripts/compile_asap.py": ["--workdir={file}/none"],
     "scripts/export_weights.py": ["--weights={file}/none", "--output={file}/x"],
@@ -49,7 +50,7 @@ MISTAKES = {
 # train.py, whose flags are absl's, is tested alike in tests/test_run_config.py.
 # Metavariables of files and folders; options without one are named.
 _PATHS, _NAMED = ("FILE", "DIR", "RUN", "FASTA"), {"input", "output", "output_dir", "out", "data", "workdir", "plot"}
-_NAMED |= {"figure", "work", "clans", "download_dir", "verify"}
+_NAMED |= {"figure", "work", "clans", "clusters", "download_dir", "verify"}
 
 
 def loaded(program: str):

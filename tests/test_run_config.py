@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import command_line
 import train
-from configs import base, sort_sinkhorn
+from configs import base, pretrain, sort_sinkhorn
 from data import pipeline
 from evaluation import alignment, task, tasks
 from tests.support import tiny
@@ -116,6 +116,14 @@ SORTING = COMMON | {
 }
 
 
+OF_AN_ENCODER = "width", "depth", "kernel", "dilations", "heads", "attention_every", "implementation", "dtype"
+MASKED = COMMON | {
+    **{key: ALIGNMENT[key] for key in ("data.dir", "data.buckets", *(f"model.{name}" for name in OF_AN_ENCODER))},
+    "model.heads": NOT_POSITIVE,  # this configuration has no self-attention that they would have to fit
+    "loss.mask_rate": (*NO_NUMBER, 0, 0.0, 1, 1.0),
+}
+
+
 def loaded(name: str) -> ConfigDict:
     return importlib.import_module(f"configs.{name}").get_config()
 
@@ -132,7 +140,11 @@ def keys_of(config: ConfigDict) -> set[str]:
     return {key for key, *_ in run_folder.differences({}, config.to_dict())}
 
 
-@pytest.mark.parametrize(("config", "table"), [(base, ALIGNMENT), (sort_sinkhorn, SORTING)], ids=["aligner", "sorter"])
+@pytest.mark.parametrize(
+    ("config", "table"),
+    [(base, ALIGNMENT), (sort_sinkhorn, SORTING), (pretrain, MASKED)],
+    ids=["aligner", "sorter", "masked"],
+)
 def test_any_value_that_is_not_allowed_is_refused_by_name(config, table, tmp_path, capsys):
     """Exit status, line and folder for every key and every value of the table; a key that is not in it fails."""
     whole = tasks.checked(config.get_config())
