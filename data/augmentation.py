@@ -18,7 +18,8 @@ Ends = tuple[int, int, int, int]  # residues before and after x, before and afte
 Cut = Callable[[int], Tokens]  # makes a flank of about this length
 
 NO_ENDS: Ends = (0, 0, 0, 0)
-MEDIAN_FLANK, LONGEST_FLANK = 42, 300  # residues; half of the overhangs of whole proteins are longer than 40
+MEDIAN_FLANK, LONGEST_FLANK = 40, 300  # residues; half of the overhangs of whole proteins are longer than 40
+_MEDIAN_DRAWN = 42  # some are cut short where the largest bucket or a sequence to cut from is
 MOST_NOISE = 0.3  # share of residues that a noisy pair loses
 _DRAWN = 4096  # flanked pairs, whose lengths are drawn once; each flanked pair of a batch has the lengths of one
 
@@ -83,7 +84,7 @@ class FlankLengths:
 
     def __init__(self, buckets: Sequence[int]):
         rng = np.random.default_rng(0)
-        lengths = np.ceil(MEDIAN_FLANK * -np.log2(1 - rng.random((_DRAWN, 4)))).clip(1, LONGEST_FLANK).astype(int)
+        lengths = np.ceil(_MEDIAN_DRAWN * -np.log2(1 - rng.random((_DRAWN, 4)))).clip(1, LONGEST_FLANK).astype(int)
         there = rng.random((_DRAWN, 4)) < 0.5
         there[np.arange(_DRAWN), rng.integers(0, 4, _DRAWN)] |= ~there.any(axis=1)
         lengths = np.where(there, lengths, 0)

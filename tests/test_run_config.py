@@ -82,7 +82,8 @@ ALIGNMENT = COMMON | {
     "data.dir": (None, "", "  ", 3, "a\0b", ["data"]),
     "data.buckets": (None, (), (64, 32), (64, 64), (0, 64), (-1,), ("64",), "64", 64, (64.5,), (math.nan,), (True, 64)),
     "data.pairs_per_family": ALL_OR_POSITIVE,
-    "data.crop": (*NO_NUMBER, 1.5),
+    "data.identity_mass": (None, 0.5, "", (1.0,), (0.5,) * 7, (1.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0), ("a",) * 7),
+    **{f"data.{name}": (*NO_NUMBER, 1.5) for name in ("crop", "stagger", "noise", "flanks", "negatives")},
     "data.max_bad_records": NEGATIVE,
     "model.width": NOT_POSITIVE,
     "model.depth": NOT_POSITIVE,
@@ -209,6 +210,8 @@ def test_defaults_of_the_sections_are_those_of_the_base_configuration():
         ("optimizer.clip_norm", 0, 0.0),
         ("optimizer.learning_rate", 1, 1.0),
         ("data.buckets", [64, np.int64(96)], (64, 96)),
+        ("data.identity_mass", [], ()),
+        ("data.identity_mass", [1, 0, 0, 0, 0, 0, 0], (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
         ("batch_size", np.int32(4), 4),
         ("seed", 2**32 - 1, 2**32 - 1),
     ],
@@ -298,6 +301,8 @@ def one_line(told: str) -> str:
         (["--config.model.wdith=3"], "model.width"),
         (["--config.log.wandb=off"], "log.wandb='off': allowed is one of offline, online, disabled"),
         (["--config.data.dir=nowhere"], "data.dir=nowhere"),
+        (["--config.data.dir=data/default:0"], "data.dir='data/default:0': all weights are 0"),
+        (["--config.data.dir=data/default:2,nowhere"], "data.dir=nowhere"),
         (["--config.data.dir=~nobody_of_this_name/x"], "data.dir=~nobody_of_this_name/x"),
         (["--config.mesh.data=9"], "mesh.data=9"),
         (["--config.model.implementation=pallas_tpu"], "model.implementation='pallas_tpu': needs a TPU"),
@@ -364,7 +369,7 @@ def test_home_is_the_home_folder_in_every_path(ended, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(tiny.ROOT / "configs" / "r2_balanced.py", tmp_path / "mine.py")
     seen = {}
-    monkeypatch.setattr(train, "train", lambda config, workdir, quiet: seen.update(config=config, workdir=workdir))
+    monkeypatch.setattr(train, "train", lambda config, workdir, **_: seen.update(config=config, workdir=workdir))
     assert ended("--config=~/mine.py", "--config.data.dir=~/data", workdir="~/run") == (0, "")
     assert seen["workdir"] == tmp_path / "run"
     assert seen["config"].data.dir == "~/data", "the configuration keeps what was given"
