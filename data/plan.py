@@ -129,6 +129,8 @@ class Planner:
 
 
 def _cumulative(mass: Float64[np.ndarray, " choices"]) -> Cumulative:
+    if not mass.any():  # nothing is drawn from it
+        return mass.cumsum()
     shares = (mass / mass.sum()).cumsum()
     return shares / shares[-1]
 
