@@ -5,7 +5,8 @@
     python train.py --config=configs/finetune.py --init-from=weights/aligner.safetensors
     python eval.py --workdir=runs/finetune --split=test_iid
 
-takes TIME on 2 busy CPU cores (families of up to 384 residues). Both tables are of sequences that were not trained on.
+is 200 of the steps of which configs/aligner.py takes 500 in 16 minutes. Both tables are of sequences that were not
+trained on.
 """
 
 from configs import aligner, base

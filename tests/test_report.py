@@ -112,12 +112,15 @@ def test_pages_of_variants_alone_and_mixed(splits, values, titles, tmp_path):
     certificates = {name: {"plan": spread} for name in splits if name != "negatives"}
     whole = {"step": 3, "config": {}, "splits": splits, "certificates": certificates}
     report.write_html(path, whole if certificates else {k: whole[k] for k in list(whole)[:3]}, report.Examples())
-    page = Page(path.read_text())
-    assert page.values == values
+    page, lower = Page(path.read_text()), '<td class="best"><data value="0.125">'
+    assert page.values == values and (lower in path.read_text()) == ("negatives" in splits), "fewer are better"
     assert [text.split()[0] for text in page.texts["h3"] if text.split()[0] in ("F1", "AUC")] == titles
     assert sum("How converged" in text for text in page.texts["h3"]) == len(certificates)
     assert page.of("section", "id")[:-1] == list(splits) and len(page.of("img", "src")) == len(splits)
     assert any("1,234 pairs of 3 families" in text for text in page.texts["h2"])
+    assert any("scored by the posterior" in text for text in page.texts["p"]) == (
+        "AUC" not in titles or len(titles) == 2
+    )
     best = [value for tag, name, value in page.attributes if (tag, name) == ("td", "class") and value == "best"]
     assert len(best) == sum(1 + len(of["model"]["overall"]) for of in splits.values())
 
