@@ -1,12 +1,12 @@
 """Continue the aligner that ships on alignments of your own.
 
-    python scripts/build_pfam.py --input mine.sto --every-family --out runs/mine
+    python scripts/build_pfam.py --input mine.sto --every-family --pairs-per-family 200 --out runs/mine
     python eval.py --weights=weights/aligner.safetensors --data=runs/mine --split=test_iid
     python train.py --config=configs/finetune.py --init-from=weights/aligner.safetensors
     python eval.py --workdir=runs/finetune --split=test_iid
 
-is 200 of the steps of which configs/aligner.py takes 500 in 16 minutes. Both tables are of sequences that were not
-trained on.
+takes 6 minutes with compilation on 2 busy CPU cores (890 methyltransferases of 95 residues). Both tables are of
+sequences that were not trained on: F1 .749 before, .836 after, Needleman-Wunsch .701 (200 pairs, one seed).
 """
 
 from configs import aligner, base
