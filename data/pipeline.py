@@ -90,6 +90,11 @@ class PairStream(Stream):
         shapes |= {"y": shapes["x"], "y_length": (), "target": shapes["x"]}
         return cast(Batch, {name: np.broadcast_to(np.int32(0), (rows, *shape)) for name, shape in shapes.items()})
 
+    def bucket_shares(self) -> dict[int, float]:
+        """Return the share of batches of each bucket that has any."""
+        mass = self._planner.bucket_mass
+        return {length: float(x) for length, x in zip(self.config.buckets, mass / mass.sum(), strict=True) if x}
+
     def fingerprint(self) -> str:
         """Return a hash of the settings and lengths that decide the batches; hosts and workers do not change it."""
         c = self.config

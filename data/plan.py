@@ -109,7 +109,7 @@ class Planner:
         part = self.index.part_of(family)
         low, high = (cumulative[end * bins - 1] if end else 0.0 for end in (part.start, part.stop))
         for draw in rng.random(_PARTNERS):
-            other = int(_choose(cumulative, low + draw * (high - low))) // bins
+            other = min(int(_choose(cumulative, low + draw * (high - low))) // bins, part.stop - 1)
             if self.index.units[other] != self.index.units[family]:
                 return other, int(self.index.draw(np.array([other]), bucket, rng)[0, 1])
         return None

@@ -38,9 +38,9 @@ import command_line
 from benchmarks import counting, roofline
 from benchmarks.roofline import CHIPS, Chip
 from data import files
-from data.sampling import LengthIndex
+from data.pipeline import PairStream
 from evaluation import runs
-from evaluation.alignment import open_families
+from evaluation.alignment import AlignmentTask, open_families
 from ot_attention import UnsupportedError
 from training import sharding
 from training.state import Trainer, abstract_batch
@@ -178,10 +178,8 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
-    families = open_families(config.data.dir, "train")
-    mass = LengthIndex.build(families, config.data.buckets, config.data.pairs_per_family).mass.sum(0)
-    shares = dict(zip(config.data.buckets, (mass / mass.sum()).tolist(), strict=True))
-    mean = sum(share * found[bucket] for bucket, share in shares.items())
+    shares = PairStream(open_families(config.data.dir, "train"), AlignmentTask(config).data()).bucket_shares()
+    mean = sum(share * (found[bucket] or 0) for bucket, share in shares.items())
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 
 

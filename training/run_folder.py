@@ -196,10 +196,12 @@ class MetricsLog:
 
 
 def without_folders(value):
-    """Cut absolute paths in settings to their last part, so that no path leaves the machine."""
+    """Cut absolute paths in settings, alone or in a list, to their last part, so that no path leaves the machine."""
     if isinstance(value, dict):
         return {key: without_folders(one) for key, one in value.items()}
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    return ",".join(PurePath(one).name if PurePath(one).is_absolute() else one for one in value.split(","))
 
 
 def check_wandb(mode: str) -> None:
