@@ -51,6 +51,8 @@ _LONGEST_FIRST = [
     "test_asap",
     "test_certificates",
     "test_training_step",
+    "test_masked",
+    "test_initial",
     "test_sorting",
     "test_compile_asap",
     "test_bench_gpu",

@@ -196,7 +196,7 @@ def test_the_aligner_takes_the_whole_encoder(tmp_path):
 
 def small_run(built, **changes) -> ConfigDict:
     options = {
-        "total_steps": 40, "batch_size": 16, "data.dir": str(built), "data.buckets": (64, 160), "model.width": 16,
+        "total_steps": 40, "batch_size": 16, "data.dir": str(built), "data.buckets": (112,), "model.width": 16,
         "model.depth": 2, "model.kernel": 3, "log.eval_every": 40, "log.eval_pairs": -1, "log.wandb": "disabled",
         "checkpoint.every": 20, "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 2, "optimizer.ema": 0.8,
     }  # fmt: skip

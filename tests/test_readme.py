@@ -49,7 +49,7 @@ def test_options_of_configurations_exist(option):
 @pytest.mark.parametrize("script", sorted({command[0] for command in COMMANDS if command[0].endswith(".py")}))
 def test_flags_exist(script, capsys, monkeypatch):
     if script == "train.py":  # absl's flags can be defined once in a process
-        known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / script).read_text()))
+        known = set(re.findall(r'DEFINE_\w+\(\s*"([\w-]+)"', (ROOT / script).read_text()))
         known = {f"--{name}" for name in known}
     else:
         monkeypatch.setattr(sys, "argv", [script, "--help"])
