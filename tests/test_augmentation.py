@@ -1,6 +1,7 @@
 """data/augmentation.py and data/plan.py: each change in its share of pairs, the same for each host, and right."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,3 +192,10 @@ def test_the_picture_of_a_batch_is_drawn(tmp_path, capsys):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert show_batch.main(["--config=configs/sort_softmax.py"]) == 1
     assert "task='sorting' has no pairs to draw" in capsys.readouterr().err
+
+
+def test_examples_of_one_pair_are_changed_differently():
+    found = examples(stream([make_family("PF1", [50, 50])], noise=1.0, batch_size=16), 1)
+    assert len({example.pair.x.tobytes() for example in found}) > 12
+    rates = [np.mean(a.pair.x != b.pair.x) for a, b in itertools.pairwise(found) if a.id == b.id]
+    assert len(rates) > 2 and min(rates) < np.mean(rates)

@@ -207,7 +207,7 @@ def test_non_finite_loss_stops_before_anything_of_it_is_kept(finished, tmp_path,
         train.train(config, tmp_path)
     told = json.loads((tmp_path / "nonfinite_2.json").read_text())
     assert told["step"] == 2 and not np.isfinite(told["metrics"]["loss"])
-    assert np.shape(told["ids"]) == (4, 3) and np.min(told["ids"]) >= 0
+    assert np.shape(told["ids"]) == (4, 4) and np.min(told["ids"]) >= 0
     assert saved == [0]
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
