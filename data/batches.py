@@ -1,6 +1,6 @@
 """Batches of sequence pairs: their arrays, and the pairs that ids name."""
 
-import functools
+import collections
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
@@ -8,12 +8,14 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from data import vocab
+from data.families import Family
 from data.index import Families
 from data.transforms import NO_TARGET, Pair, pair, sequence, unaligned
 
 PairId = tuple[int, int, int, int]  # family of x, row of x, family of y, row of y
 
-_CACHED_FAMILIES = 512  # decoded records kept, mostly below 50 KB each; reading one takes longer than making its pair
+_CACHED = 2**28  # bytes of decoded records that a process keeps; reading a record takes longer than making its pair
+_OF_A_NAME = 100  # bytes of a row's name
 
 
 class Batch(TypedDict):
@@ -40,7 +42,19 @@ class PairReader:
 
     def __init__(self, families: Families):
         self.families = families
-        self.family = functools.lru_cache(_CACHED_FAMILIES)(families.__getitem__)
+        self._kept: collections.OrderedDict[int, Family] = collections.OrderedDict()  # the latest used last
+        self._bytes = 0
+
+    def family(self, index: int) -> Family:
+        """Return a family. Those used latest are kept, up to `_CACHED` bytes of them."""
+        if index in self._kept:
+            self._kept.move_to_end(index)
+            return self._kept[index]
+        found = self._kept[index] = self.families[index]
+        self._bytes += _size(found)
+        while self._bytes > _CACHED and len(self._kept) > 1:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        return found
 
     def __call__(self, x_family: int, i: int, y_family: int, j: int) -> Pair:
         """Return the pair of an id, unaligned if it is of two families; the empty pair for an id of -1."""
@@ -57,6 +71,10 @@ class PairReader:
 
     def __reduce__(self):
         return PairReader, (self.families,)
+
+
+def _size(family: Family) -> int:
+    return family.alignment.nbytes + _OF_A_NAME * len(family.rows)
 
 
 def assemble(pairs: Sequence[Pair], ids: Int[np.ndarray, "batch 4"], length: int) -> Batch:

@@ -208,7 +208,7 @@ def test_a_data_set_without_the_families_of_a_variant_says_so(finished, tmp_path
     info.write_text(json.dumps(told))
     for split, expected in {
         "negatives": "negatives is made of the families of validation: split 'validation' is empty in .*; it has "
-        "train, test_ood: add families; or take test_ood_negatives$",
+        "train, test_ood: add data; or take test_ood_negatives$",
         "test_iid_flanked": "test_iid_flanked is made of the families of test_iid: split 'test_iid' is empty",
     }.items():
         arguments = [f"--workdir={finished}", f"--data={tmp_path / 'data'}", f"--split={split}"]

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from data import batches
 from data.evaluation_pairs import evaluation_batches
 from data.families import Family
 from data.pipeline import PairStream, PipelineConfig, train_iterator
@@ -283,3 +284,23 @@ def test_default_data_trains_and_evaluates():
         families = open_split(folder, split)
         for batch in evaluation_batches(families, 16, (64, 128, 256, 512), limit=32):
             check_examples(batch, families)
+
+
+def test_a_process_keeps_the_latest_families_up_to_a_number_of_bytes(monkeypatch):
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    families = Counted(FAMILIES)
+    read = batches.PairReader(families)
+    for index in (0, 1, 0, 3, 1, 0):
+        assert read.family(index) is FAMILIES[index]
+    assert families.reads == 3
+    monkeypatch.setattr(batches, "_CACHED", batches._size(FAMILIES[0]) + batches._size(FAMILIES[3]))
+    families.reads, read = 0, batches.PairReader(families)
+    for index in (0, 3, 0, 4, 0, 3):  # 4 takes the place of 3, which was used before 0
+        assert read.family(index) is FAMILIES[index]
+    assert families.reads == 4 and len(read._kept) == 2
