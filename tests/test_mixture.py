@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data import index, mixture
+from data import builds, index, mixture
 from data.families import BadRecordError, Family
 from data.index import SplitIndex
 from data.pipeline import PairStream, PipelineConfig
@@ -188,6 +188,7 @@ def test_an_index_is_kept_beside_the_shards_until_they_change(tmp_path, monkeypa
     for name in ("rows", "identity", "units"):
         np.testing.assert_array_equal(getattr(streams[0].index, name), getattr(streams[1].index, name))
     (stored,) = tmp_path.rglob(".index-*")
+    assert "all 9 files have their checksums" in builds.verify(tmp_path), "the index is no file of the data set"
     stored.write_bytes(stored.read_bytes()[:100])
     SplitIndex.of(mixture.open_split(str(tmp_path), "train").parts[0])
     assert len(calls) == 2, "a damaged index is made again"
