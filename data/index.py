@@ -2,15 +2,17 @@
 
 import dataclasses
 import hashlib
+import json
 import time
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import safetensors.numpy
 from jaxtyping import Float32, Int32, Int64
+from safetensors import SafetensorError, safe_open
 
 from data import files, vocab
 from data.families import BadRecordError, Family
@@ -19,7 +21,7 @@ from data.transforms import IDENTITY_EDGES, identities
 _VERSION = 1  # of the file's content
 _SAMPLED = 64  # pairs of a family, whose identities are measured
 _KEPT_FROM = 2.0  # seconds of counting from which on the result is kept
-_FIELDS = ("lengths", "rows", "units", "unit_names", "identity", "bad")
+_ARRAYS, _TEXTS = ("lengths", "rows", "units", "identity"), ("unit_names", "bad", "content")
 
 
 @runtime_checkable
@@ -94,10 +96,11 @@ class SplitIndex:
 
     def keep(self, path: Path, fingerprint: str) -> None:
         """Write the index; warn if nothing can be written there."""
-        arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in _FIELDS}
+        arrays = {name: np.asarray(getattr(self, name)) for name in _ARRAYS}
+        texts = {name: json.dumps(getattr(self, name)) for name in _TEXTS}
         try:
             with files.finished(path, "wb") as file:
-                np.savez(file, fingerprint=fingerprint, content=self.content, **arrays)
+                file.write(safetensors.numpy.save(arrays, metadata=texts | {"fingerprint": fingerprint}))
         except OSError as error:
             warnings.warn(f"the index of the data cannot be kept, each start counts it again: {error}", stacklevel=3)
 
@@ -134,19 +137,20 @@ def _place(families: Families) -> tuple[Path | None, str]:
     shards = [path.stat() for path in families.shard_paths]
     sums = (families.folder / "SHA256SUMS").read_bytes()
     facts = repr((_VERSION, _SAMPLED, IDENTITY_EDGES, [(shard.st_size, shard.st_mtime_ns) for shard in shards]))
-    return families.folder / f".index-{families.split}.npz", hashlib.sha256(sums + facts.encode()).hexdigest()
+    return families.folder / f".index-{families.split}.safetensors", hashlib.sha256(sums + facts.encode()).hexdigest()
 
 
 def _kept(path: Path, fingerprint: str) -> SplitIndex | None:
     """Read an index; None if there is none, it is damaged, or it is of other shards."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if stored["fingerprint"].item() != fingerprint:
+        with safe_open(path, framework="numpy") as stored:
+            header = stored.metadata() or {}
+            if header["fingerprint"] != fingerprint:
                 return None
-            fields: dict[str, Any] = {name: stored[name] for name in _FIELDS}
-            fields |= {name: tuple(fields[name].tolist()) for name in ("unit_names", "bad")}
-            return SplitIndex(**fields, content=stored["content"].item())
-    except (*files.DAMAGED, ValueError, KeyError, zipfile.BadZipFile):  # what cannot be read is counted again
+            fields: dict[str, Any] = {name: stored.get_tensor(name) for name in _ARRAYS}
+            fields |= {name: json.loads(header[name]) for name in _TEXTS}
+        return SplitIndex(**fields | {name: tuple(fields[name]) for name in ("unit_names", "bad")})
+    except (OSError, ValueError, KeyError, SafetensorError):  # what cannot be read is counted again
         return None
 
 

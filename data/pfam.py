@@ -102,7 +102,7 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
         for place, family in tqdm(placed, desc="Reading families", unit=" families", mininterval=1.0, disable=None):
             records = dict(self.recipe.records(family))
             found = candidate(place, inputs[place[0]], family, tuple(records), clans, self.recipe)
-            pieces[place] = {split: spool.add(to_example(record)) for split, record in records.items()}
+            pieces[place] = {split: spool.add(record) for split, record in records.items()}
             read.update(counts(found))
             candidates.setdefault(family.accession, []).append(found)
         self.report.read = dict(read)
@@ -116,8 +116,8 @@ class Pfam(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, spool: Spool, pieces: list[Piece]) -> Iterator[tuple[str, dict]]:
         for piece in pieces:
-            example = spool.read(piece)
-            yield example["accession"], example
+            family = spool.read(piece)
+            yield family.accession, to_example(family)
 
     def finish(self) -> None:
         """Write the report, and the accessions of all records."""
@@ -185,7 +185,7 @@ class FamilySource:
         self.folder, self.split = folder, split
         self.shards = builds.Shards(folder, split, "alignment")
         self.shard_paths = self.shards.paths
-        self._records = ArrayRecordDataSource(list(map(str, self.shard_paths)))
+        self._records = ArrayRecordDataSource(self.shards.info.file_instructions)  # opens no shard yet
         listed = folder / RECORDS  # data sets of early versions have none
         try:
             self.accessions: list[str] = json.loads(listed.read_text())[split] if listed.exists() else []

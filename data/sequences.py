@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import safetensors.numpy
 import tensorflow_datasets as tfds
 from jaxtyping import Int64, UInt8
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from data import builds, vocab
@@ -24,7 +26,7 @@ from data.builds import REPORT
 from data.families import BadRecordError
 from data.sequence_recipe import SPLITS, Recipe, Report, Sequence, Survey
 
-INDEX = "index.npz"  # by split: lengths of the sequences and sizes of the records, in order; residues; a hash
+INDEX = "index.safetensors"  # by split: lengths of the sequences and sizes of the records, in order; residues; a hash
 PER_RECORD = 64  # sequences
 _MIXED = 4096  # sequences of one split and bucket that are shuffled together before they are put into records
 _CACHED = 256  # records of a split that stay in memory, some 20 KB each
@@ -73,8 +75,7 @@ class Sequences(tfds.core.GeneratorBasedBuilder):
             index = _index(self.as_data_source(split=split))
             arrays |= {f"{split}/{name}": array for name, array in index.items()}
             self.report.records[split] = len(index["sizes"])
-        with (folder / INDEX).open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # as allow_pickle has a name
+        (folder / INDEX).write_bytes(safetensors.numpy.save(arrays))
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(self.report), indent=1) + "\n")
 
 
@@ -95,14 +96,15 @@ class SequenceSource:
         self.folder, self.split = folder, split
         self.shards = builds.Shards(folder, split, "tokens")
         try:
-            with np.load(folder / INDEX) as index:
-                found = {name: index[f"{split}/{name}"] for name in ("lengths", "sizes", "residues", "content")}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            with safe_open(folder / INDEX, framework="numpy") as index:
+                names = ("lengths", "sizes", "residues", "content")
+                found = {name: index.get_tensor(f"{split}/{name}") for name in names}
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / INDEX} cannot be read ({error}); build or copy the data again") from error
         self.lengths: Int64[np.ndarray, " sequences"] = found["lengths"].astype(np.int64)
         self.first: Int64[np.ndarray, " edges"] = np.concatenate([[0], np.cumsum(found["sizes"])])
         self.residues: Int64[np.ndarray, " tokens"] = found["residues"]  # number of each token
-        self.content = str(found["content"])  # hash of all sequences, in order
+        self.content = found["content"].tobytes().decode()  # hash of all sequences, in order
         if len(self.shards) != len(self.first) - 1 or len(self.lengths) != self.first[-1]:
             raise ValueError(f"{folder / INDEX} is of other shards; build or copy the data again")
         self.record = functools.lru_cache(_CACHED)(self._record)
@@ -168,5 +170,5 @@ def _index(records: Iterable[dict]) -> dict[str, np.ndarray]:
         residues += np.bincount(record["tokens"], minlength=vocab.SIZE)
         digest.update(record["lengths"].tobytes() + record["tokens"].tobytes())
     sizes = np.array(list(map(len, lengths)), np.int32)
-    content = np.array(digest.hexdigest()[:16])
+    content = np.frombuffer(digest.hexdigest()[:16].encode(), np.uint8)
     return {"lengths": np.concatenate(lengths), "sizes": sizes, "residues": residues, "content": content}

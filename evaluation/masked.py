@@ -72,7 +72,7 @@ class MaskedResiduesTask(Task):
         def score_one(name: str) -> dict[str, Any]:
             source = self._open(name, options.data_dir)
             batches = tqdm(self._evaluated(source, run.mesh, options.limit), name, unit=" batches", disable=None)
-            found = score(run.params, batches)
+            found = score(run.params, iter(batches))
             model, others = ({who: of["overall"]} for who, of in found.items())
             figures.comparison_bars(model, others, options.pictures / f"{name}.png", title=name)
             return {"splits": found}

@@ -230,7 +230,7 @@ def test_damage_is_found_and_named(folder, capsys):
     with pytest.raises(ValueError, match=r"is of other shards|is not what"):
         open_sequences(data_dir, "train").record(1)
     (found / sequences.INDEX).write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"index\.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"index\.safetensors cannot be read"):
         open_sequences(data_dir, "train")
 
 

@@ -1,5 +1,6 @@
 """Builds say what they read, report no success for nothing, and touch nothing that is not theirs."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -9,12 +10,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import build_folder, builds, pfam, stockholm
 from data.recipe import Recipe
 from data.spool import Spool
 from scripts import build_pfam, split_stockholm
+from tests.support.small_families import FAMILIES
 
 ROWS = ["ACDEFG-h", "XCDEF.GH", "-CDEFGBI"]
 
@@ -80,12 +83,15 @@ def test_an_input_is_read_once(folder, monkeypatch):
 
 def test_records_wait_in_a_file_that_nobody_sees(tmp_path):
     spool = Spool(tmp_path)
-    pieces = [spool.add({"number": n, "text": "x" * 1000 * n}) for n in range(3)]
-    assert [spool.read(piece)["number"] for piece in pieces[::-1]] == [2, 1, 0]
-    later = spool.add({"number": 3})
-    assert spool.read(pieces[1])["text"] == "x" * 1000
-    assert spool.read(later) == {"number": 3}
-    assert max(piece.size for piece in pieces) < 200  # packed
+    families = [dataclasses.replace(family, clan="\xe9\n", insert_states=n == 1) for n, family in enumerate(FAMILIES)]
+    pieces = [spool.add(family) for family in families[:3]]
+    read = [spool.read(piece) for piece in pieces[::-1]]
+    pieces.append(spool.add(families[3]))
+    for family, found in zip(families, [*read[::-1], spool.read(pieces[3])], strict=False):
+        for field in dataclasses.fields(family):
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(family, field.name))
+        assert type(found.rows) is tuple and found.pairs.dtype == np.int32
+    assert pieces[1].size < FAMILIES[1].alignment.size  # packed
     assert list(tmp_path.iterdir()) == []
 
 

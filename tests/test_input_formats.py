@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import pfam, sampling, transforms, vocab
+from data import index, pfam, transforms, vocab
 from data.families import SPLITS, from_alignment, read_clans, ungapped, without_version
 from data.recipe import Recipe, read_families
 from data.stockholm import StockholmError, read
@@ -139,7 +139,7 @@ def test_missing_data_are_gaps_everywhere(tmp_path):
     (family,) = pfam.open_split(tmp_path / "out", "test_ood")
     assert [row.tobytes() for row in family.alignment] == list(rows.values()), "records hold the file as it is"
     assert [ungapped(row) for row in family.alignment] == ["MKVLAAG", "VLAG", "VLAG"]
-    assert sampling.row_lengths(family).tolist() == [7, 4, 4]
+    assert index.row_lengths(family).tolist() == [7, 4, 4]
     assert len(family.pairs) == 3
     for other in (1, 2):
         pair = transforms.pair(family.alignment, 0, other)

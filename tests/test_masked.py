@@ -181,7 +181,7 @@ def test_scores_of_a_model_that_knows_the_answers_and_of_the_composition():
 
 
 def test_the_aligner_takes_the_whole_encoder(tmp_path):
-    """By name and shape, from the configurations that ship."""
+    """Compare names and shapes, from the configurations that ship."""
     shapes = [
         runs.make_trainer(tasks.checked(config.get_config())).abstract_state(runs.local_mesh(1)).params
         for config in (pretrain_config, aligner_config)

@@ -108,7 +108,9 @@ def test_splits_that_cannot_be_scored_are_named_before_the_run_begins(finished, 
     assert not (tmp_path / "new").exists()
     config = sort_sinkhorn.get_config()
     config.log.eval_splits = ("validation", "negatives")
-    with pytest.raises(ValueError, match=r"log\.eval_splits=\('validation', 'negatives'\): allowed is"):
+    with pytest.raises(
+        ValueError, match=r"log\.eval_splits=\('validation', 'negatives'\): allowed are validation, test_iid"
+    ):
         train.train(config, tmp_path / "new")
 
 
