@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,19 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show where an error arose")
         if threads:
             self.add_argument("--threads", type=at_least(1), metavar="N", help="CPU cores to use; default: all")
+
+
+@contextlib.contextmanager
+def warnings_in_lines(program: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show each warning as one line on stderr, or none if `quiet`."""
+
+    def show(message, *_, **__) -> None:
+        if not quiet:
+            print(f"{program}: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 class _Version(argparse.Action):

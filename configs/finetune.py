@@ -1,7 +1,7 @@
 """Continue the aligner that ships on alignments of your own.
 
-    python scripts/build_pfam.py --input mine.sto --every-family --pairs-per-family 200 --out runs/mine
-    python eval.py --weights=weights/aligner.safetensors --data=runs/mine --split=test_iid
+    python scripts/build_pfam.py --input mine.sto --every-family --pairs-per-family 200 --out runs/my_families
+    python eval.py --weights=weights/aligner.safetensors --data=runs/my_families --split=test_iid
     python train.py --config=configs/finetune.py --init-from=weights/aligner.safetensors
     python eval.py --workdir=runs/finetune --split=test_iid
 
@@ -17,7 +17,7 @@ def get_config() -> base.ConfigDict:
         aligner.get_config(),
         {
             "total_steps": 200,
-            "data.dir": "runs/mine",
+            "data.dir": "runs/my_families",
             "data.identity_mass": (),  # pairs as they are
             "data.flanks": 0.0,  # flanks and negatives need families of two clans
             "data.negatives": 0.0,

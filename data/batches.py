@@ -37,6 +37,31 @@ def unbatch(batch: Batch) -> Iterator[tuple[PairId, Pair]]:
             yield tuple(pair_id), Pair(batch["x"][n, x], batch["y"][n, y], batch["target"][n, x])
 
 
+def by_length(
+    ids: Int[np.ndarray, "examples *columns"],
+    lengths: Int[np.ndarray, " examples"],
+    buckets: Sequence[int],
+    batch_size: int,
+    divisible_by: int = 1,
+) -> Iterator[tuple[Int[np.ndarray, "batch *columns"], int]]:
+    """Yield parts of the ids, each with the length that its examples are padded to, shortest bucket first.
+
+    No example is dropped: the largest bucket is doubled until the longest fits. With every doubling the batch is
+    halved, as far as `divisible_by` allows, so that its memory stays the same. The last part of a bucket is filled up
+    with ids of -1, so that a bucket is one compiled shape.
+    """
+    shapes = [(length, batch_size) for length in buckets]
+    while shapes[-1][0] < lengths.max(initial=0):
+        length, size = shapes[-1]
+        shapes.append((2 * length, size if size % (2 * divisible_by) else size // 2))
+    for length, size in shapes:
+        fits = lengths <= length
+        filling = ((0, -int(fits.sum()) % size), *((0, 0),) * (ids.ndim - 1))
+        filled = np.pad(ids[fits], filling, constant_values=-1)
+        yield from ((part, length) for part in filled.reshape(-1, size, *ids.shape[1:]))
+        ids, lengths = ids[~fits], lengths[~fits]
+
+
 class PairReader:
     """Pairs by id, with a cache of decoded families in every process."""
 

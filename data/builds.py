@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -62,6 +63,8 @@ def build(
     build_folder.check_place(out, final, overwrite)
     build_folder.remove_unfinished(growing, name)
     missing = [folder for folder in growing.parents if not folder.exists()]
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         growing.mkdir(parents=True)
         prepared = make(data_dir=str(growing))

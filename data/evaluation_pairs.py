@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from data.batches import Batch, PairId, PairReader, assemble
+from data.batches import Batch, PairId, PairReader, assemble, by_length
 from data.index import Families, readable, row_lengths
 from data.sampling import check_buckets
 from data.transforms import Pair
@@ -27,11 +27,7 @@ def evaluation_batches(
     divisible_by: int = 1,
     max_bad: int = 0,
 ) -> Iterator[Batch]:
-    """Return the fixed evaluation pairs of a split in batches, each pair once, shortest bucket first.
-
-    No pair is dropped: the largest bucket is doubled until the longest pair fits. With every doubling the batch is
-    halved, so that its memory stays the same. The last batch of a bucket is filled up with empty examples (id -1), so
-    that a bucket is one compiled shape.
+    """Return the fixed evaluation pairs of a split in batches, each pair once, as `batches.by_length` divides them.
 
     `variant`: "flanked" adds unrelated residues at ends of these pairs, "negatives" has an unrelated sequence in the
     place of y (data/variants.py). A flanked pair keeps the id of its pair.
@@ -54,12 +50,7 @@ def evaluation_batches(
     if limit is not None:
         ids = ids[_spread(ids, _longer(ids, rows) <= buckets[-1], limit)]
     ids, lengths, read = _of_variant(variant, ids, rows, families)
-    parts = []
-    for length, size in _evaluation_shapes(buckets, int(lengths.max()), batch_size, divisible_by):
-        fits = lengths <= length
-        filled_up = np.pad(ids[fits], ((0, -fits.sum() % size), (0, 0)), constant_values=-1)
-        parts += [(part, length) for part in filled_up.reshape(-1, size, 4)]
-        ids, lengths = ids[~fits], lengths[~fits]
+    parts = list(by_length(ids, lengths, buckets, batch_size, divisible_by))
     return (assemble([read(*i) for i in part.tolist()], part, length) for part, length in parts)
 
 
@@ -121,13 +112,3 @@ def _spread(ids: Ids, allowed: Bool[np.ndarray, " pairs"], limit: int) -> Int64[
     _, first, count = np.unique(ids[shuffled, 0], return_index=True, return_counts=True)
     turn = np.arange(len(shuffled)) - np.repeat(first, count)
     return np.sort(shuffled[np.lexsort((rng.random(len(turn)), turn))[:limit]])
-
-
-def _evaluation_shapes(buckets: Sequence[int], longest: int, batch_size: int, divisor: int) -> Iterator[tuple]:
-    """Yield length and batch size of every bucket, up to one that holds `longest`."""
-    yield from ((length, batch_size) for length in buckets)
-    length = buckets[-1]
-    while length < longest:
-        length *= 2
-        batch_size = batch_size if batch_size % (2 * divisor) else batch_size // 2
-        yield length, batch_size

@@ -1,4 +1,8 @@
-"""Read the records of FASTA files one after the other, plain or packed; never a whole file."""
+"""Read the records of FASTA files one after the other, plain or packed; never a whole file.
+
+Biopython's SimpleFastaParser is not used: it neither bounds the memory of a record nor names what another file is.
+alignment/sequences.py reads whole files, of PIR too, for alignments that a person waits for.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple

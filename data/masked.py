@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64, UInt8
 
 from data import vocab
+from data.batches import by_length
 from data.iterator import Stream, shard_rows
 from data.sequences import SequenceSource
 from data.settings import BATCH_SIZE, SEED, Folder, Integer, Lengths, Section
@@ -102,11 +103,10 @@ def evaluation_batches(
     limit: int | None = None,
     divisible_by: int = 1,
 ) -> Iterator[SequenceBatch]:
-    """Yield the sequences of a split, each once and whole, shortest bucket first.
+    """Yield the sequences of a split, each once and whole, as `batches.by_length` divides them.
 
-    The largest bucket is doubled until the longest sequence fits. With every doubling the batch is halved, as far as
-    `divisible_by` allows. The last batch of a bucket is filled up with empty examples. `limit` is the most sequences,
-    the same ones every time, of those that fit into the given buckets. Raises ValueError if none does.
+    `limit` is the most sequences, the same ones every time, of those that fit into the given buckets. Raises ValueError
+    if none does.
     """
     ids = np.arange(len(source))
     if limit is not None:
@@ -114,15 +114,8 @@ def evaluation_batches(
         if not len(fitting):
             raise ValueError(f"buckets: no sequence of the split fits the largest, {buckets[-1]}; give larger buckets")
         ids = np.sort(np.random.default_rng(0).permutation(fitting)[:limit])
-    shapes = [(length, batch_size) for length in buckets]
-    while shapes[-1][0] < source.lengths[ids].max():
-        length, size = shapes[-1]
-        shapes.append((2 * length, size if size % (2 * divisible_by) else size // 2))
-    for length, size in shapes:
-        fits = source.lengths[ids] <= length
-        for part in _parts(ids[fits], size):
-            yield assemble([source[n] if n >= 0 else np.zeros(0, np.uint8) for n in part.tolist()], part, length)
-        ids = ids[~fits]
+    for part, length in by_length(ids, source.lengths[ids], buckets, batch_size, divisible_by):
+        yield assemble([source[n] if n >= 0 else np.zeros(0, np.uint8) for n in part.tolist()], part, length)
 
 
 def assemble(sequences: list[UInt8[np.ndarray, " _"]], ids: Int64[np.ndarray, " batch"], longest: int) -> SequenceBatch:
@@ -137,8 +130,3 @@ def assemble(sequences: list[UInt8[np.ndarray, " _"]], ids: Int64[np.ndarray, " 
 def _window(tokens: UInt8[np.ndarray, " length"], longest: int, draw: float) -> UInt8[np.ndarray, " _"]:
     start = int(draw * (max(len(tokens) - longest, 0) + 1))
     return tokens[start : start + longest]
-
-
-def _parts(ids: Int64[np.ndarray, " sequences"], size: int) -> Iterator[Int64[np.ndarray, " batch"]]:
-    filled = np.pad(ids, (0, -len(ids) % size), constant_values=-1)
-    yield from filled.reshape(-1, size)

@@ -8,7 +8,7 @@ for any number of worker processes, hosts or restarts.
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -17,33 +17,14 @@ from data.augmentation import NO_ENDS, Cut, Ends, Shares, stretch
 from data.batches import Batch, PairId, PairReader, assemble
 from data.index import Families
 from data.iterator import BatchIterator, Stream, shard_rows
-from data.plan import Plan, Planner
+from data.plan import PipelineConfig, Plan, Planner
 from data.sampling import LengthIndex
-from data.settings import BATCH_SIZE, MOST, SEED, BinShares, Integer, Lengths, Section
+from data.settings import MOST
 from data.transforms import IDENTITY_EDGES, NO_TARGET, Pair, Tokens, identities
 
 _AT_ONCE = 8  # candidates whose identities are computed together
 _TRIED = 3  # donors of a flank, until one is long enough
 _UNUSED = np.random.default_rng(0)  # where nothing is drawn; to make a generator takes as long as to make a pair
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineConfig(Shares, Section):
-    """Settings of the training batches. `workers` and `prefetch` do not change the batches."""
-
-    name: ClassVar[str] = "data"
-
-    # ascending; a pair is padded to the first that holds both sequences
-    buckets: Annotated[Sequence[int], Lengths()] = (64, 128, 192, 256, 384)
-    batch_size: Annotated[int, BATCH_SIZE] = 64  # pairs a step, over all hosts
-    seed: Annotated[int, SEED] = 0  # of everything that is drawn
-    # largest weight of a family; below, a family weighs as much as it has pairs
-    pairs_per_family: Annotated[int, Integer(1, or_all=True)] = 100
-    # shares of the pairs in the bins of IDENTITY_EDGES; none for the shares that the families have
-    identity_mass: Annotated[Sequence[float], BinShares(len(IDENTITY_EDGES) + 1)] = ()
-    workers: Annotated[int, Integer(0, 1024)] = 0  # processes that make batches; 0 for a thread
-    prefetch: Annotated[int, Integer(1, 1 << 16)] = 4  # batches made ahead, by each worker
-    max_bad_records: Annotated[int, Integer()] = 0  # damaged records that may be left out; one more is an error
 
 
 class Example(NamedTuple):

@@ -1,13 +1,17 @@
 """Choices for a whole training batch, made from seed and step before any record is read."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64
 
-from data.augmentation import MOST_NOISE, NO_ENDS, Changes, Ends, FlankLengths
+from data.augmentation import MOST_NOISE, NO_ENDS, Changes, Ends, FlankLengths, Shares
 from data.sampling import LengthIndex
+from data.settings import BATCH_SIZE, SEED, BinShares, Integer, Lengths, Section
+from data.transforms import IDENTITY_EDGES
 
 _ATTEMPTS = 4  # candidates of an example, in case that the first have no aligned residue
 _ATTEMPTS_BY_IDENTITY = 32  # the same where the identity has to fall into a bin
@@ -15,6 +19,25 @@ _PARTNERS = 20  # draws of a second family before a negative pair is given up
 _DONORS = 8  # families that the flanks of a batch are cut from; one for each flank would take as long as all pairs
 
 Cumulative = Float64[np.ndarray, " choices"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig(Shares, Section):
+    """Settings of the training batches. `workers` and `prefetch` do not change the batches."""
+
+    name: ClassVar[str] = "data"
+
+    # ascending; a pair is padded to the first that holds both sequences
+    buckets: Annotated[Sequence[int], Lengths()] = (64, 128, 192, 256, 384)
+    batch_size: Annotated[int, BATCH_SIZE] = 64  # pairs a step, over all hosts
+    seed: Annotated[int, SEED] = 0  # of everything that is drawn
+    # largest weight of a family; below, a family weighs as much as it has pairs
+    pairs_per_family: Annotated[int, Integer(1, or_all=True)] = 100
+    # shares of the pairs in the bins of IDENTITY_EDGES; none for the shares that the families have
+    identity_mass: Annotated[Sequence[float], BinShares(len(IDENTITY_EDGES) + 1)] = ()
+    workers: Annotated[int, Integer(0, 1024)] = 0  # processes that make batches; 0 for a thread
+    prefetch: Annotated[int, Integer(1, 1 << 16)] = 4  # batches made ahead, by each worker
+    max_bad_records: Annotated[int, Integer()] = 0  # damaged records that may be left out; one more is an error
 
 
 class Plan(NamedTuple):
@@ -30,7 +53,7 @@ class Plan(NamedTuple):
 class Planner:
     """Draws of the plans, by the mass of families, buckets and identity bins."""
 
-    def __init__(self, index: LengthIndex, config: Any):
+    def __init__(self, index: LengthIndex, config: PipelineConfig):
         self.index, self.config = index, config
         self.mass = index.by_identity(config.identity_mass) if config.identity_mass else index.mass
         self._flanks = FlankLengths(config.buckets)

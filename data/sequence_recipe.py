@@ -200,9 +200,7 @@ def read_clusters(path: str) -> dict[str, str]:
                 if not line.strip():
                     continue
                 if len(fields) != 2 or not all(fields):
-                    raise ValueError(
-                        f"{name}, line {number}: expected 'representative<tab>member', found {line[:60]!r}"
-                    )
+                    raise ValueError(f"{name}, line {number}: expected {_COLUMNS}, found {line[:60]!r}")
                 if clusters.setdefault(fields[1], fields[0]) != fields[0]:
                     raise ValueError(f"{name}, line {number}: {fields[1]!r} is a member of two clusters")
     except DAMAGED as error:

@@ -61,6 +61,7 @@ class AlignmentTask(Task):
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         splits, model = self._eval_splits(), scoring.pretrained(trainer, mesh)
         data_dir, limit = self.config.data.dir, limit_of(self.config)
+        mixture.entries(data_dir)  # whose errors are not of `log.eval_splits`
         try:
             found = {name: self._open(data_dir, name, mesh) for name in splits}
             samples = {name: (families, list(map(list, batches(limit)))) for name, (families, batches) in found.items()}

@@ -71,13 +71,7 @@ class _Work(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     args = _parse(argv)
-
-    def show(message, *_, **__) -> None:
-        if not args.quiet:
-            print(f"align.py: warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
+    with command_line.warnings_in_lines("align.py", quiet=args.quiet):
         return command_line.run("align.py", lambda: _run(args), debug=args.debug, threads=args.threads)
 
 

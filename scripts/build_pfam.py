@@ -5,7 +5,7 @@ Examples:
   python scripts/build_pfam.py --release 37.0 --out runs/pfam37
   python scripts/build_pfam.py --verify runs/pfam37
   python scripts/build_pfam.py --input homstrad.sto.gz --evaluation-only --pairs-per-family 5 --out runs/homstrad
-  python scripts/build_pfam.py --input mine.sto --every-family --out runs/mine
+  python scripts/build_pfam.py --input mine.sto --every-family --out runs/my_families
   python scripts/build_pfam.py --input parts/* --clans Pfam-A.clans.tsv.gz --insert-states --max-rows 2000 \\
       --out runs/full --beam --beam-options --runner=DirectRunner --direct_num_workers=8
 """
@@ -14,9 +14,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-import warnings
-
-import tensorflow_datasets as tfds
 
 import command_line
 from data.builds import verify
@@ -40,10 +37,7 @@ def work(args: argparse.Namespace) -> None:
         return
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
     options = {"overwrite": args.overwrite, "download_dir": args.download_dir, **engine(args)}
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    with command_line.warnings_in_lines(PROGRAM):
         report = build(recipe, args.out, **options)
     show(report, recipe, args.out)
 

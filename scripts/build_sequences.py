@@ -12,9 +12,6 @@ each sequence otherwise. The same sequence is kept once. Longer sequences than t
 import argparse
 import dataclasses
 import sys
-import warnings
-
-import tensorflow_datasets as tfds
 
 import command_line
 from data.builds import verify
@@ -37,10 +34,7 @@ def work(args: argparse.Namespace) -> None:
         print(verify(args.verify))
         return
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    with command_line.warnings_in_lines(PROGRAM):
         report = build(recipe, args.out, overwrite=args.overwrite)
     show(report, args.out)
 

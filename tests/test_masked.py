@@ -1,5 +1,6 @@
 """Masked residues: batches of sequences, what is hidden of them, the scores, and a run that an aligner begins from."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -76,6 +77,13 @@ def test_batches_are_the_same_for_any_hosts_and_after_pickling(source):
     largest = stream.largest()
     assert largest["x"].shape == (12, 100) and largest.keys() == whole.keys()
     assert stream.content == source.content != open_sequences(source.folder, "validation").content
+
+
+def test_other_records_of_the_same_sequences_are_another_stream(source):
+    """A batch draws records: the same sequences in other records are drawn otherwise."""
+    regrouped = copy.copy(source)
+    regrouped.first = np.delete(source.first, 1)
+    assert SequenceStream(regrouped, CONFIG).fingerprint() != SequenceStream(source, CONFIG).fingerprint()
 
 
 def test_every_sequence_is_as_likely_as_another(source):
