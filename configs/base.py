@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
                 "dilations": 4,  # of the convolutions, in turn: 1, 2, 4, 8, and again
                 "heads": 4,  # of the self-attention
                 "attention_every": 3,  # blocks between layers of self-attention; 0 for none
+                "residual_scale": 1.0,  # of the untrained convolution blocks' outputs
                 "plan_width": 64,  # of queries and keys of the plan
                 "plan_gain": 1.0,  # scale of the untrained projection to them; below 1, scores begin beside a prior
                 "value_width": 64,  # of what the plan carries from y to x

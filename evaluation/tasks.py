@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from evaluation.alignment import AlignmentTask
 from evaluation.masked import MaskedResiduesTask
+from evaluation.pair_task import PairTask
 from evaluation.sorting import SortingTask
 from evaluation.task import Task
 
@@ -43,5 +44,5 @@ def checked(config: ConfigDict) -> ConfigDict:
 
 
 def _kind_of(settings: Any) -> "type[Task]":
-    kinds = {"sorting": SortingTask, "masked_residues": MaskedResiduesTask}
+    kinds = {"pair_hmm": PairTask, "sorting": SortingTask, "masked_residues": MaskedResiduesTask}
     return kinds.get(str(settings.get("task")), AlignmentTask)  # another name is refused by RunConfig

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from data import vocab
-from data.settings import Choice, Integer, Section
+from data.settings import Choice, Integer, Number, Section
 from models import attention
 from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, SinkhornSpec
 
@@ -29,6 +29,7 @@ class EncoderConfig(Section):
     attention_every: Annotated[int, Integer()] = 3
     implementation: Annotated[str, Choice(("auto", *get_args(Implementation)))] = "auto"
     dtype: Annotated[str, Choice(("float32", "bfloat16"))] = "float32"
+    residual_scale: Annotated[float, Number(open_least=True)] = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,7 +44,8 @@ class ConvolutionBlock(nnx.Module):
         width, dtype = config.width, jnp.dtype(config.dtype)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.mix = nnx.Conv(width, width, (config.kernel,), kernel_dilation=(dilation,), dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        spread = nnx.initializers.variance_scaling(config.residual_scale**2, "fan_in", "truncated_normal")
+        self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=spread, rngs=rngs)
 
     def __call__(self, h: Features, real: Float[Array, "batch length 1"]) -> Features:
         return h + self.out(nnx.gelu(self.mix(self.norm(h) * real)))

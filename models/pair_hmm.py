@@ -1,268 +1,274 @@
-"""The pair HMM with affine gaps (Durbin et al. 1998, chapter 4), for training and for alignment.
+"""The pair HMM with two affine gap states (Durbin et al. 1998, chapter 4; ProbCons, Do et al. 2005).
 
-A transport plan P has no order and no gaps. The HMM turns it into a distribution over monotone alignments: a match of
-residues i and j weighs `sharpness log P_ij + match` nats, and a gap of any length costs `opening` nats. At the ends of
-a sequence it may cost less (docs/math.md, section 9). The weight of an alignment is the product of its matches and
-gaps. Where residues of both sequences are unaligned, the residues of y come first, so that each alignment counts once.
+A monotone alignment weighs the product of its matches and gaps. A match of residues i and j weighs `log_weight[i, j]`
+nats. A gap of k residues between two matches costs `opening + (k - 1) extension` nats in one of two states: in one
+short gaps are cheap, in the other long ones. An overhang before the first or behind the last match has a price of its
+own, which depends on the mode (`Mode`). Where residues of both sequences are unaligned, the residues of y come first,
+so that each alignment counts once. The empty alignment has two overhangs, x and y.
 
-Matches are possible in windows only: `width` columns of each row, from its column `first` on. First columns never fall
-from one row to the next. An alignment that has left a window to the left therefore matches nothing again, and to the
-right of a window all nodes of a row weigh the same. One node stands for them, and work and memory are rows x width.
+The work goes along antidiagonals i + j = d, whose cells depend on earlier ones only: each step is elementwise over a
+batch and its lanes. Lane k of antidiagonal d is row `first[d] + k`. Without `first`, lane k is row k, and all pairs of
+residues are computed; with it, lanes are a band around a path, wherever the path leads (docs/math.md, section 9).
 
-Weights are logarithms: weights of one row may differ by hundreds of nats, where a domain occurs twice for example, and
-float32 would lose those that match late. Sums along a row still add exponentials, in blocks of columns that are too
-short to differ much, by a product with a triangular matrix: four times faster than `jax.lax.cumlogsumexp`.
+Weights of paths differ by hundreds of nats, where a domain occurs twice for example, and float32 would lose those that
+match late. Each cell therefore holds its states as float32 with an exponent of its own, a power of two. Sums need no
+logarithms: four times faster than `logaddexp`. Derivatives come from automatic differentiation: by match weights they
+are posterior probabilities, by gap costs expected numbers of gaps (the forward-backward algorithm).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 LOG_ZERO = -1e30  # logarithm of 0: finite, so that differences and derivatives are finite
-# `exp` of float32 reaches from -147 nats to 83 nats below and above the largest weight of a block, less this room.
-_BLOCK, _ROOM = 16, 60.0
-_SMALLEST = 1e-37
+_LN2 = 0.6931471805599453
+_NOTHING = -(1 << 28)  # exponent of a cell that nothing leads to
+
+Mode = Literal["global", "glocal", "local"]  # overhangs cost as gaps; `terminal` nats each; nothing
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 Lengths = Int[Array, " batch"]
-Weights = Float[Array, "batch rows width"]
-Firsts = Int[Array, "batch rows"]
-Target = Int[Array, "batch x_length"]
+LaneWeights = Float[Array, "diagonals batch lanes"]
+First = Int[Array, "diagonals batch"]
 AllPairs = Float[Array, "batch x_length y_length"]
-Scalar = Float[Array, ""]
+Target = Int[Array, "batch x_length"]
+Offsets = Float[Array, "batch length"]
 
 
-class GapModel(nnx.Module):
-    """Learned sharpness, match and opening; sharpness and opening stay above 0.
+class Gaps(NamedTuple):
+    """Costs of gaps in nats, above 0.
 
-    They start where the plan of BLOSUM62 alone aligns best (docs/aligner.md).
+    x_offset, y_offset: Added to the cost of opening a gap at a residue that is unaligned, in both states; or None.
     """
 
-    def __init__(self):
-        self.log_sharpness = nnx.Param(jnp.log(0.9))
-        self.match = nnx.Param(jnp.asarray(5.2))
-        self.log_opening = nnx.Param(jnp.log(4.5))
-
-    def __call__(self) -> Float[Array, "3"]:
-        """Return sharpness, match and opening; the last two are in nats."""
-        return jnp.stack([jnp.exp(self.log_sharpness[...]), self.match[...], jnp.exp(self.log_opening[...])])
+    opening: Float[Array, "2"]  # of short gaps, of long gaps
+    extension: Float[Array, "2"]
+    terminal: Float[Array, ""]  # of an overhang of any length, in mode glocal
+    x_offset: Float[Array, "batch x_length"] | None = None
+    y_offset: Float[Array, "batch y_length"] | None = None
 
 
-class Prefixes(NamedTuple):
-    """Log-weights of everything that precedes each pair, and of all alignments.
+class Problem(NamedTuple):
+    """Match weights of a batch by lanes, in nats; `LOG_ZERO` for none and beyond the lengths."""
 
-    before: Less `scale` of the row. Scales are integers, so that their sums are exact at any length.
-    total: Less `total_scale`.
-    """
-
-    before: Weights
-    scale: Float[Array, "batch rows"]
-    total: Float[Array, " batch"]
-    total_scale: Float[Array, " batch"]
+    log_weight: LaneWeights
+    first: First | None  # row of lane 0; from one antidiagonal to the next it rises by at most 1
+    x_lengths: Lengths
+    y_lengths: Lengths
 
 
-class _Paths(NamedTuple):
-    """All alignments between two nodes. A node (i, j) lies before row i and column j."""
+class _Cells(NamedTuple):
+    """Weights of the alignments that end at each cell of an antidiagonal, by state, over 2 to the `exponent`."""
 
-    log_weight: Weights
-    first: Firsts | None  # None: each row holds all columns
-    start: Int[Array, "batch 2"]
-    end: Int[Array, "batch 2"]
-
-    @classmethod
-    def of_pairs(cls, log_weight, first, *lengths) -> "_Paths":
-        end = jnp.stack(lengths, 1)
-        return cls(log_weight, first, jnp.zeros_like(end), end)
-
-    def reversed(self, columns: int) -> "_Paths":
-        """Return the same alignments with rows and columns in reverse order; `columns` is the padded length of y."""
-        log_weight, first, start, end = self
-        _, rows, width = log_weight.shape
-        size = jnp.array([rows, columns])
-        first = None if first is None else columns - width - first[:, ::-1]
-        return _Paths(log_weight[:, ::-1, ::-1], first, size - end, size - start)
+    match: Float[Array, "batch lanes"]
+    y_gap: Float[Array, "2 batch lanes"]
+    x_gap: Float[Array, "2 batch lanes"]
+    exponent: Int[Array, "batch lanes"]
 
 
-class _States(NamedTuple):
-    """Log-weights that lead to the nodes of a row's window and to one node right of it, by the state of the HMM."""
+class _Scaled(NamedTuple):
+    """Numbers over 2 to the `exponent`."""
 
-    match_or_y: Float[Array, "batch nodes"]  # the last step is a match or an unaligned residue of y
-    x: Float[Array, "batch nodes"]  # the last step is an unaligned residue of x
+    value: Float[Array, "batch lanes"]
+    exponent: Int[Array, "batch lanes"]
+
+
+def of_all_pairs(log_weight: AllPairs, x_lengths: Lengths, y_lengths: Lengths) -> Problem:
+    """Make the problem of all pairs of residues."""
+    inside = (jnp.arange(log_weight.shape[1]) < x_lengths[:, None])[:, :, None]
+    inside &= (jnp.arange(log_weight.shape[2]) < y_lengths[:, None])[:, None, :]
+    return Problem(skewed(jnp.where(inside, log_weight, LOG_ZERO), LOG_ZERO), None, x_lengths, y_lengths)
+
+
+def skewed(pairs: AllPairs, fill: float) -> LaneWeights:
+    """Turn rows and columns into antidiagonals and lanes; lanes that are no pair get `fill`."""
+    batch, rows, columns = pairs.shape
+    wide = jnp.pad(pairs, ((0, 0), (0, 0), (0, rows)), constant_values=fill).reshape(batch, -1)
+    # Rows that are one shorter begin one place further right each.
+    turned = wide[:, : rows * (columns + rows - 1)].reshape(batch, rows, columns + rows - 1)
+    return jax.lax.optimization_barrier(turned).transpose(2, 0, 1)
+
+
+def unskewed(lanes: LaneWeights, columns: int) -> AllPairs:
+    """Turn antidiagonals and lanes back into rows and columns, where lanes are rows."""
+    _, batch, rows = lanes.shape
+    turned = jax.lax.optimization_barrier(lanes.transpose(1, 2, 0)).reshape(batch, -1)
+    wide = jnp.pad(turned, ((0, 0), (0, rows))).reshape(batch, rows, columns + rows)
+    return wide[:, :, :columns]
 
 
 def negative_log_likelihood(
-    log_plan: AllPairs, target: Target, x_lengths: Lengths, y_lengths: Lengths, gaps: Float[Array, "3"]
+    log_weight: AllPairs, target: Target, x_lengths: Lengths, y_lengths: Lengths, gaps: Gaps, mode: Mode = "glocal"
 ) -> Float[Array, " batch"]:
-    """Compute the nats of each reference alignment, of which only matches within the plan's band count.
+    """Compute the nats of each reference alignment, which may be empty.
 
-    `log_plan` is minus infinity outside the band, and anything beyond the lengths. `target` is the column that each row
-    is aligned to, negative for none. `gaps` are sharpness, match and opening, as `GapModel` returns them.
+    `target` is the column that each row is aligned to, negative for none.
     """
-    sharpness, match, opening = gaps
-    inside = jnp.isfinite(log_plan)
-    inside &= (jnp.arange(log_plan.shape[1]) < x_lengths[:, None])[:, :, None]
-    inside &= (jnp.arange(log_plan.shape[2]) < y_lengths[:, None])[:, None, :]
-    log_weight = jnp.where(inside, sharpness * jnp.where(inside, log_plan, 0) + match, LOG_ZERO)
-    at_target = jnp.take_along_axis(log_weight, jnp.maximum(target, 0)[..., None], axis=2)[..., 0]
-    aligned = (target >= 0) & (at_target > LOG_ZERO / 2)
-    matches = jnp.where(aligned, at_target, 0).sum(1)
-    openings = _gap_count(jnp.where(aligned, target, -1), x_lengths, y_lengths)
-    return log_partition(log_weight, x_lengths, y_lengths, opening) - matches + opening * openings
+    problem = of_all_pairs(log_weight, x_lengths, y_lengths)
+    reference = log_weight_of(log_weight, target, x_lengths, y_lengths, gaps, mode)
+    return log_partition(problem, gaps, mode) - reference
 
 
-@jax.custom_vjp
-def log_partition(
-    log_weight: AllPairs, x_lengths: Lengths, y_lengths: Lengths, opening: Scalar
+def log_weight_of(
+    log_weight: AllPairs, target: Target, x_lengths: Lengths, y_lengths: Lengths, gaps: Gaps, mode: Mode = "glocal"
 ) -> Float[Array, " batch"]:
-    """Compute the logarithm of the summed weights of all alignments of each pair.
-
-    Arguments are as in `posterior`; a gap at an end costs `opening` too. The derivative by the weight of a match is its
-    posterior, which the forward and the backward pass compute; automatic differentiation would keep every step of every
-    row.
-    """
-    prefixes = _forward_pass(_Paths.of_pairs(log_weight, None, x_lengths, y_lengths), opening, opening)
-    return prefixes.total + prefixes.total_scale
-
-
-def _partition_forward(log_weight, x_lengths, y_lengths, opening):
-    paths = _Paths.of_pairs(log_weight, None, x_lengths, y_lengths)
-    prefixes, slopes = jax.jvp(lambda o: _forward_pass(paths, o, o), (opening,), (jnp.ones_like(opening),))
-    return prefixes.total + prefixes.total_scale, (paths, opening, prefixes, slopes.total)
-
-
-def _partition_backward(residuals, cotangent):
-    paths, opening, prefixes, slope = residuals
-    suffixes = _forward_pass(paths.reversed(paths.log_weight.shape[2]), opening, opening)
-    match = _match_posterior(paths.log_weight, prefixes, suffixes)
-    return match * cotangent[:, None, None], None, None, (slope * cotangent).sum()
-
-
-log_partition.defvjp(_partition_forward, _partition_backward)
-
-
-def posterior(
-    log_weight: Weights,
-    first: Firsts | None,
-    x_lengths: Lengths,
-    y_lengths: Lengths,
-    gap_costs: tuple[Scalar, Scalar],
-    columns: int,
-) -> Weights:
-    """Compute the probability that each pair of residues is aligned (forward-backward algorithm).
-
-    `log_weight` holds weights of matches in nats, `LOG_ZERO` for none and beyond the lengths; `first` the first column
-    of each row's window, as `rising` makes them, or None if each row holds all columns. `gap_costs` are the nats of a
-    gap between matches, and of a gap at an end. `columns` is the padded length of y.
-    """
-    paths = _Paths.of_pairs(log_weight, first, x_lengths, y_lengths)
-    both_ways = jax.tree.map(lambda *pair: jnp.concatenate(pair), paths, paths.reversed(columns))
-    prefixes, suffixes = zip(*(jnp.split(x, 2) for x in _forward_pass(both_ways, *gap_costs)), strict=True)
-    return _match_posterior(log_weight, Prefixes(*prefixes), Prefixes(*suffixes))
-
-
-def rising(first: Firsts, y_lengths: Lengths) -> Firsts:
-    """Make first columns that never fall and lie within y, from windows that hold nothing where they do not."""
-    return jax.lax.cummax(jnp.minimum(first, jnp.maximum(y_lengths - 1, 0)[:, None]), axis=1)
-
-
-def shifted(nodes: Array, by: Lengths) -> Array:
-    """Move windows `by` nodes to the right; the last node of a window stands for all nodes that follow."""
-    last = nodes.shape[1] - 1
-    place = jnp.minimum(jnp.arange(last + 1) + by[:, None], last)
-    return jnp.take_along_axis(nodes, place, axis=1, mode="promise_in_bounds")
-
-
-def _match_posterior(log_weight: Weights, before: Prefixes, after: Prefixes) -> Weights:
-    """Compute the posterior from prefixes, and from suffixes in reverse order."""
-    scale = before.scale + after.scale[:, ::-1] - before.total_scale[:, None] - before.total[:, None]
-    return jnp.exp(jnp.minimum(before.before + log_weight + after.before[:, ::-1, ::-1] + scale[:, :, None], 0))
-
-
-def _forward_pass(paths: _Paths, opening: Scalar, terminal: Scalar) -> Prefixes:
-    """Sum the weights of all alignments row by row. The start must not lie right of its row's window.
-
-    A gap costs `opening` nats between two matches, `terminal` before the first and after the last.
-    """
-    batch, rows, width = paths.log_weight.shape
-    # One row more, without matches: its nodes follow the last row.
-    log_weight = jnp.pad(paths.log_weight, ((0, 0), (0, 1), (0, 0)), constant_values=LOG_ZERO)
-    first = jnp.zeros((batch, rows), jnp.int32) if paths.first is None else paths.first
-    first = jnp.pad(first, ((0, 0), (0, 1)), mode="edge")
-    barrier = jax.lax.optimization_barrier  # or XLA recomputes, for every use, what is cheap but used often
-
-    def step(carry, row):
-        states, scale = carry
-        i, weight, begin, by = row
-        if paths.first is not None:
-            states = barrier(_States(*(shifted(x, by) for x in states)))
-        states = barrier(_entered(states, paths.start, i, begin, terminal))
-        every = barrier(_log_add(*states))
-        top = jax.lax.stop_gradient(jnp.round(every.max(axis=1, keepdims=True)))
-        top = jnp.where(top > LOG_ZERO / 2, top, 0)
-        before, scale = (every - top)[:, :width], scale + top[:, 0]
-        first_gap = jnp.where(paths.start[:, :1] == i, terminal, opening)
-        x = _log_add(states.match_or_y - top - first_gap, states.x - top)
-        matched = before + weight
-        y_overhangs = begin[:, None] + jnp.arange(1, width + 1) < paths.end[:, 1:]
-        overhangs = y_overhangs.astype(matched.dtype) + (i + 1 < paths.end[:, :1])
-        last = jax.nn.logsumexp(matched - terminal * overhangs, axis=1)
-        states = _States(_match_then_gap(matched, opening), x)
-        return (states, scale), (before, scale, last)
-
-    nothing = jnp.full((batch, width + 2), LOG_ZERO)
-    by = jnp.diff(first, axis=1, prepend=first[:, :1])
-    per_row = jnp.arange(rows + 1), log_weight.swapaxes(0, 1), first.T, by.T
-    _, (before, scale, last) = jax.lax.scan(step, (_States(nothing, nothing), jnp.zeros(batch)), per_row)
-    # An alignment ends with its last match and the overhangs behind it, or has no match at all.
-    no_match = -terminal * (paths.end > paths.start).sum(axis=1)
-    total_scale = jax.lax.stop_gradient(jnp.maximum((scale + jnp.round(last)).max(axis=0), 0))
-    total = jax.nn.logsumexp(jnp.concatenate([scale - total_scale + last, (no_match - total_scale)[None]]), axis=0)
-    return Prefixes(before[:rows].swapaxes(0, 1), scale[:rows].T, total, total_scale)
-
-
-def _entered(states: _States, start, row: Int[Array, ""], begin: Lengths, terminal) -> _States:
-    """Enter alignments at their start, and at the nodes right of it by a gap, where they start in this row."""
-    place, here = begin[:, None] + jnp.arange(states.x.shape[1]), start[:, 1:]
-    entering = jnp.where(place == here, 0, jnp.where(place > here, -terminal, LOG_ZERO))
-    starts = start[:, :1] == row
-    return _States(jnp.where(starts, entering, states.match_or_y), jnp.where(starts, LOG_ZERO, states.x))
-
-
-def _match_then_gap(log_match: Float[Array, "batch width"], opening) -> Float[Array, "batch width+2"]:
-    """Sum what ends at each node with a match, or with unaligned residues of y after a match to the left."""
-    batch, width = log_match.shape
-    blocks = -(-(width + 2) // _BLOCK)
-    matched = jnp.pad(log_match, ((0, 0), (1, blocks * _BLOCK - width - 1)), constant_values=LOG_ZERO)
-    barrier = jax.lax.optimization_barrier
-    matched = barrier(matched.reshape(-1, _BLOCK).T)  # blocks side by side: sums and maxima of whole vectors
-    top = jax.lax.stop_gradient(jnp.maximum(matched.max(axis=0), LOG_ZERO))
-    weight = barrier(jnp.exp(matched - top + _ROOM))
-    ones = jnp.ones((_BLOCK, _BLOCK))
-    within = jnp.concatenate([jnp.eye(_BLOCK) + jnp.exp(-opening) * jnp.tril(ones, -1), ones[:1]])
-    sums = jnp.matmul(within, weight, precision="highest")
-    of_block = (top - _ROOM + jnp.log(jnp.maximum(sums[_BLOCK], _SMALLEST))).reshape(batch, blocks)
-    left = jax.lax.associative_scan(_log_add, of_block[:, :-1], axis=1)
-    left = jnp.pad(left, ((0, 0), (1, 0)), constant_values=LOG_ZERO).reshape(-1) - opening
-    scale = jax.lax.stop_gradient(jnp.maximum(top, left))
-    own, others, scale = barrier((jnp.exp(top - scale), jnp.exp(left - scale + _ROOM), scale))
-    total = barrier(scale - _ROOM + jnp.log(jnp.maximum(sums[:_BLOCK] * own + others, _SMALLEST)))
-    return total.T.reshape(batch, -1)[:, : width + 2]
-
-
-def _log_add(a: Array, b: Array) -> Array:
-    """Compute logaddexp of finite numbers to float32's digits of 1: twice as fast as `jnp.logaddexp`."""
-    return jnp.maximum(a, b) + jnp.log(1 + jnp.exp(-jnp.abs(a - b)))
-
-
-def _gap_count(target: Target, x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
-    """Count runs of unaligned residues of x, and of y, between two matches or at an end."""
+    """Compute the log-weight of an alignment, summed over the states that its gaps may have."""
     aligned, row = target >= 0, jnp.arange(target.shape[1])
+    at_target = jnp.take_along_axis(log_weight, jnp.maximum(target, 0)[..., None], axis=2)[..., 0]
+    matches = jnp.where(aligned, at_target, 0).sum(1)
     rows, columns = jnp.where(aligned, row, -1), jnp.where(aligned, target, -1)
-    last_row, last_column = (  # of the matches before each row; -1 stands for the beginning
+    last_row, last_column = (  # of the matches before each row; -1 where there is none
         jnp.pad(jax.lax.cummax(x, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1) for x in (rows, columns)
     )
-    between = (aligned & (row - last_row > 1)).sum(1) + (aligned & (target - last_column > 1)).sum(1)
-    at_end = (x_lengths - rows.max(1) > 1).astype(jnp.int32) + (y_lengths - columns.max(1) > 1)
-    return (between + at_end).astype(jnp.float32)
+    between = jnp.where(aligned & (last_row >= 0), _gap(row - last_row - 1, gaps), 0).sum(1)
+    between += jnp.where(aligned & (last_row >= 0), _gap(target - last_column - 1, gaps), 0).sum(1)
+    if gaps.x_offset is not None and gaps.y_offset is not None:
+        offsets = (gaps.x_offset, row - 1, last_row), (gaps.y_offset, target - 1, last_column)
+        for offset, end, last in offsets:
+            opened = jnp.take_along_axis(offset, jnp.clip(last + 1, 0, offset.shape[1] - 1), axis=1)
+            between -= jnp.where(aligned & (last_row >= 0) & (end > last), opened, 0).sum(1)
+    none, first = ~aligned.any(1), jnp.argmax(aligned, 1)
+    overhangs = first, jnp.take_along_axis(target, first[:, None], axis=1)[:, 0]
+    overhangs += x_lengths - 1 - rows.max(1), y_lengths - 1 - columns.max(1)
+    ends = sum(_overhang(length, gaps, mode) for length in overhangs)
+    return jnp.where(none, log_empty(x_lengths, y_lengths, gaps, mode), matches + between + ends)
+
+
+def log_empty(x_lengths: Lengths, y_lengths: Lengths, gaps: Gaps, mode: Mode = "glocal") -> Float[Array, " batch"]:
+    """Compute the log-weight of the alignment without a match."""
+    return _overhang(x_lengths, gaps, mode) + _overhang(y_lengths, gaps, mode)
+
+
+def log_odds(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[Array, " batch"]:
+    """Compute the logarithm of the summed weights of all alignments over the weight of the empty one, at least 0."""
+    return log_partition(problem, gaps, mode) - log_empty(problem.x_lengths, problem.y_lengths, gaps, mode)
+
+
+def posterior(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> tuple[Float[Array, " batch"], LaneWeights]:
+    """Compute the log-odds, and the probability that each pair of residues is aligned (forward-backward algorithm)."""
+
+    def total(log_weight):
+        odds = log_odds(problem._replace(log_weight=log_weight), gaps, mode)
+        return odds.sum(), odds
+
+    (_, odds), probability = jax.value_and_grad(total, has_aux=True)(problem.log_weight)
+    return odds, probability
+
+
+def log_partition(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[Array, " batch"]:
+    """Compute the logarithm of the summed weights of all alignments of each pair.
+
+    Its derivative keeps ten numbers a cell, and computes the steps again.
+    """
+    log_weight, first, x_lengths, y_lengths = problem
+    diagonals, batch, lanes = log_weight.shape
+    moves = None if first is None else (jnp.diff(first, axis=0, prepend=first[:1]) > 0)[:, :, None]
+    opening, extension = (jnp.exp(-cost)[:, None, None] for cost in (gaps.opening, gaps.extension))
+    x_ease, y_ease = (None if x is None else jnp.exp(-x) for x in (gaps.x_offset, gaps.y_offset))
+
+    def step(carry, inputs):
+        cells, before, total = carry
+        d, log_weight, first, moves = inputs
+        i = jnp.arange(lanes)[None] + (0 if first is None else first[:, None])
+        j = d - i
+        every = cells.match + cells.y_gap[0] + cells.y_gap[1]  # what a gap in x may follow
+        above, x_gap, exponent_above = (_above(x, moves) for x in (every, cells.x_gap, cells.exponent))
+        every = _same(_Scaled(every + cells.x_gap[0] + cells.x_gap[1], cells.exponent), moves)
+        cells = _same(cells, moves)
+        before = _Scaled(*(_above(x, moves) for x in before))
+        start = _times(_overhang_weight(i, gaps, mode), _overhang_weight(j, gaps, mode))
+        match = _times(_split(log_weight), _normalised(_plus(start, before)))
+        exponent = jnp.maximum(jnp.maximum(match.exponent, cells.exponent), exponent_above)
+        y_opening = opening if y_ease is None else opening * _entries(y_ease, j)
+        x_opening = opening if x_ease is None else opening * _entries(x_ease, i)
+        new = _Cells(
+            match.value * _power(match.exponent - exponent),
+            (y_opening * cells.match + extension * cells.y_gap) * _power(cells.exponent - exponent),
+            (x_opening * above + extension * x_gap) * _power(exponent_above - exponent),
+            exponent,
+        )
+        ends = x_lengths[:, None] - 1 - i, y_lengths[:, None] - 1 - j
+        end = _times(*(_overhang_weight(overhang, gaps, mode) for overhang in ends))
+        return (new, every, _plus(total, _times(end, _Scaled(new.match, exponent)))), None
+
+    zero, nothing = jnp.zeros((batch, lanes)), jnp.full((batch, lanes), _NOTHING)
+    gap = jnp.zeros((2, batch, lanes))
+    initial = _Cells(zero, gap, gap, nothing), _Scaled(zero, nothing), _Scaled(zero, nothing)
+    per_step = jnp.arange(diagonals), log_weight, first, moves
+    (*_, total), _ = jax.lax.scan(jax.checkpoint(step), initial, per_step)
+    found = total.value > 0
+    log_total = jnp.where(found, jnp.log(jnp.where(found, total.value, 1)) + total.exponent * _LN2, LOG_ZERO)
+    return jnp.logaddexp(jax.nn.logsumexp(log_total, axis=1), log_empty(x_lengths, y_lengths, gaps, mode))
+
+
+def _same(tree, moves):
+    """Shift cells of the antidiagonal before to the lanes of their rows."""
+    if moves is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.where(moves, _shifted(x, -1), x), tree)
+
+
+def _above(x, moves):
+    """Shift cells of the antidiagonal before to the lanes of the rows below."""
+    return _shifted(x, 1) if moves is None else jnp.where(moves, x, _shifted(x, 1))
+
+
+def _shifted(x, by: int):
+    """Shift lanes to the right; nothing leads to those that come in."""
+    fill = jnp.asarray(0 if jnp.issubdtype(x.dtype, jnp.floating) else _NOTHING, x.dtype)
+    return jax.lax.pad(x, fill, [(0, 0, 0)] * (x.ndim - 1) + [(by, -by, 0)])
+
+
+def _split(log: Float[Array, "batch lanes"]) -> _Scaled:
+    """Compute the exponential; 0 below -1e8 nats."""
+    exists = log > -1e8
+    exponent = jnp.where(exists, jnp.round(jax.lax.stop_gradient(log) / _LN2), 0)
+    value = jnp.where(exists, jnp.exp(jnp.where(exists, log, 0) - exponent * _LN2), 0)
+    return _Scaled(value, jnp.where(exists, exponent.astype(jnp.int32), _NOTHING))
+
+
+def _plus(a: _Scaled, b: _Scaled) -> _Scaled:
+    exponent = jnp.maximum(a.exponent, b.exponent)
+    return _Scaled(a.value * _power(a.exponent - exponent) + b.value * _power(b.exponent - exponent), exponent)
+
+
+def _times(a: _Scaled, b: _Scaled) -> _Scaled:
+    return _Scaled(a.value * b.value, jnp.maximum(a.exponent + b.exponent, _NOTHING))
+
+
+def _normalised(x: _Scaled) -> _Scaled:
+    """Move the power of two of the values into the exponents."""
+    power = (jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x.value), jnp.int32) >> 23) - 127
+    return _Scaled(x.value * jax.lax.bitcast_convert_type((127 - power) << 23, jnp.float32), x.exponent + power)
+
+
+def _power(exponent: Int[Array, "batch lanes"]) -> Float[Array, "batch lanes"]:
+    """Compute 2 to an exponent of at most 0; 0 below the range of float32."""
+    return jax.lax.bitcast_convert_type(jnp.maximum(exponent + 127, 0) << 23, jnp.float32)
+
+
+def _entries(of_residues: Offsets, place: Int[Array, "batch lanes"]) -> Float[Array, "batch lanes"]:
+    batch = jnp.arange(len(of_residues))[:, None]
+    return of_residues[batch, jnp.clip(place, 0, of_residues.shape[1] - 1)]
+
+
+def _overhang_weight(length: Int[Array, "_ lanes"], gaps: Gaps, mode: Mode) -> _Scaled:
+    if mode == "global":  # long overhangs may be beyond the range of float32
+        return _split(_overhang(length, gaps, mode))
+    nats = _overhang(length, gaps, mode)
+    return _Scaled(jnp.exp(nats), jnp.zeros(length.shape, jnp.int32))
+
+
+def _overhang(length: Int[Array, "*shape"], gaps: Gaps, mode: Mode) -> Float[Array, "*shape"]:
+    """Compute the log-weight of an overhang; 0 where there is none."""
+    if mode == "global":
+        return _gap(length, gaps)
+    return jnp.where(length > 0, -gaps.terminal if mode == "glocal" else 0.0, 0.0)
+
+
+def _gap(length: Int[Array, "*shape"], gaps: Gaps) -> Float[Array, "*shape"]:
+    """Compute the log-weight of a gap between matches, summed over its states; 0 where there is none."""
+    of_state = [-o - (length - 1) * e for o, e in zip(gaps.opening, gaps.extension, strict=True)]
+    return jnp.where(length > 0, jnp.logaddexp(*of_state), 0.0)

@@ -11,7 +11,7 @@ from data.variants import EVALUATION_SETS
 class RunConfig(Section):
     """Keys outside of all sections, which configs/base.py describes."""
 
-    task: Annotated[str, Choice(("alignment", "sorting", "masked_residues"))] = "alignment"
+    task: Annotated[str, Choice(("alignment", "pair_hmm", "sorting", "masked_residues"))] = "alignment"
     total_steps: Annotated[int, Integer(1, MOST - 1)] = 600
     batch_size: Annotated[int, BATCH_SIZE] = 32
     seed: Annotated[int, SEED] = 0

@@ -1,0 +1,241 @@
+"""The aligner: one encoder for both sequences, scores of all pairs of residues, and the pair HMM that aligns by them.
+
+Scores begin as BLOSUM62 with a learned weight; the encoder adds what it learned about residues in their surroundings.
+They are normalised by relaxed transport (docs/math.md, section 13), one symmetric half step from zero potentials:
+
+    f_i = -tau log mean_j exp(S_ij)     g_j = -tau log mean_i exp(S_ij)     tau = 1/2
+
+so that a residue which is like everything has no high score with anything. `exp(S + f + g + match)` weighs a match.
+"""
+
+import dataclasses
+from typing import Annotated, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from data import vocab
+from data.settings import Integer, Number, Section, Switch
+from models import masked, pair_hmm
+from models.attention import BlockSpec, Lengths, Noise, SinkhornSpec
+from models.encoder import Encoder, EncoderConfig
+from models.objectives import Batch, Totals
+
+_PRIOR_WEIGHT = 0.3466  # ln 2 / 2: BLOSUM62 is in half bits, the weight turns its scores into log-odds in nats
+_RELAXATION = 0.5  # tau of the half step
+_OPENING, _EXTENSION, _TERMINAL = (4.0, 6.5), (0.5, 0.05), 3.0  # nats, where training begins
+_MATCH = -0.1
+
+Tokens = Int[Array, "batch length"]
+AllPairs = Float[Array, "batch x_length y_length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairAlignerConfig(EncoderConfig):
+    """`config.model` of the aligner, which configs/aligner.py describes."""
+
+    plan_width: Annotated[int, Integer(1, 1 << 14)] = 64
+    plan_gain: Annotated[float, Number(open_least=True, hint=", or nothing is learned")] = 0.5
+    learn_gaps: Annotated[bool, Switch()] = True
+    contextual_gaps: Annotated[bool, Switch()] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PairLossConfig(Section):
+    """`config.loss` of the aligner: weights of the terms, and the share of residues that are masked."""
+
+    name: ClassVar[str] = "loss"
+
+    alignment: Annotated[float, Number()] = 1.0
+    masked: Annotated[float, Number()] = 6.0
+    mask_rate: Annotated[float, Number(0.0, 1.0, open_least=True, open_most=True)] = 0.15
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.alignment or self.masked):
+            raise ValueError("loss.alignment=0.0, loss.masked=0.0: one must be above 0")
+
+
+class Encoded(NamedTuple):
+    """All that the aligner needs of sequences, each by itself.
+
+    vectors: Products of two are scores without BLOSUM62.
+    offset: Added to the cost of opening a gap at a residue, in nats; None where it does not depend on residues.
+    """
+
+    tokens: Tokens
+    vectors: Float[Array, "batch length plan_width"]
+    offset: Float[Array, "batch length"] | None
+
+
+class GapCosts(nnx.Module):
+    """Learned costs of gaps in nats, kept above 0 as logarithms; `match` is added to every score."""
+
+    def __init__(self):
+        self.log_opening = nnx.Param(jnp.log(jnp.asarray(_OPENING)))
+        self.log_extension = nnx.Param(jnp.log(jnp.asarray(_EXTENSION)))
+        self.log_terminal = nnx.Param(jnp.log(jnp.asarray(_TERMINAL)))
+
+
+class Calibration(nnx.Module):
+    """Numbers that are fitted on validation pairs after training, and not trained (`alignment.calibration`).
+
+    temperature: All weights of alignments are taken to the power of its inverse.
+    homology: Slope and intercept of the logit of the probability of homology, by the log-odds of alignment.
+    """
+
+    def __init__(self):
+        self.temperature = nnx.Param(jnp.asarray(1.0))
+        self.homology = nnx.Param(jnp.asarray([1.0, 0.0]))
+
+
+class PairAligner(nnx.Module):
+    """Aligner of pairs of sequences; the encoder and the layer `residues` are those of `models.masked`."""
+
+    def __init__(self, config: PairAlignerConfig, attention: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, attention, rngs=rngs)
+        self.residues = nnx.Linear(config.width, len(vocab.RESIDUES), rngs=rngs)
+        spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
+        self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
+        self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
+        self.match = nnx.Param(jnp.asarray(_MATCH))
+        self.gaps = GapCosts()
+        if config.contextual_gaps:
+            self.gap_projection = nnx.Linear(config.width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.calibration = Calibration()
+
+    def encode(self, tokens: Tokens, lengths: Lengths, noise: Noise = None) -> Encoded:
+        """Encode sequences, each by itself."""
+        return self._encoded(tokens, self.encoder(tokens, lengths, noise))
+
+    def predicted(self, seen: Tokens, lengths: Lengths, noise: Noise = None) -> Float[Array, "batch length residues"]:
+        """Compute log-probabilities of the twenty residues at every place of masked sequences."""
+        return jax.nn.log_softmax(self.residues(self.encoder(seen, lengths, noise)))
+
+    def scores(self, x: Encoded, y: Encoded) -> AllPairs:
+        """Compute the scores of all pairs of residues before their normalisation, in nats."""
+        products = jnp.einsum("bip,bjp->bij", x.vectors, y.vectors)
+        return products + jnp.einsum("bit,bjt->bij", self.prior(x.tokens), jax.nn.one_hot(y.tokens, vocab.SIZE))
+
+    def prior(self, tokens: Tokens) -> Float[Array, "batch length tokens"]:
+        """Return the weighted BLOSUM62 scores of each residue with every token."""
+        return self.prior_weight[...] * jnp.asarray(vocab.blosum62(), jnp.float32)[tokens]
+
+    def log_weights(self, x: Encoded, y: Encoded, x_lengths: Lengths, y_lengths: Lengths) -> AllPairs:
+        """Compute the log-weight of every match, in nats; without meaning beyond the lengths."""
+        scores = self.scores(x, y)
+        f = _half_step(scores, 2, y_lengths)
+        g = _half_step(scores, 1, x_lengths)
+        return scores + f + g + self.match[...]
+
+    def gap_costs(self, x: Encoded, y: Encoded) -> pair_hmm.Gaps:
+        """Return the costs of gaps for a batch of pairs."""
+        costs = (self.gaps.log_opening, self.gaps.log_extension, self.gaps.log_terminal)
+        found = [jnp.exp(cost[...]) for cost in costs]
+        if not self.config.learn_gaps:
+            found = jax.lax.stop_gradient(found)
+        return pair_hmm.Gaps(*found, x.offset, y.offset)
+
+    def pair(
+        self, x: Tokens, y: Tokens, x_lengths: Lengths, y_lengths: Lengths, noise: Noise = None
+    ) -> tuple[AllPairs, pair_hmm.Gaps]:
+        """Compute the log-weights of all matches of a batch of pairs, and their costs of gaps."""
+        if x.shape != y.shape:
+            both = self.encode(x, x_lengths, noise), self.encode(y, y_lengths, noise)
+        else:
+            both = self._encode_pairs(x, y, x_lengths, y_lengths, noise)
+        return self.log_weights(*both, x_lengths, y_lengths), self.gap_costs(*both)
+
+    def _encode_pairs(self, x, y, x_lengths, y_lengths, noise) -> tuple[Encoded, Encoded]:
+        """Encode both sequences in one call; pair by pair, so that devices which share a batch keep their pairs."""
+        noises = None if noise is None else jax.vmap(lambda key: jax.random.split(key))(noise).reshape(-1)
+        tokens, lengths = jnp.stack([x, y], 1).reshape(-1, x.shape[1]), jnp.stack([x_lengths, y_lengths], 1).reshape(-1)
+        both = self.encode(tokens, lengths, noises)
+
+        def of(which: int) -> Encoded:
+            return jax.tree.map(lambda z: z.reshape(-1, 2, *z.shape[1:])[:, which], both)
+
+        return of(0), of(1)
+
+    def _encoded(self, tokens, features) -> Encoded:
+        vectors = self.plan_projection(features) / self.config.plan_width**0.25
+        offset = self.gap_projection(features)[..., 0] if self.config.contextual_gaps else None
+        return Encoded(tokens, vectors, offset)
+
+
+def _half_step(scores: AllPairs, axis: int, lengths: Lengths) -> AllPairs:
+    """Compute the potentials of a relaxed half step from zero potentials, along an axis of these true lengths."""
+    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+    inside = jnp.where(place < lengths[:, None, None], scores, pair_hmm.LOG_ZERO)
+    total = jax.nn.logsumexp(inside, axis=axis, keepdims=True)
+    return -_RELAXATION * (total - jnp.log(jnp.maximum(lengths, 1).astype(scores.dtype))[:, None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class PairObjective:
+    """Objective of the aligner (a `models.objectives.Objective`): likelihood of alignments, and masked residues.
+
+    attention: Of the encoder.
+    """
+
+    model: PairAlignerConfig
+    attention: SinkhornSpec | BlockSpec
+    loss: PairLossConfig
+
+    def make(self, rngs: nnx.Rngs) -> PairAligner:
+        return PairAligner(self.model, self.attention, rngs=rngs)
+
+    def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Choose residues of x to predict, hide most of them, and add random keys if the encoder takes noise."""
+        seen, chosen = masked.hidden(batch["x"], key, self.loss.mask_rate)
+        noise_key = jax.random.fold_in(key, 1)  # the noise must be independent of the mask
+        is_noisy = isinstance(self.attention, BlockSpec)
+        noise = {"noise": jax.random.split(noise_key, len(seen))} if is_noisy else {}
+        return batch | {"seen": seen, "chosen": chosen} | noise
+
+    def totals(self, model: PairAligner, batch: Batch) -> Totals:
+        found: Totals = {}
+        if self.loss.alignment:
+            found |= self._alignment(model, batch)
+        if self.loss.masked:
+            predicted = model.predicted(batch["seen"], batch["x_length"], batch.get("noise"))
+            nats, _ = masked.scores(predicted, batch["x"])
+            found["masked"] = jnp.where(batch["chosen"], nats, 0).sum()
+        return found | {name: count for name, count in self.counts(batch).items() if name[: -len("/count")] in found}
+
+    def counts(self, batch: Batch) -> Totals:
+        pairs, related = (x.sum().astype(jnp.float32) for x in _kinds(batch))
+        found = {"alignment": pairs, "related": related, "unrelated": pairs - related}
+        if "chosen" in batch:
+            found["masked"] = batch["chosen"].sum().astype(jnp.float32)
+        return {f"{name}/count": count for name, count in found.items()}
+
+    def value(self, totals: Totals) -> Float[Array, ""]:
+        weights = {"alignment": self.loss.alignment, "masked": self.loss.masked}
+        terms = (w * totals[n] / jnp.maximum(totals[f"{n}/count"], 1) for n, w in weights.items() if w)
+        return sum(terms, jnp.asarray(0.0))
+
+    def residues(self, batch: Batch) -> Int[Array, ""]:
+        return (batch["x_length"] + batch["y_length"]).sum()
+
+    def _alignment(self, model: PairAligner, batch: Batch) -> Totals:
+        """Sum the nats of the reference alignments, over the square root of their lengths.
+
+        An alignment's nats grow with its length, but neighbours depend on each other, and long alignments are not
+        worth as much more. `related` and `unrelated` are of pairs with and without an alignment.
+        """
+        target, lengths = batch["target"], (batch["x_length"], batch["y_length"])
+        log_weight, gaps = model.pair(batch["x"], batch["y"], *lengths, batch.get("noise"))
+        nats = pair_hmm.negative_log_likelihood(log_weight, target, *lengths, gaps)
+        nats = nats / jnp.sqrt(jnp.maximum((target >= 0).sum(1), 1))
+        pairs, related = _kinds(batch)
+        kinds = {"alignment": pairs, "related": related, "unrelated": pairs & ~related}
+        return {name: jnp.where(of, nats, 0).sum() for name, of in kinds.items()}
+
+
+def _kinds(batch: Batch) -> tuple[Array, Array]:
+    """Tell which examples are pairs, and which of them have an alignment."""
+    return batch["x_length"] > 0, (batch["target"] >= 0).any(1)
