@@ -1,6 +1,6 @@
 """Group pairs of sequences into padded batches of few shapes: each shape is a program that must be compiled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ _BYTES_OF_CELL, _BYTES_OF_RESIDUE = 40, 5200
 
 Tokens = Int[np.ndarray, "_"]  # one sequence
 PairOfTokens = tuple[Tokens, Tokens]
+Arrays = Mapping[str, np.ndarray]  # of a sequence: `tokens`, and others with an entry for each residue
 
 
 class Shape(NamedTuple):
@@ -49,9 +50,10 @@ def batch_size(rows: int, columns: int, band: int | None) -> int:
     return max(1, min(_BATCH_RESIDUES_OF_ACCELERATOR // max(rows, columns), _BATCH_CELLS // cells))
 
 
-def memory(shape: Shape, pairs: int) -> int:
-    """Return about how many bytes the batches of this many pairs take on a CPU."""
-    decoding = _BYTES_OF_CELL * _cells(shape.rows, shape.columns, shape.band)
+def memory(shape: Shape, pairs: int, *, plan: bool) -> int:
+    """Return about how many bytes the batches of this many pairs take on a CPU; by a plan, or by the pair HMM."""
+    lanes = shape.rows if plan or shape.band is None else min(shape.rows, shape.band)
+    decoding = _BYTES_OF_CELL * (shape.rows + shape.columns) * lanes
     encoding = _BYTES_OF_RESIDUE * (shape.rows + shape.columns)
     return _size(shape, pairs) * max(decoding, encoding)  # one after the other, in the same memory
 
@@ -91,11 +93,24 @@ def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape,
             yield shape._replace(batch=size), members[start : start + size]
 
 
-def padded(pairs: Sequence[PairOfTokens], shape: Shape) -> dict[str, np.ndarray]:
-    """Return tokens and lengths of a batch, 0 beyond the sequences and where the batch holds no pair."""
-    x, y = (np.zeros((shape.batch, length), np.int32) for length in (shape.rows, shape.columns))
-    lengths = np.zeros((2, shape.batch), np.int32)
-    for n, (x_tokens, y_tokens) in enumerate(pairs):
-        x[n, : len(x_tokens)], y[n, : len(y_tokens)] = x_tokens, y_tokens
-        lengths[:, n] = len(x_tokens), len(y_tokens)
-    return {"x": x, "y": y, "x_length": lengths[0], "y_length": lengths[1]}
+def shape_of_one(length: int) -> Shape:
+    """Return the shape of the batches in which sequences of this length are encoded."""
+    return Shape(batch_size(bucket(length), bucket(length), 0), bucket(length), 1, None)
+
+
+def padded(x: Sequence[Arrays], y: Sequence[Arrays], shape: Shape) -> dict[str, np.ndarray]:
+    """Return tokens, further arrays and lengths of a batch, 0 beyond the sequences and where the batch has no pair."""
+    batch = padded_side("x", x, shape.batch, shape.rows) | padded_side("y", y, shape.batch, shape.columns)
+    return batch
+
+
+def padded_side(side: str, sequences: Sequence[Arrays], batch: int, length: int) -> dict[str, np.ndarray]:
+    """Return the arrays of one side of a batch, as `padded` does: tokens as `x`, others as `x_vectors` and so on."""
+    found = {f"{side}_length": np.zeros(batch, np.int32)}
+    for name, array in sequences[0].items():
+        found[side if name == "tokens" else f"{side}_{name}"] = np.zeros((batch, length, *array.shape[1:]), array.dtype)
+    for n, arrays in enumerate(sequences):
+        found[f"{side}_length"][n] = len(arrays["tokens"])
+        for name, array in arrays.items():
+            found[side if name == "tokens" else f"{side}_{name}"][n, : len(array)] = array
+    return found

@@ -1,15 +1,17 @@
 """A trained aligner for use: pairs of any lengths in, hard alignments with confidence out.
 
-Nothing on the device has the size of the product of both lengths: plans are held by the windows of their band.
+Sequences are encoded once each, then pairs are aligned by the pair HMM (`models.pair_aligner`). Up to `FULL` residues
+all pairs of residues are computed; longer pairs in a band that follows the best path (`models.path_band`). Models of
+transport plans (`models.aligner`) align by the maximum expected accuracy of their plan.
 """
 
 import collections
 import dataclasses
 import functools
-import warnings
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +19,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
-from alignment import asap_maps, batching, decoding
-from alignment.batching import PairOfTokens
+from alignment import asap_maps, batching
+from alignment.batching import PairOfTokens, Tokens
 from alignment.sequences import MAX_LENGTH
-from models import pair_hmm, weights
+from models import attention, decoding, pair_hmm, weights
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
+from models.pair_aligner import Encoded, PairAligner, PairAlignerConfig
+from models.pair_hmm import MODES, Mode
 
-DECODERS = ("posterior", "plan")
-MAX_CELLS = 16_000_000  # plan entries of a band that is widened by itself; decoding takes about 50 bytes for each
+FULL = 1024  # residues of the longer sequence, up to which all pairs of residues are computed
+BAND = 256  # residues to either side of the best path of longer pairs
+MAX_CELLS = 16_000_000  # plan entries of a band that is widened by itself
 _CHUNK_BATCHES, _SMALLEST_CHUNK = 16, 2048  # batches, and pairs, in a chunk of `chunk_size`
+_USUAL_LENGTH = 256  # residues
 _AHEAD, _AHEAD_OF_ACCELERATOR = 1, 16  # batches that are started before the results of one are fetched
-_LONG, _LONG_BAND = 1024, 256  # a model that was trained without a band gets this band at greater lengths than this
+_MOST_ENCODED = 1_000_000  # residues whose vectors are kept, 64 numbers each
 
 
 class PairAlignment(NamedTuple):
@@ -36,30 +42,35 @@ class PairAlignment(NamedTuple):
 
     pairs: Int32[np.ndarray, "aligned 2"]  # positions (i, j), from 0, both rising
     confidence: Float32[np.ndarray, " aligned"]  # of each pair: its posterior probability, or its share in the plan
+    probability: float  # that x and y are homologous; not a number if the model says nothing about it
     x_alone: Float32[np.ndarray, " x_length"]  # probability that a residue is aligned with none, 1 minus its row's sum
     y_alone: Float32[np.ndarray, " y_length"]
 
 
 class PairPlan(NamedTuple):
-    """A plan held by windows: `values[i, c]` is P_ij for j = first[i] + c."""
+    """Values of pairs of residues by antidiagonals and lanes (`models.pair_hmm`)."""
 
-    values: Float[np.ndarray, "rows width"]
-    first: Int[np.ndarray, " rows"]
+    values: Float[np.ndarray, "diagonals lanes"]
+    first: Int[np.ndarray, " diagonals"]
+    rows: int
     columns: int
 
     def dense(self) -> Float32[np.ndarray, "rows columns"]:
-        """Return the whole plan."""
-        return self.picture(max(len(self.values), self.columns))[0]
+        """Return the values of all pairs of residues."""
+        return self.picture(max(self.rows, self.columns))[0]
 
     def picture(self, longest: int) -> tuple[Float32[np.ndarray, "rows columns"], int]:
-        """Return the plan in at most `longest` rows and columns, and the number of residues that a pixel is wide.
+        """Return the values in at most `longest` rows and columns, and the number of residues that a pixel is wide.
 
         A pixel shows the largest value of its residues: alignments are thin lines, which means would wash out.
         """
-        scale = -(-max(len(self.values), self.columns) // longest)
-        picture = np.zeros((-(-len(self.values) // scale), -(-self.columns // scale)), np.float32)
-        row, place = np.nonzero(self.values)
-        np.maximum.at(picture, (row // scale, (self.first[row] + place) // scale), self.values[row, place])
+        scale = -(-max(self.rows, self.columns) // longest)
+        picture = np.zeros((-(-self.rows // scale), -(-self.columns // scale)), np.float32)
+        d, lane = np.nonzero(self.values)
+        row = self.first[d] + lane
+        column, inside = d - row, (row < self.rows) & (d - row >= 0) & (d - row < self.columns)
+        row, column, values = row[inside], column[inside], self.values[d[inside], lane[inside]]
+        np.maximum.at(picture, (row // scale, column // scale), values)
         return picture, scale
 
 
@@ -67,18 +78,20 @@ class Prediction(NamedTuple):
     """All that a model says about one pair."""
 
     match: Int32[np.ndarray, " x_length"]  # position in y of each residue of x, or NO_MATCH
-    plan: PairPlan
+    plan: PairPlan  # transport plan; or, of a pair HMM, the weight w of each match as w / (1 + w)
     posterior: PairPlan  # what was decoded: posterior of the pair HMM, or the plan itself
+    probability: float
     measured: dict[str, float]
 
 
 class _Outputs(NamedTuple):
-    """Results of a program, with a leading batch axis; without a plan where alignments alone were asked for."""
+    """Results of a program, with a batch axis; without a plan where alignments alone were asked for."""
 
     decoded: decoding.Decoded
-    first: Int[Array, "batch rows"] | None = None
-    plan: Float[Array, "batch rows width"] | None = None
-    posterior: Float[Array, "batch rows width"] | None = None
+    probability: Float[Array, " batch"]
+    first: Int[Array, "batch diagonals"] | None = None
+    plan: Float[Array, "batch diagonals lanes"] | None = None
+    posterior: Float[Array, "batch diagonals lanes"] | None = None
     measured: Mapping[str, Float[Array, " batch"]] = {}
 
 
@@ -94,9 +107,17 @@ class _Batch(NamedTuple):
 Pairs = Sequence[PairOfTokens]
 Chunks = Iterable[Pairs]
 Done = Callable[[int], object]
-Program = Callable[[PyTree, dict[str, np.ndarray]], _Outputs]
-Measure = Callable[[Aligner, dict[str, Array]], Mapping[str, Float[Array, " batch"]]]
-Key = tuple[int | None, str, Measure | None]  # band, decoder and measure of a program
+Program = Callable[[PyTree, dict[str, np.ndarray]], Any]
+Measure = Callable[[Any, dict[str, Array]], Mapping[str, Float[Array, " batch"]]]
+Arrays = dict[str, np.ndarray]  # of a sequence, a number or a vector for each residue
+
+
+class _Way(NamedTuple):
+    """How the pairs of a batch are aligned: a program for each."""
+
+    band: int | None
+    mode: Mode
+    measure: Measure | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,21 +126,26 @@ class Pretrained:
 
     graph: nnx.GraphDef
     params: PyTree
-    band: int | None  # half-width in training, in residues; None for no band
+    band: int | None  # half-width of a transport plan in training, in residues; None for no band
     compile: Callable[[Callable], Program] = jax.jit  # of a function of parameters and a batch, results on a device
     multiple: int = 1  # batch sizes are multiples of it: on a mesh the number of devices that share a batch
-    programs: dict[Key, Program] = dataclasses.field(default_factory=dict, repr=False)  # compiled, for any parameters
+    programs: dict[_Way | None, Program] = dataclasses.field(default_factory=dict, repr=False)  # None: the encoder's
 
     @classmethod
     def load(cls, path: Path) -> "Pretrained":
         """Load a file of `weights.save`. Raises ValueError or OSError as that module does."""
         config, _ = weights.read_config(path)
         try:
-            model, (spec, blocks) = AlignerConfig(**config["model"]), specs_of(config)
+            spec, blocks = specs_of(config)
+            if config.get("task") == "pair_hmm":
+                of_pairs = PairAlignerConfig(**config["model"])
+                graph, like = _structure(lambda: PairAligner(of_pairs, blocks or spec, rngs=nnx.Rngs(0)))
+            else:
+                model = AlignerConfig(**config["model"])
+                graph, like = _structure(lambda: Aligner(model, spec, encoder=blocks, rngs=nnx.Rngs(0)))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold an aligner of this version: {error!r}") from error
-        graph, like = nnx.split(nnx.eval_shape(lambda: Aligner(model, spec, encoder=blocks, rngs=nnx.Rngs(0))))
-        return cls(graph, weights.load(path, nnx.to_pure_dict(like)), spec.band)
+        return cls(graph, weights.load(path, like), spec.band)
 
     def with_asap(self, path: Path) -> "Pretrained":
         """Replace layers by the maps of a file. Raises ValueError or FileNotFoundError as `asap_maps.load` does."""
@@ -127,54 +153,56 @@ class Pretrained:
         return dataclasses.replace(self, graph=asap_maps.into(self.graph, self.params, maps), programs={})
 
     @property
-    def decoder(self) -> str:
-        """The decoder that the model was trained for: "posterior" if it learned a gap model, else "plan"."""
-        return "posterior" if "gaps" in self.params else "plan"
+    def has_pair_hmm(self) -> bool:
+        """Whether the model aligns by a pair HMM, and states a probability of homology; else by its plan."""
+        return "calibration" in self.params
 
     def band_for(self, x_length: int, y_length: int) -> int | None:
-        """Return a half-width of the band with which the shorter sequence fits anywhere into the longer one.
+        """Return the half-width of the band in which sequences are aligned, in residues; None for all pairs.
 
-        It is the band of training, or four times as much and so on, up to `MAX_CELLS` cells. None, no band, is returned
-        where the band covers most, and for a model that was trained without a band unless sequences are long.
+        A pair HMM's band lies around the best path, and longer pairs than `FULL` have one. A plan's band lies around
+        the scaled diagonal. It is the band of training, or four times as much and so on, up to `MAX_CELLS` cells, until
+        the shorter sequence fits anywhere into the longer one.
         """
-        padded = batching.bucket(max(x_length, y_length))
-        band = self.band or _LONG_BAND
-        needed = self._needed(x_length, y_length)
+        if self.has_pair_hmm:
+            return None if max(x_length, y_length) <= FULL else BAND
+        if self.band is None:
+            return None
+        band, needed = self.band, abs(x_length - y_length) + self.band // 2
         while band < needed and x_length * min(8 * band + 1, y_length) <= MAX_CELLS:
             band *= 4  # each width is a program of its own
-        if 2 * band >= padded or (self.band is None and padded <= _LONG):
-            return None
-        return band
+        return None if 2 * band >= batching.bucket(max(x_length, y_length)) else band
 
     def memory(self, x_length: int, y_length: int, *, pairs: int = 1, band: int | None = None) -> int:
         """Return about how many bytes it takes on a CPU to align pairs of these lengths, beside programs."""
-        shape = batching.shape_of(x_length, y_length, self._half_width(x_length, y_length, band))
-        return batching.memory(shape, pairs)
+        return batching.memory(self._shape_of(x_length, y_length, band), pairs, plan=not self.has_pair_hmm)
 
     def chunk_size(self) -> int:
         """Return the number of pairs of usual lengths that are best sorted by length and aligned together."""
-        usual = decoding.USUAL_LENGTH
-        return max(_SMALLEST_CHUNK, _CHUNK_BATCHES * batching.batch_size(usual, usual, self.band))
+        return max(_SMALLEST_CHUNK, _CHUNK_BATCHES * batching.batch_size(_USUAL_LENGTH, _USUAL_LENGTH, None))
 
     def align(
-        self, pairs: Pairs, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
+        self, pairs: Pairs, *, mode: Mode = "glocal", band: int | None = None, done: Done = lambda count: None
     ) -> list[PairAlignment]:
         """Align pairs of token sequences; the alignments are in the order of the pairs.
 
-        The decoder "posterior" aligns by the pair HMM that the plan weighs, "plan" by the plan itself; both by maximum
-        expected accuracy (alignment/decoding.py). None is the model's own. `band` is a half-width in place of
-        `band_for`, in residues, -1 for no band. `done` is called with the number of pairs of each finished batch.
-        Raises ValueError for an empty sequence, one longer than `MAX_LENGTH`, an unknown decoder.
+        Overhangs cost as other gaps in mode "global", `terminal` nats of the model in "glocal", nothing in "local";
+        models of plans know no modes. `band` is a half-width in place of `band_for`, in residues, -1 for all pairs.
+        `done` is called with the number of pairs of each finished batch. Raises ValueError for an empty sequence, one
+        longer than `MAX_LENGTH`, an unknown mode.
         """
-        return next(self.align_chunks([pairs], decoder=decoder, band=band, done=done), [])
+        return next(self.align_chunks([pairs], mode=mode, band=band, done=done), [])
 
     def align_chunks(
-        self, chunks: Chunks, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
+        self, chunks: Chunks, *, mode: Mode = "glocal", band: int | None = None, done: Done = lambda count: None
     ) -> Iterator[list[PairAlignment]]:
-        """Yield the alignments of each chunk of pairs, as `align` does, while the device computes the next chunk."""
+        """Yield the alignments of each chunk of pairs, as `align` does, while the device computes the next chunk.
+
+        A sequence that occurs in several pairs is encoded once, as long as `_MOST_ENCODED` residues hold it.
+        """
         ahead = _AHEAD if jax.default_backend() == "cpu" else _AHEAD_OF_ACCELERATOR
         found: dict[int, PairAlignment] = {}
-        for batch in _delayed(self._started(chunks, decoder, band, None), ahead):
+        for batch in _delayed(self._started(chunks, mode, band, None), ahead):
             found |= zip(batch.members, _alignments(batch), strict=True)
             done(len(batch.members))
             if batch.last:
@@ -182,87 +210,153 @@ class Pretrained:
                 found = {}
 
     def predict(
-        self, pairs: Pairs, *, decoder: str | None = None, band: int | None = None, measure: Measure = lambda *_: {}
+        self, pairs: Pairs, *, mode: Mode = "glocal", band: int | None = None, measure: Measure = lambda *_: {}
     ) -> Iterator[tuple[int, Prediction]]:
         """Yield the place in `pairs` and the prediction of each pair, in the order in which batches are computed.
 
-        Decoder and band are those of `align`. `measure` computes further numbers of each pair from the model and a
-        batch with the keys x, y, x_length and y_length, in the same program. Give the same function every time, or the
+        Mode and band are those of `align`. `measure` computes further numbers of each pair from the model and a batch
+        with the keys x, y, x_length and y_length, in the same program. Give the same function every time, or the
         program is compiled again.
         """
-        for batch in _delayed(self._started([pairs], decoder, band, measure), _AHEAD):
-            outputs = jax.device_get(batch.outputs)
+        for batch in _delayed(self._started([pairs], mode, band, measure), _AHEAD):
+            out = jax.device_get(batch.outputs)
             for n, (member, (rows, columns)) in enumerate(zip(batch.members, batch.lengths, strict=True)):
-                first = outputs.first[n, :rows]
-                plan, posterior = (PairPlan(of[n, :rows], first, columns) for of in (outputs.plan, outputs.posterior))
-                measured = {name: float(values[n]) for name, values in outputs.measured.items()}
-                yield member, Prediction(outputs.decoded.match[n, :rows], plan, posterior, measured)
+                first = out.first[n] if out.first is not None else np.zeros(out.plan.shape[1], np.int32)
+                plan, posterior = (PairPlan(of[n], first, rows, columns) for of in (out.plan, out.posterior))
+                measured = {name: float(values[n]) for name, values in out.measured.items()}
+                match = out.decoded.match[n, :rows]
+                yield member, Prediction(match, plan, posterior, float(out.probability[n]), measured)
 
     def _started(
-        self, chunks: Chunks, decoder: str | None, band: int | None, measure: Measure | None
-    ) -> Iterator[_Batch]:
-        decoder = decoder or self.decoder
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder: {decoder!r} was given, allowed are {', '.join(DECODERS)}")
-        warned = band is not None
+        self, chunks: Chunks, mode: Mode, band: int | None, measure: Measure | None
+    ) -> Iterator["_Batch"]:
+        if mode not in MODES:
+            raise ValueError(f"mode: {mode!r} was given, allowed are {', '.join(MODES)}")
+        encoder = _Encoder(self)
         for pairs in chunks:
             left = len(pairs)
             shapes = [self._shape(n, pair, band) for n, pair in enumerate(pairs)]
-            warned = warned or self._warned_of_reach(pairs, shapes)
+            encoder.see(pairs)
             for shape, members in batching.batches(shapes, self.multiple):
                 batch = [pairs[n] for n in members]
-                key = shape.band, decoder, measure
-                if key not in self.programs:
-                    self.programs[key] = self.compile(functools.partial(_compute, self.graph, self.band, key))
-                outputs = self.programs[key](self.params, batching.padded(batch, shape))
+                way = _Way(shape.band, mode, measure)
+                if way not in self.programs:
+                    self.programs[way] = self.compile(functools.partial(_compute, self.graph, way))
+                sides = ([encoder.arrays(pair[side]) for pair in batch] for side in (0, 1))
+                outputs = self.programs[way](self.params, batching.padded(*sides, shape))
                 left -= len(members)
                 yield _Batch(members, [(len(x), len(y)) for x, y in batch], outputs, last=not left)
-
-    def _warned_of_reach(self, pairs: Pairs, shapes: Sequence[batching.Shape]) -> bool:
-        """Warn of the first pair whose shorter sequence does not fit anywhere into the longer one. Return whether."""
-        for (x, y), shape in zip(pairs, shapes, strict=True):
-            if shape.band is not None and shape.band < self._needed(len(x), len(y)):
-                warnings.warn(
-                    f"lengths {len(x)} and {len(y)}, and perhaps others, differ by more than the band of {shape.band} "
-                    "residues reaches; --band=N widens it, for more memory",
-                    stacklevel=4,
-                )
-                return True
-        return False
-
-    def _needed(self, x_length: int, y_length: int) -> int:
-        return abs(x_length - y_length) + (self.band or _LONG_BAND) // 2
 
     def _shape(self, place: int, pair: PairOfTokens, band: int | None) -> batching.Shape:
         lengths = len(pair[0]), len(pair[1])
         for name, length in zip("xy", lengths, strict=True):
             if not 1 <= length <= MAX_LENGTH:
                 raise ValueError(f"pair {place}, {name}: {length} residues were given, allowed are 1 to {MAX_LENGTH}")
-        return batching.shape_of(*lengths, self._half_width(*lengths, band))
+        return self._shape_of(*lengths, band)
 
-    def _half_width(self, x_length: int, y_length: int, band: int | None) -> int | None:
+    def _shape_of(self, x_length: int, y_length: int, band: int | None) -> batching.Shape:
         if band is None:
-            return self.band_for(x_length, y_length)
-        return None if band == -1 or band >= MAX_LENGTH else band
+            band = self.band_for(x_length, y_length)
+        elif band == -1 or band >= MAX_LENGTH:
+            band = None
+        return batching.shape_of(x_length, y_length, band)
 
 
-def _compute(
-    graph: nnx.GraphDef, trained_band: int | None, key: Key, params: PyTree, batch: dict[str, Array]
-) -> _Outputs:
+class _Encoder:
+    """The encoded sequences that were used last; of a model of plans, sequences alone."""
+
+    def __init__(self, model: Pretrained):
+        self._model = model
+        self._known: collections.OrderedDict[bytes, Arrays] = collections.OrderedDict()
+
+    def see(self, pairs: Pairs) -> None:
+        """Encode the sequences of pairs, and forget those that were not used for long."""
+        if not self._model.has_pair_hmm:
+            return
+        wanted = {x.tobytes(): x for pair in pairs for x in map(_as_tokens, pair)}
+        for key in wanted.keys() & self._known.keys():
+            self._known.move_to_end(key)
+        new = [x for key, x in wanted.items() if key not in self._known]
+        residues = sum(map(len, new)) + sum(len(of["tokens"]) for of in self._known.values())
+        for key in [key for key in self._known if key not in wanted]:
+            if residues > _MOST_ENCODED:
+                residues -= len(self._known.pop(key)["tokens"])
+        self._encode(new)
+
+    def arrays(self, sequence: Tokens) -> Arrays:
+        """Return tokens and vectors of a sequence of the last pairs."""
+        sequence = _as_tokens(sequence)
+        return self._known[sequence.tobytes()] if self._model.has_pair_hmm else {"tokens": sequence}
+
+    def _encode(self, sequences: list[Tokens]) -> None:
+        model = self._model
+        program = model.programs.get(None)
+        if program is None:
+            program = model.programs[None] = model.compile(functools.partial(_encode, model.graph))
+        shapes = [batching.shape_of_one(len(x)) for x in sequences]
+        for shape, members in batching.batches(shapes, model.multiple):
+            batch = batching.padded_side("x", [{"tokens": sequences[n]} for n in members], shape.batch, shape.rows)
+            encoded = jax.device_get(program(model.params, batch))
+            for n, member in enumerate(members):
+                tokens = sequences[member]
+                found = {name: of[n, : len(tokens)] for name, of in encoded.items()}
+                self._known[tokens.tobytes()] = {"tokens": tokens, **found}
+
+
+def _as_tokens(sequence: Tokens) -> Tokens:
+    return np.ascontiguousarray(sequence, np.int32)
+
+
+def _structure(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, PyTree]:
+    graph, like = nnx.split(nnx.eval_shape(make))
+    return graph, nnx.to_pure_dict(like)
+
+
+def _encode(graph: nnx.GraphDef, params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
+    """Compute the vectors of sequences, and the offsets of their gap costs."""
+    found = nnx.merge(graph, params).encode(batch["x"], batch["x_length"])
+    arrays = {"vectors": found.vectors, "offset": found.offset}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _compute(graph: nnx.GraphDef, way: _Way, params: PyTree, batch: dict[str, Array]) -> _Outputs:
     """Compute the alignments of a batch, and plans and measures if there is a measure."""
-    band, decoder, measure = key
     model = nnx.merge(graph, params)
+    lengths = batch["x_length"], batch["y_length"]
+    shape = batch["x"].shape[1], batch["y"].shape[1]
+    if isinstance(model, PairAligner):
+        problem, values, probability = _aligned(model, way, batch)
+        plan, first, threshold = jax.nn.sigmoid(problem.log_weight), problem.first, decoding.THRESHOLD
+    else:
+        plan, first, threshold = _plan(model, way.band, batch), None, 0.0
+        values, probability = plan, jnp.full(len(lengths[0]), math.nan)
+    decoded = decoding.decode(values, first, *lengths, shape, threshold)
+    if way.measure is None:
+        return _Outputs(decoded, probability)
+    plan, values = plan.swapaxes(0, 1), values.swapaxes(0, 1)
+    first = None if first is None else first.T
+    return _Outputs(decoded, probability, first, plan, values, way.measure(model, batch))
+
+
+def _aligned(
+    model: PairAligner, way: _Way, batch: dict[str, Array]
+) -> tuple[pair_hmm.Problem, pair_hmm.LaneWeights, Float[Array, " batch"]]:
+    """Return the problem of a batch of encoded pairs, its posterior, and probabilities of homology."""
+    x, y = (Encoded(batch[side], batch[f"{side}_vectors"], batch.get(f"{side}_offset")) for side in "xy")
+    lengths = batch["x_length"], batch["y_length"]
+    lanes = None if way.band is None else way.band
+    problem, gaps = model.problem(x, y, *lengths, lanes)
+    odds, posterior = pair_hmm.posterior(problem, gaps, way.mode)
+    if way.mode != "glocal":  # homology was calibrated in this mode
+        odds = pair_hmm.log_odds(problem, gaps)
+    return problem, posterior, model.homology(odds, *lengths)
+
+
+def _plan(model: Aligner, band: int | None, batch: dict[str, Array]) -> pair_hmm.LaneWeights:
+    """Compute the transport plan of a batch by antidiagonals."""
     model.spec = dataclasses.replace(model.spec, band=band)  # of the plan; self-attention keeps its own
     x, y, x_length, y_length = (batch[name] for name in ("x", "y", "x_length", "y_length"))
-    plan, first = model.banded_plan(x, y, x_length, y_length)
-    first = pair_hmm.rising(first, y_length)  # rows of padding have no windows of their own
-    posterior = plan
-    if decoder == "posterior":
-        gaps = model.gaps() if model.config.gap_model else jnp.asarray(decoding.Gaps().numbers())
-        corrected = plan * decoding.density_correction(plan, x_length, y_length, trained_band)[:, None, None]
-        posterior = decoding.posterior(corrected, first, x_length, y_length, gaps, y.shape[1])
-    decoded = decoding.decode(posterior, first, x_length, y_length, y.shape[1])
-    return _Outputs(decoded) if measure is None else _Outputs(decoded, first, plan, posterior, measure(model, batch))
+    return attention.by_antidiagonals(model.banded_plan(x, y, x_length, y_length), y.shape[1])
 
 
 def _delayed(items: Iterator[_Batch], count: int) -> Iterator[_Batch]:
@@ -276,8 +370,10 @@ def _delayed(items: Iterator[_Batch], count: int) -> Iterator[_Batch]:
 
 
 def _alignments(batch: _Batch) -> Iterator[PairAlignment]:
-    match, confidence, x_alone, y_alone = jax.device_get(batch.outputs.decoded)
+    decoded, probability = jax.device_get((batch.outputs.decoded, batch.outputs.probability))
+    match, confidence, x_alone, y_alone = decoded
     for n, (x_length, y_length) in enumerate(batch.lengths):
         aligned = np.flatnonzero(match[n] != decoding.NO_MATCH)
         pairs = np.stack([aligned, match[n, aligned]], axis=1).astype(np.int32)
-        yield PairAlignment(pairs, confidence[n, aligned], x_alone[n, :x_length], y_alone[n, :y_length])
+        alone = x_alone[n, :x_length], y_alone[n, :y_length]
+        yield PairAlignment(pairs, confidence[n, aligned], float(probability[n]), *alone)

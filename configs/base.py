@@ -46,7 +46,6 @@ def get_config() -> ConfigDict:
                 "substitution_prior": False,  # begin from BLOSUM62, with a learned weight
                 "positions": True,  # rotate half of queries and keys by length-scaled positions: a pull to the diagonal
                 "refinement": 0,  # convolution blocks that refine a first plan into a second one; 0 for none
-                "gap_model": False,  # learn the pair HMM that decodes plans (loss.alignment), else `decoding.Gaps()`
                 "implementation": "auto",  # of the attention; or "reference", "xla", "pallas_tpu", "pallas_gpu"
                 "dtype": "float32",  # of the encoder's arithmetic; or "bfloat16"; parameters and plan stay float32
             },
@@ -75,7 +74,6 @@ def get_config() -> ConfigDict:
             "loss": {  # weights of the terms, and mask_rate
                 "reconstruction": 1.0,
                 "sparse_ce": 0.0,  # of the plan at the reference alignment
-                "alignment": 0.0,  # negative log-likelihood of the reference alignment; needs model.gap_model
                 "mask_rate": 0.15,  # share of the residues of x that are masked in training
             },
             "optimizer": {  # AdamW with linear warm-up and cosine decay

@@ -84,8 +84,9 @@ class AlignmentTask(Task):
     def _scorer(self, run: "Run", options: Options) -> Callable[[str], dict[str, Any]]:
         pictures, limit = options.pictures, options.limit
         data_dir = options.data_dir or self.config.data.dir
+        model = run.pretrained()
         certificates = run.trainer.compiled_evaluation(scoring.certifier(run.trainer), run.mesh)
-        model, certify = run.pretrained(), functools.partial(certificates, run.params)
+        certify = functools.partial(certificates, run.params)
         pictures.mkdir(parents=True, exist_ok=True)
 
         def score(name: str) -> dict[str, Any]:
@@ -97,9 +98,10 @@ class AlignmentTask(Task):
             else:
                 observer = scoring.Observer(name, pictures, options.examples)
                 summaries = scoring.score_split(model, families, *batches(limit), see=observer, progress=name)
-                certified = scoring.certify_split(certify, *batches(min(limit or _CERTIFIED, _CERTIFIED)))
-                tenths = observer.reliability.tenths()
-                found = {"splits": summaries, "certificates": certified, "reliability": tenths}
+                found = {"splits": summaries, "reliability": observer.reliability.tenths()}
+                if not model.has_pair_hmm:
+                    few = batches(min(limit or _CERTIFIED, _CERTIFIED))
+                    found["certificates"] = scoring.certify_split(certify, *few)
             overall = {who: of["overall"] for who, of in found["splits"].items()}
             others = {who: of for who, of in overall.items() if who in baselines.BASELINES}
             figures.comparison_bars({"model": overall["model"]}, others, pictures / f"{name}.png", title=name)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
 
-from alignment.decoding import NO_MATCH
+from models.decoding import NO_MATCH
 from data import files
 from evaluation.metrics import FEW_PAIRS
 

@@ -128,15 +128,13 @@ def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str
     """Return the values of one split that the template shows."""
     result, tenths = report["splits"][name], report.get("reliability", {}).get(name)
     model, overall = result["model"], {who: of["overall"] for who, of in result.items()}
-    decoded = _decoded(result)
     others = {who: overall.pop(who) for who in BASELINES if who in overall}
     return {
         "name": name,
-        "has_transport": "transport" in result,
         "metrics": {"who": list(result), "rows": [_row(metric, result) for metric in model["overall"]]},
-        "bins": {"who": list(decoded), "rows": [_row("f1", decoded, of_bin) for of_bin in model["bins"]]},
+        "bins": {"who": list(result), "rows": [_row("f1", result, of_bin) for of_bin in model["bins"]]},
         "bars": _drawn(figures.comparison_bars, overall, others, metrics=list(others[_BASELINE])),
-        "by_identity": _drawn(figures.identity_bins, decoded) if model["bins"] else "",
+        "by_identity": _drawn(figures.identity_bins, dict(result)) if model["bins"] else "",
         "reliability": _drawn(figures.reliability, tenths) if tenths else "",
         "kinds": [
             (kind, [_shown(example, with_plan=n == 0) for n, example in enumerate(examples.of(name, kind))])
@@ -148,14 +146,9 @@ def _split(name: str, report: Mapping[str, Any], examples: Examples) -> dict[str
 
 def _all_splits(metric: str, title: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table with a row for each split that has the metric, and nothing if there is none."""
-    found = {name: _decoded(of) for name, of in splits.items() if metric in of["model"]["overall"]}
+    found = {name: of for name, of in splits.items() if metric in of["model"]["overall"]}
     rows = [{"split": name, "of": of["model"], **_row(metric, of)} for name, of in found.items()]
     return {"title": title, "who": list(next(iter(found.values()))), "rows": rows} if found else {}
-
-
-def _decoded(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out `transport`, which has the alignments of the model."""
-    return {who: of for who, of in result.items() if who != "transport"}
 
 
 def _row(metric: str, result: Mapping[str, Any], of_bin: str = "") -> dict[str, Any]:

@@ -5,15 +5,15 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
-from alignment import decoding
+from models import decoding
 from alignment.inference import Pretrained
 from data import vocab
 from data.batches import Batch, unbatch
@@ -51,9 +51,9 @@ class Observer:
 
 def pretrained(trainer: Trainer, mesh: Mesh, params: PyTree = None) -> Pretrained:
     """Return the trained aligner on a mesh: what scripts/align.py runs, on all devices and in all processes."""
-    band = cast(objectives.AlignmentObjective, trainer.objective).spec.band
+    spec = getattr(trainer.objective, "spec", None)  # of plans; a pair HMM has none
     on_mesh = functools.partial(trainer.compiled_evaluation, mesh=mesh)
-    return Pretrained(trainer.graph, params, band, on_mesh, mesh.shape[DATA])
+    return Pretrained(trainer.graph, params, spec and spec.band, on_mesh, mesh.shape[DATA])
 
 
 def score_split(
@@ -66,24 +66,22 @@ def score_split(
 ) -> dict[str, dict]:
     """Summarise the predictions of a model and of every baseline on evaluation pairs of a split.
 
-    A model with a gap model is scored by the posterior of its pair HMM, from which its alignments are decoded. The
-    entry `transport` then scores the transport plan itself, with the same alignments. The ids in `batches` refer to
-    `families`. `see` is called with every pair. `progress` names the progress bar, which is shown on a terminal, and
-    not if the name is empty. Raises ValueError if there is no pair.
+    A model is scored by what its alignments are decoded from: the posterior of its pair HMM, or its transport plan. The
+    ids in `batches` refer to `families`. `see` is called with every pair. `progress` names the progress bar, which is
+    shown on a terminal, and not if the name is empty. Raises ValueError if there is no pair.
     """
-    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", "transport", *baselines.BASELINES)}
+    scores: dict[str, list[metrics.PairScores]] = {who: [] for who in ("model", *baselines.BASELINES)}
     pairs = [of_one for batch in batches for of_one in unbatch(batch)]
     if not pairs:
         raise ValueError("there is no pair to score")
-    predictions = model.predict([(pair.x, pair.y) for _, pair in pairs], measure=reconstruction)
+    measure = nothing if model.has_pair_hmm else reconstruction
+    predictions = model.predict([(pair.x, pair.y) for _, pair in pairs], measure=measure)
     for n, found in tqdm(
         predictions, desc=progress, unit=" pairs", total=len(pairs), disable=None if progress else True
     ):
         (index, i, _, j), pair = pairs[n]
         family, plan, posterior = families[index], found.plan.dense(), found.posterior.dense()
         score = metrics.score_plan(family.accession, pair, posterior, found.match)
-        if model.decoder == "posterior":
-            scores["transport"].append(metrics.score_plan(family.accession, pair, plan, found.match))
         scores["model"].append(dataclasses.replace(score, **found.measured))
         for who, baseline in baselines.BASELINES.items():
             scores[who].append(metrics.score_prediction(family.accession, pair, *baseline(pair)))
@@ -102,9 +100,9 @@ def score_negatives(
 ) -> dict[str, dict]:
     """Summarise how well a model and Needleman-Wunsch tell evaluation pairs of a split from unrelated pairs.
 
-    A pair's score is the sum of the confidences of its decoded residue pairs over the length of the shorter sequence,
-    until models have a score of their own for homology; that of Needleman-Wunsch is its alignment score over the same.
-    Diagonals have no score. `done` is called with the number of pairs of each finished batch. Raises ValueError if
+    A pair's score is its probability of homology. A model of plans has none: its score is the sum of the confidences of
+    the decoded residue pairs over the length of the shorter sequence. The score of Needleman-Wunsch is its alignment
+    score over the same. Diagonals have no score. `done` is called with the number of pairs of each finished batch. Raises ValueError if
     there is no pair.
     """
     positives, negatives = ([of_one for batch in of for of_one in unbatch(batch)] for of in (related, unrelated))
@@ -114,18 +112,26 @@ def score_negatives(
     shorter = np.array([min(len(pair.x), len(pair.y)) for pair in pairs], np.float64)
     with tqdm(desc=progress, unit=" pairs", total=len(pairs), disable=None if progress else True) as bar:
         found = model.align([(pair.x, pair.y) for pair in pairs], done=lambda count: (bar.update(count), done(count)))
+    by_nw = [(score, (of.match != NO_TARGET).sum()) for of, score in map(baselines.nw_with_score, pairs)]
     aligned = {
         "model": [(of.confidence.sum(dtype=np.float64), len(of.pairs)) for of in found],
-        "nw_blosum62": [(score, (of.match != NO_TARGET).sum()) for of, score in map(baselines.nw_with_score, pairs)],
+        "nw_blosum62": by_nw,
     }
     names, count = [families[x_family].accession for (x_family, *_), _ in negatives], len(negatives)
     summaries = {}
     for who, of_pairs in aligned.items():
         score, decoded = np.array(of_pairs, np.float64).T
         score /= shorter
+        if who == "model" and model.has_pair_hmm:
+            score = np.array([of.probability for of in found])
         told = score[:count], score[count:], decoded[:count], shorter[:count]
         summaries[who] = metrics.summarise_negatives(names, *told)
     return summaries
+
+
+def nothing(model: nnx.Module, batch: dict[str, Array]) -> dict[str, Float[Array, " batch"]]:
+    """Measure nothing."""
+    return {}
 
 
 def reconstruction(model: Aligner, batch: dict[str, Array]) -> dict[str, Float[Array, " batch"]]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from data import vocab
 from data.settings import Integer, Number, Switch
-from models import attention, pair_hmm, refinement
+from models import attention, refinement
 from models.attention import BlockSpec, Lengths, Noise, SinkhornSpec
 from models.encoder import ConvolutionBlock, Encoder, EncoderConfig, transports
 
@@ -30,7 +30,6 @@ class AlignerConfig(EncoderConfig):
     positions: Annotated[bool, Switch()] = True
     substitution_prior: Annotated[bool, Switch()] = False
     refinement: Annotated[int, Integer(0, 1000)] = 0
-    gap_model: Annotated[bool, Switch()] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,8 +60,6 @@ class Aligner(nnx.Module):
         if config.refinement:
             blocks = [ConvolutionBlock(config, 2**i, rngs=rngs) for i in range(config.refinement)]
             self.votes = refinement.Votes(config.width, config.value_width, config.plan_width // 2, blocks, rngs=rngs)
-        if config.gap_model:
-            self.gaps = pair_hmm.GapModel()
         if config.substitution_prior:
             self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
 
@@ -75,7 +72,7 @@ class Aligner(nnx.Module):
         entries of the plan that are reported.
         """
         given = self._plan_inputs(x, y, x_length, y_length, noise)
-        transported = attention.transport(given, target, self.implementation, dense=self.config.gap_model)
+        transported = attention.transport(given, target, self.implementation)
         return transported, self.decoder_out(nnx.gelu(self.decoder_in(transported.values)))
 
     def banded_plan(self, x: X, y: Y, x_length: Lengths, y_length: Lengths) -> attention.BandedPlan:

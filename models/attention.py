@@ -256,13 +256,12 @@ class Transported(NamedTuple):
     barycenter: Float[Array, "batch x_length"]  # sum_j P_ij j / mass, in residues
     log_target: Float[Array, "batch x_length"]  # log P_i,t(i); minus infinity outside the band and without a target
     residual: Float[Array, "batch"]
-    log_plan: Float[Array, "batch x_length y_length"] | None = None  # if `dense`; minus infinity outside the band
 
 
 def transport(
-    given: Inputs, target: Int[Array, "batch x_length"], implementation: str | AsapPotentials, *, dense: bool = False
+    given: Inputs, target: Int[Array, "batch x_length"], implementation: str | AsapPotentials
 ) -> Transported:
-    """Send values of y to x along one head's plan. Only `dense` makes an array of the plan's size.
+    """Send values of y to x along one head's plan, without an array of the plan's size.
 
     Positions travel as two more values, and the plan at `target`, a column of y or -1, comes from the potentials.
     """
@@ -273,14 +272,27 @@ def transport(
     values, mass, moment = out[:, :, 0, :-2], out[:, :, 0, -2], out[:, :, 0, -1]
     barycenter = moment / jnp.where(mass > 0, mass, 1)
     solved = _solved(given, info)
-    log_plan = plans.log_plan(*solved) if dense else None
-    return Transported(values, mass, barycenter, plans.log_plan_at(target, *solved), info.residual[:, 0], log_plan)
+    return Transported(values, mass, barycenter, plans.log_plan_at(target, *solved), info.residual[:, 0])
 
 
 def banded_plan(given: Inputs, implementation: str | AsapPotentials) -> BandedPlan:
     """Return one head's plan over residues by the windows of its band; values are not read."""
     _, info = _attend(*given._replace(v=jnp.zeros((*given.k.shape[:3], 1), given.k.dtype)), implementation)
     return plans.banded_plan(*_solved(given, info))
+
+
+def by_antidiagonals(plan: BandedPlan, columns: int) -> Float[Array, "diagonals batch rows"]:
+    """Return a plan by antidiagonals i + j = d, whose lanes are the rows; 0 outside the windows."""
+    values, first = plan
+    rows = jnp.arange(values.shape[1])
+    column = jnp.arange(len(rows) + columns - 1)[:, None] - rows  # [diagonals, rows]
+
+    def of_pair(values, first):
+        place = column - first
+        inside = (place >= 0) & (place < values.shape[1])
+        return jnp.where(inside, values[rows, jnp.clip(place, 0, values.shape[1] - 1)], 0)
+
+    return jax.vmap(of_pair, out_axes=1)(values, first)
 
 
 def _solved(given: Inputs, info: SinkhornInfo) -> tuple:

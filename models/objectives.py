@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import vocab
 from data.settings import Number, Section
-from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import BlockSpec, SinkhornSpec
 
@@ -35,7 +34,7 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(Section):
-    """`config.loss`: weights of the three terms, and the share of x that is masked in training.
+    """`config.loss`: weights of the two terms, and the share of x that is masked in training.
 
     With `mask_rate` above 0 only masked residues are reconstructed: an unmasked residue could be routed to an identical
     one of y without any alignment.
@@ -45,13 +44,12 @@ class LossConfig(Section):
 
     reconstruction: Annotated[float, Number()] = 1.0
     sparse_ce: Annotated[float, Number()] = 0.0
-    alignment: Annotated[float, Number()] = 0.0
     mask_rate: Annotated[float, Number(0.0, 1.0, open_most=True)] = 0.15
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.reconstruction or self.sparse_ce or self.alignment):
-            raise ValueError("loss.reconstruction=0.0, loss.sparse_ce=0.0, loss.alignment=0.0: one must be above 0")
+        if not (self.reconstruction or self.sparse_ce):
+            raise ValueError("loss.reconstruction=0.0, loss.sparse_ce=0.0: one must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +60,6 @@ class AlignmentObjective:
     spec: SinkhornSpec
     loss: LossConfig
     encoder: BlockSpec | None = None
-
-    def __post_init__(self):
-        if self.loss.alignment and not self.model.gap_model:
-            raise ValueError(f"loss.alignment={self.loss.alignment} needs model.gap_model=True")
 
     def make(self, rngs: nnx.Rngs) -> Aligner:
         return Aligner(self.model, self.spec, encoder=self.encoder, rngs=rngs)
@@ -84,15 +78,12 @@ class AlignmentObjective:
         return {
             "reconstruction/count": _known(batch).sum().astype(jnp.float32),
             "sparse_ce/count": (batch["target"] >= 0).sum().astype(jnp.float32),
-            "alignment/count": _bearing(batch).sum().astype(jnp.float32),
         }
 
     def value(self, totals: Totals) -> Float[Array, ""]:
         aligned = jnp.maximum(totals["sparse_ce/count"], 1)
         loss = self.loss.reconstruction * _mean(totals, "reconstruction")
         loss += self.loss.sparse_ce * (totals["sparse_ce_unfloored"] / aligned)
-        if self.loss.alignment:
-            loss += self.loss.alignment * _mean(totals, "alignment")
         return loss
 
     def residues(self, batch: Batch) -> Int[Array, ""]:
@@ -129,12 +120,6 @@ def sums(model: Aligner, batch: Batch) -> dict[str, Float[Array, "batch"]]:
         "barycenter_mae": (error, aligned),
         "barycenter_within_1": (error <= 1, aligned),
     }
-    if transported.log_plan is not None:
-        nll = pair_hmm.negative_log_likelihood(transported.log_plan, target, *lengths, gaps=model.gaps())
-        # The likelihood belongs to all residues of a pair together; each that bears it has the same share.
-        bearing = _bearing(batch)
-        share = nll / jnp.maximum(bearing.sum(-1), 1)
-        per_residue["alignment"] = (jnp.broadcast_to(share[:, None], bearing.shape), bearing)
     result = {"residual": transported.residual, "residual/count": jnp.ones_like(transported.residual)}
     for name, (value, where) in per_residue.items():
         result[name] = jnp.where(where, value, 0).sum(-1)
@@ -157,12 +142,3 @@ def _known(batch: Batch) -> Bool[Array, "batch length"]:
     """Mark the residues to reconstruct that are one of the twenty."""
     return batch["query_mask"] & (batch["x"] > 0) & (batch["x"] <= len(vocab.RESIDUES))
 
-
-def _bearing(batch: Batch) -> Bool[Array, "batch length"]:
-    """Mark the residues of x that bear the likelihood of a pair: aligned ones, or all where nothing is aligned.
-
-    The right answer for an unrelated pair is the empty alignment, whose likelihood counts as much as another's.
-    """
-    aligned = batch["target"] >= 0
-    real = jnp.arange(aligned.shape[1]) < batch["x_length"][:, None]
-    return aligned | (real & ~aligned.any(axis=1, keepdims=True))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from data import vocab
 from data.settings import Integer, Number, Section, Switch
-from models import masked, pair_hmm
+from models import masked, pair_hmm, path_band
 from models.attention import BlockSpec, Lengths, Noise, SinkhornSpec
 from models.encoder import Encoder, EncoderConfig
 from models.objectives import Batch, Totals
@@ -83,12 +83,13 @@ class Calibration(nnx.Module):
     """Numbers that are fitted on validation pairs after training, and not trained (`alignment.calibration`).
 
     temperature: All weights of alignments are taken to the power of its inverse.
-    homology: Slope and intercept of the logit of the probability of homology, by the log-odds of alignment.
+    homology: Logit of the probability of homology: weights of the log-odds of alignment and of the logarithm of the
+        product of both lengths, and a constant.
     """
 
     def __init__(self):
         self.temperature = nnx.Param(jnp.asarray(1.0))
-        self.homology = nnx.Param(jnp.asarray([1.0, 0.0]))
+        self.homology = nnx.Param(jnp.asarray([1.0, -1.0, 0.0]))
 
 
 class PairAligner(nnx.Module):
@@ -115,21 +116,35 @@ class PairAligner(nnx.Module):
         """Compute log-probabilities of the twenty residues at every place of masked sequences."""
         return jax.nn.log_softmax(self.residues(self.encoder(seen, lengths, noise)))
 
-    def scores(self, x: Encoded, y: Encoded) -> AllPairs:
-        """Compute the scores of all pairs of residues before their normalisation, in nats."""
-        products = jnp.einsum("bip,bjp->bij", x.vectors, y.vectors)
-        return products + jnp.einsum("bit,bjt->bij", self.prior(x.tokens), jax.nn.one_hot(y.tokens, vocab.SIZE))
+    def sides(self, x: Encoded, y: Encoded, x_lengths: Lengths, y_lengths: Lengths) -> path_band.Sides:
+        """Return vectors whose products are scores before their normalisation, in nats."""
+        prior = self.prior_weight[...] * jnp.asarray(vocab.blosum62(), jnp.float32)[x.tokens]
+        q = jnp.concatenate([x.vectors, prior], -1)
+        k = jnp.concatenate([y.vectors, jax.nn.one_hot(y.tokens, vocab.SIZE)], -1)
+        return path_band.Sides(q, k, x_lengths, y_lengths)
 
-    def prior(self, tokens: Tokens) -> Float[Array, "batch length tokens"]:
-        """Return the weighted BLOSUM62 scores of each residue with every token."""
-        return self.prior_weight[...] * jnp.asarray(vocab.blosum62(), jnp.float32)[tokens]
-
-    def log_weights(self, x: Encoded, y: Encoded, x_lengths: Lengths, y_lengths: Lengths) -> AllPairs:
+    def log_weights(self, sides: path_band.Sides) -> AllPairs:
         """Compute the log-weight of every match, in nats; without meaning beyond the lengths."""
-        scores = self.scores(x, y)
-        f = _half_step(scores, 2, y_lengths)
-        g = _half_step(scores, 1, x_lengths)
+        scores = jnp.einsum("bip,bjp->bij", sides.q, sides.k, precision="highest")
+        f, g = _half_step(scores, 2, sides.y_lengths), _half_step(scores, 1, sides.x_lengths)
         return scores + f + g + self.match[...]
+
+    def problem(
+        self, x: Encoded, y: Encoded, x_lengths: Lengths, y_lengths: Lengths, lanes: int | None
+    ) -> tuple[pair_hmm.Problem, pair_hmm.Gaps]:
+        """Make the calibrated problem of all pairs of residues, or of a band of lanes around the best path."""
+        sides, gaps = self.sides(x, y, x_lengths, y_lengths), self.gap_costs(x, y)
+        if lanes is None:
+            problem = pair_hmm.of_all_pairs(self.log_weights(sides), x_lengths, y_lengths)
+        else:
+            problem = path_band.problem(sides, gaps, self.match[...], _RELAXATION, lanes)
+        return pair_hmm.tempered(problem, gaps, self.calibration.temperature[...])
+
+    def homology(self, odds: Float[Array, " batch"], x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
+        """Compute the probability that sequences are homologous from the log-odds of their alignment."""
+        slope, size, intercept = self.calibration.homology[...]
+        places = jnp.log(jnp.maximum(x_lengths, 1) * 1.0) + jnp.log(jnp.maximum(y_lengths, 1) * 1.0)
+        return jax.nn.sigmoid(slope * odds + size * places + intercept)
 
     def gap_costs(self, x: Encoded, y: Encoded) -> pair_hmm.Gaps:
         """Return the costs of gaps for a batch of pairs."""
@@ -147,7 +162,7 @@ class PairAligner(nnx.Module):
             both = self.encode(x, x_lengths, noise), self.encode(y, y_lengths, noise)
         else:
             both = self._encode_pairs(x, y, x_lengths, y_lengths, noise)
-        return self.log_weights(*both, x_lengths, y_lengths), self.gap_costs(*both)
+        return self.log_weights(self.sides(*both, x_lengths, y_lengths)), self.gap_costs(*both)
 
     def _encode_pairs(self, x, y, x_lengths, y_lengths, noise) -> tuple[Encoded, Encoded]:
         """Encode both sequences in one call; pair by pair, so that devices which share a batch keep their pairs."""

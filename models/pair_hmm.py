@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 LOG_ZERO = -1e30  # logarithm of 0: finite, so that differences and derivatives are finite
 _LN2 = 0.6931471805599453
@@ -80,6 +80,12 @@ def of_all_pairs(log_weight: AllPairs, x_lengths: Lengths, y_lengths: Lengths) -
     inside = (jnp.arange(log_weight.shape[1]) < x_lengths[:, None])[:, :, None]
     inside &= (jnp.arange(log_weight.shape[2]) < y_lengths[:, None])[:, None, :]
     return Problem(skewed(jnp.where(inside, log_weight, LOG_ZERO), LOG_ZERO), None, x_lengths, y_lengths)
+
+
+def tempered(problem: Problem, gaps: Gaps, temperature: Float[Array, ""]) -> tuple[Problem, Gaps]:
+    """Divide all nats by a temperature: above 1, alignments differ less in probability."""
+    log_weight = jnp.where(problem.log_weight > -1e8, problem.log_weight / temperature, LOG_ZERO)
+    return problem._replace(log_weight=log_weight), jax.tree.map(lambda cost: cost / temperature, gaps)
 
 
 def skewed(pairs: AllPairs, fill: float) -> LaneWeights:
@@ -164,20 +170,19 @@ def log_partition(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[
     """
     log_weight, first, x_lengths, y_lengths = problem
     diagonals, batch, lanes = log_weight.shape
-    moves = None if first is None else (jnp.diff(first, axis=0, prepend=first[:1]) > 0)[:, :, None]
     opening, extension = (jnp.exp(-cost)[:, None, None] for cost in (gaps.opening, gaps.extension))
     x_ease, y_ease = (None if x is None else jnp.exp(-x) for x in (gaps.x_offset, gaps.y_offset))
 
     def step(carry, inputs):
         cells, before, total = carry
-        d, log_weight, first, moves = inputs
+        d, log_weight, first, moved = inputs
         i = jnp.arange(lanes)[None] + (0 if first is None else first[:, None])
         j = d - i
         every = cells.match + cells.y_gap[0] + cells.y_gap[1]  # what a gap in x may follow
-        above, x_gap, exponent_above = (_above(x, moves) for x in (every, cells.x_gap, cells.exponent))
-        every = _same(_Scaled(every + cells.x_gap[0] + cells.x_gap[1], cells.exponent), moves)
-        cells = _same(cells, moves)
-        before = _Scaled(*(_above(x, moves) for x in before))
+        before_x, x_gap, exponent_above = (above(x, moved) for x in (every, cells.x_gap, cells.exponent))
+        every = _Scaled(*(same(x, moved) for x in (every + cells.x_gap[0] + cells.x_gap[1], cells.exponent)))
+        cells = _Cells(*(same(x, moved) for x in cells))
+        before = _Scaled(*(above(x, moved) for x in before))
         start = _times(_overhang_weight(i, gaps, mode), _overhang_weight(j, gaps, mode))
         match = _times(_split(log_weight), _normalised(_plus(start, before)))
         exponent = jnp.maximum(jnp.maximum(match.exponent, cells.exponent), exponent_above)
@@ -186,7 +191,7 @@ def log_partition(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[
         new = _Cells(
             match.value * _power(match.exponent - exponent),
             (y_opening * cells.match + extension * cells.y_gap) * _power(cells.exponent - exponent),
-            (x_opening * above + extension * x_gap) * _power(exponent_above - exponent),
+            (x_opening * before_x + extension * x_gap) * _power(exponent_above - exponent),
             exponent,
         )
         ends = x_lengths[:, None] - 1 - i, y_lengths[:, None] - 1 - j
@@ -196,23 +201,26 @@ def log_partition(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[
     zero, nothing = jnp.zeros((batch, lanes)), jnp.full((batch, lanes), _NOTHING)
     gap = jnp.zeros((2, batch, lanes))
     initial = _Cells(zero, gap, gap, nothing), _Scaled(zero, nothing), _Scaled(zero, nothing)
-    per_step = jnp.arange(diagonals), log_weight, first, moves
+    per_step = jnp.arange(diagonals), log_weight, first, moves(first)
     (*_, total), _ = jax.lax.scan(jax.checkpoint(step), initial, per_step)
     found = total.value > 0
     log_total = jnp.where(found, jnp.log(jnp.where(found, total.value, 1)) + total.exponent * _LN2, LOG_ZERO)
     return jnp.logaddexp(jax.nn.logsumexp(log_total, axis=1), log_empty(x_lengths, y_lengths, gaps, mode))
 
 
-def _same(tree, moves):
+def moves(first: First | None) -> Bool[Array, "diagonals batch 1"] | None:
+    """Tell on which antidiagonals the lanes move on by a row; None where they never do."""
+    return None if first is None else (jnp.diff(first, axis=0, prepend=first[:1]) > 0)[:, :, None]
+
+
+def same(cells: Array, moved: Array | None) -> Array:
     """Shift cells of the antidiagonal before to the lanes of their rows."""
-    if moves is None:
-        return tree
-    return jax.tree.map(lambda x: jnp.where(moves, _shifted(x, -1), x), tree)
+    return cells if moved is None else jnp.where(moved, _shifted(cells, -1), cells)
 
 
-def _above(x, moves):
+def above(cells: Array, moved: Array | None) -> Array:
     """Shift cells of the antidiagonal before to the lanes of the rows below."""
-    return _shifted(x, 1) if moves is None else jnp.where(moves, x, _shifted(x, 1))
+    return _shifted(cells, 1) if moved is None else jnp.where(moved, cells, _shifted(cells, 1))
 
 
 def _shifted(x, by: int):

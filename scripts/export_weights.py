@@ -11,7 +11,7 @@ import sys
 import jax.numpy as jnp
 
 import command_line
-from alignment.decoding import Gaps
+from models.decoding import Gaps
 from evaluation import model_options, runs
 from models import weights
 
