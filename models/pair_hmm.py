@@ -152,32 +152,37 @@ def log_odds(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[Array
     return log_partition(problem, gaps, mode) - log_empty(problem.x_lengths, problem.y_lengths, gaps, mode)
 
 
-def posterior(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> tuple[Float[Array, " batch"], LaneWeights]:
-    """Compute the log-odds, and the probability that each pair of residues is aligned (forward-backward algorithm)."""
-
-    def total(log_weight):
-        odds = log_odds(problem._replace(log_weight=log_weight), gaps, mode)
-        return odds.sum(), odds
-
-    (_, odds), probability = jax.value_and_grad(total, has_aux=True)(problem.log_weight)
-    return odds, probability
-
-
 def log_partition(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[Array, " batch"]:
     """Compute the logarithm of the summed weights of all alignments of each pair.
 
     Its derivative keeps ten numbers a cell, and computes the steps again.
     """
+    return _log(_forward(problem, gaps, mode, keep=False)[0])
+
+
+def posterior(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> tuple[Float[Array, " batch"], LaneWeights]:
+    """Compute the log-odds, and the probability that each pair of residues is aligned (forward-backward algorithm).
+
+    The probabilities are the derivative of `log_partition` by the match weights, in half of its time and a third of its
+    memory. They have no derivative that is of use.
+    """
+    total, matched = _forward(problem, gaps, mode, keep=True)
+    odds = _log(total) - log_empty(problem.x_lengths, problem.y_lengths, gaps, mode)
+    return odds, _backward(problem, gaps, mode, total, matched)
+
+
+def _forward(
+    problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool
+) -> tuple["_Scaled", "_Scaled | None"]:
+    """Sum the weights of all alignments; return the sums, and those of the alignments up to each match if wanted."""
     log_weight, first, x_lengths, y_lengths = problem
     diagonals, batch, lanes = log_weight.shape
-    opening, extension = (jnp.exp(-cost)[:, None, None] for cost in (gaps.opening, gaps.extension))
-    x_ease, y_ease = (None if x is None else jnp.exp(-x) for x in (gaps.x_offset, gaps.y_offset))
+    factors = _factors(gaps)
 
     def step(carry, inputs):
         cells, before, total = carry
         d, log_weight, first, moved = inputs
-        i = jnp.arange(lanes)[None] + (0 if first is None else first[:, None])
-        j = d - i
+        i, j = _places(d, first, lanes)
         every = cells.match + cells.y_gap[0] + cells.y_gap[1]  # what a gap in x may follow
         before_x, x_gap, exponent_above = (above(x, moved) for x in (every, cells.x_gap, cells.exponent))
         every = _Scaled(*(same(x, moved) for x in (every + cells.x_gap[0] + cells.x_gap[1], cells.exponent)))
@@ -186,26 +191,111 @@ def log_partition(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[
         start = _times(_overhang_weight(i, gaps, mode), _overhang_weight(j, gaps, mode))
         match = _times(_split(log_weight), _normalised(_plus(start, before)))
         exponent = jnp.maximum(jnp.maximum(match.exponent, cells.exponent), exponent_above)
-        y_opening = opening if y_ease is None else opening * _entries(y_ease, j)
-        x_opening = opening if x_ease is None else opening * _entries(x_ease, i)
         new = _Cells(
             match.value * _power(match.exponent - exponent),
-            (y_opening * cells.match + extension * cells.y_gap) * _power(cells.exponent - exponent),
-            (x_opening * before_x + extension * x_gap) * _power(exponent_above - exponent),
+            (factors.y_opening(j) * cells.match + factors.extension * cells.y_gap) * _power(cells.exponent - exponent),
+            (factors.x_opening(i) * before_x + factors.extension * x_gap) * _power(exponent_above - exponent),
             exponent,
         )
-        ends = x_lengths[:, None] - 1 - i, y_lengths[:, None] - 1 - j
-        end = _times(*(_overhang_weight(overhang, gaps, mode) for overhang in ends))
-        return (new, every, _plus(total, _times(end, _Scaled(new.match, exponent)))), None
+        matched = _Scaled(new.match, exponent)
+        total = _plus(total, _times(_end(problem, i, j, gaps, mode), matched))
+        return (new, every, total), matched if keep else None
 
-    zero, nothing = jnp.zeros((batch, lanes)), jnp.full((batch, lanes), _NOTHING)
-    gap = jnp.zeros((2, batch, lanes))
-    initial = _Cells(zero, gap, gap, nothing), _Scaled(zero, nothing), _Scaled(zero, nothing)
+    initial = _Cells(*_no_cells(batch, lanes)), _nothing(batch, lanes), _nothing(batch, lanes)
     per_step = jnp.arange(diagonals), log_weight, first, moves(first)
-    (*_, total), _ = jax.lax.scan(jax.checkpoint(step), initial, per_step)
-    found = total.value > 0
-    log_total = jnp.where(found, jnp.log(jnp.where(found, total.value, 1)) + total.exponent * _LN2, LOG_ZERO)
-    return jnp.logaddexp(jax.nn.logsumexp(log_total, axis=1), log_empty(x_lengths, y_lengths, gaps, mode))
+    (*_, total), matched = jax.lax.scan(jax.checkpoint(step), initial, per_step)
+    most = total.exponent.max(axis=1)
+    total = _Scaled((total.value * _power(total.exponent - most[:, None])).sum(axis=1), most)
+    return _plus(total, _split(log_empty(x_lengths, y_lengths, gaps, mode))), matched
+
+
+def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: "_Scaled", matched: "_Scaled") -> LaneWeights:
+    """Sum the weights of what follows each cell by state, from the last antidiagonal back; return match probabilities."""
+    log_weight, first, *_ = problem
+    diagonals, batch, lanes = log_weight.shape
+    factors = _factors(gaps)
+    moved = moves(first)
+    if moved is not None:  # to the next antidiagonal
+        moved = jnp.concatenate([moved[1:], jnp.zeros_like(moved[:1])])
+
+    def step(carry, inputs):
+        cells, next_match, match = carry  # of the next antidiagonal; and matches of the one behind it
+        d, log_weight, first, moved, matched = inputs
+        i, j = _places(d, first, lanes)
+        y_gap, exponent_left = (_right(x, moved) for x in (cells.y_gap, cells.exponent))
+        x_gap, exponent_above = (_below(x, moved) for x in (cells.x_gap, cells.exponent))
+        match = _Scaled(*(_below(x, moved) for x in match))
+        end = _end(problem, i, j, gaps, mode)
+        top = jnp.maximum(jnp.maximum(match.exponent, end.exponent), jnp.maximum(exponent_left, exponent_above))
+        after_match, ended = (x.value * _power(x.exponent - top) for x in (match, end))
+        y_gap, x_gap = y_gap * _power(exponent_left - top), x_gap * _power(exponent_above - top)
+        after_y = after_match + _both(factors.x_opening(i + 1) * x_gap)
+        after = _normalised(_Scaled(ended + after_y + _both(factors.y_opening(j + 1) * y_gap), top))
+        scale = _power(top - after.exponent)
+        new = _Cells(
+            after.value,
+            (after_y + factors.extension * y_gap) * scale,
+            (after_match + factors.extension * x_gap) * scale,
+            after.exponent,
+        )
+        found = _times(matched, after)
+        probability = found.value * _power(jnp.minimum(found.exponent - total.exponent[:, None], 60)) / total.value[:, None]
+        match = _Scaled(*(_right(x, moved) for x in next_match))
+        return (new, _times(_split(log_weight), after), match), probability
+
+    initial = _Cells(*_no_cells(batch, lanes)), _nothing(batch, lanes), _nothing(batch, lanes)
+    per_step = jnp.arange(diagonals), log_weight, first, moved, matched
+    return jax.lax.scan(step, initial, per_step, reverse=True)[1]
+
+
+class _Factors(NamedTuple):
+    """Weights of gap costs."""
+
+    opening: Float[Array, "2 1 1"]
+    extension: Float[Array, "2 1 1"]
+    x_ease: Offsets | None  # factors of the openings at residues
+    y_ease: Offsets | None
+
+    def x_opening(self, i: Int[Array, "_ lanes"]) -> Array:
+        return self.opening if self.x_ease is None else self.opening * _entries(self.x_ease, i)
+
+    def y_opening(self, j: Int[Array, "_ lanes"]) -> Array:
+        return self.opening if self.y_ease is None else self.opening * _entries(self.y_ease, j)
+
+
+def _factors(gaps: Gaps) -> _Factors:
+    opening, extension = (jnp.exp(-cost)[:, None, None] for cost in (gaps.opening, gaps.extension))
+    return _Factors(opening, extension, *(None if x is None else jnp.exp(-x) for x in (gaps.x_offset, gaps.y_offset)))
+
+
+def _places(d, first, lanes: int) -> tuple[Int[Array, "_ lanes"], Int[Array, "_ lanes"]]:
+    """Return rows and columns of the lanes of an antidiagonal."""
+    i = jnp.arange(lanes)[None] + (0 if first is None else first[:, None])
+    return i, d - i
+
+
+def _end(problem: Problem, i, j, gaps: Gaps, mode: Mode) -> "_Scaled":
+    """Return the weights of the overhangs behind a last match."""
+    left = problem.x_lengths[:, None] - 1 - i, problem.y_lengths[:, None] - 1 - j
+    return _times(*(_overhang_weight(overhang, gaps, mode) for overhang in left))
+
+
+def _nothing(batch: int, lanes: int) -> "_Scaled":
+    return _Scaled(jnp.zeros((batch, lanes)), jnp.full((batch, lanes), _NOTHING))
+
+
+def _no_cells(batch: int, lanes: int):
+    zero, exponent = _nothing(batch, lanes)
+    gap = jnp.zeros((2, batch, lanes))
+    return zero, gap, gap, exponent
+
+
+def _both(states: Float[Array, "2 batch lanes"]) -> Float[Array, "batch lanes"]:
+    return states[0] + states[1]
+
+
+def _log(x: "_Scaled") -> Array:
+    return jnp.log(x.value) + x.exponent * _LN2
 
 
 def moves(first: First | None) -> Bool[Array, "diagonals batch 1"] | None:
@@ -221,6 +311,16 @@ def same(cells: Array, moved: Array | None) -> Array:
 def above(cells: Array, moved: Array | None) -> Array:
     """Shift cells of the antidiagonal before to the lanes of the rows below."""
     return _shifted(cells, 1) if moved is None else jnp.where(moved, cells, _shifted(cells, 1))
+
+
+def _right(cells: Array, moved: Array | None) -> Array:
+    """Shift cells of the next antidiagonal to the lanes of their rows."""
+    return cells if moved is None else jnp.where(moved, _shifted(cells, 1), cells)
+
+
+def _below(cells: Array, moved: Array | None) -> Array:
+    """Shift cells of the next antidiagonal to the lanes of the rows above."""
+    return _shifted(cells, -1) if moved is None else jnp.where(moved, cells, _shifted(cells, -1))
 
 
 def _shifted(x, by: int):
