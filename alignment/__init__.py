@@ -1,1 +1,5 @@
-"""Align proteins with a trained model: inference, decoding, sequence files, formats, weights."""
+"""Align proteins: `Aligner` in Python, and the library behind scripts/align.py."""
+
+from alignment.aligner import Aligner
+
+__all__ = ["Aligner"]

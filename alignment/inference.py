@@ -45,6 +45,7 @@ class PairAlignment(NamedTuple):
     probability: float  # that x and y are homologous; not a number if the model says nothing about it
     x_alone: Float32[np.ndarray, " x_length"]  # probability that a residue is aligned with none, 1 minus its row's sum
     y_alone: Float32[np.ndarray, " y_length"]
+    log_odds: float  # nats of all alignments over no alignment, overhangs as in mode glocal; or not a number
 
 
 class PairPlan(NamedTuple):
@@ -88,6 +89,7 @@ class _Outputs(NamedTuple):
     """Results of a program, with a batch axis; without a plan where alignments alone were asked for."""
 
     decoded: decoding.Decoded
+    odds: Float[Array, " batch"]
     probability: Float[Array, " batch"]
     first: Int[Array, "batch diagonals"] | None = None
     plan: Float[Array, "batch diagonals lanes"] | None = None
@@ -227,9 +229,7 @@ class Pretrained:
                 match = out.decoded.match[n, :rows]
                 yield member, Prediction(match, plan, posterior, float(out.probability[n]), measured)
 
-    def _started(
-        self, chunks: Chunks, mode: Mode, band: int | None, measure: Measure | None
-    ) -> Iterator["_Batch"]:
+    def _started(self, chunks: Chunks, mode: Mode, band: int | None, measure: Measure | None) -> Iterator["_Batch"]:
         if mode not in MODES:
             raise ValueError(f"mode: {mode!r} was given, allowed are {', '.join(MODES)}")
         encoder = _Encoder(self)
@@ -242,8 +242,8 @@ class Pretrained:
                 way = _Way(shape.band, mode, measure)
                 if way not in self.programs:
                     self.programs[way] = self.compile(functools.partial(_compute, self.graph, way))
-                sides = ([encoder.arrays(pair[side]) for pair in batch] for side in (0, 1))
-                outputs = self.programs[way](self.params, batching.padded(*sides, shape))
+                x, y = ([encoder.arrays(pair[side]) for pair in batch] for side in (0, 1))
+                outputs = self.programs[way](self.params, batching.padded(x, y, shape))
                 left -= len(members)
                 yield _Batch(members, [(len(x), len(y)) for x, y in batch], outputs, last=not left)
 
@@ -325,31 +325,32 @@ def _compute(graph: nnx.GraphDef, way: _Way, params: PyTree, batch: dict[str, Ar
     lengths = batch["x_length"], batch["y_length"]
     shape = batch["x"].shape[1], batch["y"].shape[1]
     if isinstance(model, PairAligner):
-        problem, values, probability = _aligned(model, way, batch)
+        problem, values, odds = _aligned(model, way, batch)
+        probability = model.homology(odds, *lengths)
         plan, first, threshold = jax.nn.sigmoid(problem.log_weight), problem.first, decoding.THRESHOLD
     else:
         plan, first, threshold = _plan(model, way.band, batch), None, 0.0
-        values, probability = plan, jnp.full(len(lengths[0]), math.nan)
+        values, odds = plan, jnp.full(len(lengths[0]), math.nan)
+        probability = odds
     decoded = decoding.decode(values, first, *lengths, shape, threshold)
     if way.measure is None:
-        return _Outputs(decoded, probability)
+        return _Outputs(decoded, odds, probability)
     plan, values = plan.swapaxes(0, 1), values.swapaxes(0, 1)
     first = None if first is None else first.T
-    return _Outputs(decoded, probability, first, plan, values, way.measure(model, batch))
+    return _Outputs(decoded, odds, probability, first, plan, values, way.measure(model, batch))
 
 
 def _aligned(
     model: PairAligner, way: _Way, batch: dict[str, Array]
 ) -> tuple[pair_hmm.Problem, pair_hmm.LaneWeights, Float[Array, " batch"]]:
-    """Return the problem of a batch of encoded pairs, its posterior, and probabilities of homology."""
+    """Return the problem of a batch of encoded pairs, its posterior, and the log-odds of alignment in mode glocal."""
     x, y = (Encoded(batch[side], batch[f"{side}_vectors"], batch.get(f"{side}_offset")) for side in "xy")
     lengths = batch["x_length"], batch["y_length"]
-    lanes = None if way.band is None else way.band
-    problem, gaps = model.problem(x, y, *lengths, lanes)
+    problem, gaps = model.problem(x, y, *lengths, way.band)  # lanes are two residues apart, so the band is as wide
     odds, posterior = pair_hmm.posterior(problem, gaps, way.mode)
     if way.mode != "glocal":  # homology was calibrated in this mode
         odds = pair_hmm.log_odds(problem, gaps)
-    return problem, posterior, model.homology(odds, *lengths)
+    return problem, posterior, odds
 
 
 def _plan(model: Aligner, band: int | None, batch: dict[str, Array]) -> pair_hmm.LaneWeights:
@@ -370,10 +371,11 @@ def _delayed(items: Iterator[_Batch], count: int) -> Iterator[_Batch]:
 
 
 def _alignments(batch: _Batch) -> Iterator[PairAlignment]:
-    decoded, probability = jax.device_get((batch.outputs.decoded, batch.outputs.probability))
-    match, confidence, x_alone, y_alone = decoded
+    out = jax.device_get(batch.outputs)
+    match, confidence, x_alone, y_alone = out.decoded
     for n, (x_length, y_length) in enumerate(batch.lengths):
         aligned = np.flatnonzero(match[n] != decoding.NO_MATCH)
         pairs = np.stack([aligned, match[n, aligned]], axis=1).astype(np.int32)
         alone = x_alone[n, :x_length], y_alone[n, :y_length]
-        yield PairAlignment(pairs, confidence[n, aligned], float(probability[n]), *alone)
+        odds, probability = float(out.odds[n]), float(out.probability[n])
+        yield PairAlignment(pairs, confidence[n, aligned], probability, *alone, odds)

@@ -20,6 +20,7 @@ from evaluation.task import OF_ALL_TASKS, Options, Task, Validation, evaluated_a
 from models.aligner import AlignerConfig
 from models.attention import specs_of
 from models.objectives import AlignmentObjective, LossConfig
+from models.pair_aligner import PairAlignerConfig, PairLossConfig, PairObjective
 from training import sharding
 from training.state import Trainer
 
@@ -37,17 +38,10 @@ class DataConfig(pipeline.PipelineConfig):
 
 
 class AlignmentTask(Task):
-    """Align pairs of rows of Pfam alignments; score beside the baselines on the same pairs."""
+    """Align pairs of rows of protein families; score beside the baselines on the same pairs."""
 
-    sections = (*OF_ALL_TASKS, DataConfig, AlignerConfig, LossConfig)
     splits = tuple(EVALUATION_SETS)
     purpose = "align"
-
-    def objective(self) -> AlignmentObjective:
-        spec, blocks = specs_of(self.config.to_dict())
-        return AlignmentObjective(
-            AlignerConfig.of(self.config.model.to_dict()), spec, LossConfig.of(self.config.loss.to_dict()), blocks
-        )
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         shard_index, shard_count = sharding.host_shard(mesh)
@@ -63,7 +57,7 @@ class AlignmentTask(Task):
         data_dir, limit = self.config.data.dir, limit_of(self.config)
         mixture.entries(data_dir)  # whose errors are not of `log.eval_splits`
         try:
-            found = {name: self._open(data_dir, name, mesh) for name in splits}
+            found = {name: self.open(data_dir, name, mesh) for name in splits}
             samples = {name: (families, list(map(list, batches(limit)))) for name, (families, batches) in found.items()}
         except BadRecordError:
             raise
@@ -90,7 +84,7 @@ class AlignmentTask(Task):
         pictures.mkdir(parents=True, exist_ok=True)
 
         def score(name: str) -> dict[str, Any]:
-            families, batches = self._open(data_dir, name, run.mesh)
+            families, batches = self.open(data_dir, name, run.mesh)
             if EVALUATION_SETS[name].variant == NEGATIVES:
                 found: dict[str, Any] = {
                     "splits": scoring.score_negatives(model, families, *batches(limit), progress=name)
@@ -109,7 +103,7 @@ class AlignmentTask(Task):
 
         return score
 
-    def _open(self, data_dir: str, name: str, mesh: Mesh) -> tuple[Families, Callable[[int | None], list]]:
+    def open(self, data_dir: str, name: str, mesh: Mesh) -> tuple[Families, Callable[[int | None], list]]:
         """Open the families of an evaluation split; return them, and a function from a limit to the pairs to score.
 
         Negatives come behind the evaluation pairs that they are compared with. Raises ValueError or OSError as
@@ -132,6 +126,28 @@ class AlignmentTask(Task):
         max_bad = data.get("max_bad_records", 0)  # older runs have none
         options = {"variant": variant, "limit": limit, "divisible_by": devices, "max_bad": max_bad}
         return evaluation_batches(families, size, data.buckets, **options)
+
+
+class PlanTask(AlignmentTask):
+    """Align by a transport plan, trained to predict residues of x from what the plan sends, or its target entries."""
+
+    sections = (*OF_ALL_TASKS, DataConfig, AlignerConfig, LossConfig)
+
+    def objective(self) -> AlignmentObjective:
+        spec, blocks = specs_of(self.config.to_dict())
+        model, loss = AlignerConfig.of(self.config.model.to_dict()), LossConfig.of(self.config.loss.to_dict())
+        return AlignmentObjective(model, spec, loss, blocks)
+
+
+class PairTask(AlignmentTask):
+    """Align by a pair HMM, trained on the likelihood of reference alignments."""
+
+    sections = (*OF_ALL_TASKS, DataConfig, PairAlignerConfig, PairLossConfig)
+
+    def objective(self) -> PairObjective:
+        spec, blocks = specs_of(self.config.to_dict())
+        model, loss = PairAlignerConfig.of(self.config.model.to_dict()), PairLossConfig.of(self.config.loss.to_dict())
+        return PairObjective(model, blocks or spec, loss)
 
 
 def open_families(data_dir: str, split: str) -> mixture.Mixture:

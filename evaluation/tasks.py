@@ -4,15 +4,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from evaluation.alignment import AlignmentTask
+from evaluation.alignment import PairTask, PlanTask
 from evaluation.masked import MaskedResiduesTask
-from evaluation.pair_task import PairTask
 from evaluation.sorting import SortingTask
 from evaluation.task import Task
 
 
 def task_of(config: ConfigDict) -> Task:
-    """Make the task that a configuration names: sorting, masked residues, or else alignment."""
+    """Make the task that a configuration names: sorting, masked residues, alignment by a pair HMM, or else by a plan."""
     return _kind_of(config)(config)
 
 
@@ -44,5 +43,5 @@ def checked(config: ConfigDict) -> ConfigDict:
 
 
 def _kind_of(settings: Any) -> "type[Task]":
-    kinds = {"pair_hmm": PairTask, "sorting": SortingTask, "masked_residues": MaskedResiduesTask}
-    return kinds.get(str(settings.get("task")), AlignmentTask)  # another name is refused by RunConfig
+    kinds: dict[str, type[Task]] = {"pair_hmm": PairTask, "sorting": SortingTask, "masked_residues": MaskedResiduesTask}
+    return kinds.get(str(settings.get("task")), PlanTask)  # another name is refused by RunConfig

@@ -258,9 +258,7 @@ class Transported(NamedTuple):
     residual: Float[Array, "batch"]
 
 
-def transport(
-    given: Inputs, target: Int[Array, "batch x_length"], implementation: str | AsapPotentials
-) -> Transported:
+def transport(given: Inputs, target: Int[Array, "batch x_length"], implementation: str | AsapPotentials) -> Transported:
     """Send values of y to x along one head's plan, without an array of the plan's size.
 
     Positions travel as two more values, and the plan at `target`, a column of y or -1, comes from the potentials.

@@ -141,4 +141,3 @@ def _mean(totals: Totals, name: str) -> Float[Array, ""]:
 def _known(batch: Batch) -> Bool[Array, "batch length"]:
     """Mark the residues to reconstruct that are one of the twenty."""
     return batch["query_mask"] & (batch["x"] > 0) & (batch["x"] <= len(vocab.RESIDUES))
-

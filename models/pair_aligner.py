@@ -148,11 +148,11 @@ class PairAligner(nnx.Module):
 
     def gap_costs(self, x: Encoded, y: Encoded) -> pair_hmm.Gaps:
         """Return the costs of gaps for a batch of pairs."""
-        costs = (self.gaps.log_opening, self.gaps.log_extension, self.gaps.log_terminal)
-        found = [jnp.exp(cost[...]) for cost in costs]
-        if not self.config.learn_gaps:
-            found = jax.lax.stop_gradient(found)
-        return pair_hmm.Gaps(*found, x.offset, y.offset)
+        learned = self.gaps.log_opening[...], self.gaps.log_extension[...], self.gaps.log_terminal[...]
+        opening, extension, terminal = map(
+            jnp.exp, learned if self.config.learn_gaps else jax.lax.stop_gradient(learned)
+        )
+        return pair_hmm.Gaps(opening, extension, terminal, x.offset, y.offset)
 
     def pair(
         self, x: Tokens, y: Tokens, x_lengths: Lengths, y_lengths: Lengths, noise: Noise = None

@@ -136,9 +136,9 @@ def log_weight_of(
             opened = jnp.take_along_axis(offset, jnp.clip(last + 1, 0, offset.shape[1] - 1), axis=1)
             between -= jnp.where(aligned & (last_row >= 0) & (end > last), opened, 0).sum(1)
     none, first = ~aligned.any(1), jnp.argmax(aligned, 1)
-    overhangs = first, jnp.take_along_axis(target, first[:, None], axis=1)[:, 0]
-    overhangs += x_lengths - 1 - rows.max(1), y_lengths - 1 - columns.max(1)
-    ends = sum(_overhang(length, gaps, mode) for length in overhangs)
+    before = first, jnp.take_along_axis(target, first[:, None], axis=1)[:, 0]
+    behind = x_lengths - 1 - rows.max(1), y_lengths - 1 - columns.max(1)
+    ends = sum(_overhang(length, gaps, mode) for length in (*before, *behind))
     return jnp.where(none, log_empty(x_lengths, y_lengths, gaps, mode), matches + between + ends)
 
 
@@ -167,13 +167,12 @@ def posterior(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> tuple[Floa
     memory. They have no derivative that is of use.
     """
     total, matched = _forward(problem, gaps, mode, keep=True)
+    assert matched is not None
     odds = _log(total) - log_empty(problem.x_lengths, problem.y_lengths, gaps, mode)
     return odds, _backward(problem, gaps, mode, total, matched)
 
 
-def _forward(
-    problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool
-) -> tuple["_Scaled", "_Scaled | None"]:
+def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple["_Scaled", "_Scaled | None"]:
     """Sum the weights of all alignments; return the sums, and those of the alignments up to each match if wanted."""
     log_weight, first, x_lengths, y_lengths = problem
     diagonals, batch, lanes = log_weight.shape
@@ -239,7 +238,9 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: "_Scaled", matche
             after.exponent,
         )
         found = _times(matched, after)
-        probability = found.value * _power(jnp.minimum(found.exponent - total.exponent[:, None], 60)) / total.value[:, None]
+        probability = (
+            found.value * _power(jnp.minimum(found.exponent - total.exponent[:, None], 60)) / total.value[:, None]
+        )
         match = _Scaled(*(_right(x, moved) for x in next_match))
         return (new, _times(_split(log_weight), after), match), probability
 

@@ -128,7 +128,9 @@ def around(blocks: Blocks, x_lengths: Lengths, y_lengths: Lengths, lanes: int, s
             jnp.concatenate([jnp.array([0, ends[0][n]]), x, jnp.array([ends[1][n], end])])
             for n, (x, end) in enumerate(((rows, row_end), (columns, column_end)))
         ]
-        if_none = [jnp.minimum(jnp.arange(len(x)), 1) * end for x, end in zip(anchors, (row_end, column_end), strict=True)]
+        if_none = [
+            jnp.minimum(jnp.arange(len(x)), 1) * end for x, end in zip(anchors, (row_end, column_end), strict=True)
+        ]
         rows, columns = (jnp.where(found, x, none) for x, none in zip(anchors, if_none, strict=True))
         place = jnp.interp(jnp.arange(sum(shape) - 1, dtype=jnp.float32), (rows + columns) * 1.0, rows * 1.0)
         start = jnp.floor(place + 0.5).astype(jnp.int32)
