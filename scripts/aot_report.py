@@ -41,6 +41,7 @@ from data import files
 from data.pipeline import PairStream
 from evaluation import runs
 from evaluation.alignment import AlignmentTask, open_families
+from evaluation.tasks import task_of
 from ot_attention import UnsupportedError
 from training import sharding
 from training.state import Trainer, abstract_batch
@@ -178,7 +179,7 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
-    shares = PairStream(open_families(config.data.dir, "train"), AlignmentTask(config).data()).bucket_shares()
+    shares = PairStream(open_families(config.data.dir, "train"), cast(AlignmentTask, task_of(config)).data()).bucket_shares()
     mean = sum(share * (found[bucket] or 0) for bucket, share in shares.items())
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 

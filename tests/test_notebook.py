@@ -31,6 +31,7 @@ def check(notebook: nbformat.NotebookNode) -> None:
     (told,) = [line for line in printed(notebook).splitlines() if line.startswith("shipped weights: ")]
     assert told.endswith("{'distal': True, 'proximal': True}")
     assert "x: HBA_HUMAN, 142 residues" in printed(notebook) and "y: MYG_HUMAN, 154 residues" in printed(notebook)
+    assert "arginines aligned: True" in printed(notebook)
     assert pictures(notebook) == 2
 
 
