@@ -41,18 +41,6 @@ class Peer(NamedTuple):
     align: Callable[[Pair], Match]
 
 
-class Tool(NamedTuple):
-    """A program, and how it is called."""
-
-    package: str  # of Debian
-    programs: tuple[str, ...]  # names that it may have
-    version: str  # option that makes it tell its version
-    version_is: str  # pattern in what it then prints: one name may serve two programs
-    arguments: str  # for two sequences in in.fa, or one in each of x.fa and y.fa
-    read: Callable[[str, Pair], Match]
-    output: str = ""  # file that it writes, or else standard output
-
-
 def from_fasta(text: str, pair: Pair) -> Match:
     """Read an alignment from FASTA with gaps, records x and y in any order. Raises ValueError if it is not of the pair.
 
@@ -83,34 +71,57 @@ def from_positions(text: str, pair: Pair) -> Match:
     return match
 
 
+class Tool(NamedTuple):
+    """A program, and how it is called."""
+
+    package: str  # of Debian
+    version_is: str  # pattern in what it prints as its version: one name may serve two programs
+    arguments: str  # for two sequences in in.fa, or one in each of x.fa and y.fa
+    output: str = ""  # file that it writes, or else standard output
+    version: str = "--version"  # option that makes it tell its version
+    programs: tuple[str, ...] = ()  # names that it may have, if not that of the package
+    read: Callable[[str, Pair], Match] = from_fasta
+
+
 TOOLS = {
-    "probcons": Tool("probcons", ("probcons",), "-version", r"PROBCONS version [\d.]+", "in.fa", from_fasta),
+    "probcons": Tool("probcons", r"PROBCONS version [\d.]+", "in.fa", version="-version"),
     "muscle5": Tool(
-        *("muscle", ("muscle5", "muscle"), "-version", r"muscle 5[\w.]*"),
-        *("-align in.fa -output out.fa -threads 1", from_fasta, "out.fa"),
+        package="muscle",
+        version_is=r"muscle 5[\w.]*",
+        arguments="-align in.fa -output out.fa -threads 1",
+        output="out.fa",
+        version="-version",
+        programs=("muscle5", "muscle"),
     ),
     "muscle3": Tool(
-        "muscle3", ("muscle3", "muscle"), "-version", r"MUSCLE v3[\d.]*", "-in in.fa -quiet", from_fasta
+        package="muscle3",
+        version_is=r"MUSCLE v3[\d.]*",
+        arguments="-in in.fa -out out.fa -quiet",
+        output="out.fa",
+        version="-version",
+        programs=("muscle3", "muscle"),
     ),
-    "mafft": Tool(  # L-INS-i
-        *("mafft", ("mafft",), "--version", r"v[\d.]+"),
-        *("--localpair --maxiterate 1000 --amino --quiet --thread 1 in.fa", from_fasta),
-    ),
-    "clustalo": Tool(
-        *("clustalo", ("clustalo",), "--version", r"[\d.]+", "-i in.fa --seqtype=Protein --threads=1", from_fasta)
-    ),
-    "kalign": Tool(
-        *("kalign", ("kalign",), "--version", r"kalign [\d.]+", "-i in.fa -o out.fa -f fasta -n 1"),
-        *(from_fasta, "out.fa"),
-    ),
-    "fsa": Tool("fsa", ("fsa",), "--version", r"FSA [\d.]+", "in.fa", from_fasta),
-    "hhalign": Tool(
-        *("hhsuite", ("hhalign",), "-h", r"HHalign [\d.]+"),
-        *("-i x.fa -t y.fa -M first -o out.hhr -atab out.tab -alt 1 -v 0", from_positions, "out.tab"),
+    # L-INS-i
+    "mafft": Tool("mafft", r"v[\d.]+", "--localpair --maxiterate 1000 --amino --quiet --thread 1 in.fa"),
+    "clustalo": Tool("clustalo", r"[\d.]+", "-i in.fa -o out.fa --seqtype=Protein --threads=1", "out.fa"),
+    "kalign": Tool("kalign", r"kalign [\d.]+", "-i in.fa -o out.fa -f fasta -n 1", "out.fa"),
+    "fsa": Tool("fsa", r"FSA [\d.]+", "in.fa"),
+    "hhalign": Tool(  # each side is one sequence, without a profile
+        package="hhsuite",
+        version_is=r"HHalign [\d.]+",
+        arguments="-i x.fa -t y.fa -M first -o out.hhr -atab out.tab -alt 1 -v 0",
+        output="out.tab",
+        version="-h",
+        programs=("hhalign",),
+        read=from_positions,
     ),
     "t_coffee": Tool(
-        *("t-coffee", ("t_coffee",), "-version", r"Version_[\d.]+"),
-        *("in.fa -type=protein -output=fasta_aln -outfile=out.fa -n_core=1 -quiet", from_fasta, "out.fa"),
+        package="t-coffee",
+        version_is=r"Version_[\d.]+",
+        arguments="in.fa -type=protein -output=fasta_aln -outfile=out.fa -n_core=1 -quiet",
+        output="out.fa",
+        version="-version",
+        programs=("t_coffee",),
     ),
 }
 _PARASAIL = {
@@ -152,7 +163,7 @@ def _peer(name: str) -> Peer | None:
         version = f"parasail {importlib.metadata.version('parasail')}"
         return Peer(name, version, False, lambda pair: baselines.trace_match(algorithm, pair)[0])
     tool = TOOLS[name]
-    for program in filter(None, map(shutil.which, tool.programs)):
+    for program in filter(None, map(shutil.which, tool.programs or (name,))):
         if version := _version(program, tool):
             return Peer(name, version, True, functools.partial(run, program, tool))
     return None

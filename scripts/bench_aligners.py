@@ -31,7 +31,7 @@ from alignment.inference import Pretrained
 from benchmarks import aligners, peers
 from benchmarks.aligners import Entry
 from data import files
-from evaluation import figures, metrics, model_options
+from evaluation import figures, model_options
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "aligner.safetensors"
 _TITLES = {"f1": "F1", "mean_f1": "mean F1", "precision": "precision", "recall": "recall"}
@@ -114,9 +114,7 @@ def _overall(entries: dict[str, Entry]) -> str:
 
 def _by_bin(entries: dict[str, Entry], metric: str) -> str:
     bins = next(iter(entries.values()))["bins"]
-    columns = [
-        _column(entries, lambda of, name=name: of["bins"][name].get(metric, {}).get("value")) for name in bins
-    ]
+    columns = [_column(entries, lambda of, name=name: of["bins"][name].get(metric, {}).get("value")) for name in bins]
     return _table(entries, [f"{name}\n{of['pairs']} pairs" for name, of in bins.items()], columns)
 
 
