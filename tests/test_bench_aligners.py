@@ -1,6 +1,5 @@
 """scripts/bench_aligners.py: peers that run for real where they are installed, figures of eval.py, and what is told."""
 
-import functools
 import gzip
 import json
 import os
@@ -12,13 +11,16 @@ import pytest
 
 from benchmarks import aligners, peers
 from data import vocab
+from data.evaluation_pairs import evaluation_batches
 from data.transforms import NO_TARGET, Pair
-from evaluation import baselines, metrics
+from data.variants import EVALUATION_SETS
+from evaluation import baselines, metrics, runs, scoring
+from evaluation.alignment import open_families
 from scripts import bench_aligners
 from tests.support import tiny
 
 DATA = "data/default"
-LIMIT = 40  # pairs
+LIMIT = 16  # pairs; of test_ood, all are of lengths that eval.py scores with a limit
 ALPHA = "VLSPADKTNVKAAWGKVGAHAGEYGAEALERMFLSFPTTKTYFPHFDLSHGSAQVKGHGKKVADALTNAVAHVDDMPNALSALSDLHAHKLRVDPVNFKLLSH"
 BETA = "VHLTPEEKSAVTALWGKVNVDEVGGEALGRLLVVYPWTQRFFESFGDLSTPDAVMGNPKVKAHGKKVLGAFSDGLAHLDNLKGTFATLSELHCDKLHVDPENFRL"
 
@@ -170,24 +172,25 @@ def test_a_cut_file_is_told(tmp_path):
 # ---- figures ----
 
 
-@functools.cache
-def evaluated(split: str) -> dict:
-    """The report of eval.py for the tiny run."""
-    return tiny.evaluated(tiny.trained(), split, data_dir=DATA, limit=LIMIT)["splits"][split]
-
-
-@pytest.mark.parametrize("split", ["test_iid", "test_iid_flanked"])
+@pytest.mark.parametrize("split", ["test_ood", pytest.param("test_ood_flanked", marks=pytest.mark.slow)])
 def test_figures_are_those_of_eval(split, tmp_path, capsys):
-    output = tmp_path / "results.json"
+    run, output, (base, variant) = runs.load_run(tiny.trained()), tmp_path / "results.json", EVALUATION_SETS[split]
+    families = open_families(DATA, base)
+    batches = evaluation_batches(families, 4, run.config.data.buckets, variant=variant, limit=LIMIT)
+    evaluated = scoring.score_split(run.pretrained(), families, batches)
+
     given = [f"--workdir={tiny.trained()}", f"--data={DATA}", f"--split={split}", f"--limit={LIMIT}"]
     assert bench_aligners.main([*given, "--peers=nw_blosum62", f"--output={output}"]) == 0
     found = json.loads(output.read_text())["aligners"]
-    for ours, theirs in (("ours", "model"), ("nw_blosum62", "nw_blosum62")):
-        for group in ("f1", "precision", "recall"):
-            assert found[ours]["overall"][group] == pytest.approx(evaluated(split)[theirs]["overall"][group], abs=1e-6)
-        for name, of_bin in evaluated(split)[theirs]["bins"].items():
-            assert found[ours]["bins"][name]["pairs"] == of_bin["pairs"]
-            assert found[ours]["bins"][name]["f1"]["value"] == pytest.approx(of_bin["f1"]["value"], abs=1e-6)
+    # Batches of other pairs may round otherwise, and the alignments of a model that was hardly trained hang on it.
+    for name, of_eval, within in (("ours", "model", 2e-3), ("nw_blosum62", "nw_blosum62", 1e-9)):
+        ours, theirs = found[name], evaluated[of_eval]
+        assert ours["pairs"] == theirs["pairs"] == LIMIT and ours["families"] == theirs["families"]
+        for metric in ("f1", "precision", "recall"):
+            assert ours["overall"][metric] == pytest.approx(theirs["overall"][metric], abs=within)
+        for group, of_bin in theirs["bins"].items():
+            assert ours["bins"][group]["pairs"] == of_bin["pairs"]
+            assert ours["bins"][group]["f1"] == pytest.approx(of_bin["f1"], abs=5 * within)
     assert found["ours"]["cpu_seconds_with_compilation"] > found["ours"]["cpu_seconds"] > 0
     of_all = found["ours"]["calibration"]["overall"]
     assert of_all["right"] == pytest.approx(found["ours"]["overall"]["precision"]["value"])
