@@ -7,13 +7,12 @@ import json
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from alignment.inference import Pretrained
 from benchmarks.peers import FAILURES, Match, Peer
 from data import files, vocab
 from data.batches import unbatch
@@ -21,7 +20,9 @@ from data.evaluation_pairs import evaluation_batches
 from data.transforms import NO_TARGET, Pair
 from data.variants import EVALUATION_SETS, NEGATIVES
 from evaluation import metrics
-from evaluation.alignment import open_families
+
+if TYPE_CHECKING:
+    from alignment.inference import Pretrained
 
 SPLITS = tuple(name for name, of in EVALUATION_SETS.items() if of.variant != NEGATIVES)
 METRICS = "f1", "mean_f1", "precision", "recall"
@@ -55,6 +56,8 @@ class Cases(NamedTuple):
 
 def of_split(data_dir: str, split: str, limit: int | None) -> Cases:
     """Read the pairs that eval.py scores. Raises ValueError or OSError as `open_families` does."""
+    from evaluation.alignment import open_families  # takes seconds: errors in a file of pairs appear at once
+
     base, variant = EVALUATION_SETS[split]
     families = open_families(data_dir, base)
     batches = evaluation_batches(families, 1, _BUCKETS, variant=variant, limit=limit)
@@ -119,7 +122,7 @@ def measure_peer(peer: Peer, pairs: Cases, jobs: int = 1) -> Entry:
     return {"version": peer.version, "kind": "peer", "failures": told, **_timed(spent, pairs), **_scored(found, pairs)}
 
 
-def measure_model(model: Pretrained, pairs: Cases, name: str, version: str) -> Entry:
+def measure_model(model: "Pretrained", pairs: Cases, name: str, version: str) -> Entry:
     """Align all pairs by a model twice: once to compile a program for each shape, and once against the clock."""
     sequences, cold, warm = [(case.pair.x, case.pair.y) for case in pairs.cases], 0.0, 0.0
     for desc in (f"{name}, compiling", name):

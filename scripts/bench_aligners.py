@@ -23,15 +23,19 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+# Slow imports (the model, matplotlib) stand where they are needed: errors in the input appear at once.
 import command_line
-from alignment.inference import Pretrained
 from benchmarks import aligners, peers
 from benchmarks.aligners import Entry
 from data import files
-from evaluation import figures, model_options
+from evaluation import model_options
+
+if TYPE_CHECKING:
+    from alignment.inference import Pretrained
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "aligner.safetensors"
 _TITLES = {"f1": "F1", "mean_f1": "mean F1", "precision": "precision", "recall": "recall"}
@@ -78,11 +82,13 @@ def compare(args: argparse.Namespace) -> None:
         _draw(results.aligners, args.plot, "mean_f1" if pairs.covered else "f1")
 
 
-def _model(args: argparse.Namespace) -> tuple[Pretrained, str]:
+def _model(args: argparse.Namespace) -> tuple["Pretrained", str]:
     """Load the model as scripts/align.py does; return also the name of its version."""
     if args.workdir:
         run = model_options.load(args)
         return run.pretrained(), f"{args.workdir.name}, step {run.step}"
+    from alignment.inference import Pretrained
+
     path = args.weights or WEIGHTS
     model = Pretrained.load(path)
     return model, f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
@@ -166,6 +172,7 @@ def ahead(entries: dict[str, Entry], model: str, metric: str) -> str:
 
 def _draw(entries: dict[str, Entry], path: Path, metric: str) -> None:
     """Draw a panel for all pairs and one for each bin, models in colour."""
+    from evaluation import figures
 
     def bars(kind: str) -> dict[str, dict]:
         return {
