@@ -1,5 +1,6 @@
 """Baselines to compare a model with: two diagonals that never look at a residue, and Needleman-Wunsch."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -51,18 +52,25 @@ def nw_with_score(pair: Pair) -> tuple[Placement, int]:
     """Return the alignment of `nw_blosum62` and its score, in units of BLOSUM62."""
     if not (len(pair.x) and len(pair.y)):
         raise ValueError(f"pair: lengths {len(pair.x)} and {len(pair.y)} were given, both must be at least 1")
-    result = parasail.nw_trace_striped_sat(
+    match, score = trace_match(parasail.nw_trace_striped_sat, pair)
+    rows = np.flatnonzero(match != NO_TARGET)
+    if not rows.size:
+        return Placement(scaled_diagonal(pair).positions, match), score
+    return Placement(np.interp(np.arange(len(match)), rows, match[rows]), match), score
+
+
+def trace_match(algorithm: Callable, pair: Pair) -> tuple[Int32[np.ndarray, " x_length"], int]:
+    """Align by a trace function of parasail with BLOSUM62 and gaps of 11 and 1; return the alignment and its score."""
+    result = algorithm(
         vocab.decode(pair.x), vocab.decode(pair.y), vocab.FIRST_GAP, vocab.FURTHER_GAP, parasail.blosum62
     )
     cigar = np.asarray(result.cigar.seq, np.uint32)
     operations = np.repeat(cigar & 15, cigar >> 4)
     x_step, y_step = operations != _DELETE, operations != _INSERT
     match, both = np.full(len(pair.x), NO_TARGET, np.int32), x_step & y_step
-    match[np.cumsum(x_step)[both] - 1] = np.cumsum(y_step)[both] - 1
-    rows = np.flatnonzero(match != NO_TARGET)
-    if not rows.size:
-        return Placement(scaled_diagonal(pair).positions, match), result.score
-    return Placement(np.interp(np.arange(len(match)), rows, match[rows]), match), result.score
+    first_x, first_y = result.cigar.beg_query, result.cigar.beg_ref  # 0 unless residues before are left out of it
+    match[first_x + np.cumsum(x_step)[both] - 1] = first_y + np.cumsum(y_step)[both] - 1
+    return match, result.score
 
 
 BASELINES = {"diagonal": diagonal, "scaled_diagonal": scaled_diagonal, "nw_blosum62": nw_blosum62}

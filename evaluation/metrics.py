@@ -77,6 +77,19 @@ def barycenters(plan: Float[np.ndarray, "x_length y_length"]) -> Float64[np.ndar
     return np.where(mass > 0, moment / np.where(mass > 0, mass, 1), scaled)
 
 
+def score_alignment(family: str, pair: Pair, match: Int32[np.ndarray, " x_length"]) -> PairScores:
+    """Score a hard alignment alone: the position in y, or -1, of each residue of x."""
+    aligned = pair.target != NO_TARGET
+    return PairScores(
+        family=family,
+        identity=pair_identity(pair),
+        aligned=int(aligned.sum()),
+        true_positives=float((match == pair.target)[aligned].sum()),
+        predicted=float((match != NO_TARGET).sum()),
+        reference=float(aligned.sum()),
+    )
+
+
 def score_prediction(
     family: str, pair: Pair, positions: Float64[np.ndarray, " x_length"], match: Int32[np.ndarray, " x_length"]
 ) -> PairScores:
@@ -84,20 +97,11 @@ def score_prediction(
 
     Raises ValueError if the position of an aligned residue is not finite.
     """
-    aligned = pair.target != NO_TARGET
-    error = np.abs(positions - pair.target)[aligned]
+    error = np.abs(positions - pair.target)[pair.target != NO_TARGET]
     if not np.isfinite(error).all():
         raise ValueError(f"positions: NaN or inf for an aligned residue of a pair of {family}; all must be finite")
-    return PairScores(
-        family=family,
-        identity=pair_identity(pair),
-        aligned=int(aligned.sum()),
-        abs_error=float(error.sum()),
-        within_1=float((error <= 1).sum()),
-        true_positives=float((match == pair.target)[aligned].sum()),
-        predicted=float((match != NO_TARGET).sum()),
-        reference=float(aligned.sum()),
-    )
+    scores = score_alignment(family, pair, match)
+    return dataclasses.replace(scores, abs_error=float(error.sum()), within_1=float((error <= 1).sum()))
 
 
 def score_plan(

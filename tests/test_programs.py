@@ -28,6 +28,7 @@ MISTAKES = {
     "eval.py": ["--workdir={file}/none"],
     "scripts/align.py": ["{file}/none.fasta"],
     "scripts/aot_report.py": [f"--config={ROOT}/configs/r2_balanced.py", "--output={file}/x.json"],
+    "scripts/bench_aligners.py": ["--pairs={file}/none.jsonl"],
     "scripts/bench_attention.py": ["--figure={file}/x.png"],
     "scripts/bench_balance.py": ["--output={file}/x.jsonl"],
     "scripts/bench_data.py": [f"--config={ROOT}/configs/aligner.py", "--config.data.dir=nowhere"],
