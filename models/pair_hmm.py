@@ -224,12 +224,16 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: "_Scaled", matche
         y_gap, exponent_left = (_right(x, moved) for x in (cells.y_gap, cells.exponent))
         x_gap, exponent_above = (_below(x, moved) for x in (cells.x_gap, cells.exponent))
         match = _Scaled(*(_below(x, moved) for x in match))
+        y_gap, x_gap, exponent_left, exponent_above, match = _computed_once(
+            (y_gap, x_gap, exponent_left, exponent_above, match)
+        )
         end = _end(problem, i, j, gaps, mode)
         top = jnp.maximum(jnp.maximum(match.exponent, end.exponent), jnp.maximum(exponent_left, exponent_above))
         after_match, ended = (x.value * _power(x.exponent - top) for x in (match, end))
         y_gap, x_gap = y_gap * _power(exponent_left - top), x_gap * _power(exponent_above - top)
         after_y = after_match + _both(factors.x_opening(i + 1) * x_gap)
         after = _normalised(_Scaled(ended + after_y + _both(factors.y_opening(j + 1) * y_gap), top))
+        after, after_y, after_match, y_gap, x_gap = _computed_once((after, after_y, after_match, y_gap, x_gap))
         scale = _power(top - after.exponent)
         new = _Cells(
             after.value,
@@ -247,6 +251,9 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: "_Scaled", matche
     initial = _Cells(*_no_cells(batch, lanes)), _nothing(batch, lanes), _nothing(batch, lanes)
     per_step = jnp.arange(diagonals), log_weight, first, moved, matched
     return jax.lax.scan(step, initial, per_step, reverse=True)[1]
+
+
+_computed_once = jax.lax.optimization_barrier  # else XLA computes, for every use, what is cheap but used often
 
 
 class _Factors(NamedTuple):
