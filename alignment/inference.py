@@ -36,6 +36,7 @@ class PairAlignment(NamedTuple):
 
     pairs: Int32[np.ndarray, "aligned 2"]  # positions (i, j), from 0, both rising
     confidence: Float32[np.ndarray, " aligned"]  # of each pair: its posterior probability, or its share in the plan
+    probability: float  # that x and y are homologous; not a number if the model says nothing about it
     x_alone: Float32[np.ndarray, " x_length"]  # probability that a residue is aligned with none, 1 minus its row's sum
     y_alone: Float32[np.ndarray, " y_length"]
 
@@ -157,7 +158,7 @@ class Pretrained:
         return max(_SMALLEST_CHUNK, _CHUNK_BATCHES * batching.batch_size(usual, usual, self.band))
 
     def align(
-        self, pairs: Pairs, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
+        self, pairs: Pairs, *, mode: str = "glocal", band: int | None = None, done: Done = lambda count: None
     ) -> list[PairAlignment]:
         """Align pairs of token sequences; the alignments are in the order of the pairs.
 
@@ -166,15 +167,15 @@ class Pretrained:
         `band_for`, in residues, -1 for no band. `done` is called with the number of pairs of each finished batch.
         Raises ValueError for an empty sequence, one longer than `MAX_LENGTH`, an unknown decoder.
         """
-        return next(self.align_chunks([pairs], decoder=decoder, band=band, done=done), [])
+        return next(self.align_chunks([pairs], mode=mode, band=band, done=done), [])
 
     def align_chunks(
-        self, chunks: Chunks, *, decoder: str | None = None, band: int | None = None, done: Done = lambda count: None
+        self, chunks: Chunks, *, mode: str = "glocal", band: int | None = None, done: Done = lambda count: None
     ) -> Iterator[list[PairAlignment]]:
         """Yield the alignments of each chunk of pairs, as `align` does, while the device computes the next chunk."""
         ahead = _AHEAD if jax.default_backend() == "cpu" else _AHEAD_OF_ACCELERATOR
         found: dict[int, PairAlignment] = {}
-        for batch in _delayed(self._started(chunks, decoder, band, None), ahead):
+        for batch in _delayed(self._started(chunks, None, band, None), ahead):
             found |= zip(batch.members, _alignments(batch), strict=True)
             done(len(batch.members))
             if batch.last:
@@ -280,4 +281,6 @@ def _alignments(batch: _Batch) -> Iterator[PairAlignment]:
     for n, (x_length, y_length) in enumerate(batch.lengths):
         aligned = np.flatnonzero(match[n] != decoding.NO_MATCH)
         pairs = np.stack([aligned, match[n, aligned]], axis=1).astype(np.int32)
-        yield PairAlignment(pairs, confidence[n, aligned], x_alone[n, :x_length], y_alone[n, :y_length])
+        # A placeholder until models say it themselves.
+        probability = float(confidence[n, aligned].mean()) if len(aligned) else 0.0
+        yield PairAlignment(pairs, confidence[n, aligned], probability, x_alone[n, :x_length], y_alone[n, :y_length])
