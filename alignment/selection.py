@@ -54,11 +54,16 @@ def _best(query: Record, alignments: Iterator[Aligned], least: float, top: int) 
             if _known(aligned) < least:
                 left_out += 1
             else:
-                # Copies, because these are views of whole batches, which would stay in memory.
-                yield aligned._replace(x_alone=aligned.x_alone.copy(), y_alone=aligned.y_alone.copy())
+                yield _alone(aligned)
 
     kept = heapq.nlargest(top, probable(), key=lambda aligned: aligned.probability)
     return Settled(query, pairs, work, left_out, kept)
+
+
+def _alone(aligned: Aligned) -> Aligned:
+    """Copy what may be a view of a whole batch, which would stay in memory."""
+    confidence, x_alone, y_alone = (of.copy() for of in (aligned.confidence, aligned.x_alone, aligned.y_alone))
+    return aligned._replace(confidence=confidence, x_alone=x_alone, y_alone=y_alone)
 
 
 def _known(aligned: Aligned) -> float:
