@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch on a CPU
 _BATCH_RESIDUES_OF_ACCELERATOR = 1024 * 192
+_ENCODED_RESIDUES = 8 * 256  # residues that are encoded at once on a CPU; few, as a single pair takes as long
 _BATCH_CELLS = 1 << 27  # plan entries in a batch on an accelerator; decoding takes about 30 bytes for each
 _SMALLEST, _LARGEST = 64, 46_080  # padded lengths; the band's arithmetic is exact to 46,276
 # What the shipped aligner takes on a CPU, by XLA's analysis of memory (37 to 52 a plan entry, 5,170 a residue).
@@ -93,9 +94,10 @@ def batches(shapes: Sequence[Shape], multiple: int = 1) -> Iterator[tuple[Shape,
             yield shape._replace(batch=size), members[start : start + size]
 
 
-def shape_of_one(length: int) -> Shape:
-    """Return the shape of the batches in which sequences of this length are encoded."""
-    return Shape(batch_size(bucket(length), bucket(length), 0), bucket(length), 1, None)
+def encoded_at_once(length: int, multiple: int = 1) -> int:
+    """Return the number of sequences of a padded length that are encoded at once, a multiple of `multiple`."""
+    residues = _ENCODED_RESIDUES if jax.default_backend() == "cpu" else _BATCH_RESIDUES_OF_ACCELERATOR
+    return -(-max(1, residues // length) // multiple) * multiple
 
 
 def padded(x: Sequence[Arrays], y: Sequence[Arrays], shape: Shape) -> dict[str, np.ndarray]:

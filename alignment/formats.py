@@ -1,72 +1,30 @@
 """Write pairwise alignments as text, for people and in the formats of other programs.
 
-Positions are counted from 1 in `text` and in tables of pairs (`tsv:id,identity`), and from 0 in `tsv` and `jsonl`. The
-confidence of a column is the probability that its two residues are aligned, or that its only residue is aligned with
-none.
+Positions are counted from 1 in `text` and in tables of pairs (`tsv:id,identity`), and from 0 in `tsv` and `jsonl`. All
+formats but these tables, `tsv` and `jsonl` hold both sequences from end to end, what is not aligned as gaps.
 """
 
-import itertools
+import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
+from alignment import tables
+from alignment.columns import GAP, NO_POSITION, Aligned, Columns, columns_of, score_of, substitutions, unpaired
 from alignment.sequences import Record, told_apart
 from data import vocab
 
-GAP = "-"
 _BLOCK = 60  # columns
 _WIDEST_NAME = 20
-NO_POSITION = -1
 _STEPS = 10_000  # values of confidence between 0 and 1, in JSON
 _DIGITS = [repr(n / _STEPS) for n in range(_STEPS + 1)]
-# Karlin and Altschul's parameters of BLOSUM62 with BLAST's gap costs, where a gap of k residues costs 11 + k.
-LAMBDA, K = 0.267, 0.041
-_BLAST_OPENING, _BLAST_RESIDUE = 11, 1
-
-
-class Aligned(NamedTuple):
-    """Two sequences and their alignment, an `alignment.inference.PairAlignment`."""
-
-    id: str
-    x: Record
-    y: Record
-    pairs: Int[np.ndarray, "aligned 2"]
-    confidence: Float[np.ndarray, " aligned"]
-    x_alone: Float[np.ndarray, " x_length"]
-    y_alone: Float[np.ndarray, " y_length"]
-
-
-class Columns(NamedTuple):
-    """An alignment column by column; of two neighbouring gaps, the unaligned residues of x come first."""
-
-    i: Int[np.ndarray, " columns"]  # position in x, or NO_POSITION
-    j: Int[np.ndarray, " columns"]
-    x: str  # residues and gaps
-    y: str
-    confidence: Float[np.ndarray, " columns"]
-
-
-def columns_of(aligned: Aligned) -> Columns:
-    """Return the columns of an alignment, gaps included."""
-    places: list[tuple[int, int]] = []
-    x_next = y_next = 0
-    for x_match, y_match in [*aligned.pairs.tolist(), (len(aligned.x.residues), len(aligned.y.residues))]:
-        places += [(n, NO_POSITION) for n in range(x_next, x_match)]
-        places += [(NO_POSITION, n) for n in range(y_next, y_match)]
-        places.append((x_match, y_match))
-        x_next, y_next = x_match + 1, y_match + 1
-    i, j = np.array(places[:-1], int).reshape(-1, 2).T
-    confidence = np.where(i == NO_POSITION, aligned.y_alone[j], aligned.x_alone[i])
-    confidence[(i != NO_POSITION) & (j != NO_POSITION)] = aligned.confidence
-    return Columns(i, j, _written(aligned.x, i), _written(aligned.y, j), confidence)
-
-
-def _written(record: Record, positions: np.ndarray) -> str:
-    return "".join(GAP if n == NO_POSITION else record.residues[n] for n in positions)
+# Groups of Clustal W and Clustal Omega (Thompson, Higgins and Gibson 1994; Gonnet PAM 250): above .5, and up to it.
+_STRONG = ["STA", "NEQK", "NHQK", "NDEQ", "QHRK", "MILV", "MILF", "HY", "FYW"]
+_WEAK = ["CSA", "ATV", "SAG", "STNK", "STPA", "SGND", "SNDEQK", "NDEQHK", "NEQHRK", "FVLIM", "HFY"]
+_HEADERS = {"CLUSTAL", "MUSCLE", "PROBCONS", "MSAPROBS", "KALIGN", "BIOPYTHON"}  # words that begin a Clustal alignment
 
 
 def text(aligned: Aligned, reference: Int[np.ndarray, " x_length"] | None = None) -> str:
@@ -77,8 +35,8 @@ def text(aligned: Aligned, reference: Int[np.ndarray, " x_length"] | None = None
     `differences`.
     """
     columns = columns_of(aligned)
-    same, substitution = np.array(list(columns.x)) == np.array(list(columns.y)), _substitutions(columns)
-    middle = "".join(np.select([_alone(columns), same, substitution > 0], [" ", "|", ":"], "."))
+    same, substitution = np.array(list(columns.x)) == np.array(list(columns.y)), substitutions(columns)
+    middle = "".join(np.select([unpaired(columns), same, substitution > 0], [" ", "|", ":"], "."))
     tenths = "".join(str(min(9, int(10 * c))) for c in columns.confidence)
     marks = "" if reference is None else differences(columns, reference)
     width = max(len(_short(name)) for name in (aligned.x.id, aligned.y.id, "confidence"))
@@ -108,22 +66,13 @@ def differences(columns: Columns, reference: Int[np.ndarray, " x_length"]) -> st
     reference aligns.
     """
     found = np.append(reference, NO_POSITION)[columns.i]  # partner of x's residue; -1 where there is none
-    alone = _alone(columns)
+    alone = unpaired(columns)
     aligned_there = np.where(columns.i == NO_POSITION, np.isin(columns.j, reference), found != NO_POSITION)
     return "".join(np.select([~alone & (found != columns.j), alone & aligned_there], ["!", "?"], " "))
 
 
-def _alone(columns: Columns) -> Bool[np.ndarray, " columns"]:
-    return (columns.i == NO_POSITION) | (columns.j == NO_POSITION)
-
-
 def _short(name: str) -> str:
     return name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 1] + "~"
-
-
-def _substitutions(columns: Columns) -> Int[np.ndarray, " columns"]:
-    x, y = (vocab.encode(letters.replace(GAP, "X").encode()) for letters in (columns.x, columns.y))
-    return vocab.blosum62()[x, y]
 
 
 def _summary(aligned: Aligned, columns: Columns, middle: str) -> list[str]:
@@ -140,19 +89,10 @@ def _summary(aligned: Aligned, columns: Columns, middle: str) -> list[str]:
         f"Identity:   {share(middle.count('|'))}",
         f"Positives:  {share(middle.count('|') + middle.count(':'))} by BLOSUM62",
         f"Gaps:       {share(middle.count(' '))}",
-        f"Score:      {_score(columns)} by BLOSUM62, gaps {vocab.FIRST_GAP} and {vocab.FURTHER_GAP}",
+        f"Score:      {score_of(columns)} by BLOSUM62, gaps {vocab.FIRST_GAP} and {vocab.FURTHER_GAP}",
         f"Confidence: {mean} {len(aligned.pairs)} aligned pairs",
+        *([f"Homology:   probability {_probability(aligned)}"] if _probability(aligned) else []),
     ]
-
-
-def _score(columns: Columns) -> int:
-    """Return the score of this alignment in Needleman-Wunsch, end gaps included."""
-    score = int(_substitutions(columns).sum())
-    for positions in (columns.i, columns.j):
-        gap = positions == NO_POSITION
-        openings = int((np.diff(gap, prepend=False) & gap).sum())
-        score -= vocab.FURTHER_GAP * int(gap.sum()) + (vocab.FIRST_GAP - vocab.FURTHER_GAP) * openings
-    return score
 
 
 def stockholm(aligned: Aligned) -> str:
@@ -164,25 +104,63 @@ def stockholm(aligned: Aligned) -> str:
     marks = np.array(list("0123456789*"))[np.floor(columns.confidence * 10 + 0.5).astype(int)]
     names = [f"_{name}" if name.startswith(("#", "//")) else name for name in _names(aligned)]  # other lines begin so
     width = max(len("#=GC PP_cons"), *(len(f"#=GR {name} PP") for name in names))
+    probability = [f"#=GF CC probability of homology {_probability(aligned)}"] if _probability(aligned) else []
     described = zip(names, (aligned.x.description, aligned.y.description), strict=True)
-    lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}", *(f"#=GS {name} DE {of}" for name, of in described if of)]
+    lines = ["# STOCKHOLM 1.0", f"#=GF ID {aligned.id}", *probability]
+    lines += [f"#=GS {name} DE {of}" for name, of in described if of]
     for name, positions, written in zip(names, (columns.i, columns.j), (columns.x, columns.y), strict=True):
         lines.append(f"{name:{width}} {written}")
         lines.append(f"{f'#=GR {name} PP':{width}} {''.join(np.where(positions == NO_POSITION, '.', marks))}")
     return "\n".join([*lines, f"{'#=GC PP_cons':{width}} {''.join(marks)}", "//", ""])
 
 
+def clustal(aligned: Aligned) -> str:
+    """Write a Clustal alignment in blocks, with its line of conservation below each.
+
+    `*` marks identical residues, `:` residues of a strong group of Clustal's, `.` residues of a weak one. An id that
+    begins alignments, as MUSCLE does, gets `_` before it.
+    """
+    columns = columns_of(aligned)
+    names = [f"_{name}" if name.upper() in _HEADERS else name for name in _names(aligned)]
+    width = max(16, *(len(name) + 1 for name in names))
+    conserved = "".join(map(_conservation, columns.x, columns.y))
+    probability = f", probability={_probability(aligned)}" if _probability(aligned) else ""
+    lines = [f"CLUSTAL multiple sequence alignment by ot-attention{probability}", ""]
+    rows = [*zip(names, (columns.x, columns.y), strict=True), ("", conserved)]
+    for start in range(0, len(conserved), _BLOCK):
+        lines += ["", *(f"{name:{width}}{letters[start : start + _BLOCK]}" for name, letters in rows)]
+    return "\n".join(lines) + "\n\n"
+
+
+@functools.cache
+def _conservation(a: str, b: str) -> str:
+    if GAP in (a, b):
+        return " "
+    kinds = (("*", [a + b] if a == b else []), (":", _STRONG), (".", _WEAK))
+    return next((mark for mark, groups in kinds if any(a in group and b in group for group in groups)), " ")
+
+
 def fasta(aligned: Aligned) -> str:
-    """Write both sequences with gaps."""
+    """Write both sequences with gaps, and the probability behind the description of y."""
     columns, (x, y) = columns_of(aligned), _names(aligned)
-    return _fasta(x, aligned.x.description, columns.x) + _fasta(y, aligned.y.description, columns.y)
+    return _fasta(x, aligned.x.description, columns.x) + _fasta(y, _described(aligned), columns.y)
 
 
 def a3m(aligned: Aligned, name: str | None = None) -> str:
     """Write y relative to x: a column for each residue of x, unaligned residues of y in lower case."""
     columns = columns_of(aligned)
     relative = (b.lower() if a == GAP else b for a, b in zip(columns.x, columns.y, strict=True))
-    return _fasta(name or aligned.y.id, aligned.y.description, "".join(relative))
+    return _fasta(name or aligned.y.id, _described(aligned), "".join(relative))
+
+
+def _described(aligned: Aligned) -> str:
+    probability = [f"probability={_probability(aligned)}"] if _probability(aligned) else []
+    return " ".join([*([aligned.y.description] if aligned.y.description else []), *probability])
+
+
+def _probability(aligned: Aligned) -> str:
+    """Return the probability of homology, or nothing where it is not known."""
+    return "" if math.isnan(aligned.probability) else f"{aligned.probability:.4f}"
 
 
 def _fasta(name: str, description: str, written: str) -> str:
@@ -195,130 +173,40 @@ def _names(aligned: Aligned) -> tuple[str, str]:
 
 
 def tsv(aligned: Aligned) -> str:
-    """Write a line for each aligned pair: positions from 0, residues, confidence."""
+    """Write a line for each aligned pair: positions from 0, residues, confidence, probability of the whole."""
     return "".join(
-        f"{aligned.id}\t{i}\t{j}\t{aligned.x.residues[i]}\t{aligned.y.residues[j]}\t{c:.4f}\n"
+        f"{aligned.id}\t{i}\t{j}\t{aligned.x.residues[i]}\t{aligned.y.residues[j]}\t{c:.4f}\t{aligned.probability:.4f}\n"
         for (i, j), c in zip(aligned.pairs, aligned.confidence, strict=True)
     )
 
 
 def jsonl(aligned: Aligned) -> str:
-    """Write `{"id", "pairs": [[i, j], ...], "confidence": [...]}` with positions from 0."""
+    """Write `{"id", "pairs": [[i, j], ...], "confidence": [...], "probability"}` with positions from 0."""
     # Equal to the text of json.dumps, in a fifth of its time: numbers are most of the output.
     pairs = ", ".join(["[%d, %d]"] * len(aligned.pairs)) % tuple(aligned.pairs.ravel().tolist())
     steps = np.rint(aligned.confidence.astype(float) * _STEPS).astype(int).tolist()
     confidence = ", ".join([_DIGITS[n] if n <= _STEPS else repr(n / _STEPS) for n in steps])
-    return f'{{"id": {json.dumps(aligned.id)}, "pairs": [{pairs}], "confidence": [{confidence}]}}\n'
+    probability = "null" if math.isnan(aligned.probability) else repr(round(float(aligned.probability), 4))
+    return (
+        f'{{"id": {json.dumps(aligned.id)}, "pairs": [{pairs}], "confidence": [{confidence}], '
+        f'"probability": {probability}}}\n'
+    )
 
 
-class _Summary(NamedTuple):
-    """Counts of an alignment, from which columns of a table are made."""
-
-    aligned: Aligned
-    columns: Columns
-    core: Columns  # from the first aligned pair to the last
-    identical: int
-    positive: int
-    gaps: int  # columns of the core
-    openings: int  # of gaps in the core
-
-    @property
-    def pairs(self) -> int:
-        return len(self.aligned.pairs)
-
-    def share(self, count: int | float) -> str:
-        """Return a share of the aligned pairs."""
-        return f"{count / max(1, self.pairs):.4f}"
-
-    def place(self, which: int, side: int) -> int:
-        """Return a position, counted from 1, in the first or last aligned pair; 0 if there is none."""
-        return int(self.aligned.pairs[which, side]) + 1 if self.pairs else 0
-
-    @property
-    def percent_identity(self) -> float:
-        return 100 * self.identical / max(1, len(self.core.x))
-
-    @property
-    def bits(self) -> float:
-        score = int(_substitutions(self.core).sum()) - _BLAST_OPENING * self.openings - _BLAST_RESIDUE * self.gaps
-        return (LAMBDA * score - math.log(K)) / math.log(2) if self.pairs else 0.0
-
-    @property
-    def expected(self) -> float:
-        return len(self.aligned.x.residues) * len(self.aligned.y.residues) * 2.0 ** min(1000.0, -self.bits)
-
-    @property
-    def cigar(self) -> str:
-        i, j = self.columns.i, self.columns.j
-        kinds = np.select([i == NO_POSITION, j == NO_POSITION], ["D", "I"], "M").tolist()
-        return "".join(f"{len(list(run))}{kind}" for kind, run in itertools.groupby(kinds))
-
-
-def _summarised(aligned: Aligned) -> _Summary:
-    columns = columns_of(aligned)
-    places = np.flatnonzero(~_alone(columns))
-    within = slice(places[0], places[-1] + 1) if len(places) else slice(0)
-    i, j, x, y, confidence = columns
-    core = Columns(i[within], j[within], x[within], y[within], confidence[within])
-    identical = np.array(list(core.x), "U1") == np.array(list(core.y), "U1")
-    positive = identical | (~_alone(core) & (_substitutions(core) > 0))
-    gaps = [positions == NO_POSITION for positions in (core.i, core.j)]
-    openings = sum(int((gap[1:] & ~gap[:-1]).sum()) for gap in gaps)  # a core begins with an aligned pair
-    count = int(identical.sum()), int(positive.sum()), int(_alone(core).sum())
-    return _Summary(aligned, columns, core, *count, openings)
-
-
-# Columns of tables: what they hold, for the help of align.py, and their text.
-COLUMNS: dict[str, tuple[str, Callable[[_Summary], object]]] = {
-    "id": ("id of the pair", lambda of: of.aligned.id),
-    "x": ("id of x", lambda of: of.aligned.x.id),
-    "y": ("id of y", lambda of: of.aligned.y.id),
-    "x_start": ("first aligned residue of x, counted from 1; 0 if none is aligned", lambda of: of.place(0, 0)),
-    "x_end": ("last aligned residue of x", lambda of: of.place(-1, 0)),
-    "y_start": ("first aligned residue of y", lambda of: of.place(0, 1)),
-    "y_end": ("last aligned residue of y", lambda of: of.place(-1, 1)),
-    "x_length": ("residues of x", lambda of: len(of.aligned.x.residues)),
-    "y_length": ("residues of y", lambda of: len(of.aligned.y.residues)),
-    "length": ("columns from the first aligned pair to the last", lambda of: len(of.core.x)),
-    "aligned": ("aligned pairs of residues", lambda of: of.pairs),
-    "identity": ("identical pairs, as a share (0 to 1) of the aligned ones", lambda of: of.share(of.identical)),
-    "positives": ("pairs identical or of positive BLOSUM62 score, as a share", lambda of: of.share(of.positive)),
-    "gaps": ("columns with a gap, from the first aligned pair to the last", lambda of: of.gaps),
-    "x_coverage": ("aligned share of x", lambda of: f"{of.pairs / len(of.aligned.x.residues):.4f}"),
-    "y_coverage": ("aligned share of y", lambda of: f"{of.pairs / len(of.aligned.y.residues):.4f}"),
-    "score": ("BLOSUM62 score from end to end, gaps 11 and 1", lambda of: _score(of.columns)),
-    "confidence": ("mean over the aligned pairs", lambda of: of.share(float(of.aligned.confidence.sum()))),
-    "cigar": ("from end to end, x as query: I only in x, D only in y", lambda of: of.cigar),
-    "qseqid": ("x", lambda of: of.aligned.x.id),
-    "sseqid": ("y", lambda of: of.aligned.y.id),
-    "pident": ("identical pairs in per cent of length", lambda of: f"{of.percent_identity:.3f}"),
-    "mismatch": ("aligned pairs that are not identical", lambda of: of.pairs - of.identical),
-    "gapopen": ("gaps from the first aligned pair to the last", lambda of: of.openings),
-    "qstart": ("x_start", lambda of: of.place(0, 0)),
-    "qend": ("x_end", lambda of: of.place(-1, 0)),
-    "sstart": ("y_start", lambda of: of.place(0, 1)),
-    "send": ("y_end", lambda of: of.place(-1, 1)),
-    "evalue": ("expected number in a search space of x_length y_length", lambda of: f"{of.expected:.2e}"),
-    "bitscore": ("BLAST's, of this alignment from its first pair to its last", lambda of: f"{of.bits:.1f}"),
+FORMATS: dict[str, Callable[[Aligned], str]] = {
+    of.__name__: of for of in (text, stockholm, a3m, fasta, clustal, tsv, jsonl)
 }
-BLAST = "blast12"
-_BLAST_COLUMNS = (
-    *("qseqid", "sseqid", "pident", "length", "mismatch", "gapopen"),
-    *("qstart", "qend", "sstart", "send", "evalue", "bitscore"),
-)
 _TABLE = "tsv:"
-
-FORMATS: dict[str, Callable[[Aligned], str]] = {of.__name__: of for of in (text, stockholm, a3m, fasta, tsv, jsonl)}
-_SUFFIXES = {"text": ".txt", "stockholm": ".sto"}
+_SUFFIXES = {"text": ".txt", "stockholm": ".sto", "clustal": ".aln"}
 
 
 def check_format(form: str) -> None:
-    """Raise ValueError unless the name is of `FORMATS`, or "tsv:" before names of `COLUMNS` with commas between."""
+    """Raise ValueError unless the name is of `FORMATS`, or "tsv:" before names of columns with commas between."""
     if form.startswith(_TABLE):
-        unknown = [name for name in _columns_in(form) if name not in COLUMNS]
-        if unknown:
-            allowed = f"{BLAST}, {', '.join(COLUMNS)}"
-            raise ValueError(f"{form}: {unknown[0]!r} is no column; allowed are {allowed}")
+        try:
+            tables.columns_in(form.removeprefix(_TABLE))
+        except ValueError as error:
+            raise ValueError(f"{form}: {error}") from error
     elif form not in FORMATS:
         raise ValueError(f"{form!r} was given, allowed are {', '.join(FORMATS)}, and tsv: with names of columns")
 
@@ -329,37 +217,34 @@ def suffix(form: str) -> str:
     return _SUFFIXES.get(name, f".{name}")
 
 
-def written(alignments: Iterator[Aligned], form: str) -> Iterator[str]:
-    """Write all alignments in a format that `check_format` knows; A3M begins with x, the query, of all of them."""
-    if form.startswith(_TABLE):
-        yield from _table(alignments, _columns_in(form), header=form != _TABLE + BLAST)
-    elif form == "a3m":
-        yield from _a3m_of_query(alignments)
-    else:
-        if form == "tsv":
-            yield "id\ti\tj\tx\ty\tconfidence\n"
-        yield from map(FORMATS[form], alignments)
+class Writer:
+    """Texts of alignments that follow each other in a file, in a format that `check_format` knows.
 
+    Args:
+        form: The format.
+        names: Ids that an A3M holds already, which the next alignments continue.
+    """
 
-def _columns_in(form: str) -> Sequence[str]:
-    names = form.removeprefix(_TABLE).split(",")
-    return [column for name in names for column in (_BLAST_COLUMNS if name == BLAST else [name])]
+    def __init__(self, form: str, names: Iterable[str] = ()):
+        self.form = form
+        self._names = set(names)
+        self._columns = tables.columns_in(form.removeprefix(_TABLE)) if form.startswith(_TABLE) else []
 
+    def begin(self, query: Record) -> str:
+        """Return what stands before all alignments: names of columns, or x, the query, of an A3M."""
+        if self.form == "a3m":
+            self._names.add(query.id)
+            return _fasta(query.id, query.description, query.residues)
+        if self._columns:
+            return tables.head(self.form.removeprefix(_TABLE))
+        return "id\ti\tj\tx\ty\tconfidence\tprobability\n" if self.form == "tsv" else ""
 
-def _table(alignments: Iterator[Aligned], names: Sequence[str], *, header: bool) -> Iterator[str]:
-    """Write a line for each pair of sequences. BLAST's own table has no header."""
-    if header:
-        yield "\t".join(names) + "\n"
-    for summary in map(_summarised, alignments):
-        yield "\t".join(str(COLUMNS[name][1](summary)) for name in names) + "\n"
-
-
-def _a3m_of_query(alignments: Iterator[Aligned]) -> Iterator[str]:
-    names: set[str] = set()
-    for aligned in alignments:
-        if not names:
-            names.add(aligned.x.id)
-            yield _fasta(aligned.x.id, aligned.x.description, aligned.x.residues)
-        name = told_apart(aligned.y.id, names)
-        names.add(name)
-        yield a3m(aligned, name)
+    def text(self, aligned: Aligned) -> str:
+        """Return an alignment."""
+        if self._columns:
+            return tables.row(aligned, self._columns)
+        if self.form != "a3m":
+            return FORMATS[self.form](aligned)
+        name = told_apart(aligned.y.id, self._names)
+        self._names.add(name)
+        return a3m(aligned, name)

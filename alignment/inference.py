@@ -289,18 +289,23 @@ class _Encoder:
         return self._known[sequence.tobytes()] if self._model.has_pair_hmm else {"tokens": sequence}
 
     def _encode(self, sequences: list[Tokens]) -> None:
+        """Encode sequences in batches of one size for each length: their vectors never depend on other sequences."""
         model = self._model
         program = model.programs.get(None)
         if program is None:
             program = model.programs[None] = model.compile(functools.partial(_encode, model.graph))
-        shapes = [batching.shape_of_one(len(x)) for x in sequences]
-        for shape, members in batching.batches(shapes, model.multiple):
-            batch = batching.padded_side("x", [{"tokens": sequences[n]} for n in members], shape.batch, shape.rows)
-            encoded = jax.device_get(program(model.params, batch))
-            for n, member in enumerate(members):
-                tokens = sequences[member]
-                found = {name: of[n, : len(tokens)] for name, of in encoded.items()}
-                self._known[tokens.tobytes()] = {"tokens": tokens, **found}
+        by_length: dict[int, list[Tokens]] = {}
+        for sequence in sequences:
+            by_length.setdefault(batching.bucket(len(sequence)), []).append(sequence)
+        for length, of_length in by_length.items():
+            size = batching.encoded_at_once(length, model.multiple)
+            for start in range(0, len(of_length), size):
+                members = of_length[start : start + size]
+                batch = batching.padded_side("x", [{"tokens": x} for x in members], size, length)
+                encoded = jax.device_get(program(model.params, batch))
+                for n, tokens in enumerate(members):
+                    found = {name: of[n, : len(tokens)] for name, of in encoded.items()}
+                    self._known[tokens.tobytes()] = {"tokens": tokens, **found}
 
 
 def _as_tokens(sequence: Tokens) -> Tokens:

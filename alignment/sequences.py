@@ -5,6 +5,8 @@ at the end are dropped. The gaps `-`, `.`, `_` and `~` are dropped, and a stop i
 J, O, U, X and Z are kept and are aligned as "any residue". Any other symbol is an error that names its place.
 """
 
+import array
+import dataclasses
 import io
 import itertools
 import re
@@ -12,7 +14,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Int
 
 from data import files, vocab
 from data.other_formats import format_of
@@ -61,6 +66,7 @@ _FURTHER_COLUMN = re.compile(rf"(?:{_WORDS}[\W_\d]*)+[a-z]?|[a-z][\W_\d]*{_WORDS
 _SEPARATORS = {",": "commas", ";": "semicolons", "|": "bars", " ": "spaces"}
 
 OnBad = Callable[[ValueError], object]
+Row = TypeVar("Row")
 
 
 class Record(NamedTuple):
@@ -77,6 +83,27 @@ class PairRecord(NamedTuple):
     id: str
     x: Record
     y: Record
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairsOfIds:
+    """Pairs of sequences by their places in lists of records: eight bytes each, until it is asked for."""
+
+    xs: list[Record]
+    ys: list[Record]
+    places: Int[np.ndarray, "pairs 2"]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[PairRecord]:
+        for i, j in self.places:
+            yield pair_of(self.xs[i], self.ys[j])
+
+
+def pair_of(x: Record, y: Record) -> PairRecord:
+    """Return a pair that is named by the ids of its sequences."""
+    return PairRecord(f"{x.id}:{y.id}", x, y)
 
 
 def read_fasta(path: str, on_bad: OnBad | None = None) -> list[Record]:
@@ -137,27 +164,28 @@ def read_pairs(path: str, on_bad: OnBad | None = None) -> list[PairRecord]:
         )
         return PairRecord(identifier, x, y)
 
-    pairs = _read_table(path, ("id", "x", "y"), pair, _names_columns, on_bad)
+    pairs = list(_read_table(path, ("id", "x", "y"), pair, _names_columns, on_bad))
     _check_proteins([side.residues for pair in pairs for side in pair[1:]], name)
     notes.warn()
     return pairs
 
 
-def read_pairs_of_ids(path: str, x: list[Record], y: list[Record], on_bad: OnBad | None = None) -> list[PairRecord]:
+def read_pairs_of_ids(path: str, x: list[Record], y: list[Record], on_bad: OnBad | None = None) -> PairsOfIds:
     """Read lines `x_id <tab> y_id`, where the ids are of `x` and `y`, as `read_pairs` reads lines of sequences."""
-    known = [{record.id: record for record in of} for of in (x, y)]
+    known = [{record.id: n for n, record in enumerate(of)} for of in (x, y)]
 
-    def pair(n: int, fields: list[str]) -> PairRecord:
+    def places(n: int, fields: list[str]) -> tuple[int, int]:
         for identifier, records in zip(fields, known, strict=True):
             if identifier not in records:
                 raise ValueError(f"{files.display_name(path)}, line {n}: no sequence has the id {identifier!r}")
-        one, other = (records[identifier] for identifier, records in zip(fields, known, strict=True))
-        return PairRecord(f"{one.id}:{other.id}", one, other)
+        return known[0][fields[0]], known[1][fields[1]]
 
     def is_header(fields: list[str]) -> bool:
         return _names_columns(["id", *fields]) and not (fields[0] in known[0] or fields[-1] in known[1])
 
-    return _read_table(path, ("id of x", "id of y"), pair, is_header, on_bad)
+    rows = _read_table(path, ("id of x", "id of y"), places, is_header, on_bad)
+    found = array.array("i", itertools.chain.from_iterable(rows))
+    return PairsOfIds(x, y, np.frombuffer(found, np.intc).reshape(-1, 2))
 
 
 def told_apart(name: str, used: Collection[str], key: Callable[[str], str] = str) -> str:
@@ -272,12 +300,12 @@ def _numbered(path: str, number: int) -> str:
 def _read_table(
     path: str,
     columns: Sequence[str],
-    pair: Callable[[int, list[str]], PairRecord],
+    make: Callable[[int, list[str]], Row],
     is_header: Callable[[list[str]], bool],
     on_bad: OnBad | None,
-) -> list[PairRecord]:
-    """Make a pair of each line, from the number of the line and its fields."""
-    name, text, pairs = files.display_name(path), _read_text(path), list[PairRecord]()
+) -> Iterator[Row]:
+    """Make a row of each line, from the number of the line and its fields."""
+    name, text, found = files.display_name(path), _read_text(path), False
     first, wanted = _first_line(text), ", ".join(columns)
     if first.startswith(">"):
         raise ValueError(f"{name} is a FASTA file, not a table of pairs: give it without --pairs")
@@ -294,12 +322,14 @@ def _read_table(
             if len(fields) != len(columns):
                 told = _told_columns(fields)
                 raise ValueError(f"{name}, line {n}: {told}; there must be {len(columns)} with tabs between: {wanted}")
-            pairs.append(pair(n, fields))
+            row = make(n, fields)
         except ValueError as error:
             _take(error, on_bad)
-    if not pairs:
+            continue
+        found = True
+        yield row
+    if not found:
         raise ValueError(f"{name} holds no pair; each line must be {wanted} with tabs between")
-    return pairs
 
 
 def _unquoted(field: str) -> str:

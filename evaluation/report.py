@@ -4,6 +4,7 @@ import base64
 import datetime
 import importlib.metadata
 import io
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int
 
 from alignment import formats
+from alignment.columns import NO_POSITION, Aligned
 from alignment.sequences import Record
 from data import files, vocab
 from data.families import Family
@@ -176,14 +178,14 @@ def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
     }
 
 
-def _aligned(example: Example) -> formats.Aligned:
+def _aligned(example: Example) -> Aligned:
     ids = [example.family.rows[row] for row in example.rows]
     x, y = (Record(name, "", vocab.decode(tokens)) for name, tokens in zip(ids, example.pair[:2], strict=True))
-    i = np.flatnonzero(example.match != formats.NO_POSITION)
+    i = np.flatnonzero(example.match != NO_POSITION)
     pairs, posterior = np.stack([i, example.match[i]], axis=1), example.posterior
     x_alone, y_alone = (np.clip(1 - posterior.sum(axis), 0, 1) for axis in (1, 0))
     confidence = posterior[i, example.match[i]]
-    return formats.Aligned(example.family.accession, x, y, pairs, confidence, x_alone, y_alone)
+    return Aligned(example.family.accession, x, y, pairs, confidence, math.nan, x_alone, y_alone)
 
 
 def _drawn(draw: Callable, *arguments: Any, **options: Any) -> str:

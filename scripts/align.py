@@ -1,11 +1,12 @@
-"""Align proteins, pair by pair, with a confidence for every column.
+"""Align proteins, pair by pair, with a probability of homology and a confidence for every column.
 
 python scripts/align.py a.fasta b.fasta                          # each sequence of a with each of b
 python scripts/align.py many.fasta                               # the first with all others
 python scripts/align.py many.fasta --all-pairs --format=tsv --output=pairs.tsv.gz
-python scripts/align.py a.fasta b.fasta --format=stockholm --plot=plan.png
-python scripts/align.py many.fasta --format=tsv:x,y,identity,cigar   # a line a pair of sequences; or tsv:blast12
-python scripts/align.py queries.fasta many.fasta --format=a3m --output-dir=hits   # a file a query
+python scripts/align.py a.fasta b.fasta --mode=local --format=stockholm --plot=plan.png
+python scripts/align.py many.fasta --format=tsv:x,y,probability,cigar   # a line a pair of sequences; or tsv:blast12
+python scripts/align.py queries.fasta many.fasta --top=20 --min-probability=.5 --format=a3m --output-dir=hits
+python scripts/align.py queries.fasta many.fasta --format=jsonl --output=all.jsonl --resume   # after any stop
 python scripts/align.py --pairs=pairs.tsv --format=jsonl         # lines: id, x, y with tabs between
 python scripts/align.py --pairs=ids.tsv many.fasta               # lines: id of x, id of y
 zcat many.fasta.gz | python scripts/align.py - --format=a3m > many.a3m
@@ -15,20 +16,15 @@ FASTA or PIR, plain or compressed by gzip, bzip2 or xz. Files of output appear w
 """
 
 import argparse
-import bz2
 import contextlib
-import gzip
-import itertools
-import lzma
-import math
+import hashlib
 import os
-import re
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import platformdirs
@@ -36,8 +32,10 @@ from tqdm import tqdm
 
 # Slow imports (jax, the model, matplotlib) stand where they are needed: errors in the input appear at once.
 import command_line
-from alignment import formats, sequences
-from alignment.sequences import PairRecord, Record
+from alignment import formats, output, pairing, selection, sequences, tables
+from alignment.columns import Aligned
+from alignment.pairing import Work
+from alignment.sequences import PairRecord
 from data import files, memory, vocab
 from evaluation import model_options
 
@@ -46,26 +44,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "weights" / "aligner.safetensors"
-_DECODERS = ("posterior", "plan")  # alignment.inference.DECODERS, which takes a second to import
-_COMPRESSORS: dict[str, Callable[..., Any]] = {
-    # gzip's default level, 9, takes longer than all else here, for files a quarter smaller.
-    ".gz": lambda file, mode: gzip.GzipFile("", mode, 4, file, mtime=0),
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
+_MODES = ("global", "glocal", "local")  # of alignment.inference, which takes a second to import
+_OPTIONS = ("mode", "band", "top", "min_probability", "format", "all_pairs")  # on which results depend
 _PICTURES = (".png", ".pdf", ".svg")
 _FEW = 8  # pairs; no progress is shown for these
 _LONGEST_PICTURE = 1500  # pixels
-_LONGEST_NAME = 100  # characters, of a file; systems allow 255 bytes
-
-
-class _Work(NamedTuple):
-    """Pairs to align."""
-
-    pairs: Iterator[PairRecord]
-    total: int
-    queries: int  # different x
-    largest: Collection[PairRecord]  # the pair that takes most memory is among them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,55 +68,30 @@ def _run(args: argparse.Namespace) -> None:
     work = _work(args, leave_out if args.skip_bad else None)
     if args.plot and work.total != 1:
         raise ValueError(f"--plot draws the plan of one pair; {work.total} were given")
-    if args.format == "a3m" and work.queries > 1 and not args.output_dir:
+    if args.format == "a3m" and len(work.queries) > 1 and not args.output_dir:
         raise ValueError(
-            f"an A3M holds one query; {work.queries} were given: --output-dir=DIR writes a file for each of them"
+            f"an A3M holds one query; {len(work.queries)} were given: --output-dir=DIR writes a file for each of them"
         )
     model = _load(args)
     _check_memory(model, work, args.band)
-    few = args.quiet or work.total <= _FEW or not sys.stderr.isatty()
-    with tqdm(total=work.total, unit=" pairs", disable=few) as progress:
-        _write(_aligned(model, work.pairs, args, progress.update), args)
+    with _results(args, work, model) as results:
+        few = args.quiet or work.total <= _FEW or not sys.stderr.isatty()
+        with tqdm(total=work.total, initial=results.reached.pairs, unit=" pairs", disable=few) as progress:
+            alignments = _aligned(model, work.pairs, results.reached.pairs, args, progress.update)
+            for settled in selection.settled(alignments, least=args.min_probability, top=args.top):
+                results.take(settled)
+    if results.reached.left_out:
+        told = f"{results.reached.left_out} of {work.total} pairs were left out"
+        warnings.warn(f"{told}: --min-probability={args.min_probability:g}", stacklevel=2)
     if left_out:
         warnings.warn(f"{len(left_out)} records or pairs that cannot be read were left out", stacklevel=2)
 
 
-def _work(args: argparse.Namespace, on_bad: sequences.OnBad | None) -> _Work:
+def _work(args: argparse.Namespace, on_bad: sequences.OnBad | None) -> Work:
     """Read the pairs to align."""
-    records = [sequences.read_fasta(path, on_bad) for path in args.fasta]
     if args.pairs:
-        pairs = (
-            sequences.read_pairs_of_ids(args.pairs, records[0], records[-1], on_bad)
-            if records
-            else sequences.read_pairs(args.pairs, on_bad)
-        )
-        place = {pair.x: n for n, pair in reversed(list(enumerate(pairs)))}
-        if args.output_dir:  # pairs of a query together, for its file
-            pairs.sort(key=lambda pair: place[pair.x])
-        return _Work(iter(pairs), len(pairs), len(place), pairs)
-    first = records[0]
-    if len(records) == 1 and len(first) < 2:
-        raise ValueError(f"{args.fasta[0]} holds one sequence; give a second file, or a file with several sequences")
-    chosen: Iterable[tuple[Record, Record]]
-    if args.all_pairs:
-        chosen, total, queries = itertools.combinations(first, 2), math.comb(len(first), 2), len(first) - 1
-        largest = list(itertools.combinations(_extremes(first), 2))
-    else:
-        xs, ys = records if len(records) == 2 else (first[:1], first[1:])
-        chosen, total, queries = itertools.product(xs, ys), len(xs) * len(ys), len(xs)
-        largest = list(itertools.product(_extremes(xs), _extremes(ys)))
-    return _Work(map(_pair, chosen), total, queries, [_pair(sides) for sides in largest])
-
-
-def _pair(sides: tuple[Record, Record]) -> PairRecord:
-    x, y = sides
-    return PairRecord(f"{x.id}:{y.id}", x, y)
-
-
-def _extremes(records: list[Record]) -> list[Record]:
-    """Return the shortest sequence and the two longest: memory grows with lengths, and with their difference."""
-    by_length = sorted(records, key=lambda record: len(record.residues))
-    return by_length if len(by_length) < 3 else [by_length[0], *by_length[-2:]]
+        return pairing.of_table(args.pairs, args.fasta, on_bad, by_query=bool(args.output_dir or args.top))
+    return pairing.of_files(args.fasta, on_bad, every=args.all_pairs, both_ways=bool(args.top))
 
 
 def _load(args: argparse.Namespace) -> "Pretrained":
@@ -153,7 +111,7 @@ def _load(args: argparse.Namespace) -> "Pretrained":
     return model.with_asap(args.asap) if args.asap else model
 
 
-def _check_memory(model: "Pretrained", work: _Work, band: int | None) -> None:
+def _check_memory(model: "Pretrained", work: Work, band: int | None) -> None:
     """Raise ValueError, before anything is compiled, if the largest pair does not fit into the memory that is left."""
     import jax
 
@@ -173,20 +131,74 @@ def _check_memory(model: "Pretrained", work: _Work, band: int | None) -> None:
         )
 
 
+def _results(
+    args: argparse.Namespace, work: Work, model: "Pretrained"
+) -> contextlib.AbstractContextManager[output.Results]:
+    """Open the place where results are written."""
+    how: dict[str, Any] = {"resume": args.resume, "total": work.total}
+    if args.output_dir:
+        run = _run_of(args, work, model)
+        return output.to_folder(
+            args.output_dir, args.format, run, queries=work.queries, key=pairing.digest(work.queries), **how
+        )
+    if args.output and str(args.output) != files.STANDARD_STREAM:
+        run = _run_of(args, work, model)
+        return output.to_file(args.output, args.format, run, every=model.chunk_size(), **how)
+    return output.to_standard_output(args.format)
+
+
+def _run_of(args: argparse.Namespace, work: Work, model: "Pretrained") -> output.Run:
+    """Return all that results depend on, by names for users."""
+    import jax
+
+    return {
+        **{name: pairing.digest(rows) for name, rows in work.inputs},
+        "the model": _digest_of(model, args.asap),
+        "the version of this program": command_line.version(),
+        "the device": jax.default_backend(),
+        "the number of pairs in a chunk": model.chunk_size(),
+        **{f"--{name.replace('_', '-')}": getattr(args, name) for name in _OPTIONS},
+    }
+
+
+def _digest_of(model: "Pretrained", asap: Path | None) -> str:
+    """Return the SHA-256 of parameters, band and maps."""
+    import jax
+
+    found = hashlib.sha256(f"{model.band}".encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
+    if asap:
+        found.update(asap.read_bytes())
+    return found.hexdigest()
+
+
 def _aligned(
-    model: "Pretrained", pairs: Iterator[PairRecord], args: argparse.Namespace, done: Callable[[int], object]
-) -> Iterator[formats.Aligned]:
-    size, waiting = model.chunk_size(), deque[list[PairRecord]]()
+    model: "Pretrained",
+    pairs: Iterator[PairRecord],
+    begin: int,
+    args: argparse.Namespace,
+    done: Callable[[int], object],
+) -> Iterator[Aligned]:
+    """Yield the alignments from the pair at place `begin` on.
+
+    The whole chunk of this pair is aligned again: alignments may depend, in their last digits, on others of a batch.
+    """
+    waiting, left = deque[tuple[list[PairRecord], int]](), begin
 
     def chunks() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-        while chunk := list(itertools.islice(pairs, size)):
-            waiting.append(chunk)
-            yield [_tokens(pair) for pair in chunk]
+        nonlocal left
+        for chunk in pairing.chunks(pairs, model.chunk_size()):
+            if left < len(chunk):
+                waiting.append((chunk, left))
+                yield [_tokens(pair) for pair in chunk]
+            left = max(0, left - len(chunk))
 
-    for results in model.align_chunks(chunks(), decoder=args.decoder, band=args.band, done=done):
-        chunk = waiting.popleft()
-        for (name, x, y), result in zip(chunk, results, strict=True):
-            yield formats.Aligned(name, x, y, *result)
+    for results in model.align_chunks(chunks(), mode=args.mode, band=args.band, done=done):
+        chunk, known = waiting.popleft()
+        for (name, x, y), result in list(zip(chunk, results, strict=True))[known:]:
+            yield Aligned(name, x, y, *result)
         if args.plot:
             _plot(model, chunk[0], args)
 
@@ -198,10 +210,9 @@ def _tokens(pair: PairRecord) -> tuple[np.ndarray, np.ndarray]:
 def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> None:
     from evaluation import figures
 
-    ((_, found),) = model.predict([_tokens(pair)], decoder=args.decoder, band=args.band)
+    ((_, found),) = model.predict([_tokens(pair)], mode=args.mode, band=args.band)
     plan, scale = found.plan.picture(_LONGEST_PICTURE)
-    by_posterior = (args.decoder or model.decoder) == "posterior"
-    posterior = found.posterior.picture(_LONGEST_PICTURE)[0] if by_posterior else None
+    posterior = found.posterior.picture(_LONGEST_PICTURE)[0]
     title = f"x: {pair.x.id}, y: {pair.y.id}"
     beside = args.plot.with_name(f".{os.getpid()}.{args.plot.name}")  # whose suffix tells the kind of picture
     try:
@@ -209,42 +220,6 @@ def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> No
         beside.replace(args.plot)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _write(alignments: Iterator[formats.Aligned], args: argparse.Namespace) -> None:
-    if not args.output_dir:
-        with _opened(args.output) as write:
-            for piece in formats.written(alignments, args.format):
-                write(piece)
-        return
-    names: set[str] = set()
-    for query, of_query in itertools.groupby(alignments, key=lambda aligned: aligned.x):
-        # Some file systems take names in another case for the same.
-        name = sequences.told_apart(_file_name(query.id), names, str.lower)
-        names.add(name.lower())
-        with _opened(args.output_dir / f"{name}{formats.suffix(args.format)}") as write:
-            for piece in formats.written(of_query, args.format):
-                write(piece)
-
-
-def _file_name(identifier: str) -> str:
-    """Return a name that file systems allow and programs do not mistake for an option."""
-    return re.sub(r"^[-.]|[^\w.=+@-]", "_", identifier, flags=re.ASCII)[:_LONGEST_NAME]
-
-
-@contextlib.contextmanager
-def _opened(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """Open a file, which is compressed if its name says so, or standard output; what is yielded writes text to it."""
-    if path is None or str(path) == files.STANDARD_STREAM:
-        if sys.stdout is None:
-            raise ValueError("standard output is closed; give --output=FILE")
-        yield sys.stdout.write
-        sys.stdout.flush()
-        return
-    with files.finished(path, "wb") as raw, contextlib.ExitStack() as closed:
-        compressor = _COMPRESSORS.get(path.suffix)
-        file = closed.enter_context(compressor(raw, "wb")) if compressor else raw
-        yield lambda text: file.write(text.encode())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -264,6 +239,27 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--all-pairs", action="store_true", help="align each sequence of one file with each other")
     parser.add_argument(
+        "--mode",
+        choices=_MODES,
+        default="glocal",
+        help="what residues beyond the aligned ends cost: global, as gaps inside; glocal, a price of its own, whatever "
+        "their number; local, nothing; default: glocal",
+    )
+    parser.add_argument(
+        "--top",
+        type=command_line.at_least(1),
+        metavar="N",
+        help="for each query x the N most probable y, the most probable first; --all-pairs then aligns each sequence "
+        "as query with all others",
+    )
+    parser.add_argument(
+        "--min-probability",
+        type=_share,
+        default=0.0,
+        metavar="P",
+        help="leave out pairs whose probability of homology is below P, 0 to 1",
+    )
+    parser.add_argument(
         "--format",
         type=_format,
         default="text",
@@ -276,15 +272,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--output-dir", metavar="DIR", type=command_line.path, help="write a file for each query, named by its id"
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue what an interrupted run with the same input, options and model left in FILE.part or DIR; "
+        "without such a run, begin",
+    )
+    parser.add_argument(
         "--plot", metavar="FILE.png", type=_picture, help="draw one pair: plan, posterior, alignment; or .pdf, .svg"
     )
     model_options.add_model_options(parser, default=f"{WEIGHTS.relative_to(ROOT)}, which ships")
-    parser.add_argument(
-        "--decoder",
-        choices=_DECODERS,
-        help="maximum expected accuracy: posterior under affine gap costs, plan with free gaps; default: posterior if "
-        "the model learned gap costs, as the shipped one did, else plan",
-    )
     parser.add_argument(
         "--band",
         type=int,
@@ -310,6 +306,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("standard input (-) can be read once")
     if args.output and args.output_dir:
         parser.error("--output writes one file, --output-dir one for each query: give one of them")
+    if args.resume and not (args.output_dir or (args.output and str(args.output) != files.STANDARD_STREAM)):
+        parser.error("--resume continues a file: give --output=FILE or --output-dir=DIR")
+    if args.top and args.pairs and not args.fasta:
+        parser.error(
+            "--top compares the partners of a query; a table of sequences names none: give FASTA, or --pairs "
+            "of ids beside FASTA"
+        )
     for option, path in (("--output", args.output), ("--plot", args.plot)):
         if path and path.is_file() and any(Path(name).exists() and path.samefile(name) for name in inputs):
             parser.error(f"{option}={path} is a file of input, which it would replace")
@@ -325,6 +328,16 @@ def _format(text: str) -> str:
     return text
 
 
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, allowed is 0 to 1")
+    return number
+
+
 def _picture(text: str) -> Path:
     path = command_line.path(text)
     if path.suffix.lower() not in _PICTURES:
@@ -333,11 +346,11 @@ def _picture(text: str) -> Path:
 
 
 def _help_of_columns() -> str:
-    rows = "\n".join(f"  {name:12} {told}" for name, (told, _) in formats.COLUMNS.items())
+    rows = "\n".join(f"  {name:12} {told}" for name, (told, _) in tables.COLUMNS.items())
     return f"""columns of --format=tsv:NAME,NAME,... which writes their names, then a line for each pair of sequences:
 {rows}
-  {formats.BLAST:12} the twelve of BLAST's table, without the line of names
-evalue and bitscore: BLAST's gap costs (11, and 1 a residue) and statistics (lambda {formats.LAMBDA}, K {formats.K});
+  {tables.BLAST:12} the twelve of BLAST's table, without the line of names
+evalue and bitscore: BLAST's gap costs (11, and 1 a residue) and statistics (lambda {tables.LAMBDA}, K {tables.K});
 evalue is of this pair of sequences alone: multiply it by the number of sequences that were searched.
 """
 

@@ -179,7 +179,9 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
-    shares = PairStream(open_families(config.data.dir, "train"), cast(AlignmentTask, task_of(config)).data()).bucket_shares()
+    shares = PairStream(
+        open_families(config.data.dir, "train"), cast(AlignmentTask, task_of(config)).data()
+    ).bucket_shares()
     mean = sum(share * (found[bucket] or 0) for bucket, share in shares.items())
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 

@@ -23,6 +23,7 @@ from Bio import AlignIO, SeqIO
 from flax import nnx
 
 from alignment import batching, decoding, formats, inference, sequences
+from alignment.columns import Aligned, columns_of, score_of
 from alignment.inference import Pretrained
 from alignment.sequences import Record
 from data import stockholm, vocab
@@ -119,26 +120,33 @@ def pairs_of(x: str, y: str) -> list[list[int]]:
 def test_all_formats_hold_the_same_alignment(run):
     output = {form: run("a.fasta", "b.fasta", f"--format={form}") for form in formats.FORMATS}
     assert {status for status, *_ in output.values()} == {0}
-    text, stockholm, a3m, fasta, tsv, jsonl = (io.StringIO(output[form][1]) for form in formats.FORMATS)
+    text, stockholm, a3m, fasta, clustal, tsv, jsonl = (io.StringIO(output[form][1]) for form in formats.FORMATS)
 
     (record,) = map(json.loads, jsonl)
-    assert set(record) == {"id", "pairs", "confidence"}
+    assert list(record) == ["id", "pairs", "confidence", "probability"]
+    probability = f"{record['probability']:.4f}"
     assert record["id"] == "HBA:HBB" and len(record["pairs"]) == len(record["confidence"]) > 130
     assert (np.diff(record["pairs"], axis=0) > 0).all()
     assert [140, 145] in record["pairs"], "the ends of the globins are aligned"
 
-    for handle, form in ((stockholm, "stockholm"), (fasta, "fasta")):
+    for handle, form in ((stockholm, "stockholm"), (fasta, "fasta"), (clustal, "clustal")):
         x, y = AlignIO.read(handle, form)
         assert (x.id, y.id) == ("HBA", "HBB")
         assert (str(x.seq).replace("-", ""), str(y.seq).replace("-", "")) == (HBA, HBB)
         assert pairs_of(str(x.seq), str(y.seq)) == record["pairs"]
         if form == "stockholm":
             assert x.description == "alpha chain"
+            assert f"#=GF CC probability of homology {probability}\n" in stockholm.getvalue()
             marks = x.letter_annotations["posterior_probability"]
             found = [m for m, a, b in zip(marks, x.seq, y.seq, strict=True) if a != "-" and b != "-"]
             assert found == ["0123456789*"[int(10 * c + 0.5)] for c in record["confidence"]]
 
+        if form == "fasta":
+            assert (x.description, y.description) == ("HBA alpha chain", f"HBB probability={probability}")
+    assert clustal.getvalue().splitlines()[0].endswith(f", probability={probability}")
+
     query, other = SeqIO.parse(a3m, "fasta")
+    assert other.description == f"HBB probability={probability}"
     assert str(query.seq) == HBA
     assert str(other.seq).upper().replace("-", "") == HBB
     columns = np.array([not c.islower() for c in other.seq])
@@ -147,9 +155,10 @@ def test_all_formats_hold_the_same_alignment(run):
     assert [[i, j] for i, (c, j) in enumerate(in_columns) if c != "-"] == record["pairs"]
 
     head, *rows = (line.rstrip("\n").split("\t") for line in tsv)
-    assert head == ["id", "i", "j", "x", "y", "confidence"]
+    assert head == ["id", "i", "j", "x", "y", "confidence", "probability"]
     assert [[int(row[1]), int(row[2])] for row in rows] == record["pairs"]
-    assert all(HBA[int(i)] == x and HBB[int(j)] == y for _, i, j, x, y, _ in rows)
+    assert all(HBA[int(i)] == x and HBB[int(j)] == y for _, i, j, x, y, *_ in rows)
+    assert {row[-1] for row in rows} == {probability}
 
     lines = text.getvalue().splitlines()
     blocks = [line.split() for line in lines if line.startswith(("HBA", "HBB"))]
@@ -157,6 +166,7 @@ def test_all_formats_hold_the_same_alignment(run):
     assert pairs_of(x, y) == record["pairs"]
     assert blocks[0][1] == "1" and blocks[-2][3] == str(len(HBA)) and blocks[-1][3] == str(len(HBB))
     identical = sum(HBA[i] == HBB[j] for i, j in record["pairs"])
+    assert f"\nHomology:   probability {probability}\n" in text.getvalue()
     assert f"Identity:   {identical}/{len(x)} (" in text.getvalue()
     assert f"Gaps:       {len(x) - len(record['pairs'])}/{len(x)} (" in text.getvalue()
 
@@ -166,34 +176,41 @@ def test_json_lines_are_what_the_json_module_writes():
     record = Record("x", "", "A" * 20)
     for count in (0, 1, len(confidence)):
         pairs = np.arange(2 * count, dtype=np.int32).reshape(-1, 2)
-        aligned = formats.Aligned('a"\u00e9', record, record, pairs, confidence[:count], np.ones(20), np.ones(20))
+        aligned = Aligned('a"\u00e9', record, record, pairs, confidence[:count], 0.123456, np.ones(20), np.ones(20))
         rounded = [round(float(c), 4) for c in confidence[:count]]
-        expected = json.dumps({"id": aligned.id, "pairs": pairs.tolist(), "confidence": rounded}) + "\n"
-        assert formats.jsonl(aligned) == expected
+        expected = {"id": aligned.id, "pairs": pairs.tolist(), "confidence": rounded, "probability": 0.1235}
+        assert formats.jsonl(aligned) == json.dumps(expected) + "\n"
+        unknown = formats.jsonl(aligned._replace(probability=float("nan")))
+        assert unknown == json.dumps(expected | {"probability": None}) + "\n"
 
 
 def test_score_is_that_of_needleman_wunsch(model):
     import parasail
 
     (found,) = model.align([tuple(vocab.encode(s.encode()) for s in (HBA, HBB))])
-    aligned = formats.Aligned("", Record("x", "", HBA), Record("y", "", HBB), *found)
-    x, y = formats.columns_of(aligned)[2:4]
+    aligned = Aligned("", Record("x", "", HBA), Record("y", "", HBB), *found)
+    x, y = columns_of(aligned)[2:4]
     cigar = parasail.nw_trace_striped_16(x.replace("-", ""), y.replace("-", ""), 11, 1, parasail.blosum62)
-    assert formats._score(formats.columns_of(aligned)) <= cigar.score
-    best = formats.Aligned(
-        "", aligned.x, aligned.y, np.array(pairs_of(cigar.traceback.query, cigar.traceback.ref)), *[np.ones(200)] * 3
+    assert score_of(columns_of(aligned)) <= cigar.score
+    best = Aligned(
+        "",
+        aligned.x,
+        aligned.y,
+        np.array(pairs_of(cigar.traceback.query, cigar.traceback.ref)),
+        np.ones(200),
+        1.0,
+        *[np.ones(200)] * 2,
     )
     best = best._replace(confidence=np.ones(len(best.pairs)))
-    assert formats._score(formats.columns_of(best)) == cigar.score
+    assert score_of(columns_of(best)) == cigar.score
 
 
 def test_identical_sequences_are_aligned_residue_by_residue(model):
     tokens = vocab.encode(HBB.encode())
-    by_plan, by_posterior = (model.align([(tokens, tokens)], decoder=decoder)[0] for decoder in ("plan", "posterior"))
-    for found in (by_plan, by_posterior):
-        np.testing.assert_array_equal(found.pairs, np.arange(len(HBB))[:, None].repeat(2, 1))
-    assert by_posterior.confidence.mean() > 0.95
-    assert max(by_posterior.x_alone.mean(), by_posterior.y_alone.mean()) < 0.05
+    (found,) = model.align([(tokens, tokens)])
+    np.testing.assert_array_equal(found.pairs, np.arange(len(HBB))[:, None].repeat(2, 1))
+    assert found.confidence.mean() > 0.95 and found.probability > 0.95
+    assert max(found.x_alone.mean(), found.y_alone.mean()) < 0.05
 
 
 def test_banded_decoding_is_dense_decoding(model):
@@ -437,7 +454,7 @@ def test_ids_of_an_a3m_are_told_apart(run):
 def test_ids_shift_no_column(run, folder):
     (folder / "tabs.fasta").write_text(f">#hb1\talpha\tchain\n{HBA}\n>//\tbeta\n{HBB}\n")
     rows = [line.split("\t") for line in run("tabs.fasta", "--format=tsv")[1].splitlines()]
-    assert {len(row) for row in rows} == {6} and rows[1][0] == "#hb1://"
+    assert {len(row) for row in rows} == {7} and rows[1][0] == "#hb1://"
     (folder / "tabs.sto").write_text(run("tabs.fasta", "--format=stockholm")[1])
     (found,) = stockholm.read(folder / "tabs.sto")
     assert found.ids == ("_#hb1", "_//") and ("_#hb1", "DE", "alpha chain") in found.gs
@@ -450,14 +467,10 @@ def test_output_is_replaced_by_a_finished_run_only(run, folder):
         status, _, errors = run("a.fasta", "b.fasta", "--format=jsonl", "--output=kept.jsonl")
     assert (status, errors) == (130, "align.py: interrupted\n") and (folder / "kept.jsonl").read_text() == "before"
 
-    def half(alignments, form):
-        yield "half of it"
-        raise OSError("no space left")
-
-    with mock.patch.object(formats, "written", half):
+    with mock.patch.object(formats.Writer, "text", side_effect=OSError("no space left")):
         status, _, errors = run("a.fasta", "b.fasta", "--output=kept.jsonl")
     assert (status, errors) == (1, "align.py: no space left\n") and (folder / "kept.jsonl").read_text() == "before"
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")], "nothing is left beside it"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".") or ".part" in path.name]
 
 
 @pytest.mark.parametrize(
@@ -525,6 +538,16 @@ def test_the_longest_sequences_are_aligned(model):
         ["a", "--plot=plan"],
         ["a", "--plot=plan.txt"],
         ["a", "--threads=0"],
+        ["a", "--decoder=plan"],
+        ["a", "--mode=semiglobal"],
+        ["a", "--top=0"],
+        ["a", "--min-probability=1.01"],
+        ["a", "--min-probability=-0.1"],
+        ["a", "--min-probability=nan"],
+        ["a", "--min-probability=half"],
+        ["a", "--resume"],
+        ["a", "--resume", "--output=-"],
+        ["--pairs=p", "--top=2"],
         ["a", "--pairs=p", "--all-pairs"],
         ["a", "b", "c", "--pairs=p"],
         ["-", "--pairs=-"],
@@ -568,12 +591,12 @@ def test_ctrl_c_is_one_line_and_leaves_no_output(folder, command):
     rows = ("".join(letters[rng.integers(0, 20, 300)]) for _ in range(400))
     (folder / "much.fasta").write_text("".join(f">{n}\n{row}\n" for n, row in enumerate(rows)))
     started = command("much.fasta", "--all-pairs", "--format=jsonl", "--output=much.jsonl", "--threads=1")
-    while not list(folder.glob(".much.jsonl.*")) and started.poll() is None:
+    while not (folder / "much.jsonl.part.json").exists() and started.poll() is None:
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
     output, errors = started.communicate(timeout=60)
     assert (started.returncode, output, errors) == (130, b"", b"align.py: interrupted\n")
-    assert not list(folder.glob("*much.jsonl*")) and not list(folder.glob(".much*"))
+    assert not list(folder.glob("*much.jsonl*")), "the first chunk was not finished"
 
 
 def test_the_weights_that_ship_align_globins(run):
@@ -583,12 +606,10 @@ def test_the_weights_that_ship_align_globins(run):
     assert np.mean(record["confidence"]) > 0.8
 
 
-def test_lengths_and_decoders_are_checked(model):
+def test_lengths_are_checked(model):
     one = np.ones(1, np.int32)
     with pytest.raises(ValueError, match="pair 0, y: 0 residues were given, allowed are 1 to 46000"):
         model.align([(one, one[:0])])
-    with pytest.raises(ValueError, match="decoder: 'viterbi' was given, allowed are posterior, plan"):
-        model.align([(one, one)], decoder="viterbi")
 
 
 def test_the_band_reaches_wherever_the_shorter_sequence_fits(model):

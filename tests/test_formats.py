@@ -6,17 +6,18 @@ import re
 import numpy as np
 import pytest
 
-from alignment import formats
+from alignment import formats, tables
+from alignment.columns import Aligned
 from alignment.sequences import Record
 
 X = Record("q", "a query", "MKVLAAGWC")
 Y = Record("s", "", "GGMKLLAGWCPP")
 
 
-def aligned(pairs: list[tuple[int, int]]) -> formats.Aligned:
+def aligned(pairs: list[tuple[int, int]]) -> Aligned:
     """MKVLAAGWC and GGMKLLAGWCPP with these pairs of residues aligned."""
     confidence = np.linspace(0.5, 1, len(pairs))
-    return formats.Aligned("q:s", X, Y, np.array(pairs, np.int32).reshape(-1, 2), confidence, np.ones(9), np.ones(12))
+    return Aligned("q:s", X, Y, np.array(pairs, np.int32).reshape(-1, 2), confidence, 0.98761, np.ones(9), np.ones(12))
 
 
 # --MKVLAAGWC--
@@ -42,6 +43,7 @@ BY_HAND = {
     "y_coverage": "0.6667",
     "score": "10",  # 5+5+1+4+4+6+11+9 = 45, less 11 for the gap inside, 12 for each end
     "confidence": "0.7500",
+    "probability": "0.9876",
     "cigar": "2D5M1I3M2D",
     "qseqid": "q",
     "sseqid": "s",
@@ -55,14 +57,16 @@ BY_HAND = {
 }
 
 
-def rows(form: str, *alignments: formats.Aligned) -> list[list[str]]:
-    return [line.split("\t") for line in "".join(formats.written(iter(alignments), form)).splitlines()]
+def rows(form: str, *alignments: Aligned) -> list[list[str]]:
+    writer = formats.Writer(form)
+    text = "".join([writer.begin(X), *map(writer.text, alignments)])
+    return [line.split("\t") for line in text.splitlines()]
 
 
 def test_every_column_by_hand():
     head, row = rows(f"tsv:{','.join(BY_HAND)}", SOME)
     assert dict(zip(head, row, strict=True)) == BY_HAND
-    assert set(formats.COLUMNS) - set(BY_HAND) == {"evalue", "bitscore"}
+    assert set(tables.COLUMNS) - set(BY_HAND) == {"evalue", "bitscore"}
 
 
 def test_scores_of_blast():
@@ -82,7 +86,7 @@ def test_a_pair_without_aligned_residues_has_zeros():
 def test_hopeless_alignments_have_a_number_too():
     far = Record("w", "", "W" * 3000)
     pairs = np.arange(3000)[:, None].repeat(2, 1)
-    of = formats.Aligned("", far, far._replace(residues="P" * 3000), pairs, *[np.ones(3000)] * 3)
+    of = Aligned("", far, far._replace(residues="P" * 3000), pairs, np.ones(3000), 0.5, *[np.ones(3000)] * 2)
     _, (expected, bits) = rows("tsv:evalue,bitscore", of)
     assert float(bits) < -4000 and float(expected) > 1e300
 
@@ -109,13 +113,14 @@ def test_formats_that_do_not_exist_are_refused(form):
 
 
 def test_formats_that_exist_are_taken():
-    for form in (*formats.FORMATS, "tsv:blast12", "tsv:cigar", f"tsv:{','.join(formats.COLUMNS)}"):
+    for form in (*formats.FORMATS, "tsv:blast12", "tsv:cigar", f"tsv:{','.join(tables.COLUMNS)}"):
         formats.check_format(form)
     assert {formats.suffix(form) for form in (*formats.FORMATS, "tsv:id")} == {
         ".txt",
         ".sto",
         ".a3m",
         ".fasta",
+        ".aln",
         ".tsv",
         ".jsonl",
     }

@@ -10,6 +10,7 @@ import pytest
 
 import eval as eval_program
 from alignment import formats
+from alignment.columns import columns_of
 from data.families import Family
 from data.transforms import Pair
 from evaluation import metrics, report
@@ -199,7 +200,7 @@ def test_names_are_escaped(written, tmp_path):
 
 def test_the_text_marks_where_the_reference_differs():
     of = example("A", HALF, RIGHT)
-    columns = formats.columns_of(report._aligned(of))
+    columns = columns_of(report._aligned(of))
     assert (columns.x, columns.y) == ("ARNDC-", "AR-N-C")
     # x_2 is alone and aligned there, x_3 aligned and alone there, x_4 and y_3 alone and aligned with each other there.
     assert formats.differences(columns, of.pair.target) == "  ?!??"

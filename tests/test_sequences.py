@@ -237,7 +237,7 @@ def test_a_table_may_name_sequences_by_their_ids(read):
     one, other = sequences.read_pairs_of_ids("ids.tsv", records, records)
     assert (one.id, one.x, one.y, other.id) == ("a:b", records[0], records[1], "x:a")
     Path("ids.tsv").write_text("x\tb\n")
-    assert sequences.read_pairs_of_ids("ids.tsv", records, records)[0].x.residues == "MKA", (
+    assert next(iter(sequences.read_pairs_of_ids("ids.tsv", records, records))).x.residues == "MKA", (
         "ids are no names of columns"
     )
     Path("ids.tsv").write_text("a\tb\na\tnobody\n")
