@@ -75,9 +75,7 @@ def _forward(weight: Float64[np.ndarray, "rows columns"], costs: Costs, mode: Mo
     for i in range(rows):
         start = costs.overhang(i, mode) + costs.overhang(j, mode)
         match = weight[i] + np.logaddexp(start, _after_one(any_state))
-        x_gaps = [
-            np.logaddexp(before - costs.opening[s] - x_offset[i], x_gaps[s] - costs.extension[s]) for s in STATES
-        ]
+        x_gaps = [np.logaddexp(before - costs.opening[s] - x_offset[i], x_gaps[s] - costs.extension[s]) for s in STATES]
         y_gaps = []
         for s in STATES:
             opened = _after_one(match) - costs.opening[s] - y_offset
@@ -87,7 +85,9 @@ def _forward(weight: Float64[np.ndarray, "rows columns"], costs: Costs, mode: Mo
         any_state = np.logaddexp.reduce([before, *x_gaps])
         matches[i] = match
     empty = costs.overhang(rows, mode) + costs.overhang(columns, mode)
-    return matches, float(np.logaddexp(np.logaddexp.reduce(matches + _ends(weight.shape, costs, mode), axis=None), empty))
+    return matches, float(
+        np.logaddexp(np.logaddexp.reduce(matches + _ends(weight.shape, costs, mode), axis=None), empty)
+    )
 
 
 def _backward(weight: Float64[np.ndarray, "rows columns"], costs: Costs, mode: Mode) -> np.ndarray:
