@@ -14,7 +14,10 @@ from ml_collections import ConfigDict
 
 from configs import aligner, base
 
-_OF_THE_ENCODER = ("width", "depth", "kernel", "dilations", "heads", "attention_every", "implementation", "dtype", "residual_scale")
+_OF_THE_ENCODER = (
+    *("width", "depth", "kernel", "dilations", "heads", "attention_every", "implementation", "dtype"),
+    "residual_scale",
+)
 
 
 def get_config() -> ConfigDict:
