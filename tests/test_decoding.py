@@ -30,9 +30,8 @@ def padded(values: list[np.ndarray], shape: tuple[int, int]) -> tuple[jax.Array,
     batch = np.zeros((len(values), *shape), np.float32)
     for of, one in zip(batch, values, strict=True):
         of[: one.shape[0], : one.shape[1]] = one
-    return pair_hmm.skewed(jnp.asarray(batch), 0.0), *(
-        jnp.asarray([one.shape[side] for one in values]) for side in (0, 1)
-    )
+    lengths = (jnp.asarray([one.shape[side] for one in values]) for side in (0, 1))
+    return pair_hmm.skewed(jnp.asarray(batch), 0.0), *lengths
 
 
 def decode(values: list[np.ndarray], shape: tuple[int, int], threshold: float = 0.0) -> decoding.Decoded:
@@ -60,7 +59,7 @@ def check(found: decoding.Decoded, values: list[np.ndarray], threshold: float) -
 
 
 def random_values(seed: int, count: int, shape: tuple[int, int], levels: int | None = None) -> list[np.ndarray]:
-    """Values of pairs of random lengths, each whole length and a single residue among them; on few levels, with ties."""
+    """Values of pairs of random lengths, also of whole and of single ones; with ties if they are on few levels."""
     rng = np.random.default_rng(seed)
     sizes = [shape, (1, 1), (1, shape[1]), (shape[0], 1), *rng.integers(1, np.add(shape, 1), (count - 4, 2)).tolist()]
     if levels:

@@ -16,6 +16,7 @@ from alignment.inference import Pretrained
 from configs import aligner as aligner_config
 from configs import pretrain as pretrain_config
 from data import vocab
+from data.batches import unbatch
 from evaluation import baselines, runs
 from models import masked, pair_hmm, weights
 from models.attention import BlockSpec, SinkhornSpec, SparseSpec
@@ -295,9 +296,7 @@ def test_negatives_are_told_by_the_probability_of_homology(finished):
     """Count AUC again from the probabilities that users get of the same pairs."""
     run = runs.load_run(finished)
     task, model = run.task, run.pretrained()
-    families, batches = task._open(run.config.data.dir, "negatives", run.mesh)
-    from data.batches import unbatch
-
+    _, batches = task._open(run.config.data.dir, "negatives", run.mesh)
     related, unrelated = (
         [(pair.x, pair.y) for batch in of for _, pair in unbatch(batch)] for of in map(list, batches(3))
     )
@@ -351,9 +350,8 @@ def test_a_run_begins_from_a_run_of_masked_residues(tmp_path, capsys):
     source.data.update(dir=str(built), buckets=(112,))
     source.log.update(eval_every=0, wandb="disabled")
     train.train(source, tmp_path / "source", quiet=True)
-    wanted = config(
-        total_steps=1, log__eval_every=0, checkpoint__keep_every=1, **{f"model__{k}": v for k, v in small.items()}
-    )
+    alike = {f"model__{name}": value for name, value in small.items()}
+    wanted = config(total_steps=1, log__eval_every=0, checkpoint__keep_every=1, **alike)
     capsys.readouterr()
     train.train(wanted, tmp_path / "run", init_from=str(tmp_path / "source"), quiet=True)
     assert "begun from" in capsys.readouterr().out

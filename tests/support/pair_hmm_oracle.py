@@ -85,9 +85,8 @@ def _forward(weight: Float64[np.ndarray, "rows columns"], costs: Costs, mode: Mo
         any_state = np.logaddexp.reduce([before, *x_gaps])
         matches[i] = match
     empty = costs.overhang(rows, mode) + costs.overhang(columns, mode)
-    return matches, float(
-        np.logaddexp(np.logaddexp.reduce(matches + _ends(weight.shape, costs, mode), axis=None), empty)
-    )
+    ended = np.logaddexp.reduce(matches + _ends(weight.shape, costs, mode), axis=None)
+    return matches, float(np.logaddexp(ended, empty))
 
 
 def _backward(weight: Float64[np.ndarray, "rows columns"], costs: Costs, mode: Mode) -> np.ndarray:
