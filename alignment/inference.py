@@ -79,7 +79,7 @@ class Prediction(NamedTuple):
     """All that a model says about one pair."""
 
     match: Int32[np.ndarray, " x_length"]  # position in y of each residue of x, or NO_MATCH
-    plan: PairPlan  # transport plan; or, of a pair HMM, the weight w of each match as w / (1 + w)
+    plan: PairPlan  # transport plan; or weights of matches of the pair HMM, without nats of 20 and more
     posterior: PairPlan  # what was decoded: posterior of the pair HMM, or the plan itself
     probability: float
     measured: dict[str, float]
@@ -153,6 +153,11 @@ class Pretrained:
         """Replace layers by the maps of a file. Raises ValueError or FileNotFoundError as `asap_maps.load` does."""
         maps = asap_maps.load(path, self.params)
         return dataclasses.replace(self, graph=asap_maps.into(self.graph, self.params, maps), programs={})
+
+    @property
+    def plan_label(self) -> str:
+        """What `Prediction.plan` holds, for figures."""
+        return "weight of a match" if self.has_pair_hmm else "plan $P_{ij}$"
 
     @property
     def has_pair_hmm(self) -> bool:
@@ -332,7 +337,7 @@ def _compute(graph: nnx.GraphDef, way: _Way, params: PyTree, batch: dict[str, Ar
     if isinstance(model, PairAligner):
         problem, values, odds = _aligned(model, way, batch)
         probability = model.homology(odds, *lengths)
-        plan, first, threshold = jax.nn.sigmoid(problem.log_weight), problem.first, decoding.THRESHOLD
+        plan, first, threshold = jnp.exp(jnp.minimum(problem.log_weight, 20)), problem.first, decoding.THRESHOLD
     else:
         plan, first, threshold = _plan(model, way.band, batch), None, 0.0
         values, odds = plan, jnp.full(len(lengths[0]), math.nan)

@@ -18,7 +18,7 @@ from benchmarks.harness import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 # Changes of a configuration with which it trains in seconds on a CPU.
-_TINY_MODEL = {"width": 16, "depth": 1, "heads": 2, "attention_every": 0, "plan_width": 8, "value_width": 8}
+_TINY_MODEL = {"width": 16, "depth": 1, "heads": 2, "attention_every": 0, "plan_width": 8}
 TINY: Row = {f"model.{key}": value for key, value in _TINY_MODEL.items()} | {"batch_size": 2, "total_steps": 2}
 TINY |= {"attention.base_steps": 3, "attention.band": 16, "data.buckets": (64,)}
 

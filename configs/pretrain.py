@@ -15,14 +15,7 @@ from ml_collections import ConfigDict
 from configs import aligner, base
 
 _OF_THE_ENCODER = (
-    "width",
-    "depth",
-    "kernel",
-    "dilations",
-    "heads",
-    "attention_every",
-    "implementation",
-    "dtype",
+    *("width", "depth", "kernel", "dilations", "heads", "attention_every", "implementation", "dtype"),
     "residual_scale",
 )
 

@@ -42,7 +42,8 @@ def decode(
 ) -> Decoded:
     """Align by the MEA of posteriors or plans, and compute how likely each residue is aligned with none.
 
-    `values` and `first` are as in `pair_hmm.Problem`; `shape` holds the padded lengths of x and y.
+    `values` and `first` are as in `pair_hmm.Problem`, and the last residues of both sequences lie in the band. `shape`
+    holds the padded lengths of x and y.
     """
     rows, columns = shape
     row, confidence = _trace(_choices(values, first, threshold), values, first, x_lengths, y_lengths)

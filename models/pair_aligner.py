@@ -181,7 +181,7 @@ class PairAligner(nnx.Module):
         return Encoded(tokens, vectors, offset)
 
 
-def _half_step(scores: AllPairs, axis: int, lengths: Lengths) -> AllPairs:
+def _half_step(scores: AllPairs, axis: int, lengths: Lengths) -> Float[Array, "batch _ _"]:
     """Compute the potentials of a relaxed half step from zero potentials, along an axis of these true lengths."""
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
     inside = jnp.where(place < lengths[:, None, None], scores, pair_hmm.LOG_ZERO)

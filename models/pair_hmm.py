@@ -71,8 +71,8 @@ class _Cells(NamedTuple):
 class _Scaled(NamedTuple):
     """Numbers over 2 to the `exponent`."""
 
-    value: Float[Array, "batch lanes"]
-    exponent: Int[Array, "batch lanes"]
+    value: Float[Array, "*shape"]
+    exponent: Int[Array, "*shape"]
 
 
 def of_all_pairs(log_weight: AllPairs, x_lengths: Lengths, y_lengths: Lengths) -> Problem:
@@ -337,7 +337,7 @@ def _shifted(x, by: int):
     return jax.lax.pad(x, fill, [(0, 0, 0)] * (x.ndim - 1) + [(by, -by, 0)])
 
 
-def _split(log: Float[Array, "batch lanes"]) -> _Scaled:
+def _split(log: Float[Array, "*shape"]) -> _Scaled:
     """Compute the exponential; 0 below -1e8 nats."""
     exists = log > -1e8
     exponent = jnp.where(exists, jnp.round(jax.lax.stop_gradient(log) / _LN2), 0)
@@ -360,12 +360,12 @@ def _normalised(x: _Scaled) -> _Scaled:
     return _Scaled(x.value * jax.lax.bitcast_convert_type((127 - power) << 23, jnp.float32), x.exponent + power)
 
 
-def _power(exponent: Int[Array, "batch lanes"]) -> Float[Array, "batch lanes"]:
+def _power(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Compute 2 to an exponent of at most 0; 0 below the range of float32."""
     return jax.lax.bitcast_convert_type(jnp.maximum(exponent + 127, 0) << 23, jnp.float32)
 
 
-def _entries(of_residues: Offsets, place: Int[Array, "batch lanes"]) -> Float[Array, "batch lanes"]:
+def _entries(of_residues: Offsets, place: Int[Array, "_ lanes"]) -> Float[Array, "batch lanes"]:
     batch = jnp.arange(len(of_residues))[:, None]
     return of_residues[batch, jnp.clip(place, 0, of_residues.shape[1] - 1)]
 

@@ -24,7 +24,6 @@ _TILE = 128  # antidiagonals that are computed at once
 _BLOCK, _MOST_BLOCKS = 16, 1024  # residues of a block at least; blocks of a sequence at most
 
 Vectors = Float[Array, "batch length channels"]
-Potential = Float[Array, "batch length"]
 
 
 class Sides(NamedTuple):
@@ -48,7 +47,7 @@ def problem(sides: Sides, gaps: Gaps, match: Float[Array, ""], relaxation: float
     return Problem(lane_weights(normalised, first, lanes), first, sides.x_lengths, sides.y_lengths)
 
 
-def half_step(sides: Sides, relaxation: float) -> tuple[Potential, Potential]:
+def half_step(sides: Sides, relaxation: float) -> tuple[Float[Array, "batch x_length"], Float[Array, "batch y_length"]]:
     """Compute the potentials of `pair_aligner`'s half step a few rows at a time."""
     q, k, x_lengths, y_lengths = sides
     x_inside, y_inside = _inside(q, x_lengths), _inside(k, y_lengths)
@@ -180,7 +179,9 @@ def _inside(vectors: Vectors, lengths: Lengths):
     return jnp.arange(vectors.shape[1]) < lengths[:, None]
 
 
-def _products(q: Vectors, k: Vectors) -> Float[Array, "batch rows columns"]:
+def _products(
+    q: Float[Array, "batch rows channels"], k: Float[Array, "batch columns channels"]
+) -> Float[Array, "batch rows columns"]:
     return jnp.einsum("bip,bjp->bij", q, k, precision="highest")
 
 

@@ -212,11 +212,12 @@ def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> No
 
     ((_, found),) = model.predict([_tokens(pair)], mode=args.mode, band=args.band)
     plan, scale = found.plan.picture(_LONGEST_PICTURE)
-    posterior = found.posterior.picture(_LONGEST_PICTURE)[0]
+    posterior = found.posterior.picture(_LONGEST_PICTURE)[0] if model.has_pair_hmm else None
     title = f"x: {pair.x.id}, y: {pair.y.id}"
     beside = args.plot.with_name(f".{os.getpid()}.{args.plot.name}")  # whose suffix tells the kind of picture
     try:
-        figures.plan_heatmap(plan, beside, match=found.match, scale=scale, title=title, posterior=posterior)
+        panels = {"label": model.plan_label, "posterior": posterior}
+        figures.plan_heatmap(plan, beside, match=found.match, scale=scale, title=title, **panels)
         beside.replace(args.plot)
     finally:
         beside.unlink(missing_ok=True)

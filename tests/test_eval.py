@@ -107,20 +107,6 @@ def test_what_chance_decides_is_marked_in_the_table():
     assert "(?)" not in told and "*" not in told and "0.500 (0.500-0.500)" in told
 
 
-def test_a_gap_model_is_scored_by_its_posterior_too(finished, tmp_path):
-    config = tiny.config_of(finished, model__gap_model=True, loss__alignment=1.0)
-    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
-    run = runs.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
-    report = run.task.evaluate(run, "test_ood", pictures=tmp_path, limit=4)
-    result = report["splits"]["test_ood"]
-    assert list(result) == ["model", "transport", *BASELINES]
-    model, transport = result["model"]["overall"], result["transport"]["overall"]
-    assert transport["f1"] == model["f1"]
-    assert transport["barycenter_mae"] != model["barycenter_mae"]
-    assert transport.keys() == model.keys() - {"reconstruction", "reconstruction_masked"}
-    assert " transport " in eval_program.table(report)
-
-
 def test_the_scores_are_of_the_alignments_that_users_get(finished, tmp_path):
     """F1 of the report, counted again from what scripts/align.py gives of the run's weights."""
     run, families = runs.load_run(finished), pfam.open_split(tiny.ROOT / "data/default", "test_ood")

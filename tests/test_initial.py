@@ -53,7 +53,7 @@ def test_a_run_and_its_file_are_the_same_source(tmp_path):
 
 def replaced(run: Path, mesh_of: tuple[int, int]) -> initial.Initial:
     """Begin a deeper model with another plan from a run; each array is where it would be without, parameters twice."""
-    changes = {"model__depth": 2, "model__plan_width": 12, "model__gap_model": True}
+    changes = {"model__depth": 2, "model__plan_width": 12, "model__refinement": 1}
     trainer, mesh = model_of(run, mesh_of, **changes)
     begun = initial.prepare(str(run), trainer.abstract_state(mesh).params, run / "none")
     fresh = trainer.initial_state(mesh)
@@ -62,7 +62,7 @@ def replaced(run: Path, mesh_of: tuple[int, int]) -> initial.Initial:
         for name, x in weights.named(tree).items():
             np.testing.assert_array_equal(x, source[name] if name in begun.taken else wanted[name], err_msg=name)
             assert x.sharding == wanted[name].sharding
-    missing = {name for name in wanted if name.startswith(("encoder.blocks.1.", "gaps."))}
+    missing = {name for name in wanted if name.startswith(("encoder.blocks.1.", "votes."))}
     assert set(begun.missing) == missing and not begun.left_over
     assert set(begun.taken) == wanted.keys() - missing - set(begun.other_shape)
     return begun
@@ -154,11 +154,12 @@ def test_a_source_may_have_been_trained_on(tmp_path):
 def test_a_run_begins_there_and_resumes(tmp_path, capsys):
     """Checkpoint 0 holds what was taken; the same command goes on, and the first line says what was taken."""
     workdir, source = tmp_path / "run", tiny.trained()
-    changes = {"checkpoint__keep_every": 1, "log__eval_every": 0, "model__gap_model": True}
+    changes = {"checkpoint__keep_every": 1, "log__eval_every": 0, "model__substitution_prior": True}
     train.train(tiny.config_of(source, **changes, total_steps=1), workdir, init_from=str(source), quiet=True)
     taken, record = capsys.readouterr().out.splitlines()[0], json.loads((workdir / "init.json").read_text())
-    assert taken.startswith(f"{workdir}: begun from {source}, step {tiny.STEPS}: ") and "not there: gaps." in taken
-    assert record["missing"] == ["gaps.log_opening", "gaps.log_sharpness", "gaps.match"]
+    assert taken.startswith(f"{workdir}: begun from {source}, step {tiny.STEPS}: ")
+    assert "not there: prior_weight" in taken
+    assert record["missing"] == ["prior_weight"]
     config = tiny.config_of(workdir)
     trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
@@ -166,7 +167,7 @@ def test_a_run_begins_there_and_resumes(tmp_path, capsys):
     expected = weights.named(newest_average(source)[0])
     for tree in (state.params, state.ema):
         found = weights.named(tree)
-        assert all((found[name] == x).all() for name, x in expected.items()) and len(found) == len(expected) + 3
+        assert all((found[name] == x).all() for name, x in expected.items()) and len(found) == len(expected) + 1
     state = train.train(tiny.config_of(workdir, total_steps=2), workdir, init_from=str(source), quiet=True)
     assert int(state.step) == 2 and "begun from" not in capsys.readouterr().out
 

@@ -190,15 +190,14 @@ def test_extreme_pairs_are_aligned():
         assert ((of_one.confidence >= 0) & (of_one.confidence <= 1.001)).all(), name
         assert (np.diff(of_one.pairs, axis=0) > 0).all() and (of_one.pairs < (len(x), len(y))).all(), name
         assert np.isfinite(of_one.x_alone).all() and np.isfinite(of_one.y_alone).all(), name
+        assert 0 <= of_one.probability <= 1, name
     np.testing.assert_array_equal(found[-1].pairs, np.arange(len(GLOBIN))[:, None].repeat(2, 1), "with itself")
 
 
 @pytest.mark.slow
 def test_extreme_pairs_are_trained_on():
     """A batch of them, and of an empty one, has a finite loss with all its terms, and a finite update."""
-    settings = several.config(
-        aligner.get_config(), loss__sparse_ce=1.0, attention__base_steps=2, optimizer__warmup_steps=0
-    )
+    settings = several.config(aligner.get_config(), model__contextual_gaps=True, optimizer__warmup_steps=0)
     trainer, mesh = runs.make_trainer(settings), runs.local_mesh(1)
     tokens = [[vocab.encode(s.encode()) for s in pair] for pair in (*PAIRS.values(), ("", ""))]
     batch = {name: np.zeros((6, 64), np.int32) for name in ("x", "y")} | {"target": np.full((6, 64), -1, np.int32)}

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import command_line
 import train
-from configs import base, pretrain, sort_sinkhorn
+from configs import aligner, base, pretrain, sort_sinkhorn
 from data import pipeline
 from evaluation import alignment, task, tasks
 from tests.support import tiny
@@ -97,13 +97,22 @@ ALIGNMENT = COMMON | {
     "model.substitution_prior": NO_SWITCH,
     "model.positions": NO_SWITCH,
     "model.refinement": NEGATIVE,
-    "model.gap_model": NO_SWITCH,
+    "model.residual_scale": (*NO_NUMBER, 0.0),
     "model.implementation": NO_CHOICE,
     "model.dtype": (*NO_CHOICE, "float16"),
     "loss.reconstruction": (*NO_NUMBER, 0, 0.0),  # 0 would leave no term
     "loss.sparse_ce": NO_NUMBER,
-    "loss.alignment": NO_NUMBER,
     "loss.mask_rate": (*NO_NUMBER, 1, 1.0),
+}
+OF_PLANS = "model.value_width", "model.substitution_prior", "model.positions", "model.refinement"
+PAIR_HMM = {key: values for key, values in ALIGNMENT.items() if key not in OF_PLANS and not key.startswith("loss.")} | {
+    "model.heads": NOT_POSITIVE,  # this configuration has no self-attention that they would have to fit
+    "model.plan_width": NOT_POSITIVE,  # no positions are rotated
+    "model.learn_gaps": NO_SWITCH,
+    "model.contextual_gaps": NO_SWITCH,
+    "loss.alignment": NO_NUMBER,
+    "loss.masked": NO_NUMBER,
+    "loss.mask_rate": (*NO_NUMBER, 0, 0.0, 1, 1.0),
 }
 SORTING = COMMON | {
     "data.sequences": (*NOT_POSITIVE, 7),
@@ -117,7 +126,10 @@ SORTING = COMMON | {
 }
 
 
-OF_AN_ENCODER = "width", "depth", "kernel", "dilations", "heads", "attention_every", "implementation", "dtype"
+OF_AN_ENCODER = (
+    *("width", "depth", "kernel", "dilations", "heads", "attention_every", "implementation", "dtype"),
+    "residual_scale",
+)
 MASKED = COMMON | {
     **{key: ALIGNMENT[key] for key in ("data.dir", "data.buckets", *(f"model.{name}" for name in OF_AN_ENCODER))},
     "model.heads": NOT_POSITIVE,  # this configuration has no self-attention that they would have to fit
@@ -143,8 +155,8 @@ def keys_of(config: ConfigDict) -> set[str]:
 
 @pytest.mark.parametrize(
     ("config", "table"),
-    [(base, ALIGNMENT), (sort_sinkhorn, SORTING), (pretrain, MASKED)],
-    ids=["aligner", "sorter", "masked"],
+    [(base, ALIGNMENT), (aligner, PAIR_HMM), (sort_sinkhorn, SORTING), (pretrain, MASKED)],
+    ids=["plans", "aligner", "sorter", "masked"],
 )
 def test_any_value_that_is_not_allowed_is_refused_by_name(config, table, tmp_path, capsys):
     """Exit status, line and folder for every key and every value of the table; a key that is not in it fails."""
@@ -230,12 +242,19 @@ def test_0_is_off_and_minus_1_is_all(key, value, kept):
         ({"extra": 3}, r"extra: there is no such key; known are task, total_steps"),
         ({"losss": {}}, r"losss: there is no such key"),
         ({"loss": {"cross_entropy": 1.0}}, r"loss\.cross_entropy: there is no such key; known are reconstruction"),
-        ({"task": "sort"}, r"task='sort': allowed is one of alignment, sorting"),
+        ({"task": "sort"}, r"task='sort': allowed is one of alignment, pair_hmm, sorting"),
     ],
 )
 def test_unknown_keys_and_sections_are_refused(change, told):
     with pytest.raises(ValueError, match=told):
         tasks.checked(ConfigDict(base.get_config().to_dict() | change))
+
+
+def test_an_aligner_without_any_term_is_refused():
+    config = aligner.get_config()
+    config.loss.alignment = config.loss.masked = 0.0
+    with pytest.raises(ValueError, match=r"loss\.alignment=0\.0, loss\.masked=0\.0: one must be above 0"):
+        tasks.checked(config)
 
 
 def test_no_band_is_a_band_of_the_diagonal_alone():
@@ -294,7 +313,7 @@ def one_line(told: str) -> str:
         (["--config.total_steps=abc"], "--config.total_steps=abc"),
         (["--config.optimizer.ema=1e400"], "optimizer.ema=inf: allowed"),
         (["--config.optimizer.ema=nan"], "optimizer.ema=nan: allowed"),
-        (["--config.model.gap_model=2"], "--config.model.gap_model=2"),
+        (["--config.model.positions=2"], "--config.model.positions=2"),
         (["--config.data.buckets=(64,"], "--config.data.buckets=(64,"),
         (["--config.data.buckets=('a',)"], "data.buckets=('a',): allowed"),
         (["--config.model=3"], "--config.model=3"),

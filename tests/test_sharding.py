@@ -62,11 +62,13 @@ print(json.dumps(losses))
 THE_ALIGNER = """
 import json
 from tests.support import processes as shared
-from configs import aligner
+from configs import base
 
 def measured(mesh_of):
-    config = aligner.get_config()
-    config.model.refinement, config.loss.sparse_ce = 1, 1.0
+    config = base.get_config()
+    config.attention.dustbin = "full"
+    config.model.update(refinement=1, substitution_prior=True, positions=False)
+    config.loss.update(reconstruction=0.0, sparse_ce=1.0)
     return shared.steps(mesh_of, config)[1]
 
 print(json.dumps([measured(mesh_of) for mesh_of in ((1, 1), (2, 2))]))

@@ -8,7 +8,6 @@ import pytest
 from safetensors.numpy import save_file
 
 import eval as eval_program
-from alignment import decoding
 from evaluation import runs
 from models import weights
 from scripts import align, export_weights
@@ -40,18 +39,11 @@ def test_a_checkpoint_can_be_chosen(exported, tmp_path):
     assert not np.array_equal(*kernels)
 
 
-def test_band_and_gaps_can_be_replaced(tmp_path, capsys):
+def test_the_band_of_the_plan_can_be_replaced(tmp_path):
     wider = tmp_path / "wider.safetensors"
     export = [f"--workdir={tiny.trained()}", f"--output={wider}"]
     assert export_weights.main([*export, "--band=-1"]) == 0
     assert runs.load_weights(wider).trainer.model(runs.load_weights(wider).params).spec.band is None
-    assert export_weights.main([*export, "--gaps", "1", "3", "4"]) == 1
-    assert "trained without model.gap_model" in capsys.readouterr().err
-    config = tiny.config_of(tiny.trained(), model__gap_model=True)
-    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
-    run = runs.Run(config, trainer, mesh, trainer.initial_state(mesh).params, 0)
-    export_weights.set_gaps(run, decoding.Gaps(0.8, 2.5, 4.0))
-    np.testing.assert_allclose(trainer.model(run.params).gaps(), [0.8, 2.5, 4.0], rtol=1e-6)
 
 
 def test_weights_that_do_not_fit_are_refused(exported, tmp_path):
@@ -83,14 +75,10 @@ def test_a_failed_export_leaves_the_earlier_file(tmp_path, monkeypatch, capsys):
     assert output.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [output]
 
 
-@pytest.mark.parametrize("option", [["--gaps", "1", "nan", "4"], ["--gaps", "1", "3", "0"], ["--band=-2"]])
-def test_replacements_out_of_range_are_refused(option, tmp_path, capsys):
-    config = tiny.config_of(tiny.trained(), model__gap_model=True)
-    trainer, mesh = runs.make_trainer(config), runs.local_mesh(config.batch_size)
-    weights.save(tmp_path / "gaps", trainer.initial_state(mesh).params, config.to_dict(), 0)
-    assert export_weights.main([f"--weights={tmp_path / 'gaps'}", f"--output={tmp_path / 'new'}", *option]) == 1
+def test_a_band_out_of_range_is_refused(exported, tmp_path, capsys):
+    assert export_weights.main([f"--weights={exported}", f"--output={tmp_path / 'new'}", "--band=-2"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert option[0].split("=")[0].lstrip("-") in line and not (tmp_path / "new").exists()
+    assert "band" in line and not (tmp_path / "new").exists()
 
 
 def test_a_step_is_of_a_run_only(exported, capsys):

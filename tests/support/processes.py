@@ -25,10 +25,16 @@ def config(base=None, **overrides):
     if base is None:
         base = base_config.get_config()
         base.attention.dustbin = "full"
-    changes = tiny.OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
+    known = {name: value for name, value in tiny.OVERRIDES.items() if _has(base, name)}  # of this task
+    changes = known | {name.replace("__", "."): value for name, value in overrides.items()}
     with base.ignore_type():
         base.update_from_flattened_dict(changes)
     return base
+
+
+def _has(config, name: str) -> bool:
+    section, _, key = name.rpartition(".")
+    return key in (config[section] if section else config)
 
 
 def stream(shard_index: int = 0, shard_count: int = 1) -> pipeline.PairStream:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 6
 # 320 holds every evaluation pair but a few, so that nearly all is one compiled shape.
 OVERRIDES = TINY | {
+    "model.value_width": 8,
     "data.buckets": (320,),
     "batch_size": 4,
     "total_steps": STEPS,
