@@ -102,8 +102,7 @@ def encoded_at_once(length: int, multiple: int = 1) -> int:
 
 def padded(x: Sequence[Arrays], y: Sequence[Arrays], shape: Shape) -> dict[str, np.ndarray]:
     """Return tokens, further arrays and lengths of a batch, 0 beyond the sequences and where the batch has no pair."""
-    batch = padded_side("x", x, shape.batch, shape.rows) | padded_side("y", y, shape.batch, shape.columns)
-    return batch
+    return padded_side("x", x, shape.batch, shape.rows) | padded_side("y", y, shape.batch, shape.columns)
 
 
 def padded_side(side: str, sequences: Sequence[Arrays], batch: int, length: int) -> dict[str, np.ndarray]:

@@ -156,12 +156,12 @@ class Pretrained:
 
     @property
     def plan_label(self) -> str:
-        """What `Prediction.plan` holds, for figures."""
+        """Name what `Prediction.plan` holds, for figures."""
         return "weight of a match" if self.has_pair_hmm else "plan $P_{ij}$"
 
     @property
     def has_pair_hmm(self) -> bool:
-        """Whether the model aligns by a pair HMM, and states a probability of homology; else by its plan."""
+        """Tell whether the model aligns by a pair HMM, and states a probability of homology; else by its plan."""
         return "calibration" in self.params
 
     def band_for(self, x_length: int, y_length: int) -> int | None:

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
 
-from models.decoding import NO_MATCH
 from data import files
 from evaluation.metrics import FEW_PAIRS
+from models.decoding import NO_MATCH
 
 # Okabe and Ito's palette for any colour vision (https://jfly.uni-koeln.de/color/), without its yellow, which is pale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
-from models import decoding
 from alignment.inference import Pretrained
 from data import vocab
 from data.batches import Batch, unbatch
@@ -21,7 +20,7 @@ from data.index import Families
 from data.transforms import NO_TARGET
 from evaluation import baselines, figures, metrics
 from evaluation.report import Example, Examples
-from models import objectives
+from models import decoding, objectives
 from models.aligner import Aligner
 from models.mesh import DATA
 from training.state import Trainer
@@ -102,8 +101,8 @@ def score_negatives(
 
     A pair's score is its probability of homology. A model of plans has none: its score is the sum of the confidences of
     the decoded residue pairs over the length of the shorter sequence. The score of Needleman-Wunsch is its alignment
-    score over the same. Diagonals have no score. `done` is called with the number of pairs of each finished batch. Raises ValueError if
-    there is no pair.
+    score over the same. Diagonals have no score. `done` is called with the number of pairs of each finished batch.
+    Raises ValueError if there is no pair.
     """
     positives, negatives = ([of_one for batch in of for of_one in unbatch(batch)] for of in (related, unrelated))
     if not (positives and negatives):

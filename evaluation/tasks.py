@@ -11,7 +11,7 @@ from evaluation.task import Task
 
 
 def task_of(config: ConfigDict) -> Task:
-    """Make the task that a configuration names: sorting, masked residues, alignment by a pair HMM, or else by a plan."""
+    """Make the task that a configuration names; alignment by a transport plan if it names none."""
     return _kind_of(config)(config)
 
 

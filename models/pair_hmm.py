@@ -209,7 +209,7 @@ def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple["
 
 
 def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: "_Scaled", matched: "_Scaled") -> LaneWeights:
-    """Sum the weights of what follows each cell by state, from the last antidiagonal back; return match probabilities."""
+    """Sum the weights of what follows each cell, by state, from the end; return the probabilities of matches."""
     log_weight, first, *_ = problem
     diagonals, batch, lanes = log_weight.shape
     factors = _factors(gaps)

@@ -216,8 +216,8 @@ def _plot(model: "Pretrained", pair: PairRecord, args: argparse.Namespace) -> No
     title = f"x: {pair.x.id}, y: {pair.y.id}"
     beside = args.plot.with_name(f".{os.getpid()}.{args.plot.name}")  # whose suffix tells the kind of picture
     try:
-        panels = {"label": model.plan_label, "posterior": posterior}
-        figures.plan_heatmap(plan, beside, match=found.match, scale=scale, title=title, **panels)
+        options: dict[str, Any] = {"label": model.plan_label, "posterior": posterior, "scale": scale, "title": title}
+        figures.plan_heatmap(plan, beside, match=found.match, **options)
         beside.replace(args.plot)
     finally:
         beside.unlink(missing_ok=True)

@@ -53,7 +53,7 @@ def lengths_of(batch) -> tuple[jax.Array, jax.Array]:
 
 
 def test_scores_begin_as_normalised_blosum62():
-    """With projections of 0, all that is left is the prior, less half of the means of its row and its column."""
+    """The prior, less half of the means of its row and its column, is left where projections are 0."""
     model, batch = objective().make(nnx.Rngs(0)), batch_of()
     graph, params = nnx.split(model)
     params = nnx.to_pure_dict(params)

@@ -179,7 +179,7 @@ def test_derivatives_by_costs_are_finite_differences_of_float64(mode):
     found = jax.device_get(jax.jit(jax.grad(total))(gaps))
 
     def difference(changed) -> float:
-        """Of the sums of the batch, between costs that are higher and lower by 1e-5."""
+        """Divide the difference of the batch's sums, between costs that are higher and lower by 1e-5."""
         ends = (
             sum(oracle.log_partition(w, changed(c, sign * 1e-5), mode) for w, c in zip(weights, costs, strict=True))
             for sign in (1, -1)

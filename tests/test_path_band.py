@@ -133,7 +133,7 @@ def test_other_pairs_of_the_batch_change_nothing(small):
 
 
 def test_memory_of_long_pairs_grows_with_the_sum_of_their_lengths():
-    """By XLA's analysis, without running: all pairs of 10,000 residues would take 400 MB for one number each."""
+    """Nothing is run, XLA analyses: all pairs of 10,000 residues would take 400 MB for one number each."""
 
     def needed(length: int) -> int:
         vectors, lengths = jax.ShapeDtypeStruct((1, length, 87), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
