@@ -1,4 +1,12 @@
-"""Train the aligner that ships."""
+"""Train the aligner that ships: scores of an encoder by relaxed transport, ordered by a pair HMM.
+
+    python train.py --config=configs/pretrain.py
+    python train.py --config=configs/aligner.py --init-from=runs/pretrain \\
+      --config.data.dir=runs/pfam:0.55,runs/hmm:0.30,runs/scop40:0.15
+    python scripts/export_weights.py --workdir=runs/aligner --calibrate=runs/pfam --output=weights/aligner.safetensors
+
+A step of 32 pairs takes 2 s on 2 CPU cores. Data, figures and what was tried: docs/results.md, docs/aligner.md.
+"""
 
 from ml_collections import ConfigDict
 

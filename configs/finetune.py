@@ -21,7 +21,7 @@ def get_config() -> base.ConfigDict:
             "data.identity_mass": (),  # pairs as they are
             "data.flanks": 0.0,  # flanks and negatives need families of two clans
             "data.negatives": 0.0,
-            "optimizer.learning_rate": 2e-4,  # a fifth of configs/aligner.py: the parameters are near their place
+            "optimizer.learning_rate": 2e-4,  # below that of configs/aligner.py: the parameters are near their place
             "optimizer.warmup_steps": 20,
             "optimizer.ema": 0.98,
             "log.eval_every": 0,  # there is no validation split

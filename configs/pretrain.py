@@ -5,9 +5,8 @@
     python eval.py --workdir=runs/pretrain --split=test_ood
     python train.py --config=configs/aligner.py --config.data.dir=runs/pfam --init-from=runs/pretrain
 
-400 steps of 32 sequences (--config.total_steps=400 --config.batch_size=32) on Swiss-Prot at 50 % identity bring a
-perplexity of 17.1 on 1,000 validation sequences, 18.1 by the composition alone (unigram). They took 50 minutes beside
-other work on 2 CPU cores.
+A step of 64 sequences takes 1 to 2 s on 2 CPU cores. 400 steps of 32 sequences of a smaller encoder brought a
+perplexity of 17.1 on 1,000 validation sequences, 18.1 by the composition alone (unigram).
 """
 
 from ml_collections import ConfigDict
