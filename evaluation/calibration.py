@@ -35,14 +35,15 @@ def fitted(run: Run, data_dir: str, limit: int | None = None) -> tuple[dict[str,
     model = run.pretrained()
     if not model.has_pair_hmm:
         raise ValueError("a model of transport plans has nothing to calibrate: give one of task pair_hmm")
-    pairs = [pair for split in SPLITS for pair in _pairs(run, data_dir, split, limit)[0]]
+    plain, flanked = (_pairs(run, data_dir, split, limit)[0] for split in SPLITS)
+    pairs = plain + flanked
     losses = {t: _loss(_with(model, temperature=t), pairs) for t in _TEMPERATURES}
     best = min(losses, key=losses.__getitem__)
     model = _with(model, temperature=best)
-    related, unrelated = _pairs(run, data_dir, NEGATIVES, limit)
-    homology = _logistic(*(_features(model, some) for some in (related + pairs[len(pairs) // 2 :], unrelated)))
+    _, unrelated = _pairs(run, data_dir, NEGATIVES, limit)
+    homology = _logistic(_features(model, pairs), _features(model, unrelated))
     told = [
-        "temperature " + ", ".join(f"{t:g} {loss:.4f}" for t, loss in losses.items()) + f" nats a pair: {best:g}",
+        "temperature " + ", ".join(f"{t:g} {loss:.4f}" for t, loss in losses.items()) + f" nats a residue pair: {best:g}",
         f"homology {homology[0]:.3f} log-odds {homology[1]:+.3f} log(lengths) {homology[2]:+.3f}",
     ]
     return _with(model, temperature=best, homology=homology).params, told
