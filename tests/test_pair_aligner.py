@@ -340,6 +340,7 @@ def measured(mesh_of: tuple[int, int]) -> list[list[float]]:
     return several.steps(mesh_of, base)[1]
 
 
+@pytest.mark.slow  # some 70 processor seconds
 def test_several_devices_train_as_one():
     (printed,) = several.finish(several.start("-c", ON_FOUR_DEVICES, devices=4))
     expected, *others = json.loads(printed.splitlines()[-1])
