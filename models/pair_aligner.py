@@ -155,7 +155,12 @@ class PairAligner(nnx.Module):
         return pair_hmm.Gaps(opening, extension, terminal, x.offset, y.offset)
 
     def pair(
-        self, x: Tokens, y: Tokens, x_lengths: Lengths, y_lengths: Lengths, noise: Noise = None
+        self,
+        x: Int[Array, "batch x_length"],
+        y: Int[Array, "batch y_length"],
+        x_lengths: Lengths,
+        y_lengths: Lengths,
+        noise: Noise = None,
     ) -> tuple[AllPairs, pair_hmm.Gaps]:
         """Compute the log-weights of all matches of a batch of pairs, and their costs of gaps."""
         if x.shape != y.shape:
