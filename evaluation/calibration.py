@@ -43,7 +43,9 @@ def fitted(run: Run, data_dir: str, limit: int | None = None) -> tuple[dict[str,
     _, unrelated = _pairs(run, data_dir, NEGATIVES, limit)
     homology = _logistic(_features(model, pairs), _features(model, unrelated))
     told = [
-        "temperature " + ", ".join(f"{t:g} {loss:.4f}" for t, loss in losses.items()) + f" nats a residue pair: {best:g}",
+        "temperature "
+        + ", ".join(f"{t:g} {loss:.4f}" for t, loss in losses.items())
+        + f" nats a residue pair: {best:g}",
         f"homology {homology[0]:.3f} log-odds {homology[1]:+.3f} log(lengths) {homology[2]:+.3f}",
     ]
     return _with(model, temperature=best, homology=homology).params, told
