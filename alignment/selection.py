@@ -28,7 +28,8 @@ def settled(alignments: Iterable[Aligned], *, least: float = 0.0, top: int | Non
         alignments: Alignments in the order of the input. With `top`, those of a query follow each other.
         least: Probability of homology below which an alignment is left out.
         top: Number of alignments of each query that are kept, the most probable first; of equal ones, those of higher
-            log-odds first, else in their order. No more than these are held in memory. None for all, in the order of the input.
+            log-odds first, else in their order. No more than these are held in memory. None for all, in the order of
+            the input.
 
     Raises:
         ValueError: if probabilities are asked for and the model gives none.
