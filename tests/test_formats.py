@@ -17,7 +17,7 @@ Y = Record("s", "", "GGMKLLAGWCPP")
 def aligned(pairs: list[tuple[int, int]]) -> Aligned:
     """MKVLAAGWC and GGMKLLAGWCPP with these pairs of residues aligned."""
     confidence = np.linspace(0.5, 1, len(pairs))
-    return Aligned("q:s", X, Y, np.array(pairs, np.int32).reshape(-1, 2), confidence, 0.98761, np.ones(9), np.ones(12))
+    return Aligned("q:s", X, Y, np.array(pairs, np.int32).reshape(-1, 2), confidence, 0.98761, np.ones(9), np.ones(12), 12.5)
 
 
 # --MKVLAAGWC--
@@ -44,6 +44,7 @@ BY_HAND = {
     "score": "10",  # 5+5+1+4+4+6+11+9 = 45, less 11 for the gap inside, 12 for each end
     "confidence": "0.7500",
     "probability": "0.9876",
+    "log_odds": "12.50",
     "cigar": "2D5M1I3M2D",
     "qseqid": "q",
     "sseqid": "s",

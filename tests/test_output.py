@@ -51,7 +51,7 @@ class Model:
         pairs = np.arange(count, dtype=np.int32)[:, None].repeat(2, 1)
         probability = float((x.sum() * 7 + y.sum() * 13) % 101) / 101 + n * 1e-4
         alone = [np.zeros(len(tokens), np.float32) for tokens in (x, y)]
-        return PairAlignment(pairs, np.full(count, 0.9, np.float32), probability, *alone)
+        return PairAlignment(pairs, np.full(count, 0.9, np.float32), probability, *alone, 5.0)
 
 
 def fasta(path: Path, count: int, seed: int, prefix: str) -> None:

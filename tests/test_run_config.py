@@ -195,7 +195,7 @@ def test_every_configuration_is_allowed_and_reads_the_same_again(name):
 def test_defaults_of_the_sections_are_those_of_the_base_configuration():
     """A run of an earlier version lacks a key: it was trained with its default."""
     config = base.get_config()
-    for section in alignment.AlignmentTask.sections:
+    for section in alignment.PlanTask.sections:
         given = config.to_dict()[section.name] if section.name else config.to_dict()
         if section is not alignment.DataConfig:  # its class is used without a configuration, too
             assert {key: section.defaults()[key] for key in given if key in section.defaults()} == {
