@@ -12,8 +12,9 @@ _BATCH_RESIDUES_OF_ACCELERATOR = 1024 * 192
 _ENCODED_RESIDUES = 8 * 256  # residues that are encoded at once on a CPU; few, as a single pair takes as long
 _BATCH_CELLS = 1 << 27  # plan entries in a batch on an accelerator; decoding takes about 30 bytes for each
 _SMALLEST, _LARGEST = 64, 46_080  # padded lengths; the band's arithmetic is exact to 46,276
-# What the shipped aligner takes on a CPU, by XLA's analysis of memory (37 to 52 a plan entry, 5,170 a residue).
-_BYTES_OF_CELL, _BYTES_OF_RESIDUE = 40, 5200
+# What aligners take on a CPU, by XLA's analysis of memory: for a cell of all pairs of residues, for a cell of a band,
+# for a residue that is encoded.
+_BYTES_OF_CELL, _BYTES_OF_BAND, _BYTES_OF_RESIDUE = 21, 38, 5200
 
 Tokens = Int[np.ndarray, "_"]  # one sequence
 PairOfTokens = tuple[Tokens, Tokens]
@@ -54,7 +55,8 @@ def batch_size(rows: int, columns: int, band: int | None) -> int:
 def memory(shape: Shape, pairs: int, *, plan: bool) -> int:
     """Return about how many bytes the batches of this many pairs take on a CPU; by a plan, or by the pair HMM."""
     lanes = shape.rows if plan or shape.band is None else min(shape.rows, shape.band)
-    decoding = _BYTES_OF_CELL * (shape.rows + shape.columns) * lanes
+    each = _BYTES_OF_CELL if shape.band is None else _BYTES_OF_BAND
+    decoding = each * (shape.rows + shape.columns) * lanes
     encoding = _BYTES_OF_RESIDUE * (shape.rows + shape.columns)
     return _size(shape, pairs) * max(decoding, encoding)  # one after the other, in the same memory
 

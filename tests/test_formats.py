@@ -17,7 +17,9 @@ Y = Record("s", "", "GGMKLLAGWCPP")
 def aligned(pairs: list[tuple[int, int]]) -> Aligned:
     """MKVLAAGWC and GGMKLLAGWCPP with these pairs of residues aligned."""
     confidence = np.linspace(0.5, 1, len(pairs))
-    return Aligned("q:s", X, Y, np.array(pairs, np.int32).reshape(-1, 2), confidence, 0.98761, np.ones(9), np.ones(12), 12.5)
+    return Aligned(
+        "q:s", X, Y, np.array(pairs, np.int32).reshape(-1, 2), confidence, 0.98761, np.ones(9), np.ones(12), 12.5
+    )
 
 
 # --MKVLAAGWC--

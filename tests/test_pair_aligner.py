@@ -303,7 +303,7 @@ def test_negatives_are_told_by_the_probability_of_homology(finished):
     """Count AUC again from the probabilities that users get of the same pairs."""
     run = runs.load_run(finished)
     task, model = run.task, run.pretrained()
-    _, batches = task._open(run.config.data.dir, "negatives", run.mesh)
+    _, batches = task.open(run.config.data.dir, "negatives", run.mesh)
     related, unrelated = (
         [(pair.x, pair.y) for batch in of for _, pair in unbatch(batch)] for of in map(list, batches(3))
     )
