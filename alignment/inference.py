@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +189,7 @@ class Pretrained:
         return max(_SMALLEST_CHUNK, _CHUNK_BATCHES * batching.batch_size(_USUAL_LENGTH, _USUAL_LENGTH, None))
 
     def align(
-        self, pairs: Pairs, *, mode: Mode = "glocal", band: int | None = None, done: Done = lambda count: None
+        self, pairs: Pairs, *, mode: str = "glocal", band: int | None = None, done: Done = lambda count: None
     ) -> list[PairAlignment]:
         """Align pairs of token sequences; the alignments are in the order of the pairs.
 
@@ -201,7 +201,7 @@ class Pretrained:
         return next(self.align_chunks([pairs], mode=mode, band=band, done=done), [])
 
     def align_chunks(
-        self, chunks: Chunks, *, mode: Mode = "glocal", band: int | None = None, done: Done = lambda count: None
+        self, chunks: Chunks, *, mode: str = "glocal", band: int | None = None, done: Done = lambda count: None
     ) -> Iterator[list[PairAlignment]]:
         """Yield the alignments of each chunk of pairs, as `align` does, while the device computes the next chunk.
 
@@ -217,7 +217,7 @@ class Pretrained:
                 found = {}
 
     def predict(
-        self, pairs: Pairs, *, mode: Mode = "glocal", band: int | None = None, measure: Measure = lambda *_: {}
+        self, pairs: Pairs, *, mode: str = "glocal", band: int | None = None, measure: Measure = lambda *_: {}
     ) -> Iterator[tuple[int, Prediction]]:
         """Yield the place in `pairs` and the prediction of each pair, in the order in which batches are computed.
 
@@ -234,7 +234,7 @@ class Pretrained:
                 match = out.decoded.match[n, :rows]
                 yield member, Prediction(match, plan, posterior, float(out.probability[n]), measured)
 
-    def _started(self, chunks: Chunks, mode: Mode, band: int | None, measure: Measure | None) -> Iterator["_Batch"]:
+    def _started(self, chunks: Chunks, mode: str, band: int | None, measure: Measure | None) -> Iterator["_Batch"]:
         if mode not in MODES:
             raise ValueError(f"mode: {mode!r} was given, allowed are {', '.join(MODES)}")
         encoder = _Encoder(self)
@@ -244,7 +244,7 @@ class Pretrained:
             encoder.see(pairs)
             for shape, members in batching.batches(shapes, self.multiple):
                 batch = [pairs[n] for n in members]
-                way = _Way(shape.band, mode, measure)
+                way = _Way(shape.band, cast(Mode, mode), measure)
                 if way not in self.programs:
                     self.programs[way] = self.compile(functools.partial(_compute, self.graph, way))
                 x, y = ([encoder.arrays(pair[side]) for pair in batch] for side in (0, 1))
