@@ -12,7 +12,7 @@ from data.augmentation import LONGEST_FLANK, NO_ENDS, FlankLengths
 from data.batches import PairReader
 from data.pipeline import PairStream, PipelineConfig
 from data.transforms import NO_TARGET
-from models import objectives
+from models import pair_aligner
 from scripts import show_batch
 from tests.support.small_families import make_family
 
@@ -177,11 +177,11 @@ def test_unrelated_residues_come_from_the_pairs_own_data_set():
     assert sum("negatives" in example.changes for example in found) > 0.9 * len(found)
 
 
-def test_the_loss_of_a_negative_pair_is_the_empty_alignments():
-    target = np.array([[0, -1, -1, -1], [-1, -1, -1, -1]], np.int32)
-    batch = {"target": jnp.array(target), "x_length": jnp.array([3, 2])}
-    bearing = np.asarray(objectives._bearing(batch))
-    np.testing.assert_array_equal(bearing, [[True, False, False, False], [True, True, False, False]])
+def test_a_negative_pair_counts_in_the_loss():
+    """What makes a batch full counts nowhere."""
+    target = jnp.array([[0, -1, -1, -1], [-1, -1, -1, -1], [-1, -1, -1, -1]])
+    pairs, related = pair_aligner._kinds({"target": target, "x_length": jnp.array([3, 2, 0])})
+    assert pairs.tolist() == [True, True, False] and related.tolist() == [True, False, False]
 
 
 def test_the_picture_of_a_batch_is_drawn(tmp_path, capsys):
