@@ -178,7 +178,7 @@ def test_unrelated_residues_come_from_the_pairs_own_data_set():
 
 
 def test_a_negative_pair_counts_in_the_loss():
-    """What makes a batch full counts nowhere."""
+    """Count pairs alone, not what makes a batch full."""
     target = jnp.array([[0, -1, -1, -1], [-1, -1, -1, -1], [-1, -1, -1, -1]])
     pairs, related = pair_aligner._kinds({"target": target, "x_length": jnp.array([3, 2, 0])})
     assert pairs.tolist() == [True, True, False] and related.tolist() == [True, False, False]
