@@ -32,6 +32,10 @@ from training.run_folder import read_metrics
 _NO_INTERVAL = "(?)"
 # Metric that is told by bin, and its label; the first that a report has.
 _BINNED = {"exact_match": "exact match, length", "perplexity": "perplexity, length", "f1": "f1, identity"}
+_CONFIDENCE = (
+    "confidence: {stated:.3f} on average over {pairs:,} aligned residue pairs, of which {right:.3f} are right; "
+    "calibration error {error:.3f}"
+)
 _FOOTNOTES = {
     _NO_INTERVAL: f"no interval: fewer than {metrics.LEAST_FAMILIES} {{resampled}} have the metric",
     "*": f"fewer than {metrics.FEW_PAIRS} {{unit}}: chance decides",
@@ -93,6 +97,8 @@ def _table_of_split(report: dict, split: str) -> str:
         values = (of["bins"].get(name, {}).get(metric) for of in result.values())
         bins.append([f"{label} {name}", *sizes, *("-" if of is None else f"{of['value']:.3f}" for of in values)])
     parts += [_text(bins, ["", *size.values(), *result])] if bins else []
+    if stated := report.get("calibration", {}).get(split):
+        parts.append(_CONFIDENCE.format(**stated))
     certificates = report.get("certificates", {}).get(split)  # neither of sorting nor of negatives
     text = "\n".join([*parts, _certificates(certificates)] if certificates is not None else parts)
     found = [f"{mark} {told}".format(unit=unit, resampled=resampled) for mark, told in _FOOTNOTES.items()]

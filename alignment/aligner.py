@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from alignment.inference import PairAlignment, Pretrained
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "aligner.safetensors"
-_CHUNK = 1024  # pairs that are sorted by length and aligned together
 
 
 class Aligner:
@@ -61,7 +60,8 @@ class Aligner:
             ValueError: An empty or too long sequence, a symbol that is no residue, an unknown mode.
         """
         encoded = ((vocab.encode(x.encode()), vocab.encode(y.encode())) for x, y in pairs)
-        chunks = iter(lambda: list(itertools.islice(encoded, _CHUNK)), [])
+        size = self._model.chunk_size()
+        chunks = iter(lambda: list(itertools.islice(encoded, size)), [])
         options: dict[str, Any] = {"mode": mode, "band": band}
         for chunk in self._model.align_chunks(chunks, **options):
             yield from chunk

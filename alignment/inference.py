@@ -309,7 +309,8 @@ class _Encoder:
                 batch = batching.padded_side("x", [{"tokens": x} for x in members], size, length)
                 encoded = jax.device_get(program(model.params, batch))
                 for n, tokens in enumerate(members):
-                    found = {name: of[n, : len(tokens)] for name, of in encoded.items()}
+                    # A view would keep the whole batch in memory.
+                    found = {name: of[n, : len(tokens)].copy() for name, of in encoded.items()}
                     self._known[tokens.tobytes()] = {"tokens": tokens, **found}
 
 

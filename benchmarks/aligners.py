@@ -200,15 +200,7 @@ def _calibration(
         identity = metrics.identity_bin(metrics.pair_identity(case.pair))
         for name in ("overall", identity) if identity else ("overall",):
             groups[name].add(stated[decoded], right)
-    return {name: calibration(of.tenths()) for name, of in groups.items() if of.tenths()}
-
-
-def calibration(tenths: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return mean confidence, share that is right, expected calibration error over tenths, and number of pairs."""
-    stated, right, count = (np.array([of[key] for of in tenths]) for key in ("confidence", "correct", "pairs"))
-    share = count / count.sum()
-    error = float(share @ np.abs(stated - right))
-    return {"stated": float(share @ stated), "right": float(share @ right), "error": error, "pairs": int(count.sum())}
+    return {name: metrics.calibration(of.tenths()) for name, of in groups.items() if of.tenths()}
 
 
 class Results:

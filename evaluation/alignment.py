@@ -15,7 +15,7 @@ from data.families import BadRecordError
 from data.index import Families
 from data.settings import Folder
 from data.variants import EVALUATION_SETS, NEGATIVES, PLAIN
-from evaluation import baselines, figures, scoring
+from evaluation import baselines, figures, metrics, scoring
 from evaluation.task import OF_ALL_TASKS, Options, Task, Validation, evaluated_at_once, limit_of, resolve_data_dir
 from models.aligner import AlignerConfig
 from models.attention import specs_of
@@ -92,7 +92,9 @@ class AlignmentTask(Task):
             else:
                 observer = scoring.Observer(name, pictures, options.examples)
                 summaries = scoring.score_split(model, families, *batches(limit), see=observer, progress=name)
-                found = {"splits": summaries, "reliability": observer.reliability.tenths()}
+                found = {"splits": summaries}
+                if tenths := observer.reliability.tenths():
+                    found |= {"reliability": tenths, "calibration": metrics.calibration(tenths)}
                 if not model.has_pair_hmm:
                     few = batches(min(limit or _CERTIFIED, _CERTIFIED))
                     found["certificates"] = scoring.certify_split(certify, *few)

@@ -142,6 +142,14 @@ class Reliability:
         ]
 
 
+def calibration(tenths: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return mean confidence, share that is right, expected calibration error over tenths, and number of pairs."""
+    stated, right, count = (np.array([of[key] for of in tenths]) for key in ("confidence", "correct", "pairs"))
+    share = count / count.sum()
+    error = float(share @ np.abs(stated - right))
+    return {"stated": float(share @ stated), "right": float(share @ right), "error": error, "pairs": int(count.sum())}
+
+
 def summarise(scores: Sequence[PairScores]) -> dict:
     """Pool the sums of all pairs, with bootstrap 95 % intervals over families, overall and by identity bin.
 

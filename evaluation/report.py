@@ -49,6 +49,8 @@ class Example(NamedTuple):
     match: Int[np.ndarray, " x_length"]
     model: PairScores
     baseline: PairScores
+    plan_label: str = "plan $P_{ij}$"
+    probability: float = math.nan  # of homology
 
 
 class Kind(NamedTuple):
@@ -174,7 +176,7 @@ def _shown(example: Example, *, with_plan: bool) -> dict[str, Any]:
         "of": example,
         "lines": formats.text(_aligned(example), example.pair.target).rstrip().splitlines(),
         "posterior": _drawn(figures.plan_heatmap, example.posterior, label="posterior", **both),
-        "plan": _drawn(figures.plan_heatmap, example.plan, **both) if with_plan else "",
+        "plan": _drawn(figures.plan_heatmap, example.plan, label=example.plan_label, **both) if with_plan else "",
     }
 
 
@@ -185,7 +187,7 @@ def _aligned(example: Example) -> Aligned:
     pairs, posterior = np.stack([i, example.match[i]], axis=1), example.posterior
     x_alone, y_alone = (np.clip(1 - posterior.sum(axis), 0, 1) for axis in (1, 0))
     confidence = posterior[i, example.match[i]]
-    return Aligned(example.family.accession, x, y, pairs, confidence, math.nan, x_alone, y_alone)
+    return Aligned(example.family.accession, x, y, pairs, confidence, example.probability, x_alone, y_alone)
 
 
 def _drawn(draw: Callable, *arguments: Any, **options: Any) -> str:

@@ -84,7 +84,8 @@ def score_split(
         scores["model"].append(dataclasses.replace(score, **found.measured))
         for who, baseline in baselines.BASELINES.items():
             scores[who].append(metrics.score_prediction(family.accession, pair, *baseline(pair)))
-        see(Example(family, (i, j), pair, plan, posterior, found.match, score, scores["nw_blosum62"][-1]))
+        told = scores["nw_blosum62"][-1], model.plan_label, found.probability
+        see(Example(family, (i, j), pair, plan, posterior, found.match, score, *told))
     return {who: metrics.summarise(of_pairs) for who, of_pairs in scores.items() if of_pairs}
 
 
@@ -111,18 +112,17 @@ def score_negatives(
     shorter = np.array([min(len(pair.x), len(pair.y)) for pair in pairs], np.float64)
     with tqdm(desc=progress, unit=" pairs", total=len(pairs), disable=None if progress else True) as bar:
         found = model.align([(pair.x, pair.y) for pair in pairs], done=lambda count: (bar.update(count), done(count)))
+    confidence = [of.confidence.sum(dtype=np.float64) for of in found] / shorter
+    homology = [of.probability for of in found] if model.has_pair_hmm else confidence
     by_nw = [(score, (of.match != NO_TARGET).sum()) for of, score in map(baselines.nw_with_score, pairs)]
     aligned = {
-        "model": [(of.confidence.sum(dtype=np.float64), len(of.pairs)) for of in found],
-        "nw_blosum62": by_nw,
+        "model": [(score, len(of.pairs)) for score, of in zip(homology, found, strict=True)],
+        "nw_blosum62": [(score / length, count) for (score, count), length in zip(by_nw, shorter, strict=True)],
     }
     names, count = [families[x_family].accession for (x_family, *_), _ in negatives], len(negatives)
     summaries = {}
     for who, of_pairs in aligned.items():
         score, decoded = np.array(of_pairs, np.float64).T
-        score /= shorter
-        if who == "model" and model.has_pair_hmm:
-            score = np.array([of.probability for of in found])
         told = score[:count], score[count:], decoded[:count], shorter[:count]
         summaries[who] = metrics.summarise_negatives(names, *told)
     return summaries

@@ -59,11 +59,7 @@ class MaskedObjective:
 
     def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Choose residues to predict, and hide most of them from the encoder."""
-        seen, chosen = hidden(batch["x"], key, self.loss.mask_rate)
-        noise_key = jax.random.fold_in(key, 1)  # the noise must be independent of the mask
-        is_noisy = isinstance(self.attention, BlockSpec)
-        noise = {"noise": jax.random.split(noise_key, len(seen))} if is_noisy else {}
-        return batch | {"seen": seen, "chosen": chosen} | noise
+        return augmented(batch, key, self.loss.mask_rate, self.attention)
 
     def totals(self, model: MaskedResidues, batch: Batch) -> Totals:
         predicted = model(batch["seen"], batch["length"], batch.get("noise"))
@@ -80,6 +76,14 @@ class MaskedObjective:
 
     def residues(self, batch: Batch) -> Int[Array, ""]:
         return batch["length"].sum()
+
+
+def augmented(batch: Batch, key: PRNGKeyArray, mask_rate: float, attention: SinkhornSpec | BlockSpec) -> Batch:
+    """Add what the encoder sees of `x`, the residues to predict, and random keys if its attention takes noise."""
+    seen, chosen = hidden(batch["x"], key, mask_rate)
+    noise_key = jax.random.fold_in(key, 1)  # the noise must be independent of the mask
+    noise = {"noise": jax.random.split(noise_key, len(seen))} if isinstance(attention, BlockSpec) else {}
+    return batch | {"seen": seen, "chosen": chosen} | noise
 
 
 def is_known(x: Tokens) -> Chosen:

@@ -80,7 +80,7 @@ class GapCosts(nnx.Module):
 
 
 class Calibration(nnx.Module):
-    """Numbers that are fitted on validation pairs after training, and not trained (`alignment.calibration`).
+    """Numbers that are fitted on validation pairs after training, and not trained (`evaluation.calibration`).
 
     temperature: All weights of alignments are taken to the power of its inverse.
     homology: Logit of the probability of homology: weights of the log-odds of alignment and of the logarithm of the
@@ -210,11 +210,7 @@ class PairObjective:
 
     def augment(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Choose residues of x to predict, hide most of them, and add random keys if the encoder takes noise."""
-        seen, chosen = masked.hidden(batch["x"], key, self.loss.mask_rate)
-        noise_key = jax.random.fold_in(key, 1)  # the noise must be independent of the mask
-        is_noisy = isinstance(self.attention, BlockSpec)
-        noise = {"noise": jax.random.split(noise_key, len(seen))} if is_noisy else {}
-        return batch | {"seen": seen, "chosen": chosen} | noise
+        return masked.augmented(batch, key, self.loss.mask_rate, self.attention)
 
     def totals(self, model: PairAligner, batch: Batch) -> Totals:
         found: Totals = {}

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 LOG_ZERO = -1e30  # logarithm of 0: finite, so that differences and derivatives are finite
 _LN2 = 0.6931471805599453
 _NOTHING = -(1 << 28)  # exponent of a cell that nothing leads to
+_computed_once = jax.lax.optimization_barrier  # else XLA computes, for every use, what is cheap but used often
 
 Mode = Literal["global", "glocal", "local"]  # overhangs cost as gaps; `terminal` nats each; nothing
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -172,7 +173,7 @@ def posterior(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> tuple[Floa
     return odds, _backward(problem, gaps, mode, total, matched)
 
 
-def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple["_Scaled", "_Scaled | None"]:
+def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple[_Scaled, _Scaled | None]:
     """Sum the weights of all alignments; return the sums, and those of the alignments up to each match if wanted."""
     log_weight, first, x_lengths, y_lengths = problem
     diagonals, batch, lanes = log_weight.shape
@@ -208,7 +209,7 @@ def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple["
     return _plus(total, _split(log_empty(x_lengths, y_lengths, gaps, mode))), matched
 
 
-def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: "_Scaled", matched: "_Scaled") -> LaneWeights:
+def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: _Scaled, matched: _Scaled) -> LaneWeights:
     """Sum the weights of what follows each cell, by state, from the end; return the probabilities of matches."""
     log_weight, first, *_ = problem
     diagonals, batch, lanes = log_weight.shape
@@ -253,9 +254,6 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: "_Scaled", matche
     return jax.lax.scan(step, initial, per_step, reverse=True)[1]
 
 
-_computed_once = jax.lax.optimization_barrier  # else XLA computes, for every use, what is cheap but used often
-
-
 class _Factors(NamedTuple):
     """Weights of gap costs."""
 
@@ -282,13 +280,13 @@ def _places(d, first, lanes: int) -> tuple[Int[Array, "_ lanes"], Int[Array, "_ 
     return i, d - i
 
 
-def _end(problem: Problem, i, j, gaps: Gaps, mode: Mode) -> "_Scaled":
+def _end(problem: Problem, i, j, gaps: Gaps, mode: Mode) -> _Scaled:
     """Return the weights of the overhangs behind a last match."""
     left = problem.x_lengths[:, None] - 1 - i, problem.y_lengths[:, None] - 1 - j
     return _times(*(_overhang_weight(overhang, gaps, mode) for overhang in left))
 
 
-def _nothing(batch: int, lanes: int) -> "_Scaled":
+def _nothing(batch: int, lanes: int) -> _Scaled:
     return _Scaled(jnp.zeros((batch, lanes)), jnp.full((batch, lanes), _NOTHING))
 
 
@@ -302,7 +300,7 @@ def _both(states: Float[Array, "2 batch lanes"]) -> Float[Array, "batch lanes"]:
     return states[0] + states[1]
 
 
-def _log(x: "_Scaled") -> Array:
+def _log(x: _Scaled) -> Array:
     return jnp.log(x.value) + x.exponent * _LN2
 
 

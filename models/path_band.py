@@ -36,7 +36,7 @@ class Sides(NamedTuple):
 
 
 def problem(sides: Sides, gaps: Gaps, match: Float[Array, ""], relaxation: float, lanes: int) -> Problem:
-    """Make the problem of a band of `lanes` around the best path; gaps are of one price at every residue."""
+    """Make the problem of a band of `lanes` around the best path; `relaxation` is tau of the scores' half step."""
     f, g = half_step(sides, relaxation)
     one = jnp.ones_like
     # Two more channels add the potentials.

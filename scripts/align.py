@@ -33,6 +33,7 @@ from tqdm import tqdm
 # Slow imports (jax, the model, matplotlib) stand where they are needed: errors in the input appear at once.
 import command_line
 from alignment import formats, output, pairing, selection, sequences, tables
+from alignment.aligner import WEIGHTS
 from alignment.columns import Aligned
 from alignment.pairing import Work
 from alignment.sequences import PairRecord
@@ -42,9 +43,7 @@ from evaluation import model_options
 if TYPE_CHECKING:
     from alignment.inference import Pretrained
 
-ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = ROOT / "weights" / "aligner.safetensors"
-_MODES = ("global", "glocal", "local")  # of alignment.inference, which takes a second to import
+_MODES = ("global", "glocal", "local")  # models.pair_hmm.MODES, which takes a second to import
 _OPTIONS = ("mode", "band", "top", "min_probability", "format", "all_pairs")  # on which results depend
 _PICTURES = (".png", ".pdf", ".svg")
 _FEW = 8  # pairs; no progress is shown for these
@@ -281,13 +280,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plot", metavar="FILE.png", type=_picture, help="draw one pair: plan, posterior, alignment; or .pdf, .svg"
     )
-    model_options.add_model_options(parser, default=f"{WEIGHTS.relative_to(ROOT)}, which ships")
+    model_options.add_model_options(parser, default=f"{WEIGHTS.relative_to(WEIGHTS.parents[1])}, which ships")
     parser.add_argument(
         "--band",
         type=int,
         metavar="N",
-        help="search for partners up to N residues from the diagonal, -1 for all; default: as in training, and more "
-        "where lengths differ",
+        help="search for partners up to N residues from the best path, -1 for all; default: all up to 1,024 residues, "
+        "and 256 beyond. Of a model of plans: from the diagonal",
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out records and pairs that cannot be read")
     parser.add_argument("--quiet", action="store_true", help="no progress, no warnings")

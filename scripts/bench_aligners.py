@@ -29,6 +29,7 @@ from tabulate import tabulate
 
 # Slow imports (the model, matplotlib) stand where they are needed: errors in the input appear at once.
 import command_line
+from alignment.aligner import WEIGHTS
 from benchmarks import aligners, peers
 from benchmarks.aligners import Entry
 from data import files
@@ -37,7 +38,6 @@ from evaluation import model_options
 if TYPE_CHECKING:
     from alignment.inference import Pretrained
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "aligner.safetensors"
 _TITLES = {"f1": "F1", "mean_f1": "mean F1", "precision": "precision", "recall": "recall"}
 _BEST = " *"
 _PICTURES = (".png", ".pdf", ".svg")

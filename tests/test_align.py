@@ -667,6 +667,7 @@ def test_modes_differ_at_the_ends(model):
     assert counts["global"] >= counts["glocal"] and counts["local"] <= counts["glocal"] and counts["glocal"] >= 58
     probabilities = {model.align([(x, y)], mode=mode)[0].probability for mode in inference.MODES}
     assert len(probabilities) == 1, "homology is judged in mode glocal"
+    assert align._MODES == inference.MODES
     with pytest.raises(ValueError, match="mode: 'semiglobal' was given, allowed are global, glocal, local"):
         model.align([(x, y)], mode="semiglobal")
 

@@ -213,7 +213,7 @@ def test_calibration_error_is_the_mean_distance_of_tenths():
         {"confidence": 0.2, "correct": 0.5, "pairs": 1},
         {"confidence": 0.9, "correct": 0.8, "pairs": 3},
     ]
-    assert aligners.calibration(tenths) == pytest.approx(
+    assert metrics.calibration(tenths) == pytest.approx(
         {"stated": 0.725, "right": 0.725, "error": (0.3 + 3 * 0.1) / 4, "pairs": 4}
     )
 

@@ -297,6 +297,9 @@ def test_eval_scores_pairs_flanked_pairs_and_negatives(finished, tmp_path, capsy
         assert result["model"]["overall"].keys() >= {"f1", "precision", "recall", "sparse_ce", "barycenter_mae"}
         assert not {"reconstruction", "reconstruction_masked"} & result["model"]["overall"].keys()
         assert list(report["reliability"]) == [split]
+        stated = report["calibration"][split]
+        assert stated["pairs"] == sum(of["pairs"] for of in report["reliability"][split]) > 20
+        assert f"{stated['right']:.3f} are right; calibration error {stated['error']:.3f}" in told
 
 
 def test_negatives_are_told_by_the_probability_of_homology(finished):
