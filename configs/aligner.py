@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.task = "pair_hmm"
     config.total_steps = 2400
-    config.data.buckets = (128, 208, 320)
+    config.data.buckets = (96, 144, 200, 256, 320)
     config.data.pairs_per_family = 30  # so half of the pairs of seeds come from deep families, half from two-row ones
     config.data.identity_mass = (0.06, 0.10, 0.10, 0.10, 0.14, 0.30, 0.20)  # half below .40, where help is needed
     config.data.crop = 0.25  # as sequences of users need not begin and end together

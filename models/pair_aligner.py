@@ -25,7 +25,7 @@ from models.objectives import Batch, Totals
 
 _PRIOR_WEIGHT = 0.3466  # ln 2 / 2: BLOSUM62 is in half bits, the weight turns its scores into log-odds in nats
 _RELAXATION = 0.5  # tau of the half step
-_OPENING, _EXTENSION, _TERMINAL = (4.0, 6.5), (0.5, 0.05), 3.0  # nats, where training begins
+_OPENING, _EXTENSION, _TERMINAL, _EMPTY = (4.0, 6.5), (0.5, 0.05), 3.0, 10.0  # nats, where training begins
 _MATCH = -0.1
 
 Tokens = Int[Array, "batch length"]
@@ -71,7 +71,7 @@ class Encoded(NamedTuple):
 
 
 class GapCosts(nnx.Module):
-    """Learned costs of gaps in nats, kept above 0 as logarithms; `match` is added to every score."""
+    """Learned costs of gaps in nats, kept above 0 as logarithms."""
 
     def __init__(self):
         self.log_opening = nnx.Param(jnp.log(jnp.asarray(_OPENING)))
@@ -102,7 +102,8 @@ class PairAligner(nnx.Module):
         spread = nnx.initializers.variance_scaling(config.plan_gain**2, "fan_in", "truncated_normal")
         self.plan_projection = nnx.Linear(config.width, config.plan_width, kernel_init=spread, rngs=rngs)
         self.prior_weight = nnx.Param(jnp.asarray(_PRIOR_WEIGHT))
-        self.match = nnx.Param(jnp.asarray(_MATCH))
+        self.match = nnx.Param(jnp.asarray(_MATCH))  # added to every score
+        self.log_empty = nnx.Param(jnp.log(jnp.asarray(_EMPTY)))
         self.gaps = GapCosts()
         if config.contextual_gaps:
             self.gap_projection = nnx.Linear(config.width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
@@ -133,7 +134,7 @@ class PairAligner(nnx.Module):
         self, x: Encoded, y: Encoded, x_lengths: Lengths, y_lengths: Lengths, lanes: int | None
     ) -> tuple[pair_hmm.Problem, pair_hmm.Gaps]:
         """Make the calibrated problem of all pairs of residues, or of a band of lanes around the best path."""
-        sides, gaps = self.sides(x, y, x_lengths, y_lengths), self.gap_costs(x, y)
+        sides, gaps = self.sides(x, y, x_lengths, y_lengths), self.gap_costs(x, y, x_lengths, y_lengths)
         if lanes is None:
             problem = pair_hmm.of_all_pairs(self.log_weights(sides), x_lengths, y_lengths)
         else:
@@ -143,16 +144,20 @@ class PairAligner(nnx.Module):
     def homology(self, odds: Float[Array, " batch"], x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
         """Compute the probability that sequences are homologous from the log-odds of their alignment."""
         slope, size, intercept = self.calibration.homology[...]
-        places = jnp.log(jnp.maximum(x_lengths, 1) * 1.0) + jnp.log(jnp.maximum(y_lengths, 1) * 1.0)
-        return jax.nn.sigmoid(slope * odds + size * places + intercept)
+        return jax.nn.sigmoid(slope * odds + size * _log_places(x_lengths, y_lengths) + intercept)
 
-    def gap_costs(self, x: Encoded, y: Encoded) -> pair_hmm.Gaps:
-        """Return the costs of gaps for a batch of pairs."""
+    def gap_costs(self, x: Encoded, y: Encoded, x_lengths: Lengths, y_lengths: Lengths) -> pair_hmm.Gaps:
+        """Return the costs of gaps, and of no alignment, for a batch of pairs.
+
+        The latter falls with the logarithm of the number of pairs of residues, as alignments by chance become as many
+        more (Karlin and Altschul 1990).
+        """
         learned = self.gaps.log_opening[...], self.gaps.log_extension[...], self.gaps.log_terminal[...]
         opening, extension, terminal = map(
             jnp.exp, learned if self.config.learn_gaps else jax.lax.stop_gradient(learned)
         )
-        return pair_hmm.Gaps(opening, extension, terminal, x.offset, y.offset)
+        empty = jnp.exp(self.log_empty[...]) - _log_places(x_lengths, y_lengths)
+        return pair_hmm.Gaps(opening, extension, terminal, empty, x.offset, y.offset)
 
     def pair(
         self,
@@ -167,7 +172,8 @@ class PairAligner(nnx.Module):
             both = self.encode(x, x_lengths, noise), self.encode(y, y_lengths, noise)
         else:
             both = self._encode_pairs(x, y, x_lengths, y_lengths, noise)
-        return self.log_weights(self.sides(*both, x_lengths, y_lengths)), self.gap_costs(*both)
+        lengths = x_lengths, y_lengths
+        return self.log_weights(self.sides(*both, *lengths)), self.gap_costs(*both, *lengths)
 
     def _encode_pairs(self, x, y, x_lengths, y_lengths, noise) -> tuple[Encoded, Encoded]:
         """Encode both sequences in one call; pair by pair, so that devices which share a batch keep their pairs."""
@@ -184,6 +190,11 @@ class PairAligner(nnx.Module):
         vectors = self.plan_projection(features) / self.config.plan_width**0.25
         offset = self.gap_projection(features)[..., 0] if self.config.contextual_gaps else None
         return Encoded(tokens, vectors, offset)
+
+
+def _log_places(x_lengths: Lengths, y_lengths: Lengths) -> Float[Array, " batch"]:
+    """Compute the logarithm of the number of pairs of residues, where an alignment can begin."""
+    return jnp.log(jnp.maximum(x_lengths, 1) * 1.0) + jnp.log(jnp.maximum(y_lengths, 1) * 1.0)
 
 
 def _half_step(scores: AllPairs, axis: int, lengths: Lengths) -> Float[Array, "batch _ _"]:
@@ -241,13 +252,15 @@ class PairObjective:
         """Sum the nats of the reference alignments, over the square root of their lengths.
 
         An alignment's nats grow with its length, but neighbours depend on each other, and long alignments are not
-        worth as much more. `related` and `unrelated` are of pairs with and without an alignment.
+        worth as much more. `related` and `unrelated` are of pairs with and without an alignment; the shorter sequence
+        is the length of none, or an unrelated pair would count ten times as much a nat.
         """
         target, lengths = batch["target"], (batch["x_length"], batch["y_length"])
         log_weight, gaps = model.pair(batch["x"], batch["y"], *lengths, batch.get("noise"))
         nats = pair_hmm.negative_log_likelihood(log_weight, target, *lengths, gaps)
-        nats = nats / jnp.sqrt(jnp.maximum((target >= 0).sum(1), 1))
         pairs, related = _kinds(batch)
+        length = jnp.where(related, (target >= 0).sum(1), jnp.minimum(*lengths))
+        nats = nats / jnp.sqrt(jnp.maximum(length, 1))
         kinds = {"alignment": pairs, "related": related, "unrelated": pairs & ~related}
         return {name: jnp.where(of, nats, 0).sum() for name, of in kinds.items()}
 

@@ -4,7 +4,7 @@ A monotone alignment weighs the product of its matches and gaps. A match of resi
 nats. A gap of k residues between two matches costs `opening + (k - 1) extension` nats in one of two states: in one
 short gaps are cheap, in the other long ones. An overhang before the first or behind the last match has a price of its
 own, which depends on the mode (`Mode`). Where residues of both sequences are unaligned, the residues of y come first,
-so that each alignment counts once. The empty alignment has two overhangs, x and y.
+so that each alignment counts once. The empty alignment, the one of unrelated sequences, has a price of its own.
 
 The work goes along antidiagonals i + j = d, whose cells depend on earlier ones only: each step is elementwise over a
 batch and its lanes. Lane k of antidiagonal d is row `first[d] + k`. Without `first`, lane k is row k, and all pairs of
@@ -39,7 +39,7 @@ Offsets = Float[Array, "batch length"]
 
 
 class Gaps(NamedTuple):
-    """Costs of gaps in nats, above 0.
+    """Costs in nats, those of gaps above 0.
 
     x_offset, y_offset: Added to the cost of opening a gap at a residue that is unaligned, in both states; or None.
     """
@@ -47,6 +47,7 @@ class Gaps(NamedTuple):
     opening: Float[Array, "2"]  # of short gaps, of long gaps
     extension: Float[Array, "2"]
     terminal: Float[Array, ""]  # of an overhang of any length, in mode glocal
+    empty: Float[Array, " batch"]  # of the alignment without a match, in mode glocal; of any sign
     x_offset: Float[Array, "batch x_length"] | None = None
     y_offset: Float[Array, "batch y_length"] | None = None
 
@@ -144,8 +145,15 @@ def log_weight_of(
 
 
 def log_empty(x_lengths: Lengths, y_lengths: Lengths, gaps: Gaps, mode: Mode = "glocal") -> Float[Array, " batch"]:
-    """Compute the log-weight of the alignment without a match."""
-    return _overhang(x_lengths, gaps, mode) + _overhang(y_lengths, gaps, mode)
+    """Compute the log-weight of the alignment without a match.
+
+    In mode global it has two overhangs, x and y. In mode local it is as much heavier as the overhangs of an alignment
+    amid both sequences are: unrelated sequences are as likely in both modes.
+    """
+    exists = jnp.minimum(x_lengths, y_lengths) > 0
+    if mode == "global":
+        return _overhang(x_lengths, gaps, mode) + _overhang(y_lengths, gaps, mode)
+    return jnp.where(exists, (4 * gaps.terminal if mode == "local" else 0) - gaps.empty, 0)
 
 
 def log_odds(problem: Problem, gaps: Gaps, mode: Mode = "glocal") -> Float[Array, " batch"]:

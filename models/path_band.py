@@ -97,7 +97,7 @@ def best_blocks(sides: Sides, gaps: Gaps) -> Blocks:
     opening, extension = gaps.opening + (size - 1) * gaps.extension, size * gaps.extension
     lengths = -(-x_lengths // size), -(-y_lengths // size)
     coarse = pair_hmm.of_all_pairs(blocks, *lengths)
-    _, posterior = pair_hmm.posterior(coarse, Gaps(opening, extension, gaps.terminal))
+    _, posterior = pair_hmm.posterior(coarse, Gaps(opening, extension, gaps.terminal, gaps.empty))
     return Blocks(decoding.decode(posterior, None, *lengths, blocks.shape[1:]).match, size)
 
 

@@ -70,6 +70,8 @@ def test_scores_begin_as_normalised_blosum62():
     np.testing.assert_allclose(gaps.opening, [4.0, 6.5], rtol=1e-6)
     np.testing.assert_allclose(gaps.extension, [0.5, 0.05], rtol=1e-6)
     assert float(gaps.terminal) == pytest.approx(3)
+    places = X_LENGTHS * np.asarray(Y_LENGTHS)
+    np.testing.assert_allclose(gaps.empty, 10 - np.log([*places, 1]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("contextual", [False, True])
@@ -97,7 +99,7 @@ def test_pairs_are_computed_as_encoded_one_by_one(contextual):
         np.testing.assert_allclose(together[inside], of_users[inside], atol=1e-5)
         if contextual:
             for of, length in ((1, rows), (2, columns)):
-                of_pair = [list(g[3:])[of - 1][n, :length] for g in (gaps, gaps_apart, gaps_of_users)]
+                of_pair = [list(g[4:])[of - 1][n, :length] for g in (gaps, gaps_apart, gaps_of_users)]
                 np.testing.assert_allclose(of_pair[0], of_pair[1], atol=1e-6)
                 np.testing.assert_allclose(of_pair[0], of_pair[2], atol=1e-6)
     assert (gaps.x_offset is not None) == contextual
@@ -136,7 +138,9 @@ def test_totals_are_likelihoods_and_masked_residues():
     model, lengths = of.make(nnx.Rngs(0)), lengths_of(batch)
     weight, gaps = model.pair(batch["x"], batch["y"], *lengths)
     nats = pair_hmm.negative_log_likelihood(weight, batch["target"], *lengths, gaps)
-    nats = np.asarray(nats) / np.sqrt(np.maximum((np.asarray(batch["target"]) >= 0).sum(1), 1))
+    aligned = (np.asarray(batch["target"]) >= 0).sum(1)
+    length = np.where(aligned, aligned, np.minimum(*lengths))  # the unrelated pair counts as one of its length
+    nats = np.asarray(nats) / np.sqrt(np.maximum(length, 1))
     assert found["related"] == pytest.approx(nats[:3].sum(), rel=1e-4)
     assert found["unrelated"] == pytest.approx(nats[3], rel=1e-4)
     assert found["alignment"] == pytest.approx(nats[:4].sum(), rel=1e-4)

@@ -19,7 +19,7 @@ from tests.support.pair_hmm_oracle import Costs
 
 SIZES = ((4, 3), (3, 5), (1, 1), (5, 4), (1, 6))
 PADDED = (6, 7)
-CHEAP = Costs(np.array([2.0, 3.0]), np.array([0.5, 0.05]), np.array(1.3))  # so that all alignments count
+CHEAP = Costs(np.array([2.0, 3.0]), np.array([0.5, 0.05]), np.array(1.3), np.array(0.8))  # so that all alignments count
 
 
 def with_offsets(costs: Costs, sizes: tuple[int, int], rng: np.random.Generator) -> Costs:
@@ -31,10 +31,11 @@ def gaps_of(costs: list[Costs], shape: tuple[int, int]) -> Gaps:
     ours = costs[0]
     sides = []
     for side, length in enumerate(shape):
-        offsets = [of[3 + side] for of in costs]
+        offsets = [of[4 + side] for of in costs]
         padded = [np.pad(of, (0, length - len(of)), constant_values=7.0) for of in offsets if of is not None]
         sides.append(jnp.asarray(np.stack(padded), jnp.float32) if padded else None)
-    return Gaps(*(jnp.asarray(cost, jnp.float32) for cost in ours[:3]), *sides)
+    empty = jnp.asarray([of.empty for of in costs], jnp.float32)
+    return Gaps(*(jnp.asarray(cost, jnp.float32) for cost in ours[:3]), empty, *sides)
 
 
 def padded(weights: list[np.ndarray], shape: tuple[int, int], fill: float = np.nan) -> tuple[jax.Array, ...]:
@@ -196,7 +197,9 @@ def test_derivatives_by_costs_are_finite_differences_of_float64(mode):
         assert getattr(found, name)[state] == pytest.approx(difference(changed), abs=1e-4), (name, state)
     of_terminal = difference(lambda of, step: of._replace(terminal=of.terminal + step))
     assert float(found.terminal) == pytest.approx(of_terminal, abs=1e-4)
-    assert (mode == "glocal") == bool(of_terminal)
+    of_empty = difference(lambda of, step: of._replace(empty=of.empty + step))
+    assert float(found.empty.sum()) == pytest.approx(of_empty, abs=1e-4)
+    assert (mode == "global") == (not of_terminal) == (not of_empty)
     for name, side in (("x_offset", 0), ("y_offset", 1)):
         for n, (weight, cost) in enumerate(zip(weights, costs, strict=True)):
             expected = np.zeros(PADDED[side])
@@ -340,7 +343,7 @@ def test_padding_and_other_pairs_change_nothing():
 def test_a_batch_place_without_a_pair_is_finite():
     """Batches are filled up with pairs of length 0, whose sums must not turn derivatives into NaN."""
     weight, lengths = jnp.full((2, 5, 6), jnp.nan), (jnp.array([0, 0]), jnp.array([0, 0]))
-    gaps = Gaps(*(jnp.asarray(cost, jnp.float32) for cost in CHEAP[:3]), jnp.zeros((2, 5)), jnp.zeros((2, 6)))
+    gaps = gaps_of([with_offsets(CHEAP, (5, 6), np.random.default_rng(0))] * 2, (5, 6))
     for mode in MODES:
         found, gradient, odds, posterior = everything(weight, *lengths, gaps, mode)
         assert not any(np.asarray(of).any() for of in (found, gradient, odds, posterior))

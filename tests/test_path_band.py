@@ -11,8 +11,12 @@ from models import decoding, pair_aligner, pair_hmm, path_band
 from models.pair_hmm import Gaps, Problem
 from models.path_band import Sides
 
-GAPS = Gaps(jnp.array([4.0, 6.5]), jnp.array([0.5, 0.05]), jnp.array(3.0))
 MATCH, RELAXATION = jnp.array(-0.1), 0.5
+
+
+def gaps_of(sides: Sides) -> Gaps:
+    empty = jnp.full(len(sides.q), 6.0)
+    return Gaps(jnp.array([4.0, 6.5]), jnp.array([0.5, 0.05]), jnp.array(3.0), empty)
 
 
 def sides_of(lengths: list[tuple[int, int]], shape: tuple[int, int], copies, channels: int = 6, seed: int = 0) -> Sides:
@@ -38,8 +42,8 @@ def dense(sides: Sides) -> Problem:
 @functools.partial(jax.jit, static_argnames="lanes")
 def align(sides: Sides, lanes: int | None):
     """Problem, log-odds, posterior and alignment in a band, or of all pairs."""
-    problem = dense(sides) if lanes is None else path_band.problem(sides, GAPS, MATCH, RELAXATION, lanes)
-    odds, posterior = pair_hmm.posterior(problem, GAPS)
+    problem = dense(sides) if lanes is None else path_band.problem(sides, gaps_of(sides), MATCH, RELAXATION, lanes)
+    odds, posterior = pair_hmm.posterior(problem, gaps_of(sides))
     shape = sides.q.shape[1], sides.k.shape[1]
     found = decoding.decode(posterior, problem.first, sides.x_lengths, sides.y_lengths, shape, 0.15)
     return problem, odds, posterior, found

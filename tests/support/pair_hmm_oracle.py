@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64
 
-from models import pair_hmm
 from models.pair_hmm import Mode
 
 STATES = (0, 1)
@@ -22,6 +21,7 @@ class Costs(NamedTuple):
     opening: Float[np.ndarray, "2"] = np.array([4.0, 6.5])
     extension: Float[np.ndarray, "2"] = np.array([0.5, 0.05])
     terminal: Float[np.ndarray, ""] = np.array(3.0)
+    empty: Float[np.ndarray, ""] = np.array(5.0)
     x_offset: Float[np.ndarray, " rows"] | None = None  # 0 if there is none
     y_offset: Float[np.ndarray, " columns"] | None = None
 
@@ -39,13 +39,11 @@ class Costs(NamedTuple):
             return self.gap(length)
         return np.where(length > 0, -self.terminal if mode == "glocal" else 0.0, 0.0)
 
-    def on_device(self, shape: tuple[int, int]) -> pair_hmm.Gaps:
-        """Costs for a batch of this one pair, padded to a shape; NaN beyond the lengths."""
-        offsets = (
-            None if of is None else np.pad(of, (0, n - len(of)), constant_values=np.nan)[None].astype(np.float32)
-            for of, n in zip((self.x_offset, self.y_offset), shape, strict=True)
-        )
-        return pair_hmm.Gaps(*(np.asarray(cost, np.float32) for cost in self[:3]), *offsets)
+    def none(self, rows: int, columns: int, mode: Mode) -> float:
+        """Log-weight of the empty alignment."""
+        if mode == "global":
+            return float(self.gap(np.array(rows)) + self.gap(np.array(columns)))
+        return float({"glocal": 0.0, "local": 4 * self.terminal}[mode] - self.empty)
 
 
 class Found(NamedTuple):
@@ -84,9 +82,8 @@ def _forward(weight: Float64[np.ndarray, "rows columns"], costs: Costs, mode: Mo
         before = np.logaddexp.reduce([match, *y_gaps])  # what a gap in x may follow
         any_state = np.logaddexp.reduce([before, *x_gaps])
         matches[i] = match
-    empty = costs.overhang(rows, mode) + costs.overhang(columns, mode)
     ended = np.logaddexp.reduce(matches + _ends(weight.shape, costs, mode), axis=None)
-    return matches, float(np.logaddexp(ended, empty))
+    return matches, float(np.logaddexp(ended, costs.none(rows, columns, mode)))
 
 
 def _backward(weight: Float64[np.ndarray, "rows columns"], costs: Costs, mode: Mode) -> np.ndarray:
@@ -147,7 +144,7 @@ def log_weight_of(
     """Weigh one alignment by the words of models/pair_hmm.py."""
     rows, columns = weight.shape
     if not alignment:
-        return float(costs.overhang(rows, mode) + costs.overhang(columns, mode))
+        return costs.none(rows, columns, mode)
     total = sum(float(weight[pair]) for pair in alignment)
     for before, after in itertools.pairwise(alignment):
         for side, offset in enumerate(costs.offsets(weight.shape)):
