@@ -185,12 +185,12 @@ def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple[_
     """Sum the weights of all alignments; return the sums, and those of the alignments up to each match if wanted."""
     log_weight, first, x_lengths, y_lengths = problem
     diagonals, batch, lanes = log_weight.shape
-    factors = _factors(gaps)
+    factors = _factors(gaps, lanes)
 
     def step(carry, inputs):
         cells, before, total = carry
         d, log_weight, first, moved = inputs
-        i, j = _places(d, first, lanes)
+        (i, j), row = _places(d, first, lanes), _row(first)
         every = cells.match + cells.y_gap[0] + cells.y_gap[1]  # what a gap in x may follow
         before_x, x_gap, exponent_above = (above(x, moved) for x in (every, cells.x_gap, cells.exponent))
         every = _Scaled(*(same(x, moved) for x in (every + cells.x_gap[0] + cells.x_gap[1], cells.exponent)))
@@ -201,8 +201,9 @@ def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple[_
         exponent = jnp.maximum(jnp.maximum(match.exponent, cells.exponent), exponent_above)
         new = _Cells(
             match.value * _power(match.exponent - exponent),
-            (factors.y_opening(j) * cells.match + factors.extension * cells.y_gap) * _power(cells.exponent - exponent),
-            (factors.x_opening(i) * before_x + factors.extension * x_gap) * _power(exponent_above - exponent),
+            (factors.y_opening(d - row) * cells.match + factors.extension * cells.y_gap)
+            * _power(cells.exponent - exponent),
+            (factors.x_opening(row) * before_x + factors.extension * x_gap) * _power(exponent_above - exponent),
             exponent,
         )
         matched = _Scaled(new.match, exponent)
@@ -221,7 +222,7 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: _Scaled, matched:
     """Sum the weights of what follows each cell, by state, from the end; return the probabilities of matches."""
     log_weight, first, *_ = problem
     diagonals, batch, lanes = log_weight.shape
-    factors = _factors(gaps)
+    factors = _factors(gaps, lanes)
     moved = moves(first)
     if moved is not None:  # to the next antidiagonal
         moved = jnp.concatenate([moved[1:], jnp.zeros_like(moved[:1])])
@@ -229,7 +230,7 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: _Scaled, matched:
     def step(carry, inputs):
         cells, next_match, match = carry  # of the next antidiagonal; and matches of the one behind it
         d, log_weight, first, moved, matched = inputs
-        i, j = _places(d, first, lanes)
+        (i, j), row = _places(d, first, lanes), _row(first)
         y_gap, exponent_left = (_right(x, moved) for x in (cells.y_gap, cells.exponent))
         x_gap, exponent_above = (_below(x, moved) for x in (cells.x_gap, cells.exponent))
         match = _Scaled(*(_below(x, moved) for x in match))
@@ -240,8 +241,8 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: _Scaled, matched:
         top = jnp.maximum(jnp.maximum(match.exponent, end.exponent), jnp.maximum(exponent_left, exponent_above))
         after_match, ended = (x.value * _power(x.exponent - top) for x in (match, end))
         y_gap, x_gap = y_gap * _power(exponent_left - top), x_gap * _power(exponent_above - top)
-        after_y = after_match + _both(factors.x_opening(i + 1) * x_gap)
-        after = _normalised(_Scaled(ended + after_y + _both(factors.y_opening(j + 1) * y_gap), top))
+        after_y = after_match + _both(factors.x_opening(row + 1) * x_gap)
+        after = _normalised(_Scaled(ended + after_y + _both(factors.y_opening(d - row + 1) * y_gap), top))
         after, after_y, after_match, y_gap, x_gap = _computed_once((after, after_y, after_match, y_gap, x_gap))
         scale = _power(top - after.exponent)
         new = _Cells(
@@ -263,23 +264,52 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: _Scaled, matched:
 
 
 class _Factors(NamedTuple):
-    """Weights of gap costs."""
+    """Weights of gap costs.
+
+    x_ease, y_ease: Factors of the openings at residues, with a margin for lanes beyond the ends; y from its end, so
+        that the lanes of an antidiagonal are neighbours in both. Slices take a tenth of the time of indices.
+    """
 
     opening: Float[Array, "2 1 1"]
     extension: Float[Array, "2 1 1"]
-    x_ease: Offsets | None  # factors of the openings at residues
-    y_ease: Offsets | None
+    lanes: int
+    x_ease: Float[Array, "batch _"] | None
+    y_ease: Float[Array, "batch _"] | None
 
-    def x_opening(self, i: Int[Array, "_ lanes"]) -> Array:
-        return self.opening if self.x_ease is None else self.opening * _entries(self.x_ease, i)
+    def x_opening(self, row: int | Int[Array, "*batch"]) -> Array:
+        """Return the factors of opening a gap at the residue of each lane, from the row of lane 0."""
+        return self.opening if self.x_ease is None else self.opening * self._lanes_of(self.x_ease, row)
 
-    def y_opening(self, j: Int[Array, "_ lanes"]) -> Array:
-        return self.opening if self.y_ease is None else self.opening * _entries(self.y_ease, j)
+    def y_opening(self, column: int | Int[Array, "*batch"]) -> Array:
+        """Return the factors of opening a gap at the residue of each lane, from the column of lane 0."""
+        if self.y_ease is None:
+            return self.opening
+        last = self.y_ease.shape[1] - 2 * self._margin - 1
+        return self.opening * self._lanes_of(self.y_ease, last - column)
+
+    @property
+    def _margin(self) -> int:
+        return self.lanes + 1
+
+    def _lanes_of(self, ease: Float[Array, "batch places"], start: int | Int[Array, "*batch"]) -> Array:
+        def cut(ease, start):
+            return jax.lax.dynamic_slice_in_dim(ease, start + self._margin, self.lanes, axis=-1)
+
+        return (jax.vmap(cut) if jnp.ndim(start) else cut)(ease, start)
 
 
-def _factors(gaps: Gaps) -> _Factors:
+def _factors(gaps: Gaps, lanes: int) -> _Factors:
     opening, extension = (jnp.exp(-cost)[:, None, None] for cost in (gaps.opening, gaps.extension))
-    return _Factors(opening, extension, *(None if x is None else jnp.exp(-x) for x in (gaps.x_offset, gaps.y_offset)))
+    y_offset = None if gaps.y_offset is None else gaps.y_offset[:, ::-1]
+    eases = (
+        None if x is None else jnp.exp(-jnp.pad(x, ((0, 0), (lanes + 1, lanes + 1)))) for x in (gaps.x_offset, y_offset)
+    )
+    return _Factors(opening, extension, lanes, *eases)
+
+
+def _row(first: Int[Array, " batch"] | None) -> int | Int[Array, " batch"]:
+    """Return the row of lane 0."""
+    return 0 if first is None else first
 
 
 def _places(d, first, lanes: int) -> tuple[Int[Array, "_ lanes"], Int[Array, "_ lanes"]]:
@@ -369,11 +399,6 @@ def _normalised(x: _Scaled) -> _Scaled:
 def _power(exponent: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Compute 2 to an exponent of at most 0; 0 below the range of float32."""
     return jax.lax.bitcast_convert_type(jnp.maximum(exponent + 127, 0) << 23, jnp.float32)
-
-
-def _entries(of_residues: Offsets, place: Int[Array, "_ lanes"]) -> Float[Array, "batch lanes"]:
-    batch = jnp.arange(len(of_residues))[:, None]
-    return of_residues[batch, jnp.clip(place, 0, of_residues.shape[1] - 1)]
 
 
 def _overhang_weight(length: Int[Array, "_ lanes"], gaps: Gaps, mode: Mode) -> _Scaled:
