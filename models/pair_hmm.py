@@ -201,9 +201,10 @@ def _forward(problem: Problem, gaps: Gaps, mode: Mode, *, keep: bool) -> tuple[_
         exponent = jnp.maximum(jnp.maximum(match.exponent, cells.exponent), exponent_above)
         new = _Cells(
             match.value * _power(match.exponent - exponent),
-            (factors.y_opening(d - row) * cells.match + factors.extension * cells.y_gap)
+            (factors.opening * factors.y_eased(cells.match, d - row) + factors.extension * cells.y_gap)
             * _power(cells.exponent - exponent),
-            (factors.x_opening(row) * before_x + factors.extension * x_gap) * _power(exponent_above - exponent),
+            (factors.opening * factors.x_eased(before_x, row) + factors.extension * x_gap)
+            * _power(exponent_above - exponent),
             exponent,
         )
         matched = _Scaled(new.match, exponent)
@@ -241,8 +242,9 @@ def _backward(problem: Problem, gaps: Gaps, mode: Mode, total: _Scaled, matched:
         top = jnp.maximum(jnp.maximum(match.exponent, end.exponent), jnp.maximum(exponent_left, exponent_above))
         after_match, ended = (x.value * _power(x.exponent - top) for x in (match, end))
         y_gap, x_gap = y_gap * _power(exponent_left - top), x_gap * _power(exponent_above - top)
-        after_y = after_match + _both(factors.x_opening(row + 1) * x_gap)
-        after = _normalised(_Scaled(ended + after_y + _both(factors.y_opening(d - row + 1) * y_gap), top))
+        after_y = after_match + factors.x_eased(_both(factors.opening * x_gap), row + 1)
+        after = ended + after_y + factors.y_eased(_both(factors.opening * y_gap), d - row + 1)
+        after = _normalised(_Scaled(after, top))
         after, after_y, after_match, y_gap, x_gap = _computed_once((after, after_y, after_match, y_gap, x_gap))
         scale = _power(top - after.exponent)
         new = _Cells(
@@ -276,16 +278,16 @@ class _Factors(NamedTuple):
     x_ease: Float[Array, "batch _"] | None
     y_ease: Float[Array, "batch _"] | None
 
-    def x_opening(self, row: int | Int[Array, "*batch"]) -> Array:
-        """Return the factors of opening a gap at the residue of each lane, from the row of lane 0."""
-        return self.opening if self.x_ease is None else self.opening * self._lanes_of(self.x_ease, row)
+    def x_eased(self, weights: Float[Array, "batch lanes"], row: int | Int[Array, "*batch"]) -> Array:
+        """Multiply by the factors of the residues of x, from the row of lane 0."""
+        return weights if self.x_ease is None else weights * self._lanes_of(self.x_ease, row)
 
-    def y_opening(self, column: int | Int[Array, "*batch"]) -> Array:
-        """Return the factors of opening a gap at the residue of each lane, from the column of lane 0."""
+    def y_eased(self, weights: Float[Array, "batch lanes"], column: int | Int[Array, "*batch"]) -> Array:
+        """Multiply by the factors of the residues of y, from the column of lane 0."""
         if self.y_ease is None:
-            return self.opening
+            return weights
         last = self.y_ease.shape[1] - 2 * self._margin - 1
-        return self.opening * self._lanes_of(self.y_ease, last - column)
+        return weights * self._lanes_of(self.y_ease, last - column)
 
     @property
     def _margin(self) -> int:
