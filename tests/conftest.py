@@ -66,6 +66,7 @@ _LONGEST_FIRST = [
     "test_sharding",
     "test_precision",
     "test_align",
+    "test_inference",
     "test_notebook",
     "test_weights",
     "test_tpu",
