@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +16,7 @@ from alignment.columns import Aligned, columns_of, score_of
 from alignment.inference import Pretrained
 from alignment.sequences import Record
 from data import vocab
+from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 from ot_attention import transport_plan
@@ -96,6 +98,27 @@ def test_a_model_of_plans_aligns_by_its_plan():
     picture, scale = whole.plan.picture(50)
     assert scale == 3 and picture.shape == (48, 49)
     assert picture.max() == pytest.approx(dense.max(), abs=1e-4)
+
+
+def test_gap_costs_of_residues_reach_both_sides():
+    """Compare with the posterior of all pairs, whose offsets of x and y differ."""
+    of = initial(config(contextual_gaps=True))
+    of.params["gap_projection"]["kernel"] += np.linspace(-2, 2, 16)[:, None]
+    x, y = vocab.encode(HBA.encode()), vocab.encode(HBB.encode())
+    (found,) = of.align([(x, y)])
+    lengths = jnp.array([len(x)]), jnp.array([len(y)])
+
+    @jax.jit
+    def posterior(params, x, y, swapped):
+        weight, gaps = nnx.merge(of.graph, params).pair(x, y, *lengths)
+        x_offset = jnp.where(swapped, gaps.y_offset[:, : x.shape[1]], gaps.x_offset)
+        problem = pair_hmm.of_all_pairs(weight, *lengths)
+        return pair_hmm.unskewed(pair_hmm.posterior(problem, gaps._replace(x_offset=x_offset))[1], y.shape[1])
+
+    expected, other = (np.asarray(posterior(of.params, x[None], y[None], swapped))[0] for swapped in (False, True))
+    of_pairs = tuple(found.pairs.T)
+    np.testing.assert_allclose(found.confidence, expected[of_pairs], atol=1e-4)
+    assert np.abs(expected - other)[of_pairs].max() > 0.01
 
 
 def test_a_batch_is_aligned_as_each_pair_is(model):
