@@ -338,7 +338,8 @@ def _compute(graph: nnx.GraphDef, way: _Way, params: PyTree, batch: dict[str, Ar
     if isinstance(model, PairAligner):
         problem, values, odds = _aligned(model, way, batch)
         probability = model.homology(odds, *lengths)
-        plan, first, threshold = jnp.exp(jnp.minimum(problem.log_weight, 20)), problem.first, decoding.THRESHOLD
+        plan, first = jnp.exp(jnp.minimum(problem.log_weight, 20)), problem.first
+        threshold = decoding.best_threshold(values, first, shape[0])
     else:
         plan, first, threshold = _plan(model, way.band, batch), None, 0.0
         values, odds = plan, jnp.full(len(lengths[0]), math.nan)

@@ -1,7 +1,8 @@
 """Decode posteriors and plans: the monotone alignment of maximum expected accuracy (MEA), see docs/math.md, section 9.
 
 MEA maximises the sum of `P_ij - threshold` over aligned pairs (i, j) that rise in both sequences, at no cost for gaps
-(Holmes and Durbin 1998, doi:10.1089/cmb.1998.5.493). Pairs less likely than the threshold are thereby left out.
+(Holmes and Durbin 1998, doi:10.1089/cmb.1998.5.493). Pairs less likely than the threshold are thereby left out. A
+threshold for each pair of sequences maximises the expected F1 (`best_threshold`).
 
     T[i, j] = max(T[i-1, j], T[i, j-1], T[i-1, j-1] + P_ij - threshold)
 
@@ -19,7 +20,7 @@ from models import pair_hmm
 from models.pair_hmm import First, LaneWeights, Lengths
 
 NO_MATCH = -1
-THRESHOLD = 0.15  # of a posterior; chosen on validation pairs
+LEAST_THRESHOLD = 0.1  # of a posterior; chosen on validation pairs
 _ABOVE, _LEFT, _MATCHED = 0, 1, 2  # where the best path comes from
 
 
@@ -38,7 +39,7 @@ def decode(
     x_lengths: Lengths,
     y_lengths: Lengths,
     shape: tuple[int, int],
-    threshold: float = 0.0,
+    threshold: Float[Array, " #batch"] | float = 0.0,
 ) -> Decoded:
     """Align by the MEA of posteriors or plans, and compute how likely each residue is aligned with none.
 
@@ -60,9 +61,27 @@ def decode(
     return Decoded(match, confidences, *alone)
 
 
-def _choices(values: LaneWeights, first: First | None, threshold: float) -> UInt8[Array, "diagonals batch lanes"]:
+def best_threshold(posterior: LaneWeights, first: First | None, rows: int) -> Float[Array, " batch"]:
+    """Compute the threshold of each pair that maximises the expected F1 of its residue pairs, at least LEAST_THRESHOLD.
+
+    A set A of residue pairs has the expected F1 `2 sum_A P / (|A| + sum P)`, where the sum of all P is the expected
+    number of aligned residue pairs. The best A is the MEA whose threshold is half of the best F1 (Lipton et al. 2014,
+    doi:10.1007/978-3-662-44851-9_15). That F1 is found here among sets of the likeliest partners of rows, not all of
+    which are monotone, so that it is a little too high where little is certain.
+
+    `rows` is the padded length of x, `posterior` and `first` are as in `decode`.
+    """
+    likeliest = jnp.sort(_likeliest(posterior, first, rows), axis=1, descending=True)
+    expected = posterior.sum((0, 2))[:, None]
+    f1 = 2 * jnp.cumsum(likeliest, axis=1) / (jnp.arange(1, rows + 1) + expected)
+    return jnp.maximum(LEAST_THRESHOLD, f1.max(axis=1) / 2)
+
+
+def _choices(
+    values: LaneWeights, first: First | None, threshold: Float[Array, " #batch"] | float
+) -> UInt8[Array, "diagonals batch lanes"]:
     """Compute where the best path to each cell comes from."""
-    moves = pair_hmm.moves(first)
+    moves, threshold = pair_hmm.moves(first), jnp.reshape(threshold, (-1, 1))
 
     def step(carry, inputs):
         best, before = carry
@@ -106,10 +125,21 @@ def _sums(values: LaneWeights, first: First | None, rows: int, columns: int) -> 
     """Sum over the columns of each row, and over the rows of each column."""
     if first is None:
         return values.sum(0), pair_hmm.unskewed(values, columns).sum(1)
-    diagonals, batch, lanes = values.shape
-    row = first[:, :, None] + jnp.arange(lanes)
-    column = jnp.arange(diagonals)[:, None, None] - row
-    pair = jnp.broadcast_to(jnp.arange(batch)[:, None], row.shape)
+    pair, row = _pair_and_row(values, first)
+    column = jnp.arange(len(values))[:, None, None] - row
     places = (row, rows), (jnp.where(column >= 0, column, columns), columns)
-    x, y = (jnp.zeros((batch, length)).at[pair, place].add(values, mode="drop") for place, length in places)
+    x, y = (jnp.zeros((values.shape[1], length)).at[pair, place].add(values, mode="drop") for place, length in places)
     return x, y
+
+
+def _likeliest(values: LaneWeights, first: First | None, rows: int) -> Float[Array, "batch rows"]:
+    """Compute the largest value of each row."""
+    if first is None:
+        return values.max(0)
+    return jnp.zeros((values.shape[1], rows)).at[_pair_and_row(values, first)].max(values, mode="drop")
+
+
+def _pair_and_row(values: LaneWeights, first: First) -> tuple[Int[Array, "batch 1"], Int[Array, "... batch lanes"]]:
+    """Return the place of each value in arrays of the rows of a batch."""
+    _, batch, lanes = values.shape
+    return jnp.arange(batch)[:, None], first[:, :, None] + jnp.arange(lanes)

@@ -13,7 +13,7 @@ import pytest
 from models import decoding, pair_hmm
 from models.decoding import NO_MATCH
 
-decoded = jax.jit(decoding.decode, static_argnames=("shape", "threshold"))
+decoded = jax.jit(decoding.decode, static_argnames="shape")
 
 
 def best_accuracy(values: np.ndarray, threshold: float, inside: np.ndarray | None = None) -> float:
@@ -39,9 +39,10 @@ def padded(values: list[np.ndarray], shape: tuple[int, int]) -> tuple[jax.Array,
     return pair_hmm.skewed(jnp.asarray(batch), 0.0), *lengths
 
 
-def decode(values: list[np.ndarray], shape: tuple[int, int], threshold: float = 0.0) -> decoding.Decoded:
+def decode(values: list[np.ndarray], shape: tuple[int, int], threshold: np.ndarray | float = 0.0) -> decoding.Decoded:
     lanes, *lengths = padded(values, shape)
-    return jax.device_get(decoded(lanes, None, *lengths, shape=shape, threshold=threshold))
+    thresholds = np.atleast_1d(np.float32(threshold))
+    return jax.device_get(decoded(lanes, None, *lengths, shape=shape, threshold=thresholds))
 
 
 def check(found: decoding.Decoded, values: list[np.ndarray], threshold: float, inside=None) -> None:
@@ -84,6 +85,53 @@ def test_the_accuracy_is_the_largest_that_there_is(threshold, levels):
     check(decode(values, (9, 12), threshold), values, threshold)
     values = random_values(1, 12, (12, 9), levels)
     check(decode(values, (12, 9), threshold), values, threshold)
+
+
+def test_each_pair_has_a_threshold_of_its_own():
+    values, thresholds = random_values(5, 8, (9, 12)), np.linspace(0, 0.7, 8, dtype=np.float32)
+    together = decode(values, (9, 12), thresholds)
+    for n, threshold in enumerate(thresholds):
+        alone = decode(values, (9, 12), threshold)
+        np.testing.assert_array_equal(together.match[n], alone.match[n])
+        np.testing.assert_array_equal(together.confidence[n], alone.confidence[n])
+    assert (together.match != decode(values, (9, 12), 0.0).match).any()
+
+
+def posteriors(seed: int, count: int, shape: tuple[int, int]) -> list[np.ndarray]:
+    """Return the posteriors of random alignments near a diagonal, some sharp, some vague; sums are at most 1."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(3, np.add(shape, 1), (count, 2)).tolist()
+    found = []
+    for rows, columns in sizes:
+        distance = np.arange(rows)[:, None] - np.arange(columns) - rng.integers(-1, 2)
+        weight = np.exp(-np.abs(distance) * rng.uniform(0.2, 3)) * rng.random((rows, columns))
+        found.append((weight / max(weight.sum(0).max(), weight.sum(1).max()) * rng.uniform(0.3, 1)).astype(np.float32))
+    return found
+
+
+def test_the_best_threshold_has_the_largest_expected_f1(monkeypatch):
+    """Try all thresholds of a fine grid; the F1 that is estimated from rows alone may be a little too high."""
+    monkeypatch.setattr(decoding, "LEAST_THRESHOLD", 0.0)
+    shape = 9, 12
+    values = posteriors(6, 30, shape)
+
+    def expected_f1(found: decoding.Decoded) -> np.ndarray:
+        count = (found.match != NO_MATCH).sum(1) + [one.sum() for one in values]
+        return 2 * found.confidence.sum(1) / count
+
+    best = np.max([expected_f1(decode(values, shape, t)) for t in np.linspace(0, 0.6, 61, dtype=np.float32)], axis=0)
+    threshold = decoding.best_threshold(padded(values, shape)[0], None, shape[0])
+    f1 = expected_f1(decode(values, shape, threshold))
+    assert best.min() < 0.3 and best.max() > 0.7
+    np.testing.assert_allclose(f1, best, atol=0.01)
+    assert (expected_f1(decode(values, shape, 0.15)) < best - 0.01).any()
+
+
+def test_no_threshold_is_below_the_least_one():
+    vague = [np.full((4, 5), 0.05, np.float32), np.eye(4, 5, dtype=np.float32)]
+    np.testing.assert_allclose(
+        decoding.best_threshold(padded(vague, (4, 5))[0], None, 4), [decoding.LEAST_THRESHOLD, 0.5], rtol=1e-6
+    )
 
 
 def test_values_at_the_threshold_are_no_matches():
@@ -148,9 +196,14 @@ def test_a_band_decodes_as_all_pairs_that_are_0_beside_it(lanes):
         jnp.asarray(np.stack(first, 1)),
         *lengths,
         shape=shape,
-        threshold=threshold,
+        threshold=np.float32([threshold]),
     )
     check(jax.device_get(found), inside_band, threshold, cells)
+    np.testing.assert_allclose(
+        decoding.best_threshold(jnp.asarray(np.stack(held, 1), jnp.float32), jnp.asarray(np.stack(first, 1)), shape[0]),
+        decoding.best_threshold(padded(inside_band, shape)[0], None, shape[0]),
+        rtol=1e-5,
+    )
 
 
 def test_a_band_is_decoded_on_a_gpu_too_and_holds_nothing_of_the_size_of_both_lengths():
