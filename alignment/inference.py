@@ -341,7 +341,7 @@ def _compute(graph: nnx.GraphDef, way: _Way, params: PyTree, batch: dict[str, Ar
         plan, first = jnp.exp(jnp.minimum(problem.log_weight, 20)), problem.first
         threshold = decoding.best_threshold(values, first, shape[0])
     else:
-        plan, first, threshold = _plan(model, way.band, batch), None, 0.0
+        plan, first, threshold = _plan(model, way.band, batch), None, jnp.zeros(1)
         values, odds = plan, jnp.full(len(lengths[0]), math.nan)
         probability = odds
     decoded = decoding.decode(values, first, *lengths, shape, threshold)
