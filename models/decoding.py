@@ -44,7 +44,7 @@ def decode(
     """Align by the MEA of posteriors or plans, and compute how likely each residue is aligned with none.
 
     `values` and `first` are as in `pair_hmm.Problem`, and the last residues of both sequences lie in the band. `shape`
-    holds the padded lengths of x and y.
+    holds the padded lengths of x and y. `threshold` is one number, or one for each pair of sequences.
     """
     rows, columns = shape
     row, confidence = _trace(_choices(values, first, threshold), values, first, x_lengths, y_lengths)
