@@ -19,6 +19,7 @@ from data import vocab
 from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
+from models.decoding import LEAST_THRESHOLD, NO_MATCH
 from ot_attention import transport_plan
 from scripts import align
 from tests.support.prior_aligner import FRAGMENT, HBA, HBB, config, initial, pairs_of
@@ -119,6 +120,17 @@ def test_gap_costs_of_residues_reach_both_sides():
     of_pairs = tuple(found.pairs.T)
     np.testing.assert_allclose(found.confidence, expected[of_pairs], atol=1e-4)
     assert np.abs(expected - other)[of_pairs].max() > 0.01
+
+
+def test_matches_below_half_of_the_expected_f1_are_left_out(model):
+    """Most matches are certain, so that the least threshold is far below; around the missing piece some are likely."""
+    found = prediction(model, *(vocab.encode(s.encode()) for s in (HBA, HBB[:60] + HBB[80:])))
+    posterior = found.posterior.dense()
+    aligned = np.flatnonzero(found.match != NO_MATCH)
+    confidence = posterior[aligned, found.match[aligned]]
+    threshold = confidence.sum() / (len(aligned) + posterior.sum())
+    assert confidence.min() > threshold - 0.01 > 0.3
+    assert ((posterior > LEAST_THRESHOLD) & (posterior < threshold - 0.01)).any()
 
 
 def test_a_batch_is_aligned_as_each_pair_is(model):

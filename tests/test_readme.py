@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from data.variants import EVALUATION_SETS
+from scripts import align
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -40,6 +41,13 @@ def test_python_of_a_page_runs(page, monkeypatch):
     if page in ALIGNED:
         found = names["found"]
         assert len(found.pairs) == len(found.confidence) > 20 and found.probability > 0.5
+
+
+def test_the_alignment_that_is_shown_is_printed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = re.search(r"```text\n(.*?)```", TEXTS["README.md"], re.DOTALL).group(1)
+    assert align.main(["docs/globins.fasta"]) == 0
+    assert shown in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"--config\.([\w.]+)=", ALL))))
