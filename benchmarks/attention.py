@@ -23,6 +23,7 @@ from ot_attention.support import Layout
 STEPS = SinkhornSpec().base_steps + SinkhornSpec().tail_steps
 HAS_OTT = importlib.util.find_spec("ott") is not None
 _MOST_ORACLE_CELLS = 4 * 2048 * 2048  # dense in float64; larger problems are judged by the banded code in float64
+_LONGEST_CONVERGED = 32768  # residues; the fixed point of longer ones takes many minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ CASES = {
 _SCALING = "softmax 64", "softmax 128", "tail", "newton, implicit"  # of one head
 _SPARSE = "softmax, dense", "sparse sinkhorn", "sparse sinkhorn, sortcut"
 SERIES = {  # cases of growing length, of which slopes and a figure are made
-    "scaling": {f"scaling {1024 << n}": Case(1, 1, 1024 << n, 256, _SCALING) for n in range(6)},
+    "scaling": {f"scaling {1024 << n}": Case(1, 1, 1024 << n, 256, _SCALING) for n in range(9)},
     "sparse": {f"sparse {1024 << n}": Case(1, 1, 1024 << n, None, _SPARSE) for n in range(5)},
 }
 
@@ -213,7 +214,7 @@ def errors(method: str, case: Case, actual: tuple) -> dict[str, float]:
     with jax.enable_x64(True):
         off = [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(actual, expected, strict=True)]
         found = {"out": off[0], "gradient": max(off[1:])}
-        if not method.startswith(("softmax", "sparse")):
+        if not method.startswith(("softmax", "sparse")) and case.length <= _LONGEST_CONVERGED:
             pairs = zip(actual[:3], converged(case, tuple(_RELAXED.get(method, {}).items())), strict=False)
             out, *gradients = (float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
             found |= {"out_to_converged": out, "gradient_to_converged": max(gradients)}
