@@ -84,6 +84,7 @@ def convolved(layer: nnx.Conv, h: Features, segments: Int[Array, "batch length"]
     kernel, dtype = layer.kernel[...], layer.dtype or h.dtype
     (dilation,) = layer.kernel_dilation
     sums = jnp.promote_types(jnp.float32, dtype)
+    assert layer.bias is not None  # of a `ConvolutionBlock`
     result = layer.bias[...].astype(sums)
     for tap, matrix in enumerate(kernel.astype(dtype)):
         by = tap * dilation - (len(kernel) - 1) * dilation // 2
