@@ -283,8 +283,8 @@ def _one_length(name: str, sizes: tuple[Size, Size], q_lengths, k_lengths) -> tu
         raise ValueError(f"{name} is for self-attention: q has length {sizes[0]}, k must have it, not {sizes[1]}")
     if q_lengths is None or k_lengths is None:
         q_lengths = k_lengths = k_lengths if q_lengths is None else q_lengths
-    known = [None if isinstance(n, jax.core.Tracer) else n for n in (q_lengths, k_lengths)]
-    if None not in known and not np.array_equal(*map(np.asarray, known)):
+    are_known = not any(n is None or isinstance(n, jax.core.Tracer) for n in (q_lengths, k_lengths))
+    if are_known and not np.array_equal(np.asarray(q_lengths), np.asarray(k_lengths)):
         raise ValueError(f"{name} is for self-attention: k_lengths must be q_lengths, or left out")
     return q_lengths, k_lengths
 

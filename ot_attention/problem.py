@@ -107,7 +107,8 @@ def _scores(heads: Heads, spec: SinkhornSpec, band: type[Band]):
     scale = score_scale(heads, spec)
     if spec.axis.is_shared and spec.band is not None:
         return shared.scores(band, heads, spec.axis, spec.band, scale)
-    return band.scores(heads.q, heads.k, Layout.of(heads, spec.band), scale)
+    q, k, n_q, n_k = heads.q, heads.k, heads.n_q, heads.n_k
+    return band.scores(q, k, Layout.of(n_q, n_k, q.shape[1], k.shape[1], spec.band, heads.segments), scale)
 
 
 def score_scale(heads: Heads, spec: SinkhornSpec) -> float:

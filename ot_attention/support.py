@@ -96,13 +96,13 @@ class Layout(NamedTuple):
     diagonal: int | None  # c(i) - i where it is constant, as within one sequence; None for a slope of n_k / n_q
 
     @classmethod
-    def of(cls, heads: Heads, band: int | None) -> "Layout":
-        """Return the layout of whole sequences."""
-        n_q, n_k, rows, columns = heads.n_q, heads.n_k, heads.q.shape[1], heads.k.shape[1]
-        of_rows = row_windows(positions(n_q, rows), n_q, n_k, band)
-        of_columns = column_windows(positions(n_q, columns), n_q, n_k, band)
-        of_both = (within_segments(windows, heads.segments) for windows in (of_rows, of_columns))
-        return cls(*of_both, n_q, n_k, band, None if heads.segments is None else 0)
+    def of(
+        cls, n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, segments: Segments | None = None
+    ) -> "Layout":
+        """Return the layout of whole sequences, of `rows` and `columns` with their padding."""
+        of_rows = within_segments(row_windows(positions(n_q, rows), n_q, n_k, band), segments)
+        of_columns = within_segments(column_windows(positions(n_q, columns), n_q, n_k, band), segments)
+        return cls(of_rows, of_columns, n_q, n_k, band, None if segments is None else 0)
 
 
 def positions(lengths: Lengths, size: Size, axis: SequenceAxis = ALONE) -> Int[Array, "*batch size"]:
@@ -151,7 +151,8 @@ def dense_support(
     row, column = jnp.arange(rows + 1, dtype=jnp.int32), jnp.arange(columns + 1, dtype=jnp.int32)
     first, last = row_windows(jnp.broadcast_to(row, (*n_q.shape, rows + 1)), n_q, n_k, band)
     if segments is not None:
-        first, last = within_segments((first, last), tuple(jnp.pad(x, ((0, 0), (0, 1))) for x in segments))
+        starts, ends = (jnp.pad(x, ((0, 0), (0, 1))) for x in segments)
+        first, last = within_segments((first, last), (starts, ends))
     residues = (column >= first[..., None]) & (column <= last[..., None])
     real_rows = (row < n_q[..., None]) | (row == rows)
     real_columns = (column < n_k[..., None]) | (column == columns)

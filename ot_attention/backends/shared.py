@@ -33,7 +33,7 @@ def _layout(heads: Heads, axis: SequenceAxis, reach: int) -> Layout:
     first_column = start - reach
     of_columns = None
     if segments is not None:
-        of_columns = tuple(axis.with_neighbours(x, reach) for x in segments)
+        of_columns = axis.with_neighbours(segments[0], reach), axis.with_neighbours(segments[1], reach)
     index = support.positions(n, share + 2 * reach) + first_column
     rows = support.within_segments(support.row_windows(support.positions(n, share, axis), n, n, reach), segments)
     columns = support.within_segments(support.column_windows(index, n, n, reach), of_columns)
