@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from data import vocab
 from data.settings import Choice, Integer, Number, Section
 from models import attention
-from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, SinkhornSpec
+from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, Segments, SinkhornSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,12 @@ class EncoderConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if 0 < self.attention_every <= self.depth:
+        if self.has_attention:
             attention.check_heads(self.width, self.heads)
+
+    @property
+    def has_attention(self) -> bool:
+        return 0 < self.attention_every <= self.depth
 
 
 class ConvolutionBlock(nnx.Module):
@@ -47,8 +52,10 @@ class ConvolutionBlock(nnx.Module):
         spread = nnx.initializers.variance_scaling(config.residual_scale**2, "fan_in", "truncated_normal")
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=spread, rngs=rngs)
 
-    def __call__(self, h: Features, real: Float[Array, "batch length 1"]) -> Features:
-        return h + self.out(nnx.gelu(self.mix(self.norm(h) * real)))
+    def __call__(self, h: Features, real: Float[Array, "batch length 1"], segments: Segments = None) -> Features:
+        seen = self.norm(h) * real
+        mixed = self.mix(seen) if segments is None else convolved(self.mix, seen, segments)
+        return h + self.out(nnx.gelu(mixed))
 
 
 class AttentionBlock(nnx.Module):
@@ -64,8 +71,34 @@ class AttentionBlock(nnx.Module):
         else:
             self.attention = attention.SelfAttention(spec=spec, implementation=config.implementation, **of_both)
 
-    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
-        return h + self.attention(self.norm(h), lengths, noise)
+    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None, segments: Segments = None) -> Features:
+        return h + self.attention(self.norm(h), lengths, noise, segments)
+
+
+def convolved(layer: nnx.Conv, h: Features, segments: Int[Array, "batch length"]) -> Features:
+    """Compute a layer's convolution with zeros in place of features of other segments.
+
+    Each tap is a product of its own, moved afterwards: no copy of the features a tap waits for the backward pass. The
+    moves are slices, so that devices which share the length exchange neighbouring places alone.
+    """
+    kernel, dtype = layer.kernel[...], layer.dtype or h.dtype
+    (dilation,) = layer.kernel_dilation
+    sums = jnp.promote_types(jnp.float32, dtype)
+    assert layer.bias is not None  # of a `ConvolutionBlock`
+    result = layer.bias[...].astype(sums)
+    for tap, matrix in enumerate(kernel.astype(dtype)):
+        by = tap * dilation - (len(kernel) - 1) * dilation // 2
+        product = jnp.einsum("blc,cd->bld", h.astype(dtype), matrix, preferred_element_type=sums)
+        same = _moved(segments, by, -1) == segments
+        result += jnp.where(same[..., None], _moved(product, by, 0), 0)
+    return result.astype(dtype)
+
+
+def _moved(x: Array, by: int, outside: int) -> Array:
+    """Return an array whose place i holds the place i + by of x, or `outside`."""
+    length = x.shape[1]
+    widths = ((0, 0), (max(-by, 0), max(by, 0)), *((0, 0),) * (x.ndim - 2))
+    return jax.lax.slice_in_dim(jnp.pad(x, widths, constant_values=outside), max(by, 0), max(by, 0) + length, axis=1)
 
 
 def transports(block: nnx.Module) -> bool:
@@ -74,7 +107,11 @@ def transports(block: nnx.Module) -> bool:
 
 
 class Encoder(nnx.Module):
-    """Encoder from the tokens of a sequence to features, which do not depend on padding."""
+    """Encoder from the tokens of a sequence to features, which do not depend on padding.
+
+    Rows may hold several sequences: `segments` numbers them, 0 where there is none, and features of a sequence depend
+    on nothing else in its row.
+    """
 
     def __init__(self, config: EncoderConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(vocab.SIZE, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
@@ -86,8 +123,14 @@ class Encoder(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "batch length"], lengths: Lengths, noise: Noise = None) -> Features:
-        *_, h = self._features(tokens, lengths, noise)
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        lengths: Lengths,
+        noise: Noise = None,
+        segments: Segments = None,
+    ) -> Features:
+        *_, h = self._features(tokens, lengths, noise, segments)
         return self.norm(h.astype(jnp.float32))
 
     def attention_inputs(self, tokens: Int[Array, "batch length"], lengths: Lengths) -> list[attention.Inputs]:
@@ -95,14 +138,14 @@ class Encoder(nnx.Module):
         features = zip(self.blocks, self._features(tokens, lengths), strict=False)
         return [block.attention.inputs(block.norm(h), lengths) for block, h in features if transports(block)]
 
-    def _features(self, tokens, lengths, noise=None) -> Iterator[Features]:
+    def _features(self, tokens, lengths, noise=None, segments=None) -> Iterator[Features]:
         """Yield the input of each block, and the output of the last."""
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         h = self.embed(tokens)
         for number, block in enumerate(self.blocks):
             yield h
             if isinstance(block, ConvolutionBlock):
-                h = block(h, real[..., None].astype(h.dtype))
+                h = block(h, real[..., None].astype(h.dtype), segments)
             else:
-                h = block(h, lengths, attention.of_layer(noise, number))
+                h = block(h, lengths, attention.of_layer(noise, number), segments)
         yield h
