@@ -5,9 +5,10 @@
     python train.py --config=configs/long_context.py --config.data.buckets="(2048,)" --config.mesh.sequence=1
     python eval.py --workdir=runs/long_context --split=test_ood
 
-The third command is the small one, for a single device or a CPU. A row takes at least 7.4 GB over all its devices, by the
-estimate of train.py (docs/reliability.md, section 8), .93 GB on each of eight; a row of 2,048 places .12 GB. No sequence of a row sees another one: the support of
-the attention ends at its ends (docs/data.md, "Long rows"). Validation is of single sequences.
+The third command is the small one, for a single device or a CPU. A row takes at least 7.4 GB over all its devices, by
+the estimate of train.py (docs/reliability.md, section 8), .93 GB on each of eight; a row of 2,048 places .12 GB. No
+sequence of a row sees another one: the support of the attention ends at its ends (docs/data.md, "Long rows").
+Validation is of single sequences.
 """
 
 from ml_collections import ConfigDict

@@ -102,7 +102,7 @@ class SharedBand:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["inner"], meta_fields=["axis", "reach"])
 class SharedRemakingBand(SharedBand):
-    """The same, of a band that makes its entries anew."""
+    """Shared band that makes its entries anew."""
 
     inner: RemakingBand
 
