@@ -317,7 +317,7 @@ def _segment_ids(
     joined, change = "", ""
     if spec.dustbin != "none":
         joined, change = f"spec.dustbin={spec.dustbin!r}", "dustbin='none' with tau_a and tau_b below 1"
-    elif not spec.is_relaxed and weights != (None, None):
+    elif not spec.is_relaxed and any(x is not None for x in weights):
         joined, change = "weights that are balanced", "tau_a or tau_b below 1"
     elif not spec.is_relaxed and (spec.gradient == "implicit" or spec.solver == "newton"):
         joined, change = "a balanced plan's gradient='implicit' or solver='newton'", "tau_a or tau_b below 1"

@@ -157,13 +157,13 @@ def within_segments(windows: tuple[Array, Array], segments: Segments | None) -> 
     )
 
 
-def segments_of(ids: Int[Array, "batch share"], axis: SequenceAxis, reach: int) -> Segments:
+def segments_of(ids: Int[Array, "batch share"], axis: SequenceAxis, reach: int | None) -> Segments:
     """Return the first and the last position of the run of equal ids that each position is in.
 
     Where devices share sequences, both are right within `reach` of the position.
     """
     share = ids.shape[1]
-    if axis.is_shared:
+    if axis.is_shared and reach is not None:
         ids = axis.with_neighbours(ids, reach)
     beyond = (ids.shape[1] - share) // 2
     index = positions(ids[:, 0], ids.shape[1]) + (axis.start(share) - beyond)
