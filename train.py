@@ -211,12 +211,7 @@ def _check_implementation(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 
 def _abstract(batch: Mapping[str, np.ndarray], batch_size: int, mesh: jax.sharding.Mesh) -> dict:
     """Return the shapes of a whole training batch from this process's part of it."""
-    placed = sharding.by_example(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=placed)
-        for name, x in batch.items()
-        if name != "id"
-    }
+    return sharding.abstract({name: x for name, x in batch.items() if name != "id"}, batch_size, mesh)
 
 
 def open_folder(config: ConfigDict, workdir: Path, parts: Parts, resources: contextlib.ExitStack) -> list[str]:

@@ -1,17 +1,22 @@
 """The encoder of a sequence: residual dilated convolutions, with self-attention between them."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from data import vocab
 from data.settings import Choice, Integer, Number, Section
 from models import attention
+from models import mesh as mesh_axes
 from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, SinkhornSpec
+from models.mesh import DATA, MODEL, SEQUENCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,32 @@ class ConvolutionBlock(nnx.Module):
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=spread, rngs=rngs)
 
     def __call__(self, h: Features, real: Float[Array, "batch length 1"]) -> Features:
-        return h + self.out(nnx.gelu(self.mix(self.norm(h) * real)))
+        mix = self.mix if mesh_axes.shares() == 1 else functools.partial(_mixed_in_shares, self.mix)
+        return h + self.out(nnx.gelu(mix(self.norm(h) * real)))
+
+
+def _mixed_in_shares(layer: nnx.Conv, h: Features) -> Features:
+    """Apply a convolution where devices share the length: each computes its places, and some of its neighbours'.
+
+    XLA would cut the convolution itself, but its gradient of a kernel whose outputs are cut as well is wrong.
+    """
+    mesh, graph, params = mesh_axes.current(), *nnx.split(layer)
+    assert mesh is not None
+    reach = _reach(layer.kernel_size[0], layer.kernel_dilation[0])
+    channels = None if layer.out_features % mesh.shape[MODEL] else MODEL
+    by_channel = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), channels), params)
+
+    def of_share(params, h):
+        seen = mesh_axes.with_neighbours(h, reach)
+        return nnx.merge(graph, params)(seen)[:, reach : reach + h.shape[1]]
+
+    whole, cut = P(DATA, SEQUENCE), P(DATA, SEQUENCE, channels)
+    return jax.shard_map(of_share, in_specs=(by_channel, whole), out_specs=cut)(params, h)
+
+
+def _reach(kernel: int, dilation: int) -> int:
+    """Return how many places to one side a convolution sees."""
+    return -(-(kernel - 1) * dilation // 2)
 
 
 class AttentionBlock(nnx.Module):

@@ -85,12 +85,22 @@ def best_blocks(sides: Sides, gaps: Gaps) -> Blocks:
     y_inside = _inside(k, y_lengths)
 
     def run(some):
+        """Return the best run of each block of a row of blocks, from sums along diagonals, some rows at a time."""
         q, inside = some
-        scores = jnp.where(inside[:, :, None] & y_inside[:, None], _products(q, k), 0)
-        # Row t is shifted t places to the left, so that diagonals become columns.
-        wide = jnp.pad(scores, ((0, 0), (0, 0), (0, size))).reshape(len(q), -1)
-        diagonals = jnp.pad(wide, ((0, 0), (0, size))).reshape(len(q), size, -1)
-        runs = diagonals.sum(1)[:, : columns * size]
+        rows = min(size, _ROWS)
+
+        def add(runs, some):
+            number, q, inside = some
+            scores = jnp.where(inside[:, :, None] & y_inside[:, None], _products(q, k), 0)
+            # Row t is shifted t places to the left, so that diagonals become columns.
+            wide = jnp.pad(scores, ((0, 0), (0, 0), (0, rows))).reshape(len(q), -1)
+            diagonals = jnp.pad(wide, ((0, 0), (0, rows))).reshape(len(q), rows, -1).sum(1)
+            # These rows follow others of the block.
+            ahead = jnp.pad(diagonals, ((0, 0), (0, size)))
+            return runs + jax.lax.dynamic_slice_in_dim(ahead, number * rows, columns * size, axis=1), None
+
+        parts = jnp.arange(size // rows), _in_rows(q, rows), _in_rows(inside, rows)
+        runs, _ = jax.lax.scan(add, jnp.zeros((len(q), columns * size)), parts)
         return runs.reshape(len(q), columns, size).max(2)
 
     blocks = jax.lax.map(run, (_in_rows(q, size), _in_rows(_inside(q, x_lengths), size))).swapaxes(0, 1)
@@ -133,8 +143,10 @@ def around(blocks: Blocks, x_lengths: Lengths, y_lengths: Lengths, lanes: int, s
         rows, columns = (jnp.where(found, x, none) for x, none in zip(anchors, if_none, strict=True))
         place = jnp.interp(jnp.arange(sum(shape) - 1, dtype=jnp.float32), (rows + columns) * 1.0, rows * 1.0)
         start = jnp.floor(place + 0.5).astype(jnp.int32)
-        rises = jnp.clip(jnp.diff(start, prepend=start[:1]), 0, 1)  # rounding may make steps of 2
-        return jnp.clip(jnp.cumsum(rises) - lanes // 2, 0, jnp.maximum(x_length - lanes, 0))
+        # Rounding may make steps of 2, which become two steps of 1: lanes that left them out would drift off the path.
+        d = jnp.arange(len(start))
+        start = jax.lax.cummin(jax.lax.cummax(start) - d) + d
+        return jnp.clip(start - lanes // 2, 0, jnp.maximum(x_length - lanes, 0))
 
     return jax.vmap(path)(match, first, last, x_lengths, y_lengths).T
 
