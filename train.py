@@ -181,9 +181,11 @@ def prepare(config: ConfigDict, workdir: Path, init_from: str = "") -> Parts:
     run_folder.check_workdir(workdir, config, completed)
     run_folder.check_wandb(config.log.wandb)
     policy = NonFinitePolicy.of(config.train.to_dict())
+    task = task_of(config)
+    task.check_mesh()
     mesh = sharding.make_mesh(sharding.MeshConfig.of(config.mesh.to_dict()), config.batch_size)
     _check_implementation(config, mesh)
-    task, trainer = task_of(config), make_trainer(config)
+    trainer = make_trainer(config)
     if config.batch_size % (mesh.shape["data"] * config.optimizer.accumulate):
         raise ValueError(
             f"batch_size={config.batch_size} must be divisible by optimizer.accumulate={config.optimizer.accumulate} "

@@ -34,6 +34,7 @@ _NAMES = (
     f"{_EDGES[-1] + 1}-",
 )
 BASELINE = "unigram"
+_CUT_ATTENTION = "allowed are attention.kind=sinkhorn with attention.band=0 or more, and model.attention_every=0"
 
 
 class MaskedResiduesTask(Task):
@@ -47,6 +48,23 @@ class MaskedResiduesTask(Task):
         spec, blocks = specs_of(self.config.to_dict())
         model, loss = EncoderConfig.of(self.config.model.to_dict()), MaskedLossConfig.of(self.config.loss.to_dict())
         return MaskedObjective(model, blocks or spec, loss)
+
+    def check_mesh(self) -> None:
+        """Raise ValueError unless the devices of `mesh.sequence` can share sequences of every bucket."""
+        shares, buckets = self.config.mesh.sequence, self.config.data.buckets
+        if shares == 1:
+            return
+        if uneven := [length for length in buckets if length % shares]:
+            raise ValueError(f"data.buckets={uneven[0]}: with mesh.sequence={shares} allowed are multiples of {shares}")
+        objective = self.objective()
+        for needed, why in objective.model.reaches(objective.attention):
+            if needed is None:
+                raise ValueError(f"mesh.sequence={shares}: {why}, which needs whole sequences; {_CUT_ATTENTION}")
+            if needed > (share := min(buckets) // shares):
+                raise ValueError(
+                    f"mesh.sequence={shares} leaves {share} places of data.buckets={min(buckets)} to a device: {why} "
+                    f"needs at least {needed}; allowed are fewer devices or longer buckets"
+                )
 
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         index, count = sharding.host_shard(mesh)

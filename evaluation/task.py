@@ -54,6 +54,14 @@ class Task(abc.ABC):
     def objective(self) -> Objective:
         """Make the objective. Raises ValueError or TypeError for settings out of range and misspelt keys."""
 
+    def check_mesh(self) -> None:
+        """Raise ValueError if `mesh.sequence` asks to cut what this task cannot cut."""
+        if (shares := self.config.mesh.sequence) > 1:
+            raise ValueError(
+                f"mesh.sequence={shares}: allowed is 1 for a model that is trained to {self.purpose}; only the sequences "
+                "of task=masked_residues are cut"
+            )
+
     @abc.abstractmethod
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         """Open the training batches; this process gets its part of each."""

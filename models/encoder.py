@@ -41,6 +41,16 @@ class EncoderConfig(Section):
         if 0 < self.attention_every <= self.depth:
             attention.check_heads(self.width, self.heads)
 
+    def reaches(self, spec: SinkhornSpec | BlockSpec) -> Iterator[tuple[int | None, str]]:
+        """Yield how many places each kind of block sees to one side, None for all, and the setting that says so."""
+        widest = 2 ** (min(self.dilations, self.depth) - 1)
+        yield _reach(self.kernel, widest), f"model.kernel={self.kernel} with model.dilations={self.dilations}"
+        if 0 < self.attention_every <= self.depth:
+            if isinstance(spec, BlockSpec):
+                yield None, f"attention.kind={spec.kind!r}"
+            else:
+                yield spec.band, f"attention.band={-1 if spec.band is None else spec.band}"
+
 
 class ConvolutionBlock(nnx.Module):
     """Residual dilated convolution, followed by a linear layer at every position."""
@@ -65,7 +75,7 @@ def _mixed_in_shares(layer: nnx.Conv, h: Features) -> Features:
     mesh, graph, params = mesh_axes.current(), *nnx.split(layer)
     assert mesh is not None
     reach = _reach(layer.kernel_size[0], layer.kernel_dilation[0])
-    channels = None if layer.out_features % mesh.shape[MODEL] else MODEL
+    channels = MODEL if mesh.shape[MODEL] > 1 and layer.out_features % mesh.shape[MODEL] == 0 else None
     by_channel = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), channels), params)
 
     def of_share(params, h):
