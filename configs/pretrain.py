@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.task = "masked_residues"
     config.total_steps = 5000
     config.batch_size = 64  # sequences
-    config.data = {"dir": "runs/sequences", "buckets": (128, 256, 512), "workers": 0, "prefetch": 4}
+    config.data = {"dir": "runs/sequences", "buckets": (128, 256, 512), "join": False, "workers": 0, "prefetch": 4}
     config.model = {name: encoder[name] for name in _OF_THE_ENCODER}  # so that an aligner can begin from it
     config.loss = {"mask_rate": 0.15}
     config.optimizer.learning_rate = 2e-3

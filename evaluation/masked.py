@@ -17,7 +17,7 @@ from data import pipeline, sequences, vocab
 from data.masked import SequenceBatch
 from evaluation import figures, metrics
 from evaluation.task import OF_ALL_TASKS, Options, Task, Validation, evaluated_at_once, limit_of, resolve_data_dir
-from models.attention import specs_of
+from models.attention import check_segments_stay_apart, specs_of
 from models.encoder import EncoderConfig
 from models.masked import MaskedLossConfig, MaskedObjective, is_known, scores
 from training import sharding
@@ -47,6 +47,8 @@ class MaskedResiduesTask(Task):
     def objective(self) -> MaskedObjective:
         spec, blocks = specs_of(self.config.to_dict())
         model, loss = EncoderConfig.of(self.config.model.to_dict()), MaskedLossConfig.of(self.config.loss.to_dict())
+        if self.config.data.join and model.has_attention:
+            check_segments_stay_apart(blocks or spec)
         return MaskedObjective(model, blocks or spec, loss)
 
     def check_mesh(self) -> None:
@@ -70,7 +72,7 @@ class MaskedResiduesTask(Task):
         index, count = sharding.host_shard(mesh)
         shared = {"batch_size": self.config.batch_size, "seed": self.config.seed}
         config = batching.SequenceConfig.of({**self.config.data, **shared})
-        stream = batching.SequenceStream(self._open("train"), config, shard_index=index, shard_count=count)
+        stream = batching.training_stream(self._open("train"), config, shard_index=index, shard_count=count)
         return pipeline.BatchIterator(stream)
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:

@@ -58,8 +58,8 @@ class Task(abc.ABC):
         """Raise ValueError if `mesh.sequence` asks to cut what this task cannot cut."""
         if (shares := self.config.mesh.sequence) > 1:
             raise ValueError(
-                f"mesh.sequence={shares}: allowed is 1 for a model that is trained to {self.purpose}; only the sequences "
-                "of task=masked_residues are cut"
+                f"mesh.sequence={shares}: allowed is 1 for a model that is trained to {self.purpose}; devices share the "
+                "sequences of task=masked_residues only"
             )
 
     @abc.abstractmethod

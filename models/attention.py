@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
@@ -23,10 +24,12 @@ from ot_attention.spec import Dustbin, Gradient, Implementation, Solver
 _BLOCK_KINDS = "sparse_sinkhorn", "local", "softmax"
 MOST_WIDTH, MOST_HEADS = 1 << 16, 1 << 12
 _ROTARY_BASE = 1000.0  # slowest angle turns once in about 6,000 residues, longer than nearly all domains
+_ROTARY_BLOCK = 1024  # places whose angles float32 holds to 3e-5
 
 Lengths = Int[Array, "batch"]
 Features = Float[Array, "batch length width"]
 Noise = Key[Array, "batch"] | None  # random keys of the examples in training, for a `BlockSpec`
+Segments = Int[Array, "batch length"] | None  # numbers of the sequences in a row, 0 between them; None for one a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,20 @@ def specs_of(config: Mapping[str, Any]) -> tuple[SinkhornSpec, BlockSpec | None]
     return settings.spec(), BlockSpec(settings.kind, SparseConfig.of(config["sparse"]).spec())
 
 
+def check_segments_stay_apart(spec: SinkhornSpec | BlockSpec) -> None:
+    """Raise ValueError if the attention would mix sequences that share a row."""
+    if isinstance(spec, BlockSpec):
+        raise ValueError(
+            f"attention.kind={spec.kind!r} would mix the sequences of a row; set attention.kind=sinkhorn, "
+            "data.join=False or model.attention_every=0"
+        )
+    if spec.dustbin != "none":
+        raise ValueError(
+            f"attention.dustbin={spec.dustbin!r} would couple the sequences of a row; set attention.dustbin=none, "
+            "data.join=False or model.attention_every=0"
+        )
+
+
 def check_heads(width: int, heads: int) -> None:
     """Raise ValueError unless heads of even width fit."""
     if width % heads or (width // heads) % 2:
@@ -120,8 +137,8 @@ class _Heads(nnx.Module):
 
     def _project(self, h):
         q, k, v = (x[:, :, 0] for x in jnp.split(self.project(h), 3, axis=2))
-        position = jnp.arange(h.shape[1], dtype=jnp.float32)[None]
-        return rotate(q, position), rotate(k, position), v
+        turn = angles_of_places(h.shape[1], q.shape[-1] // 2)
+        return turned(q, turn), turned(k, turn), v
 
 
 class SelfAttention(_Heads):
@@ -135,15 +152,15 @@ class SelfAttention(_Heads):
         self.implementation: str | AsapPotentials = implementation
         self.dustbin = DustbinScore(heads, spec)
 
-    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
+    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None, segments: Segments = None) -> Features:
         """Return the attention's output; `noise` is for attention of other kinds."""
-        out, _ = _attend(*self.inputs(h, lengths), self.implementation)
+        out, _ = _attend(*self.inputs(h, lengths, segments), self.implementation)
         return self.out(out)
 
-    def inputs(self, h: Features, lengths: Lengths) -> "Inputs":
+    def inputs(self, h: Features, lengths: Lengths, segments: Segments = None) -> "Inputs":
         """Return the arguments of the attention that a call makes."""
         q, k, v = self._project(h)
-        return Inputs(q, k, v, self.spec, (lengths, lengths), self.dustbin.score)
+        return Inputs(q, k, v, self.spec, (lengths, lengths), self.dustbin.score, segments)
 
 
 class BlockSelfAttention(_Heads):
@@ -161,7 +178,9 @@ class BlockSelfAttention(_Heads):
             self.sort_place = nnx.LinearGeneral(width, each, rngs=rngs)
             self.sort_block = nnx.LinearGeneral(width, each, rngs=rngs)
 
-    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
+    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None, segments: Segments = None) -> Features:
+        if segments is not None:
+            check_segments_stay_apart(self.spec)
         q, k, v = self._project(h)
         kind, spec = self.spec.kind, self.spec.sparse
         if kind == "softmax":
@@ -191,6 +210,7 @@ class Inputs(NamedTuple):
     spec: SinkhornSpec
     lengths: tuple[Lengths, Lengths]
     dustbin_score: Float[Array, "heads"] | None
+    segments: Segments = None  # of rows and columns alike
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,29 +223,32 @@ class AsapPotentials:
     map: Asap
 
 
-def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, implementation: str | AsapPotentials):
-    """Attend by `sinkhorn_attention` or `asap.apply`; on a mesh each device takes its examples and, if even, heads.
+def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, segments, implementation: str | AsapPotentials):
+    """Attend by `sinkhorn_attention` or `asap.apply`; on a mesh each device takes its examples, places and even heads.
 
     XLA cannot cut a kernel, and would have to guess how to cut the loops.
     """
     fitted = implementation.map if isinstance(implementation, AsapPotentials) else None
+    if fitted and segments is not None:
+        raise ValueError("segments: an ASAP map is of one sequence a row; leave out the map, or the segments")
     # "auto" of config.model stands for None.
     name = None if fitted or implementation == "auto" else cast(Implementation, implementation)
 
-    def attend(q, k, v, lengths, score, fitted):
+    def attend(q, k, v, lengths, score, segments, fitted):
         if fitted:
             return asap.apply(fitted, q, k, v, spec, *lengths, score)
-        return sinkhorn_attention(q, k, v, spec, *lengths, dustbin_score=score, implementation=name)
+        options: dict = {"implementation": name, "segment_ids": segments}
+        return sinkhorn_attention(q, k, v, spec, *lengths, dustbin_score=score, **options)
 
     if mesh := mesh_axes.current():
         heads = None if q.shape[2] % mesh.shape[mesh_axes.MODEL] else mesh_axes.MODEL
         by_length, by_head = P(mesh_axes.DATA, None, heads), P(mesh_axes.DATA, heads)
         attend = jax.shard_map(
             attend,
-            in_specs=(by_length, by_length, by_length, P(mesh_axes.DATA), P(heads), P(heads)),
+            in_specs=(by_length, by_length, by_length, P(mesh_axes.DATA), P(heads), P(mesh_axes.DATA), P(heads)),
             out_specs=(by_length, by_head),
         )
-    return attend(q, k, v, lengths, dustbin_score, fitted)
+    return attend(q, k, v, lengths, dustbin_score, segments, fitted)
 
 
 class DustbinScore(nnx.Module):
@@ -241,10 +264,42 @@ class DustbinScore(nnx.Module):
 
 def rotate(x: Float[Array, "batch length heads width"], position: Float[Array, "_ length"]):
     """Turn vectors by rotary positions in residues: their products depend on the difference of positions."""
-    half = x.shape[-1] // 2
+    return turned(x, angles(position, x.shape[-1] // 2))
+
+
+class Turn(NamedTuple):
+    """Sines and cosines of the angles by which vectors are turned, in float32."""
+
+    sin: Float[Array, "_ length 1 half"]
+    cos: Float[Array, "_ length 1 half"]
+
+
+def angles(position: Float[Array, "_ length"], half: int) -> Turn:
+    """Return the angles of positions, whose products float32 rounds: by 3e-5 at 1,000, by .004 at 100,000."""
     angle = position[:, :, None, None] * _ROTARY_BASE ** (-jnp.arange(half) / half)
-    sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    return Turn(jnp.sin(angle), jnp.cos(angle))
+
+
+def angles_of_places(length: int, half: int) -> Turn:
+    """Return the angles of positions 0, 1, ... as exactly at 100,000 as in the first 1,024, whose angles are `angles`.
+
+    The angle of the first place of each 1,024 is computed in float64, beside the program; sines and cosines of sums do
+    the rest. So a row of many sequences needs no positions of its own for each of them.
+    """
+    blocks = -(-length // _ROTARY_BLOCK)
+    near = angles(jnp.arange(min(length, _ROTARY_BLOCK), dtype=jnp.float32)[None], half)
+    if blocks == 1:
+        return near
+    far = np.arange(blocks)[:, None] * _ROTARY_BLOCK * np.float64(_ROTARY_BASE) ** (-np.arange(half) / half)
+    sin, cos = (jnp.asarray(f(far), near.sin.dtype)[:, None, None] for f in (np.sin, np.cos))
+    parts = sin * near.cos + cos * near.sin, cos * near.cos - sin * near.sin
+    return Turn(*(x.reshape(1, -1, *x.shape[2:])[:, :length] for x in parts))
+
+
+def turned(x: Float[Array, "batch length heads width"], turn: Turn) -> Float[Array, "batch length heads width"]:
+    """Turn vectors, the first half of their channels against the second."""
+    sin, cos = (part.astype(x.dtype) for part in turn)
+    a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 

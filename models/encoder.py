@@ -1,7 +1,6 @@
 """The encoder of a sequence: residual dilated convolutions, with self-attention between them."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, get_args
 
@@ -15,7 +14,7 @@ from data import vocab
 from data.settings import Choice, Integer, Number, Section
 from models import attention
 from models import mesh as mesh_axes
-from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, SinkhornSpec
+from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, Segments, SinkhornSpec
 from models.mesh import DATA, MODEL, SEQUENCE
 
 
@@ -38,14 +37,18 @@ class EncoderConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if 0 < self.attention_every <= self.depth:
+        if self.has_attention:
             attention.check_heads(self.width, self.heads)
+
+    @property
+    def has_attention(self) -> bool:
+        return 0 < self.attention_every <= self.depth
 
     def reaches(self, spec: SinkhornSpec | BlockSpec) -> Iterator[tuple[int | None, str]]:
         """Yield how many places each kind of block sees to one side, None for all, and the setting that says so."""
         widest = 2 ** (min(self.dilations, self.depth) - 1)
         yield _reach(self.kernel, widest), f"model.kernel={self.kernel} with model.dilations={self.dilations}"
-        if 0 < self.attention_every <= self.depth:
+        if self.has_attention:
             if isinstance(spec, BlockSpec):
                 yield None, f"attention.kind={spec.kind!r}"
             else:
@@ -62,12 +65,16 @@ class ConvolutionBlock(nnx.Module):
         spread = nnx.initializers.variance_scaling(config.residual_scale**2, "fan_in", "truncated_normal")
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=spread, rngs=rngs)
 
-    def __call__(self, h: Features, real: Float[Array, "batch length 1"]) -> Features:
-        mix = self.mix if mesh_axes.shares() == 1 else functools.partial(_mixed_in_shares, self.mix)
-        return h + self.out(nnx.gelu(mix(self.norm(h) * real)))
+    def __call__(self, h: Features, real: Float[Array, "batch length 1"], segments: Segments = None) -> Features:
+        mix = _mixed if mesh_axes.shares() == 1 else _mixed_in_shares
+        return h + self.out(nnx.gelu(mix(self.mix, self.norm(h) * real, segments)))
 
 
-def _mixed_in_shares(layer: nnx.Conv, h: Features) -> Features:
+def _mixed(layer: nnx.Conv, h: Features, segments: Segments) -> Features:
+    return layer(h) if segments is None else convolved(layer, h, segments)
+
+
+def _mixed_in_shares(layer: nnx.Conv, h: Features, segments: Segments) -> Features:
     """Apply a convolution where devices share the length: each computes its places, and some of its neighbours'.
 
     XLA would cut the convolution itself, but its gradient of a kernel whose outputs are cut as well is wrong.
@@ -78,12 +85,12 @@ def _mixed_in_shares(layer: nnx.Conv, h: Features) -> Features:
     channels = MODEL if mesh.shape[MODEL] > 1 and layer.out_features % mesh.shape[MODEL] == 0 else None
     by_channel = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), channels), params)
 
-    def of_share(params, h):
-        seen = mesh_axes.with_neighbours(h, reach)
-        return nnx.merge(graph, params)(seen)[:, reach : reach + h.shape[1]]
+    def of_share(params, h, segments):
+        seen, around = jax.tree.map(lambda x: mesh_axes.with_neighbours(x, reach), (h, segments))
+        return _mixed(nnx.merge(graph, params), seen, around)[:, reach : reach + h.shape[1]]
 
-    whole, cut = P(DATA, SEQUENCE), P(DATA, SEQUENCE, channels)
-    return jax.shard_map(of_share, in_specs=(by_channel, whole), out_specs=cut)(params, h)
+    by_place, cut = P(DATA, SEQUENCE), P(DATA, SEQUENCE, channels)
+    return jax.shard_map(of_share, in_specs=(by_channel, by_place, by_place), out_specs=cut)(params, h, segments)
 
 
 def _reach(kernel: int, dilation: int) -> int:
@@ -104,8 +111,32 @@ class AttentionBlock(nnx.Module):
         else:
             self.attention = attention.SelfAttention(spec=spec, implementation=config.implementation, **of_both)
 
-    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None) -> Features:
-        return h + self.attention(self.norm(h), lengths, noise)
+    def __call__(self, h: Features, lengths: Lengths, noise: Noise = None, segments: Segments = None) -> Features:
+        return h + self.attention(self.norm(h), lengths, noise, segments)
+
+
+def convolved(layer: nnx.Conv, h: Features, segments: Int[Array, "batch length"]) -> Features:
+    """Compute a layer's convolution with zeros in place of features of other segments.
+
+    Each tap is a product of its own, moved afterwards: no copy of the features a tap waits for the backward pass. The
+    moves are slices, so that devices which share the length exchange neighbouring places alone.
+    """
+    kernel, bias, dtype = layer.kernel[...], layer.bias[...], layer.dtype or h.dtype
+    (dilation,), before = layer.kernel_dilation, (len(kernel) - 1) * layer.kernel_dilation[0] // 2
+    result = jnp.zeros(h.shape, jnp.promote_types(jnp.float32, dtype))
+    for tap, matrix in enumerate(kernel.astype(dtype)):
+        by = tap * dilation - before
+        product = jnp.einsum("blc,cd->bld", h.astype(dtype), matrix, preferred_element_type=result.dtype)
+        same = _moved(segments, by, -1) == segments
+        result += jnp.where(same[..., None], _moved(product, by, 0), 0)
+    return (result + bias).astype(dtype)
+
+
+def _moved(x: Array, by: int, outside: int) -> Array:
+    """Return an array whose place i holds the place i + by of x, or `outside`."""
+    length = x.shape[1]
+    widths = ((0, 0), (max(-by, 0), max(by, 0)), *((0, 0),) * (x.ndim - 2))
+    return jax.lax.slice_in_dim(jnp.pad(x, widths, constant_values=outside), max(by, 0), max(by, 0) + length, axis=1)
 
 
 def transports(block: nnx.Module) -> bool:
@@ -114,7 +145,11 @@ def transports(block: nnx.Module) -> bool:
 
 
 class Encoder(nnx.Module):
-    """Encoder from the tokens of a sequence to features, which do not depend on padding."""
+    """Encoder from the tokens of a sequence to features, which do not depend on padding.
+
+    Rows may hold several sequences: `segments` numbers them, 0 where there is none, and features of a sequence depend
+    on nothing else in its row.
+    """
 
     def __init__(self, config: EncoderConfig, spec: SinkhornSpec | BlockSpec, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(vocab.SIZE, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
@@ -126,8 +161,14 @@ class Encoder(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "batch length"], lengths: Lengths, noise: Noise = None) -> Features:
-        *_, h = self._features(tokens, lengths, noise)
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        lengths: Lengths,
+        noise: Noise = None,
+        segments: Segments = None,
+    ) -> Features:
+        *_, h = self._features(tokens, lengths, noise, segments)
         return self.norm(h.astype(jnp.float32))
 
     def attention_inputs(self, tokens: Int[Array, "batch length"], lengths: Lengths) -> list[attention.Inputs]:
@@ -135,14 +176,14 @@ class Encoder(nnx.Module):
         features = zip(self.blocks, self._features(tokens, lengths), strict=False)
         return [block.attention.inputs(block.norm(h), lengths) for block, h in features if transports(block)]
 
-    def _features(self, tokens, lengths, noise=None) -> Iterator[Features]:
+    def _features(self, tokens, lengths, noise=None, segments=None) -> Iterator[Features]:
         """Yield the input of each block, and the output of the last."""
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
         h = self.embed(tokens)
         for number, block in enumerate(self.blocks):
             yield h
             if isinstance(block, ConvolutionBlock):
-                h = block(h, real[..., None].astype(h.dtype))
+                h = block(h, real[..., None].astype(h.dtype), segments)
             else:
-                h = block(h, lengths, attention.of_layer(noise, number))
+                h = block(h, lengths, attention.of_layer(noise, number), segments)
         yield h

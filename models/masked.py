@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import vocab
 from data.settings import Number, Section
-from models.attention import BlockSpec, Lengths, Noise, SinkhornSpec
+from models.attention import BlockSpec, Lengths, Noise, Segments, SinkhornSpec
 from models.encoder import Encoder, EncoderConfig
 from models.objectives import Batch, Totals
 
@@ -41,9 +41,11 @@ class MaskedResidues(nnx.Module):
         self.encoder = Encoder(config, spec, rngs=rngs)
         self.residues = nnx.Linear(config.width, _TWENTY, rngs=rngs)
 
-    def __call__(self, seen: Tokens, length: Lengths, noise: Noise = None) -> Float[Array, "batch length residues"]:
+    def __call__(
+        self, seen: Tokens, length: Lengths, noise: Noise = None, segments: Segments = None
+    ) -> Float[Array, "batch length residues"]:
         """Compute log-probabilities of the twenty residues at every place."""
-        return jax.nn.log_softmax(self.residues(self.encoder(seen, length, noise)))
+        return jax.nn.log_softmax(self.residues(self.encoder(seen, length, noise, segments)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class MaskedObjective:
         return augmented(batch, key, self.loss.mask_rate, self.attention)
 
     def totals(self, model: MaskedResidues, batch: Batch) -> Totals:
-        predicted = model(batch["seen"], batch["length"], batch.get("noise"))
+        predicted = model(batch["seen"], batch["length"], batch.get("noise"), batch.get("segments"))
         nats, right = scores(predicted, batch["x"])
         terms = {"cross_entropy": nats, "perplexity": nats, "accuracy": right}
         sums = {name: jnp.where(batch["chosen"], x, 0).sum() for name, x in terms.items()}
@@ -75,7 +77,7 @@ class MaskedObjective:
         return totals["cross_entropy"] / jnp.maximum(totals["cross_entropy/count"], 1)
 
     def residues(self, batch: Batch) -> Int[Array, ""]:
-        return batch["length"].sum()
+        return (batch["x"] != vocab.PAD).sum()
 
 
 def augmented(batch: Batch, key: PRNGKeyArray, mask_rate: float, attention: SinkhornSpec | BlockSpec) -> Batch:

@@ -133,6 +133,7 @@ OF_AN_ENCODER = (
 MASKED = COMMON | {
     **{key: ALIGNMENT[key] for key in ("data.dir", "data.buckets", *(f"model.{name}" for name in OF_AN_ENCODER))},
     "model.heads": NOT_POSITIVE,  # this configuration has no self-attention that they would have to fit
+    "data.join": NO_SWITCH,
     "loss.mask_rate": (*NO_NUMBER, 0, 0.0, 1, 1.0),
 }
 

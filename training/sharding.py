@@ -131,7 +131,7 @@ def of_batches(mesh: Mesh) -> NamedSharding | None:
 
 
 def of_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Place the arrays of a batch: all are cut by examples, those with an entry for each place of `x` also by places."""
+    """Place the arrays of a batch: all are cut by examples, and those of the shape of `x` by places as well."""
     if mesh.shape[SEQUENCE] == 1:
         return dict.fromkeys(batch, by_example(mesh))
     by_place = NamedSharding(mesh, P(DATA, SEQUENCE))
