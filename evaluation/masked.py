@@ -75,6 +75,11 @@ class MaskedResiduesTask(Task):
         stream = batching.training_stream(self._open("train"), config, shard_index=index, shard_count=count)
         return pipeline.BatchIterator(stream)
 
+    def abstract_batch(self, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        x = jax.ShapeDtypeStruct((self.config.batch_size, length), jnp.int32)
+        batch = {"x": x, "length": jax.ShapeDtypeStruct(x.shape[:1], x.dtype)}
+        return sharding.abstract(batch | ({"segments": x} if self.config.data.join else {}), x.shape[0], mesh)
+
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         score = self._score_split(trainer, mesh, self._open("train").residues)
         sources, limit = {name: self._open(name) for name in self._eval_splits()}, limit_of(self.config)
