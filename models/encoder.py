@@ -123,7 +123,7 @@ def convolved(layer: nnx.Conv, h: Features, segments: Int[Array, "batch length"]
     """
     kernel, bias, dtype = layer.kernel[...], layer.bias[...], layer.dtype or h.dtype
     (dilation,), before = layer.kernel_dilation, (len(kernel) - 1) * layer.kernel_dilation[0] // 2
-    result = jnp.zeros(h.shape, jnp.promote_types(jnp.float32, dtype))
+    result = jnp.zeros((*h.shape[:-1], kernel.shape[-1]), jnp.promote_types(jnp.float32, dtype))
     for tap, matrix in enumerate(kernel.astype(dtype)):
         by = tap * dilation - before
         product = jnp.einsum("blc,cd->bld", h.astype(dtype), matrix, preferred_element_type=result.dtype)
