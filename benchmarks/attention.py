@@ -18,6 +18,7 @@ from tqdm import tqdm
 from benchmarks import harness
 from ot_attention import SinkhornSpec, sinkhorn_attention, sparse
 from ot_attention.backends.xla import Band
+from ot_attention.support import Layout
 
 STEPS = SinkhornSpec().base_steps + SinkhornSpec().tail_steps
 HAS_OTT = importlib.util.find_spec("ott") is not None
@@ -90,7 +91,7 @@ def softmax(case: Case, _: str, block: int = 64, head_by_head: bool = False) -> 
     """Make banded softmax attention with automatic differentiation, over blocks of `block` rows."""
 
     def attend_heads(q, k, v, n_q, n_k):
-        band = Band.create(n_q, n_k, q.shape[1], k.shape[1], case.band, block)
+        band = Band.create(Layout.of(n_q, n_k, q.shape[1], k.shape[1], case.band), q.shape[1], k.shape[1], block)
         scores = band.mask(band.outer(q / (q.shape[-1] ** 0.5 * case.epsilon), k), -jnp.inf)
         top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(q.dtype).min))
         weights = jnp.exp(scores - top)

@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from ot_attention import reference, support
+from ot_attention import axes, reference, support
+from ot_attention.axes import ALONE, SequenceAxis
 from ot_attention.backends import registry
 from ot_attention.meshes import EXAMPLES, HEADS, Argument, on_each_device
 from ot_attention.spec import (
@@ -18,8 +19,11 @@ from ot_attention.spec import (
     Implementation,
     LengthsLike,
     ScoreLike,
+    SegmentsLike,
+    SharedSpec,
     SinkhornInfo,
     SinkhornSpec,
+    Size,
     UnsupportedError,
     WeightsLike,
     nan_unless,
@@ -41,6 +45,8 @@ def sinkhorn_attention(
     implementation: Implementation | None = None,
     row_weights: WeightsLike | None = None,
     column_weights: WeightsLike | None = None,
+    sequence_axis: str | None = None,
+    segment_ids: SegmentsLike | None = None,
 ) -> tuple[Float[Array, "batch rows heads value"], SinkhornInfo]:
     """Compute attention whose weights are an entropic transport plan (arXiv 2605.08123; docs/math.md, sections 1 to 3).
 
@@ -54,7 +60,15 @@ def sinkhorn_attention(
     1. Without a dustbin and unless relaxed, weights of columns are scaled to the sum of the rows'. They get gradients.
     Where JAX traces them, an example of which a weight is not finite and above 0 becomes NaN.
 
+    segment_ids: integers `[batch, rows]`, for self-attention without a dustbin. A run of equal ids is a segment, and
+    residues meet only within theirs.
+
     On a mesh of explicit axes the batch and the heads may be sharded, and results are sharded alike.
+
+    sequence_axis: axis of a mesh, inside `shard_map`, whose devices hold equal shares of each sequence, in order; for
+    self-attention in a band of at most one share. q, k, v, weights and segment_ids are this device's share, as are
+    output, f and g (which end with a copy of the dustbin's entry). Lengths are of whole sequences, None for all.
+    Neighbours exchange W keys and values once, and W potentials a half step; nothing gathers a sequence.
 
     implementation: None chooses; "reference" is dense, "xla" computes the band only on any device, "pallas_gpu" and
     "pallas_tpu" are kernels. A named one is used or refused, never replaced.
@@ -63,8 +77,8 @@ def sinkhorn_attention(
     clipped to the padded length instead), and UnsupportedError, saying what to change, where it cannot do this.
     """
     _check_implementation(implementation)
-    weights = row_weights, column_weights
-    checked = Checked.create(q, k, v, spec, q_lengths, k_lengths, dustbin_score, weights)
+    of_both = (row_weights, column_weights), sequence_axis, segment_ids
+    checked = Checked.create(q, k, v, spec, q_lengths, k_lengths, dustbin_score, *of_both)
     with registry.kernels_have_their_device():
         out, info = checked.of_every_head(_attend, implementation)
     return out.swapaxes(1, 2), info
@@ -88,14 +102,15 @@ def transport_plan(
     dustbin_score: ScoreLike | None = None,
     row_weights: WeightsLike | None = None,
     column_weights: WeightsLike | None = None,
+    segment_ids: SegmentsLike | None = None,
 ) -> Float[Array, "batch heads plan_rows plan_columns"]:
     """Return the dense plan that `sinkhorn_attention` applies, the dustbin as last row and column if there is one.
 
     For small inputs, plots and tests: it runs the reference, and memory is rows x columns for every head. It is
     differentiable, and raises errors, as `sinkhorn_attention` does.
     """
-    weights = row_weights, column_weights
-    return Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score, weights).of_every_head(_plan)
+    of_both = (row_weights, column_weights), None, segment_ids
+    return Checked.create(q, k, None, spec, q_lengths, k_lengths, dustbin_score, *of_both).of_every_head(_plan)
 
 
 def _plan(heads: Heads, spec: SinkhornSpec) -> Float[Array, "N plan_rows plan_columns"]:
@@ -131,11 +146,22 @@ class Checked(NamedTuple):
     epsilon: Float[Array, ""] | None  # if traced; the spec then has 1, so that no backend need know of it
     row_weights: Float[Array, "batch rows"] | None
     column_weights: Float[Array, "batch columns"] | None
+    segment_ids: Int[Array, "batch rows"] | None
     spec: SinkhornSpec
 
     @classmethod
     def create(
-        cls, q, k, v, spec: SinkhornSpec, q_lengths, k_lengths, dustbin_score, weights: tuple[Any, Any] = (None, None)
+        cls,
+        q,
+        k,
+        v,
+        spec: SinkhornSpec,
+        q_lengths,
+        k_lengths,
+        dustbin_score,
+        weights: tuple[Any, Any] = (None, None),
+        sequence_axis: Any = None,
+        segment_ids: Any = None,
     ) -> "Checked":
         """Check arguments, before anything else can fail on them. Raises ValueError.
 
@@ -152,16 +178,24 @@ class Checked(NamedTuple):
             raise ValueError(f"v has shape {v.shape}; for k of shape {k.shape} it must be {(*fitting[:3], 'any')}")
         if not isinstance(spec, SinkhornSpec):
             raise ValueError(f"spec={spec!r} must be a SinkhornSpec")
-        for name, length in (("q", rows), ("k", columns)):
+        if segment_ids is not None or sequence_axis is not None:
+            named = "segment_ids" if sequence_axis is None else "sequence_axis"
+            q_lengths, k_lengths = _one_length(named, (rows, columns), q_lengths, k_lengths)
+        axis = _sequence_axis(sequence_axis, spec, rows)
+        for name, length in (("q", rows * axis.size), ("k", columns * axis.size)):
             _check_longest(name, length, spec)
         epsilon = None
         if isinstance(spec.epsilon, jax.Array):
             epsilon, spec = spec.epsilon, dataclasses.replace(spec, epsilon=1.0)
         score = _score(dustbin_score, spec, heads, support.potential_dtype(q, k, v))
-        n_q, n_k = as_lengths("q_lengths", q_lengths, rows, batch), as_lengths("k_lengths", k_lengths, columns, batch)
-        row_weights = as_weights("row_weights", weights[0], (batch, rows), n_q)
-        column_weights = as_weights("column_weights", weights[1], (batch, columns), n_k)
-        return cls(q, k, v, score, n_q, n_k, epsilon, row_weights, column_weights, spec.settled())
+        n_q = as_lengths("q_lengths", q_lengths, rows * axis.size, batch)
+        n_k = as_lengths("k_lengths", k_lengths, columns * axis.size, batch)
+        row_weights = as_weights("row_weights", weights[0], (batch, rows), axis.local(n_q, rows))
+        column_weights = as_weights("column_weights", weights[1], (batch, columns), axis.local(n_k, columns))
+        ids = _segment_ids(segment_ids, (batch, rows), spec, weights)
+        if axis.is_shared:
+            spec = SharedSpec(**vars(spec), sequence_axis=axis.name)
+        return cls(q, k, v, score, n_q, n_k, epsilon, row_weights, column_weights, ids, spec.settled())
 
     def of_every_head(
         self, function: Callable[..., PyTree], *options: Hashable, layers: PyTree = None, examples: PyTree = None
@@ -172,33 +206,41 @@ class Checked(NamedTuple):
         layers: arrays `[heads, ...]`. examples: arrays `[batch, heads, ...]`.
         """
         by_length, by_layer, by_example = (EXAMPLES, None, HEADS), (HEADS,), (EXAMPLES,)
-        axes = *(by_length,) * 3, by_layer, by_example, by_example, (), by_example, by_example
-        arguments = tuple(map(Argument, self._fields[:9], self[:9], axes))
+        meanings = *(by_length,) * 3, by_layer, by_example, by_example, (), by_example, by_example, by_example
+        arguments = tuple(map(Argument, self._fields[:-1], self[:-1], meanings))
         arguments += Argument("layers", layers, by_layer), Argument("examples", examples, (EXAMPLES, HEADS))
         return on_each_device(_of_every_head, arguments, function, self.spec, *options)
 
 
 def _of_every_head(
-    q, k, v, score, n_q, n_k, epsilon, row_weights, column_weights, layers, examples, function, spec, *options
+    q, k, v, score, n_q, n_k, epsilon, row_weights, column_weights, ids, layers, examples, function, spec, *options
 ) -> PyTree:
+    axis = spec.axis
     if epsilon is not None:
         dtype = support.potential_dtype(q, k, v)
         # Padding must not reach the gradient of epsilon.
-        q = support.zero_padding(q, n_q).astype(dtype) / epsilon.astype(dtype)
+        q = support.zero_padding(q, axis.local(n_q, q.shape[1])).astype(dtype) / epsilon.astype(dtype)
+    right = []  # what is wrong and traced makes its example NaN
     for weights, n in ((row_weights, n_q), (column_weights, n_k)):
-        if isinstance(weights, jax.core.Tracer):  # wrong ones make their example NaN
-            real = jnp.arange(weights.shape[1]) < n[:, None]
-            right = (~real | ((weights > 0) & (weights < jnp.inf))).all(1)
-            q = q + nan_unless(right, q.dtype)[:, None, None, None]
+        if isinstance(weights, jax.core.Tracer):
+            real = support.positions(n, weights.shape[1], axis) < n[:, None]
+            right.append((~real | ((weights > 0) & (weights < jnp.inf))).all(1))
+    if axis.is_shared or ids is not None:
+        right.append(n_q == n_k)
+    for of_example in right:
+        q = q + nan_unless(axis.sum((~of_example).astype(jnp.int32)) == 0, q.dtype)[:, None, None, None]
     batch, heads = q.shape[0], q.shape[2]
-    given = by_head(q, k, v, score, n_q, n_k, row_weights, column_weights)
+    segments = None if ids is None else support.segments_of(ids, axis, spec.band)
+    given = by_head(q, k, v, score, n_q, n_k, row_weights, column_weights, segments)
     more = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), layers), examples
-    more = jax.tree.map(lambda x: support.varying_like(given.q, x.reshape(batch * heads, *x.shape[2:])), more)
+    more = jax.tree.map(lambda x: axes.varying_like(given.q, x.reshape(batch * heads, *x.shape[2:])), more)
     results = function(given, spec, *(x for x in more if x is not None), *options)
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), results)
 
 
-def by_head(q, k, v, dustbin_score, q_lengths, k_lengths, row_weights=None, column_weights=None) -> Heads:
+def by_head(
+    q, k, v, dustbin_score, q_lengths, k_lengths, row_weights=None, column_weights=None, segments=None
+) -> Heads:
     """Merge batch and heads into one leading axis."""
     batch, _, heads, _ = q.shape
 
@@ -207,11 +249,11 @@ def by_head(q, k, v, dustbin_score, q_lengths, k_lengths, row_weights=None, colu
 
     n_q, n_k = (of_heads(n.astype(jnp.int32)) for n in (q_lengths, k_lengths))
     score = jnp.broadcast_to(dustbin_score, (batch, heads))
-    weights = (w if w is None else of_heads(w) for w in (row_weights, column_weights))
-    given = Heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), score, n_q, n_k, *weights)
+    more = jax.tree.map(of_heads, (row_weights, column_weights, segments))
+    given = Heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), score, n_q, n_k, *more)
     result = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), given)
     for x in jax.tree.leaves(result):
-        result = support.varying_like(x, result)
+        result = axes.varying_like(x, result)
     return result
 
 
@@ -233,6 +275,55 @@ def as_heads(name: str, x: Any) -> Float[Array, "batch length heads width"]:
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(DTYPES)}")
     return jnp.asarray(x)
+
+
+def _one_length(name: str, sizes: tuple[Size, Size], q_lengths, k_lengths) -> tuple[Any, Any]:
+    """Return the lengths of q and of k, which are one. Raises ValueError as far as they are known to differ."""
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{name} is for self-attention: q has length {sizes[0]}, k must have it, not {sizes[1]}")
+    if q_lengths is None or k_lengths is None:
+        q_lengths = k_lengths = k_lengths if q_lengths is None else q_lengths
+    are_known = not any(n is None or isinstance(n, jax.core.Tracer) for n in (q_lengths, k_lengths))
+    if are_known and not np.array_equal(np.asarray(q_lengths), np.asarray(k_lengths)):
+        raise ValueError(f"{name} is for self-attention: k_lengths must be q_lengths, or left out")
+    return q_lengths, k_lengths
+
+
+def _sequence_axis(name: Any, spec: SinkhornSpec, share: Size) -> SequenceAxis:
+    """Return the axis whose devices share sequences. Raises ValueError."""
+    if name is None:
+        return ALONE
+    known = jax.sharding.get_abstract_mesh().manual_axes
+    if name not in known:
+        there = ", ".join(known) or "none"
+        raise ValueError(f"sequence_axis={name!r} must be an axis of a mesh inside jax.shard_map; here are: {there}")
+    if spec.band is None or spec.band > share:
+        raise ValueError(
+            f"spec.band={spec.band} reaches beyond the neighbours along sequence_axis={name!r}: allowed is at most one "
+            f"share, {share}; use a narrower band or fewer devices"
+        )
+    return SequenceAxis(name)
+
+
+def _segment_ids(
+    ids: Any, shape: tuple, spec: SinkhornSpec, weights: tuple[Any, Any]
+) -> Int[Array, "batch rows"] | None:
+    """Return segment ids as int32. Raises ValueError, and UnsupportedError for what would join segments."""
+    if ids is None:
+        return None
+    ids = as_array("segment_ids", ids)
+    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids has shape {ids.shape} and dtype {ids.dtype}; it must be {shape} integers")
+    joined, change = "", ""
+    if spec.dustbin != "none":
+        joined, change = f"spec.dustbin={spec.dustbin!r}", "dustbin='none' with tau_a and tau_b below 1"
+    elif not spec.is_relaxed and weights != (None, None):
+        joined, change = "weights that are balanced", "tau_a or tau_b below 1"
+    elif not spec.is_relaxed and (spec.gradient == "implicit" or spec.solver == "newton"):
+        joined, change = "a balanced plan's gradient='implicit' or solver='newton'", "tau_a or tau_b below 1"
+    if joined:
+        raise UnsupportedError(f"segment_ids cannot be kept apart with {joined}, one for all segments; use {change}")
+    return jnp.asarray(ids).astype(jnp.int32)
 
 
 def _check_longest(name: str, length, spec: SinkhornSpec) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from ot_attention import derivatives, sinkhorn, support
+from ot_attention import axes, derivatives, sinkhorn, support
 from ot_attention.api import Checked, only_xla
 from ot_attention.problem import Problem
 from ot_attention.spec import Heads, Implementation, LengthsLike, ScoreLike, SinkhornSpec, WeightsLike
@@ -143,7 +143,7 @@ def _half_step_rate(head: Heads, spec: SinkhornSpec) -> Float[Array, ""]:
             lowest = jnp.where(is_column, scores - row, jnp.inf).min(-1)
             return jnp.where(exists, highest - lowest, 0).max()
 
-        none = support.varying_like(scores, jnp.zeros((), scores.dtype))
+        none = axes.varying_like(scores, jnp.zeros((), scores.dtype))
         diameter = jax.lax.fori_loop(0, head.n_q, lambda i, d: jnp.maximum(d, oscillation(scores[i])), none)
         if spec.dustbin != "none":
             bin_row = jnp.full(columns + 1, head.dustbin_score).at[-1].set(0)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ot_attention import reference, support
+from ot_attention import axes, reference, support
 from ot_attention.problem import fit, scaling_of
 from ot_attention.reference import Matrices, Potentials, Solved
 from ot_attention.spec import AllColumns, AllRows, SinkhornSpec
@@ -74,7 +74,7 @@ def _base_steps(problem: Problem, spec: SinkhornSpec) -> tuple[AllRows, AllColum
     scores, a, b = problem
     top = jnp.where(a > 0, scores.max(-1), 0)
     made = jnp.zeros(scores.shape[0], jnp.int32)
-    start = support.varying_like(scores, _Progress(-spec.tau_a * top, jnp.zeros_like(b), made, made > 0))
+    start = axes.varying_like(scores, _Progress(-spec.tau_a * top, jnp.zeros_like(b), made, made > 0))
     if spec.base_steps and not spec.tolerance:
         start = _all_at_once(problem, spec, start)
     f, g, made, _ = jax.lax.while_loop(
@@ -93,7 +93,7 @@ def _all_at_once(problem: Problem, spec: SinkhornSpec, start: _Progress) -> _Pro
         u, v = _scalings(kernel, problem, spec, start, v)
         return (u, v), (fits[0] & fit(u, a), fits[1] & fit(v, b))
 
-    carry = _ones(problem), support.varying_like(a, (jnp.ones_like(a, bool), jnp.ones_like(b, bool)))
+    carry = _ones(problem), axes.varying_like(a, (jnp.ones_like(a, bool), jnp.ones_like(b, bool)))
     (u, v), fits = jax.lax.fori_loop(0, spec.base_steps, step, carry)
     done = fits[0].all(-1) & fits[1].all(-1)
     f, g = (jnp.where(done[:, None], x + support.log(y), x) for x, y in ((start.f, u), (start.g, v)))

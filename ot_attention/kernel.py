@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ot_attention import support
+from ot_attention.axes import SequenceAxis
 from ot_attention.backends import Band, RemakingBand
 from ot_attention.spec import AllColumns, AllRows, Columns, Rows
 
@@ -28,6 +29,10 @@ class Kernel(NamedTuple):
     band: Band
     tiles: PyTree[Array]  # only the band looks inside
     bin: DustbinEntries | None
+
+    @property
+    def axis(self) -> SequenceAxis:
+        return self.band.sequence_axis()
 
     def shift(self, f: AllRows, g: AllColumns) -> "Kernel":
         """Return `S + f_i + g_j`."""
@@ -63,7 +68,7 @@ class Kernel(NamedTuple):
         if self.bin is None:
             return support.with_dustbin(residues)
         column, row, corner = (z.reshape(z.shape + (1,) * (x.ndim - 2)) for z in self.bin)
-        dustbin = (row * x[:, :-1]).sum(1, keepdims=True) + corner * x[:, -1:]
+        dustbin = self.axis.sum((row * x[:, :-1]).sum(1, keepdims=True)) + corner * x[:, -1:]
         return jnp.concatenate([residues + column * x[:, -1:], dustbin], 1)
 
     def transpose_times(self, x: AllRows) -> AllColumns:
@@ -72,7 +77,7 @@ class Kernel(NamedTuple):
         if self.bin is None:
             return support.with_dustbin(residues)
         column, row, corner = self.bin
-        dustbin = (column * x[:, :-1]).sum(1, keepdims=True) + corner * x[:, -1:]
+        dustbin = self.axis.sum((column * x[:, :-1]).sum(1, keepdims=True)) + corner * x[:, -1:]
         return jnp.concatenate([residues + row * x[:, -1:], dustbin], 1)
 
     def scale_once(self, a: AllRows, b: AllColumns) -> tuple[AllRows, AllColumns]:
@@ -82,9 +87,9 @@ class Kernel(NamedTuple):
             u, sums = band.scale_once(self.tiles, a[:, :-1], None)
             return support.with_dustbin(u), support.divide(b, support.with_dustbin(sums))
         column, row, corner = self.bin
-        u_bin = support.divide(a[:, -1:], row.sum(1, keepdims=True) + corner)
+        u_bin = support.divide(a[:, -1:], self.axis.sum(row.sum(1, keepdims=True)) + corner)
         u, sums = band.scale_once(self.tiles, a[:, :-1], column)
-        bin_sum = (column * u).sum(1, keepdims=True) + corner * u_bin
+        bin_sum = self.axis.sum((column * u).sum(1, keepdims=True)) + corner * u_bin
         return support.append(u, u_bin), support.divide(b, support.append(sums + row * u_bin, bin_sum))
 
     def row_max(self) -> AllRows:
@@ -92,14 +97,16 @@ class Kernel(NamedTuple):
         if self.bin is None:
             return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
-        return jnp.concatenate([jnp.maximum(residues, column), jnp.maximum(row.max(-1, keepdims=True), corner)], 1)
+        highest = self.axis.max(row.max(-1, keepdims=True))
+        return jnp.concatenate([jnp.maximum(residues, column), jnp.maximum(highest, corner)], 1)
 
     def column_max(self) -> AllColumns:
         residues = self.band.column_max(self.tiles)
         if self.bin is None:
             return support.with_dustbin(residues, -jnp.inf)
         column, row, corner = self.bin
-        return jnp.concatenate([jnp.maximum(residues, row), jnp.maximum(column.max(-1, keepdims=True), corner)], 1)
+        highest = self.axis.max(column.max(-1, keepdims=True))
+        return jnp.concatenate([jnp.maximum(residues, row), jnp.maximum(highest, corner)], 1)
 
     def _remade(self, tiles: PyTree[Array], function: Callable[..., Array], *others) -> "Kernel":
         """Return a kernel of new tiles; the dustbin's entries, if any, are mapped together with the others'."""

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ot_attention import implicit, support
-from ot_attention.backends import Band
+from ot_attention.axes import SequenceAxis
+from ot_attention.backends import Band, shared
 from ot_attention.backends.xla import Band as XlaBand
 from ot_attention.kernel import DustbinEntries, Kernel
 from ot_attention.spec import AllColumns, AllRows, Heads, Lengths, SinkhornSpec
+from ot_attention.support import Layout
 
 # Scalings beyond it are absorbed into the potentials. A row's largest kernel entry is 1, or at least e^-16 where the
 # row maximum is skipped: entries too small for float32 hold under 1e-10 of a row or column.
@@ -33,8 +35,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def create(cls, heads: Heads, spec: SinkhornSpec, band: type[Band] = XlaBand) -> "Problem":
-        q, k, v, bin_score, n_q, n_k, *_ = heads
-        dtype = support.potential_dtype(q, k, v)
+        bin_score, n_q, n_k, dtype = heads.dustbin_score, heads.n_q, heads.n_k, support.potential_dtype(*heads[:3])
         a, b = support.targets_of(heads, spec, dtype)
         dustbin = None
         if spec.dustbin != "none":
@@ -42,8 +43,12 @@ class Problem(NamedTuple):
             bin_score = bin_score.astype(dtype)[:, None]
             column, row = (jnp.where(exists & (x[:, :-1] > 0), bin_score, -jnp.inf) for x in (a, b))
             dustbin = DustbinEntries(column, row, corner=jnp.where(exists, jnp.zeros_like(bin_score), -jnp.inf))
-        created, tiles = band.scores(q, k, n_q, n_k, spec.band, score_scale(heads, spec))
+        created, tiles = _scores(heads, spec, band)
         return cls(Kernel(created, tiles, dustbin), a, b, spec, (n_q, n_k))
+
+    @property
+    def axis(self) -> SequenceAxis:
+        return self.spec.axis
 
     def row_scaling(self, sums: AllRows, absorbed: AllRows) -> AllRows:
         """Compute `u = exp(f - absorbed)` of the half step to f, from the row sums of `exp(S + absorbed + g)`."""
@@ -63,7 +68,7 @@ class Problem(NamedTuple):
 
     def movement(self, f_change: AllRows, g_change: AllColumns) -> Float[Array, "N"]:
         """Measure a step: the most that it moved a row sum, or where relaxed a potential."""
-        return support.movement(self.a, f_change, g_change, self.spec.is_relaxed)
+        return self.axis.max(support.movement(self.a, f_change, g_change, self.spec.is_relaxed))
 
     def newton_system(self, kernel: Kernel, u: AllRows, v: AllColumns, f: AllRows) -> implicit.Plan:
         """Return the linear system of a Newton step: the Hessian of the dual at f, which need not be converged."""
@@ -91,9 +96,19 @@ class Problem(NamedTuple):
             column_diagonal=column_sums / spec.tau_b,
             bin_column=bin_column,
             bin_row=bin_row,
-            coarse_basis=implicit.coarse_basis(*self.lengths, *sizes, spec.band, self.a.dtype),
+            coarse_basis=implicit.coarse_basis(*self.lengths, *sizes, spec.band, self.a.dtype, spec.axis),
             has_gauge=not spec.is_relaxed,
+            axis=spec.axis,
         )
+
+
+def _scores(heads: Heads, spec: SinkhornSpec, band: type[Band]):
+    """Return a band of the support, and the scores in it."""
+    scale = score_scale(heads, spec)
+    if spec.axis.is_shared and spec.band is not None:
+        return shared.scores(band, heads, spec.axis, spec.band, scale)
+    q, k, n_q, n_k = heads.q, heads.k, heads.n_q, heads.n_k
+    return band.scores(q, k, Layout.of(n_q, n_k, q.shape[1], k.shape[1], spec.band, heads.segments), scale)
 
 
 def score_scale(heads: Heads, spec: SinkhornSpec) -> float:
@@ -107,7 +122,9 @@ def row_tops(problem: Problem, heads: Heads, g: AllColumns, plain: Bool[Array, "
     """
     f, a = jnp.zeros_like(problem.a), problem.a
     plain &= _largest_score(heads, problem.spec) < _LARGEST_PLAIN_SCORE
-    return jax.lax.cond(plain, lambda: f, lambda: jnp.where(a > 0, problem.scores.shift(f, g).row_max(), 0))
+    return jax.lax.cond(
+        problem.axis.agreed(plain), lambda: f, lambda: jnp.where(a > 0, problem.scores.shift(f, g).row_max(), 0)
+    )
 
 
 def _largest_score(heads: Heads, spec: SinkhornSpec) -> Float[Array, ""]:

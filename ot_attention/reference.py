@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ot_attention import implicit, support
+from ot_attention import axes, implicit, support
 from ot_attention.backends import Attended
 from ot_attention.spec import AllColumns, AllRows, Heads, SinkhornSpec
 
@@ -25,7 +25,7 @@ def solve(heads: Heads, spec: SinkhornSpec) -> Solved:
     """Return plan, log-potentials f and g, residual and base steps made of the augmented problem (docs/math.md, 3)."""
     q, k, _, dustbin_score, n_q, n_k, *_ = heads
     rows, columns = q.shape[1], k.shape[1]
-    mask = support.dense_support(n_q, n_k, rows, columns, spec.band, spec.dustbin)
+    mask = support.dense_support(n_q, n_k, rows, columns, spec.band, spec.dustbin, heads.segments)
     a, b = support.targets_of(heads, spec, q.dtype)
 
     scores = jnp.einsum("hid,hjd->hij", q, k, precision="highest") / (math.sqrt(q.shape[-1]) * spec.epsilon)
@@ -56,7 +56,7 @@ def balance(scores: Matrices, a: AllRows, b: AllColumns, spec: SinkhornSpec, bas
 
     none_made = jnp.zeros(scores.shape[0], jnp.int32)
     start = (jnp.zeros_like(a), jnp.zeros_like(b)), none_made, none_made > 0
-    (potentials, made, _), _ = jax.lax.scan(base_step, support.varying_like(scores, start), length=spec.base_steps)
+    (potentials, made, _), _ = jax.lax.scan(base_step, axes.varying_like(scores, start), length=spec.base_steps)
     if spec.solver == "newton":
         potentials, made = newton_steps(constants, potentials, basis, spec), made + spec.newton_steps
     tail_step = functools.partial(step, tail, spec=spec)
@@ -105,9 +105,12 @@ def attend(heads: Heads, spec: SinkhornSpec) -> Attended:
     return support.zero_padding(out, heads.n_q), f, g, deviation, made
 
 
-def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> None:
-    """Return None: nothing is unsupported."""
-    del heads, spec
+def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
+    """Return why it cannot do this and what to change, or None."""
+    del heads
+    if spec.axis.is_shared:
+        return "it is dense, and one device has the whole sequence; use implementation='xla' or no sequence_axis"
+    return None
 
 
 def _system(plan: Float[Array, "N rows columns"], basis, spec: SinkhornSpec) -> implicit.Plan:

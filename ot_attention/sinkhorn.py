@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ot_attention import derivatives, implicit, support
+from ot_attention import axes, derivatives, implicit, support
 from ot_attention.backends import Band, RemakingBand
 from ot_attention.backends.xla import Band as XlaBand
 from ot_attention.kernel import Kernel
@@ -38,7 +38,8 @@ def _attend(heads: Heads, spec: SinkhornSpec, band: type[Band]):
 def _attend_fwd(heads, spec, band):
     heads = _within_first_derivative(heads, band)
     solved = by_group(functools.partial(_solved, spec=spec, band=band), heads, spec, band)
-    return (solved.out, solved.f[:, -1], solved.g[:, -1], solved.residual, solved.steps), (heads, solved)
+    of_heads = map(spec.axis.alike, (solved.residual, solved.steps))
+    return (solved.out, solved.f[:, -1], solved.g[:, -1], *of_heads), (heads, solved)
 
 
 def _attend_bwd(spec, band, kept, cotangents):
@@ -46,7 +47,7 @@ def _attend_bwd(spec, band, kept, cotangents):
     arguments = heads, solved, _within_first_derivative(cotangents[:3], band)
     found = by_group(functools.partial(_backward, spec=spec, band=band), arguments, spec, band)
     gradients = jax.tree.map(lambda x, d: d.astype(x.dtype), heads.differentiable, found)
-    return (heads._replace(n_q=None, n_k=None).replacing(gradients),)
+    return (heads._replace(n_q=None, n_k=None, segments=None).replacing(gradients),)
 
 
 _attend.defvjp(support.promoting(_attend_fwd), support.promoting(_attend_bwd))
@@ -146,7 +147,9 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     heads, solved, (d_out, d_f, d_g) = arguments
     problem = Problem.create(heads, spec, band)
     d_out = d_out.astype(heads.v.dtype)  # exact: the output was rounded to it
-    is_small = jnp.maximum(jnp.abs(solved.f).max(), jnp.abs(solved.g).max()) < _LARGEST_EXACT_POTENTIAL
+    d_f, d_g = (_of_one_dustbin(d, spec) for d in (d_f, d_g))
+    agreed = spec.axis.agreed
+    is_small = agreed(jnp.maximum(jnp.abs(solved.f).max(), jnp.abs(solved.g).max()) < _LARGEST_EXACT_POTENTIAL)
     pull_back = functools.partial(_pull_back, heads=heads, spec=spec)
 
     def last_plan():
@@ -178,7 +181,7 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
         return dq, dk, dv, d_bin, *_of_weights(problem, heads, system.row_sums * x, system.column_sums * y)
 
     change = (jnp.abs(solved.f[:, 1:] - solved.f[:, -1:]).max(), jnp.abs(solved.g - solved.g[:, -1:]).max())
-    gentle = is_small & (jnp.maximum(*change) < _LARGEST_TAIL_CHANGE)
+    gentle = agreed(is_small & (jnp.maximum(*change) < _LARGEST_TAIL_CHANGE))
 
     # Both ways make their tiles inside: tiles of the one take no memory while the other runs.
     def by_terms():
@@ -198,6 +201,13 @@ def _backward(arguments, spec: SinkhornSpec, band: type[Band] = XlaBand) -> tupl
     return dq, dk, dv, d_bin, *_of_weights(problem, heads, *of_targets)
 
 
+def _of_one_dustbin(cotangent: Array, spec: SinkhornSpec) -> Array:
+    """Return the cotangent of a potential with the dustbin's entry added up over the devices, which have copies."""
+    if not spec.axis.is_shared:
+        return cotangent
+    return jnp.concatenate([cotangent[:, :-1], spec.axis.sum(cotangent[:, -1:])], 1)
+
+
 def _remade_output(problem: Problem, plan: Kernel, heads: Heads) -> tuple[Array, Array]:
     """Return the scaling that gives the plan's columns their sums, and the output of the plan so scaled.
 
@@ -212,7 +222,10 @@ def _remade_output(problem: Problem, plan: Kernel, heads: Heads) -> tuple[Array,
 
 
 def _pull_back(d_scores: Kernel, heads: Heads, spec: SinkhornSpec) -> tuple[Array, Array, Array]:
-    """Return gradients of q, k and the dustbin score from the gradient of the scores."""
+    """Return gradients of q, k and the dustbin score from the gradient of the scores.
+
+    Where devices share sequences, each has the score's gradient by its own residues, which JAX adds up.
+    """
     scale, tiles = score_scale(heads, spec), d_scores.tiles
     dq, dk = d_scores.band.times(tiles, heads.k), d_scores.band.transpose_times(tiles, heads.q)
     d_bin = jnp.zeros_like(heads.dustbin_score, dq.dtype)
@@ -270,9 +283,9 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
             x = tau_a * support.divide(f_bar, factor.times(one_column))
             d_scores = d_scores.minus(factor.modulate((x[..., None], one_column[..., None])))
             g_bar = -factor.transpose_times(x)
-        return (d_scores, support.varying_like(f_bar, jnp.zeros_like(f_bar)), g_bar, of_a, of_b), None
+        return (d_scores, axes.varying_like(f_bar, jnp.zeros_like(f_bar)), g_bar, of_a, of_b), None
 
-    none = support.varying_like(f_bar, (jnp.zeros_like(f_bar), jnp.zeros_like(g_bar)))
+    none = axes.varying_like(f_bar, (jnp.zeros_like(f_bar), jnp.zeros_like(g_bar)))
     carry = d_scores, f_bar, g_bar, *none
     steps = tuple(x.swapaxes(0, 1)[::-1] for x in (solved.f[:, 1:], solved.g[:, 1:], solved.g[:, :-1]))
     if isinstance(d_scores.band, RemakingBand):  # its tiles list what was subtracted
@@ -295,4 +308,5 @@ def _of_weights(problem: Problem, heads: Heads, of_log_a, of_log_b) -> tuple[Arr
         return support.targets_of(given, problem.spec, problem.a.dtype)
 
     _, pull_back = jax.vjp(targets, *weights)
-    return pull_back((support.divide(of_log_a, problem.a), support.divide(of_log_b, problem.b)))
+    of_targets = support.divide(of_log_a, problem.a), support.divide(of_log_b, problem.b)
+    return pull_back(tuple(map(problem.axis.once, of_targets)))  # copies of the dustbin's targets are one

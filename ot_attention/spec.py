@@ -13,6 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Integer, Num
 
+from ot_attention.axes import ALONE, SequenceAxis
+
 Dustbin = Literal["none", "unit", "full"]
 Gradient = Literal["tail", "implicit", "unrolled"]
 Solver = Literal["sinkhorn", "newton"]
@@ -24,10 +26,12 @@ Columns = Float[jax.Array, "N columns"]
 AllRows = Float[jax.Array, "N all_rows"]
 AllColumns = Float[jax.Array, "N all_columns"]
 Lengths = Int[jax.Array, "N"]
+Segments = tuple[Int[jax.Array, "N rows"], Int[jax.Array, "N rows"]]  # first and last position of each one's segment
 Size = Any  # of an axis: an integer, or a symbol of `jax.export`
 # What callers may give; lists of q, k and v are taken too.
 LengthsLike = Integer[ArrayLike, "*batch"] | Sequence[int]
 ScoreLike = Num[ArrayLike, "*heads"] | Sequence[float]
+SegmentsLike = Integer[ArrayLike, "batch length"] | Sequence[Sequence[int]]
 WeightsLike = Num[ArrayLike, "batch length"] | Sequence[Sequence[float]]
 
 _MOST = 2**30  # of integers: sums of two fit into 32 bits
@@ -94,6 +98,11 @@ class SinkhornSpec:
     def is_relaxed(self) -> bool:
         return self.tau_a < 1 or self.tau_b < 1
 
+    @property
+    def axis(self) -> SequenceAxis:
+        """Return the devices that share sequences: none, except in a `SharedSpec`."""
+        return ALONE
+
     def settled(self) -> "SinkhornSpec":
         """Return the settings that do the same with the fewest steps: one step where a side is free.
 
@@ -126,6 +135,17 @@ class SinkhornSpec:
             choice(name, getattr(self, name), get_args(allowed))
         if self.solver == "newton" and self.base_steps < 1:
             raise ValueError("base_steps=0 must be at least 1 with solver='newton': Newton starts from met column sums")
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSpec(SinkhornSpec):
+    """Settings of a call whose sequences the devices along a mesh axis share; made from its `sequence_axis`."""
+
+    sequence_axis: str | None = None
+
+    @property
+    def axis(self) -> SequenceAxis:
+        return SequenceAxis(self.sequence_axis)
 
 
 _set = object.__setattr__  # of a frozen dataclass, in its `__post_init__`
@@ -207,7 +227,10 @@ def _scalar(value: Any) -> int | float | None:
 
 
 class Heads(NamedTuple):
-    """Inputs of a backend, with batch and heads as one axis."""
+    """Inputs of a backend, with batch and heads as one axis.
+
+    Where devices share sequences, rows and columns are this device's share, and lengths those of whole sequences.
+    """
 
     q: Float[jax.Array, "heads rows width"]
     k: Float[jax.Array, "heads columns width"]
@@ -217,12 +240,17 @@ class Heads(NamedTuple):
     n_k: Int[jax.Array, "heads"]
     row_weights: Float[jax.Array, "heads rows"] | None = None  # targets of sums, where given
     column_weights: Float[jax.Array, "heads columns"] | None = None
+    segments: Segments | None = None  # of self-attention: a residue meets only those of its own
 
     @property
     def differentiable(self) -> tuple[Any, ...]:
         """Inputs that have gradients: q, k, v, dustbin scores and, if given, weights."""
-        return *self[:4], *self[6:]
+        return *self[:4], *self.weights
+
+    @property
+    def weights(self) -> tuple[Any, Any]:
+        return self.row_weights, self.column_weights
 
     def replacing(self, differentiable: tuple[Any, ...]) -> "Heads":
         q, k, v, dustbin_score, row_weights, column_weights = differentiable
-        return Heads(q, k, v, dustbin_score, self.n_q, self.n_k, row_weights, column_weights)
+        return Heads(q, k, v, dustbin_score, self.n_q, self.n_k, row_weights, column_weights, self.segments)

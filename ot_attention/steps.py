@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ot_attention import implicit, support
+from ot_attention import axes, implicit, support
 from ot_attention.kernel import Kernel
 from ot_attention.problem import Problem, column_potentials, in_range, row_potentials, row_tops
 from ot_attention.spec import AllColumns, AllRows, Heads, SinkhornSpec
@@ -39,7 +39,7 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
     For bands that remake their entries anyway. After the first step entries are at most b, so nothing overflows. The
     second result is False where a potential moved so far in one step that a sum lost digits to underflow.
     """
-    a, b, spec, scores = problem.a, problem.b, problem.spec, problem.scores
+    a, b, spec, scores, agreed = problem.a, problem.b, problem.spec, problem.scores, problem.axis.agreed
     are_rows_one = heads.row_weights is None and not spec.is_relaxed  # what the band's own step assumes
 
     def scalings(f, g):
@@ -60,13 +60,17 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
 
     def base_step(carry):
         """Make a step of the heads that are not settled."""
-        made, settled, potentials = carry
+        made, settled, potentials, _ = carry
         stepped = step(potentials)
         changes = (x - y for x, y in zip(stepped[:2], potentials[:2], strict=True))
         # The first step begins nowhere, and settles nothing.
         moved = jnp.where(made > 0, problem.movement(*changes), jnp.inf)
         potentials = tuple(jnp.where(settled[:, None], x, y) for x, y in zip(potentials, stepped, strict=True))
-        return made + ~settled, settled | (moved <= spec.tolerance), potentials
+        made, settled = made + ~settled, settled | (moved <= spec.tolerance)
+        return made, settled, potentials, unsettled(made, settled)
+
+    def unsettled(made, settled):
+        return ~agreed((made.max() >= spec.base_steps) | settled.all())
 
     def newton_step(carry):
         f, g, *largest = carry
@@ -76,14 +80,11 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
 
     zeros = jnp.zeros_like(a), jnp.zeros_like(b)
     start = _absorbed_rows(problem, row_tops(problem, heads, zeros[1])), zeros[1], *zeros
-    made, carry = jnp.full_like(heads.n_q, spec.base_steps), support.varying_like(heads.q, start)
+    made, carry = jnp.full_like(heads.n_q, spec.base_steps), axes.varying_like(heads.q, start)
     if spec.tolerance:
-        begin = jnp.zeros_like(heads.n_q), jnp.zeros(heads.n_q.shape, bool), carry
-
-        def unsettled(carry):
-            return (carry[0].max() < spec.base_steps) & ~carry[1].all()
-
-        made, _, carry = jax.lax.while_loop(unsettled, base_step, support.varying_like(heads.q, begin))
+        none_made, none_settled = jnp.zeros_like(heads.n_q), jnp.zeros(heads.n_q.shape, bool)
+        begin = none_made, none_settled, carry, jnp.array(spec.base_steps > 0)
+        made, _, carry, _ = jax.lax.while_loop(lambda c: c[3], base_step, axes.varying_like(heads.q, begin))
     else:
         carry = jax.lax.fori_loop(0, spec.base_steps, lambda _, c: step(c), carry)
     if spec.solver == "newton":
@@ -96,8 +97,8 @@ def by_absorption(heads: Heads, problem: Problem) -> tuple[Solved, Bool[Array, "
     f, g = (jnp.stack(side, 1) for side in zip(*reached, strict=True))
     plan = scores.shift(*carry[:2]).exp()
     out = plan.band.times(plan.tiles, heads.v)
-    residual = jnp.abs(plan.times(jnp.ones_like(b)) - a).max(-1)
-    return Solved(out, f, g, residual, made), jnp.maximum(*(x.max() for x in carry[2:])) < _LARGEST_MOVE
+    residual = problem.axis.max(jnp.abs(plan.times(jnp.ones_like(b)) - a).max(-1))
+    return Solved(out, f, g, residual, made), agreed(jnp.maximum(*(x.max() for x in carry[2:])) < _LARGEST_MOVE)
 
 
 class _Progress(NamedTuple):
@@ -123,7 +124,7 @@ class _Progress(NamedTuple):
         is_base = self.step < spec.base_steps
         made = self.made + (fits & ~(self.settled & is_base) & (self.step < spec.all_base_steps))
         settled = self.settled | (is_base & fits & (self.step > 0) & (moved <= spec.tolerance))
-        step = jnp.where(settled.all(), jnp.maximum(step, spec.base_steps), step)
+        step = jnp.where(spec.axis.agreed(settled.all()), jnp.maximum(step, spec.base_steps), step)
         return self._replace(step=step, made=made, settled=settled & (step < spec.base_steps))
 
     def last(self, spec: SinkhornSpec) -> tuple[Array, Array]:
@@ -190,7 +191,7 @@ class _ScaledKernel(NamedTuple):
         progress, _, u, v = self._newton_corrected(carry) if spec.solver == "newton" else carry
         new_u = self.problem.row_scaling(self.kernel.times(v), self.f)
         new_v = self.problem.column_scaling(self.kernel.transpose_times(new_u), self.g)
-        fits = in_range(new_u, a) & in_range(new_v, b) & (progress.step < spec.all_steps)
+        fits = self.problem.axis.agreed(in_range(new_u, a) & in_range(new_v, b) & (progress.step < spec.all_steps))
         taken, moved = fits, None
         if spec.tolerance:
             taken = (fits & ~progress.settled)[:, None]
@@ -242,7 +243,7 @@ def by_scaling(heads: Heads, problem: Problem) -> Solved:
         progress, _, u, v = scaled.scale(start)
         kernel = scaled.kernel
         out = kernel.band.apply(kernel.tiles, u[:, :-1], v[:, :-1], heads.v)
-        residual = jnp.abs(u * kernel.times(v) - a).max(-1)
+        residual = problem.axis.max(jnp.abs(u * kernel.times(v) - a).max(-1))
         stuck = (progress.step == start.step) & (start.step < spec.all_steps)
         progress = jax.lax.cond(stuck, functools.partial(_log_step, problem), lambda p: p, progress)
         return _Round(progress, (progress.step < spec.all_steps) | stuck, out, residual)
@@ -252,7 +253,7 @@ def by_scaling(heads: Heads, problem: Problem) -> Solved:
     heads_made, none_settled = jnp.zeros_like(heads.n_q), jnp.zeros(heads.n_q.shape, bool)
     start = _Progress(jnp.array(0), jnp.array(0), heads_made, none_settled, *history)
     carry = _Round(start, jnp.array(True), out, jnp.zeros_like(a[:, 0]))
-    carry = jax.lax.while_loop(lambda c: c.unfinished, absorb, support.varying_like(heads.q, carry))
+    carry = jax.lax.while_loop(lambda c: c.unfinished, absorb, axes.varying_like(heads.q, carry))
     f, g = carry.progress.f.swapaxes(0, 1), carry.progress.g.swapaxes(0, 1)
     made = carry.progress.made if spec.tolerance else jnp.full_like(heads.n_q, spec.all_base_steps)
     return Solved(carry.out, f, g, carry.residual, made)

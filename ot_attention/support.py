@@ -5,16 +5,18 @@ Every problem has a dustbin's row and column, at the end. Without a dustbin thei
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from ot_attention.spec import AllColumns, AllRows, Dustbin, Heads, SinkhornSpec, Size
+from ot_attention.axes import ALONE, SequenceAxis
+from ot_attention.spec import AllColumns, AllRows, Dustbin, Heads, Segments, SinkhornSpec, Size
 
 Lengths = Int[Array, "*batch"]
 Mass = Float[Array, "*batch 1"]
+_FAR = 2**30  # beyond any position
 P, R = ParamSpec("P"), TypeVar("R")
 # (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
 MAX_BANDED_PRODUCT = 2**31
@@ -76,12 +78,81 @@ def diagonal(
     return whole + (twice_rest > denominator), whole - (twice_rest < denominator)
 
 
+class Windows(NamedTuple):
+    """First and last position (inclusive) of the other side in the support; last < first where there is none."""
+
+    first: Int[Array, "*batch length"]
+    last: Int[Array, "*batch length"]
+
+
+class Layout(NamedTuple):
+    """Support of the residues that a band holds, without the dustbin, and how it lies."""
+
+    rows: Windows
+    columns: Windows
+    n_q: Lengths  # end of the real rows
+    n_k: Lengths
+    band: int | None  # half-width
+    diagonal: int | None  # c(i) - i where it is constant, as within one sequence; None for a slope of n_k / n_q
+
+    @classmethod
+    def of(
+        cls, n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, segments: Segments | None = None
+    ) -> "Layout":
+        """Return the layout of whole sequences, of `rows` and `columns` with their padding."""
+        of_rows = within_segments(row_windows(positions(n_q, rows), n_q, n_k, band), segments)
+        of_columns = within_segments(column_windows(positions(n_q, columns), n_q, n_k, band), segments)
+        return cls(of_rows, of_columns, n_q, n_k, band, None if segments is None else 0)
+
+
+def positions(lengths: Lengths, size: Size, axis: SequenceAxis = ALONE) -> Int[Array, "*batch size"]:
+    """Return the positions of this device's residues in whole sequences, for each of some lengths."""
+    return jnp.broadcast_to(axis.start(size) + jnp.arange(size, dtype=jnp.int32), (*lengths.shape, size))
+
+
+def within_segments(windows: tuple[Array, Array], segments: Segments | None) -> Windows:
+    """Return the part of windows that lies in the segment of each residue."""
+    if segments is None:
+        return Windows(*windows)
+    first, last = windows
+    exists = first <= last
+    return Windows(
+        jnp.where(exists, jnp.maximum(first, segments[0]), first),
+        jnp.where(exists, jnp.minimum(last, segments[1]), last),
+    )
+
+
+def segments_of(ids: Int[Array, "batch share"], axis: SequenceAxis, reach: int) -> Segments:
+    """Return the first and the last position of the run of equal ids that each position is in.
+
+    Where devices share sequences, both are right within `reach` of the position.
+    """
+    share = ids.shape[1]
+    if axis.is_shared:
+        ids = axis.with_neighbours(ids, reach)
+    beyond = (ids.shape[1] - share) // 2
+    index = positions(ids[:, 0], ids.shape[1]) + (axis.start(share) - beyond)
+    differs = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 1)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(differs[:, :-1], index, -_FAR), axis=1)
+    last = jax.lax.cummin(jnp.where(differs[:, 1:], index, _FAR), axis=1, reverse=True)
+    return first[:, beyond : beyond + share], last[:, beyond : beyond + share]
+
+
 def dense_support(
-    n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, dustbin: Dustbin
+    n_q: Lengths,
+    n_k: Lengths,
+    rows: Size,
+    columns: Size,
+    band: int | None,
+    dustbin: Dustbin,
+    segments: Segments | None = None,
 ) -> Bool[Array, "*batch all_rows all_columns"]:
     """Return the support of the augmented problem as a mask, dustbin last."""
     row, column = jnp.arange(rows + 1, dtype=jnp.int32), jnp.arange(columns + 1, dtype=jnp.int32)
     first, last = row_windows(jnp.broadcast_to(row, (*n_q.shape, rows + 1)), n_q, n_k, band)
+    if segments is not None:
+        starts, ends = (jnp.pad(x, ((0, 0), (0, 1))) for x in segments)
+        first, last = within_segments((first, last), (starts, ends))
     residues = (column >= first[..., None]) & (column <= last[..., None])
     real_rows = (row < n_q[..., None]) | (row == rows)
     real_columns = (column < n_k[..., None]) | (column == columns)
@@ -98,7 +169,7 @@ def targets_of(heads: Heads, spec: SinkhornSpec, dtype: jnp.dtype) -> tuple[AllR
     """Return `targets` of the problem of every head."""
     weights = heads.row_weights, heads.column_weights
     sizes = heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype
-    return targets(heads.n_q, heads.n_k, *sizes, weights, spec.is_relaxed)
+    return targets(heads.n_q, heads.n_k, *sizes, weights, spec.is_relaxed, spec.axis)
 
 
 def targets(
@@ -111,16 +182,18 @@ def targets(
     dtype: jnp.dtype,
     weights: tuple[Float[Array, "*batch rows"] | None, Float[Array, "*batch columns"] | None] = (None, None),
     is_relaxed: bool = False,
+    axis: SequenceAxis = ALONE,
 ) -> tuple[Float[Array, "*batch all_rows"], Float[Array, "*batch all_columns"]]:
     """Return the row and column sums that the plan must have (docs/math.md, section 1); 0 without support.
 
     weights: targets of the residues, in place of 1 and n_q / n_k; nothing at padding matters. Without a dustbin and
         unless relaxed, those of columns are scaled to the sum of the rows', for no plan could have both.
+    axis: of devices that share the sequences; targets are then of this device's share, lengths of whole sequences.
     """
     exists = dustbin_exists(n_q, n_k, dustbin)[..., None]
 
     def supported(windows, size: Size, n):
-        index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (*n_q.shape, size))
+        index = positions(n_q, size, axis)
         first, last = windows(index, n_q, n_k, band)  # a band narrower than the slope n_k / n_q misses some columns
         return (((first <= last) | exists) & (index < n[..., None])).astype(dtype)
 
@@ -128,8 +201,8 @@ def targets(
         """Return the weights and their sum."""
         if weights is None:
             return 1, number
-        weights = jnp.where(jnp.arange(size) < n[..., None], weights.astype(dtype), 0)
-        return weights, weights.sum(-1, keepdims=True)
+        weights = jnp.where(positions(n, size, axis) < n[..., None], weights.astype(dtype), 0)
+        return weights, axis.sum(weights.sum(-1, keepdims=True))
 
     a, b = supported(row_windows, rows, n_q), supported(column_windows, columns, n_k)
     lengths = n_q[..., None].astype(dtype), n_k[..., None].astype(dtype)
@@ -191,18 +264,18 @@ def zero_padding(x: jax.Array, lengths: Lengths) -> jax.Array:
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - real.ndim)), x, jnp.zeros((), x.dtype))
 
 
-def without_padding(heads: Heads) -> Heads:
+def without_padding(heads: Heads, axis: SequenceAxis = ALONE) -> Heads:
     """Return the inputs with 0 as padding."""
     q, k, v, _, n_q, n_k, *_ = heads
-    q, k, v = (zero_padding(x, n) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
+    q, k, v = (zero_padding(x, axis.local(n, x.shape[1])) for x, n in ((q, n_q), (k, n_k), (v, n_k)))
     return heads._replace(q=q, k=k, v=v)
 
 
-def cleaned(heads: Heads) -> Heads:
+def cleaned(heads: Heads, axis: SequenceAxis = ALONE) -> Heads:
     """Return the inputs with 0 as padding, in the dtype of the potentials."""
     dtype = potential_dtype(*heads[:3])
     return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, without_padding(heads)
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, without_padding(heads, axis)
     )
 
 
@@ -214,19 +287,6 @@ def potential_dtype(*arrays: jax.Array) -> jnp.dtype:
 def log(scaling: Array) -> Array:
     """Return the logarithm of a scaling, 0 where it is 0: potentials without support are 0."""
     return jnp.log(jnp.where(scaling == 0, 1, scaling))
-
-
-def varying_like(x: jax.Array, tree: PyTree[jax.Array]) -> PyTree[jax.Array]:
-    """Mark arrays as varying over the mesh axes that x varies over, under `shard_map`.
-
-    A loop's first carry must have the type that its steps return, and gradients the type of a `custom_vjp`'s inputs.
-    """
-
-    def mark(y):
-        missing = tuple(jax.typeof(x).manual_axis_type.varying - jax.typeof(y).manual_axis_type.varying)
-        return jax.lax.pcast(y, missing, to="varying") if missing else y
-
-    return jax.tree.map(mark, tree)
 
 
 def promoting(function: Callable[P, R]) -> Callable[P, R]:

@@ -26,6 +26,7 @@ from benchmarks import harness
 from benchmarks.attention import Case
 from ot_attention.backends import gpu, gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Tiling
+from ot_attention.support import Layout
 
 KINDS = ("step", "sum", "vector", "matrix", "gradient")
 _CALLS = 50  # of a kernel in a program
@@ -74,7 +75,8 @@ def lowered(variant: Variant, residues: int) -> tuple[jax.stages.Lowered, tuple]
     n = jnp.full(number, problem.length, jnp.int32)
 
     def run(q, k, x, n):
-        band, scores = gpu.Band.scores(q, k, n, n, problem.band, problem.width**-0.5)
+        layout = Layout.of(n, n, problem.length, problem.length, problem.band)
+        band, scores = gpu.Band.scores(q, k, layout, problem.width**-0.5)
         scores = band.shift(scores, -4.0 * jnp.ones_like(scores.f), jnp.zeros_like(scores.g))
 
         def call(_, f):

@@ -112,7 +112,7 @@ def test_products_with_bfloat16_lose_no_more_than_float32_would(by_rows, monkeyp
     rng = np.random.default_rng(0)
     q, k, x = (jnp.asarray(rng.normal(size=(1, 90, 32)), jnp.bfloat16) for _ in range(3))
     n = jnp.array([90])
-    band, scores = gpu.Band.scores(q, k, n, n, 12, 0.2)
+    band, scores = gpu.Band.scores(q, k, support.Layout.of(n, n, 90, 90, 12), 0.2)
     product = (band.times if by_rows else band.transpose_times)(band.exp(scores), x)
     q, k, x = (np.asarray(y, np.float64)[0] for y in (q, k, x))
     weights = np.where(np.abs(np.subtract.outer(range(90), range(90))) <= 12, np.exp(0.2 * q @ k.T), 0)
@@ -172,7 +172,7 @@ def test_one_sweep_makes_a_whole_step(rows, columns, band, monkeypatch, forget_p
     bins, mass = np.abs(bins), np.broadcast_to(np.arange(rows) < n_q[:, None], (number, rows))
 
     def step(q, k, f, g, n_q, n_k, bins):
-        band_, scores = gpu.Band.scores(q, k, n_q, n_k, band, 0.5)
+        band_, scores = gpu.Band.scores(q, k, support.Layout.of(n_q, n_k, rows, columns, band), 0.5)
         assert band_.cut is not None
         terms = band_.exp(band_.shift(scores, f, g))
         return band_.scale_once(terms, jnp.asarray(mass), bins), band_.scale_once(terms, jnp.asarray(mass), None)

@@ -8,7 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
+from ot_attention.axes import SequenceAxis
 from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Rows, SinkhornSpec, Size
+from ot_attention.support import Layout
 
 Attended = tuple[Float[Array, "N rows value"], AllRows, AllColumns, Float[Array, "N"], Int[Array, "N"]]
 
@@ -38,10 +40,11 @@ class Band(Protocol):
 
     @staticmethod
     def implementation() -> Implementation: ...  # whose band this is
+    def sequence_axis(self) -> SequenceAxis: ...  # of the devices that share its sequences
     # The band, and the scores `scale q_i . k_j` in it, from q `[N, rows, width]` and k `[N, columns, width]`.
     # Outside the support they are anything until `shift`, minus infinity after it.
     @classmethod
-    def scores(cls, q, k, n_q, n_k, band: int | None, scale: float, /) -> "tuple[Band, Any]": ...
+    def scores(cls, q, k, layout: Layout, scale: float, /) -> "tuple[Band, Any]": ...
     # First and last column (inclusive) in the support of each row.
     def row_windows(self) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]: ...
     # How many of `number` heads to work on at a time: a divisor of `number`.

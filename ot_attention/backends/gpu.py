@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ot_attention import support
+from ot_attention import axes, support
+from ot_attention.axes import ALONE, SequenceAxis
 from ot_attention.backends import gpu_kernels, gpu_sweep
 from ot_attention.backends.gpu_kernels import Field, Matrix, Reach, Side
 from ot_attention.backends.gpu_sweep import Strips
 from ot_attention.spec import AllColumns, AllRows, Columns, Heads, Implementation, Lengths, Rows, SinkhornSpec, Size
+from ot_attention.support import Layout
 
 _MOST_WIDTH = 256
 _MOST_HEADS = 65535  # blocks along the second axis of a grid
@@ -77,21 +79,23 @@ class Band:
     def implementation() -> Implementation:
         return "pallas_gpu"
 
+    def sequence_axis(self) -> SequenceAxis:
+        return ALONE
+
     @classmethod
-    def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float) -> tuple["Band", Scores]:
+    def scores(cls, q, k, layout: Layout, scale: float) -> tuple["Band", Scores]:
+        of_rows, of_columns, n_q, n_k, band, diagonal = layout
         (number, rows, _), columns = q.shape, k.shape[1]
         q, k = (x.astype(jnp.result_type(q, k)) for x in (q, k))
-        index = [jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (number, length)) for length in (rows, columns)]
-        of_rows = support.row_windows(index[0], n_q, n_k, band)
-        of_columns = support.column_windows(index[1], n_q, n_k, band)
         block = gpu_kernels.block_for(q.dtype, gpu_kernels.padded_width(q.shape[2]))
         reach = _reach(*of_rows, n_q, block), _reach(*of_columns, n_k, block)
         most = columns if band is None else min(columns, 2 * band + 1)
-        cut = gpu_sweep.cut_for(columns, band) if block == gpu_sweep.ROWS else None
+        # Strips know their tiles from the lengths: not where segments or neighbours' shares decide them.
+        cut = gpu_sweep.cut_for(columns, band) if block == gpu_sweep.ROWS and diagonal is None else None
         strips = cut and gpu_sweep.strips(n_q, n_k, rows, columns, cut)
         q, k = map(gpu_kernels.pad_width, (q, k))
         zeros = [jnp.zeros((number, length + 1), support.potential_dtype(q)) for length in (rows, columns)]
-        scores = Scores(q, k, *support.varying_like(q, zeros))
+        scores = Scores(q, k, *axes.varying_like(q, zeros))
         return cls((of_rows, of_columns), reach, strips, cut, scale, most, block), scores
 
     def row_windows(self) -> tuple[Int[Array, "N rows"], Int[Array, "N rows"]]:

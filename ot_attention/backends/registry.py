@@ -24,10 +24,10 @@ class Loop(NamedTuple):
     one_dtype: bool = True  # whether q, k and v must be in the dtype of the potentials
 
     def attend(self, heads: Heads, spec: SinkhornSpec, /) -> Attended:
-        heads = support.cleaned(heads) if self.one_dtype else support.without_padding(heads)
+        heads = (support.cleaned if self.one_dtype else support.without_padding)(heads, spec.axis)
         out, *info = sinkhorn.attend(heads, spec, self.band)
         # The output is already 0 at padding; masking again also zeroes the incoming cotangents there.
-        return support.zero_padding(out, heads.n_q), *info
+        return support.zero_padding(out, spec.axis.local(heads.n_q, out.shape[1])), *info
 
 
 # `implementation=None` takes the first that serves the platform and the call.

@@ -64,7 +64,7 @@ class _Blocks(NamedTuple):
         x_rows, y_columns = _vector(tail * sizes.rows, dtype), _vector(tail * sizes.all_columns, dtype)
         dk_sum, dv_sum = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v))
         scratch = tpu_backward.Scratch(strip, row, column, column, x_rows, y_columns, dk_sum, dv_sum)
-        of_targets = (_if_weighted(x, *heads[6:]) for x in (all_rows, column))
+        of_targets = (_if_weighted(x, *heads.weights) for x in (all_rows, column))
         return cls(inputs, tpu_backward.Outputs(q, k, v, lane, *of_targets), scratch)
 
     def bytes(self, buffers: int) -> int:
@@ -126,6 +126,10 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
     """Return why the kernels cannot do this and what to change, or None."""
     if spec.solver == "newton":
         return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
+    if spec.axis.is_shared:
+        return "a kernel makes all steps on one chip; use implementation='xla' or no sequence_axis"
+    if heads.segments is not None:
+        return "its kernels find the support from lengths and band; use implementation='xla' or no segment_ids"
     if spec.gradient == "implicit":
         return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
     sizes = Sizes.create(heads, spec)
@@ -233,7 +237,7 @@ def _of_weights(heads: Heads, spec: SinkhornSpec, sizes: Sizes, d_a, d_b) -> tup
         given = heads._replace(row_weights=row_weights, column_weights=column_weights)
         return support.targets_of(given, spec, d_a.dtype)
 
-    _, pull_back = jax.vjp(targets, *heads[6:])
+    _, pull_back = jax.vjp(targets, *heads.weights)
     of_rows = _last(d_a, sizes, sizes.all_rows, heads.q.shape[1])
     return pull_back((of_rows, _last(d_b, sizes, sizes.all_columns, heads.k.shape[1])))
 

@@ -16,7 +16,9 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int, Shaped
 
 from ot_attention import support
-from ot_attention.spec import AllColumns, AllRows, Columns, Implementation, Lengths, Rows, Size
+from ot_attention.axes import ALONE, SequenceAxis
+from ot_attention.spec import AllColumns, AllRows, Columns, Implementation, Rows, Size
+from ot_attention.support import Layout
 
 _MIB = 2**20
 # Tiles at a time. 4 MiB fit a CPU's cache. On a GPU a product over the tiles must outlast its launch, some 10
@@ -46,13 +48,14 @@ class Band:
     def implementation() -> Implementation:
         return "xla"
 
+    def sequence_axis(self) -> SequenceAxis:
+        return ALONE
+
     @classmethod
-    def create(
-        cls, n_q: Lengths, n_k: Lengths, rows: Size, columns: Size, band: int | None, block: int | None = None
-    ) -> "Band":
-        index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (*n_q.shape, rows))
-        first, last = support.row_windows(index, n_q, n_k, band)
-        block, reach, blocks = block_shape(rows, columns, band, block)
+    def create(cls, layout: Layout, rows: Size, columns: Size, block: int | None = None) -> "Band":
+        (first, last), _, n_q, n_k, band, diagonal = layout
+        cut = None if diagonal is None else rows  # the longer of the two, unless they are parts of one sequence
+        block, reach, blocks = block_shape(rows, columns, band, block, cut)
         # Zeros from lengths, for `vmap` over a mesh of explicit axes: JAX refuses constants within a `cond` there.
         none = (n_q - n_q)[:, None]
         places = tuple(none[:, None] + jnp.arange(size, dtype=jnp.int32) for size in (block, reach))
@@ -60,13 +63,17 @@ class Band:
             row_start = jnp.concatenate([none, none + rows], 1)
             return cls(first, last, row_start, none, places, rows, columns, block, reach)
         number = jnp.arange(blocks + 1, dtype=jnp.int32)
+        if diagonal is not None and band is not None:
+            row_start = none + jnp.minimum(number * block, rows)
+            column_start = jnp.maximum(row_start[:, :-1] + (diagonal - band), 0)
+            return cls(first, last, row_start, column_start, places, rows, columns, block, reach)
         row_start = jnp.minimum(first_row_at(number * block, n_q[:, None], n_k[:, None]), rows)
         column_start = jnp.take_along_axis(first, jnp.minimum(row_start[:, :-1], rows - 1), axis=1)
         return cls(first, last, row_start, column_start, places, rows, columns, block, reach)
 
     @classmethod
-    def scores(cls, q, k, n_q: Lengths, n_k: Lengths, band: int | None, scale: float):
-        created = cls.create(n_q, n_k, q.shape[1], k.shape[1], band)
+    def scores(cls, q, k, layout: Layout, scale: float):
+        created = cls.create(layout, q.shape[1], k.shape[1])
         return created, created.outer(q * scale, k)
 
     @staticmethod
@@ -153,15 +160,17 @@ class Band:
         return self._over_columns("max", tiles.max(-2), -jnp.inf)
 
 
-def block_shape(rows: Size, columns: Size, band: int | None, block: int | None = None) -> tuple[Size, Size, Size]:
-    """Return the rows and columns of a tile, and the number of tiles."""
+def block_shape(
+    rows: Size, columns: Size, band: int | None, block: int | None = None, cut: Size | None = None
+) -> tuple[Size, Size, Size]:
+    """Return the rows and columns of a tile, and the number of tiles. cut: the length that is cut into blocks."""
     if band is None:
         return rows, columns, 1
     if block is None:  # larger ones copy columns less often, but reach further outside a narrow band
         block = 64 if band < 128 else 128
     if is_symbolic_dim(rows) or is_symbolic_dim(columns):
         return block, block + 2 * band, -(-jax.core.max_dim(rows, columns) // block)
-    width, blocks = block + 2 * band, math.ceil(max(rows, columns) / block)
+    width, blocks = block + 2 * band, math.ceil((cut or max(rows, columns)) / block)
     # With so little outside the band, moving rows and columns in and out of tiles costs more than it saves.
     if blocks * block * width > 0.75 * rows * columns:
         return rows, columns, 1
