@@ -121,15 +121,17 @@ def convolved(layer: nnx.Conv, h: Features, segments: Int[Array, "batch length"]
     Each tap is a product of its own, moved afterwards: no copy of the features a tap waits for the backward pass. The
     moves are slices, so that devices which share the length exchange neighbouring places alone.
     """
-    kernel, bias, dtype = layer.kernel[...], layer.bias[...], layer.dtype or h.dtype
-    (dilation,), before = layer.kernel_dilation, (len(kernel) - 1) * layer.kernel_dilation[0] // 2
-    result = jnp.zeros((*h.shape[:-1], kernel.shape[-1]), jnp.promote_types(jnp.float32, dtype))
+    kernel, dtype = layer.kernel[...], layer.dtype or h.dtype
+    (dilation,) = layer.kernel_dilation
+    sums = jnp.promote_types(jnp.float32, dtype)
+    assert layer.bias is not None  # of a `ConvolutionBlock`
+    result = layer.bias[...].astype(sums)
     for tap, matrix in enumerate(kernel.astype(dtype)):
-        by = tap * dilation - before
-        product = jnp.einsum("blc,cd->bld", h.astype(dtype), matrix, preferred_element_type=result.dtype)
+        by = tap * dilation - (len(kernel) - 1) * dilation // 2
+        product = jnp.einsum("blc,cd->bld", h.astype(dtype), matrix, preferred_element_type=sums)
         same = _moved(segments, by, -1) == segments
         result += jnp.where(same[..., None], _moved(product, by, 0), 0)
-    return (result + bias).astype(dtype)
+    return result.astype(dtype)
 
 
 def _moved(x: Array, by: int, outside: int) -> Array:

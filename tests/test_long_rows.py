@@ -25,8 +25,7 @@ from models.masked import MaskedLossConfig, MaskedObjective
 from tests.support import small_sequences
 
 CONFIG = SequenceConfig(batch_size=6, buckets=(60, 500), seed=3, join=True)
-# Dilations 1 and 4: a convolution reaches far beyond a separator.
-SMALL = EncoderConfig(width=16, depth=2, kernel=5, dilations=2, heads=2, attention_every=1)
+SMALL = EncoderConfig(width=8, depth=2, kernel=5, dilations=2, heads=2, attention_every=1)
 LENGTHS = 23, 1, 40, 17, 2, 30
 
 
@@ -61,7 +60,8 @@ def test_a_row_is_filled_with_whole_sequences_and_the_last_is_a_window(source):
             *complete, last = (x[a:b].astype(np.uint8).tobytes() for a, b in zip(starts, ends, strict=True))
             assert number[complete[0]] == first and all(part in number for part in complete)
             whole += len(complete)
-            assert (of := [text for text in number if last in text]), "no window of a sequence"
+            of = [text for text in number if last in text]
+            assert of, "no window of a sequence"
             windows.add((of[0].startswith(last), of[0].endswith(last)))
     assert whole > 400 and windows > {(True, False), (False, True)}
 
@@ -134,13 +134,10 @@ def joined() -> tuple[dict, dict]:
     return jax.tree.map(jnp.asarray, (row, apart))
 
 
-@pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("tau", [1.0, 0.9])
-def test_a_row_has_the_features_loss_and_gradient_of_its_sequences(tau, every):
-    if not every and tau < 1:
-        pytest.skip("no attention, no tau")
-    spec = SinkhornSpec(band=8, base_steps=4, tail_steps=2, tau_a=tau, tau_b=tau)
-    objective = MaskedObjective(dataclasses.replace(SMALL, attention_every=every), spec, MaskedLossConfig(0.3))
+def test_a_row_has_the_features_loss_and_gradient_of_its_sequences(tau):
+    spec = SinkhornSpec(band=8, base_steps=3, tail_steps=1, tau_a=tau, tau_b=tau)
+    objective = MaskedObjective(SMALL, spec, MaskedLossConfig(0.3))
     graph, params = nnx.split(objective.make(nnx.Rngs(0)))
     row, apart = joined()
 
@@ -169,8 +166,8 @@ def test_a_row_has_the_features_loss_and_gradient_of_its_sequences(tau, every):
 
 @pytest.mark.parametrize(("kernel", "dilation"), [(5, 16), (3, 1), (4, 3), (1, 1)])
 def test_the_convolution_of_one_segment_is_the_layers(kernel, dilation):
-    layer = nnx.Conv(6, 7, (kernel,), kernel_dilation=(dilation,), rngs=nnx.Rngs(0))
-    layer.bias[...] = jnp.arange(7.0)
+    layer = nnx.Conv(6, 6, (kernel,), kernel_dilation=(dilation,), rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(6.0)
     x = jax.random.normal(jax.random.key(1), (2, 40, 6))
     ones = jnp.ones((2, 40), jnp.int32)
     np.testing.assert_allclose(convolved(layer, x, ones), layer(x), rtol=0, atol=5e-6)
@@ -181,8 +178,8 @@ def test_the_convolution_of_one_segment_is_the_layers(kernel, dilation):
 
 
 def test_the_convolution_of_bfloat16_is_as_near_as_the_layers():
-    layer = nnx.Conv(16, 16, (5,), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, 40, 16))
+    layer = nnx.Conv(16, 16, (5,), kernel_dilation=(1,), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 40, 16), jnp.bfloat16)
     found, own = convolved(layer, x, jnp.ones((2, 40), jnp.int32)), layer(x)
     assert found.dtype == own.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), own.astype(np.float32), atol=0.02)
