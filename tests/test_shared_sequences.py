@@ -139,3 +139,11 @@ def test_what_devices_cannot_share_is_refused(changes, named):
 def test_without_attention_only_convolutions_must_fit():
     for changes in {"attention.band": -1, "model.attention_every": 0}, {"attention.band": 54}:
         tasks.task_of(sequence_config(**{"mesh.sequence": 8} | changes)).check_mesh()
+
+
+@pytest.mark.parametrize("base", [r2_balanced, aligner, sort_sinkhorn])
+def test_pairs_and_sorted_symbols_are_not_shared(base):
+    settings = base.get_config()
+    settings.mesh.sequence = 2
+    with pytest.raises(ValueError, match=r"mesh\.sequence=2: allowed is 1 for a model that is trained to (align|sort)"):
+        tasks.task_of(settings).check_mesh()
