@@ -288,7 +288,7 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
     none = axes.varying_like(f_bar, (jnp.zeros_like(f_bar), jnp.zeros_like(g_bar)))
     carry = d_scores, f_bar, g_bar, *none
     steps = tuple(x.swapaxes(0, 1)[::-1] for x in (solved.f[:, 1:], solved.g[:, 1:], solved.g[:, :-1]))
-    if isinstance(d_scores.band, RemakingBand):  # its tiles list what was subtracted
+    if not isinstance(d_scores.tiles, jax.Array):  # they list what was subtracted
         for r in range(problem.spec.tail_steps):
             carry, _ = minus_step(carry, [x[r] for x in steps])
     else:  # in a loop, or XLA would subtract all terms at once and keep them until then

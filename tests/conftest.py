@@ -52,6 +52,7 @@ _LONGEST_FIRST = [
     "test_bench_attention",
     "test_asap",
     "test_certificates",
+    "test_sequence_axis",
     "test_training_step",
     "test_masked",
     "test_initial",
