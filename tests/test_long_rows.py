@@ -18,6 +18,7 @@ from configs import long_context
 from data import vocab
 from data.masked import SequenceConfig, assemble, training_stream
 from data.sequences import open_sequences
+from evaluation import tasks
 from models import attention
 from models.attention import BlockSpec, SinkhornSpec, SparseSpec
 from models.encoder import Encoder, EncoderConfig, convolved
@@ -25,7 +26,7 @@ from models.masked import MaskedLossConfig, MaskedObjective
 from tests.support import small_sequences
 
 CONFIG = SequenceConfig(batch_size=6, buckets=(60, 500), seed=3, join=True)
-SMALL = EncoderConfig(width=8, depth=2, kernel=5, dilations=2, heads=2, attention_every=1)
+SMALL = EncoderConfig(width=8, depth=1, kernel=5, heads=2, attention_every=1)
 LENGTHS = 23, 1, 40, 17, 2, 30
 
 
@@ -134,10 +135,14 @@ def joined() -> tuple[dict, dict]:
     return jax.tree.map(jnp.asarray, (row, apart))
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.9])
-def test_a_row_has_the_features_loss_and_gradient_of_its_sequences(tau):
+@pytest.mark.parametrize(
+    ("implementation", "tau"),
+    [("reference", 1.0), ("reference", 0.9), pytest.param("xla", 1.0, marks=pytest.mark.slow), ("xla", 0.9)],
+)
+def test_a_row_has_the_features_loss_and_gradient_of_its_sequences(implementation, tau):
     spec = SinkhornSpec(band=8, base_steps=3, tail_steps=1, tau_a=tau, tau_b=tau)
-    objective = MaskedObjective(SMALL, spec, MaskedLossConfig(0.3))
+    model = dataclasses.replace(SMALL, implementation=implementation)
+    objective = MaskedObjective(model, spec, MaskedLossConfig(0.3))
     graph, params = nnx.split(objective.make(nnx.Rngs(0)))
     row, apart = joined()
 
@@ -243,7 +248,7 @@ def test_attention_that_would_mix_sequences_is_refused(built, tmp_path, capsys, 
     assert command_line.run("train.py", lambda: train.train(config, tmp_path / "run") and None) == 1
     assert told in (line := capsys.readouterr().err) and line.count("\n") == 1 and list(tmp_path.iterdir()) == []
     for other in ({"data.join": False}, {"model.attention_every": 0}):
-        train.prepare(small_run(built, **changes, **other), tmp_path / "run")
+        tasks.task_of(tasks.checked(small_run(built, **changes, **other))).objective()
 
 
 def test_an_encoder_of_another_attention_takes_no_segments():
@@ -257,10 +262,10 @@ def test_an_encoder_of_another_attention_takes_no_segments():
 
 def small_run(built, **changes) -> ConfigDict:
     options = {
-        "total_steps": 30, "batch_size": 4, "data.dir": str(built), "data.buckets": (112, 600), "model.width": 16,
-        "model.depth": 2, "model.kernel": 3, "model.attention_every": 2, "attention.band": 8, "attention.base_steps": 4,
-        "mesh.sequence": 1, "log.every": 1, "log.eval_every": 30, "log.eval_pairs": 8, "log.wandb": "disabled",
-        "checkpoint.every": 30, "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 2, "optimizer.ema": 0.8,
+        "total_steps": 20, "batch_size": 4, "data.dir": str(built), "data.buckets": (112, 600), "model.width": 16,
+        "model.depth": 1, "model.kernel": 3, "model.attention_every": 1, "attention.band": 8, "attention.base_steps": 4,
+        "mesh.sequence": 1, "log.every": 1, "log.eval_every": 20, "log.eval_pairs": 8, "log.wandb": "disabled",
+        "checkpoint.every": 20, "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 2, "optimizer.ema": 0.8,
     }  # fmt: skip
     config = long_context.get_config()
     with config.ignore_type():
@@ -278,5 +283,5 @@ def test_a_run_learns_from_joined_rows_and_is_validated_on_single_sequences(tmp_
     assert "joined to rows of 600 places" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 30 and losses[0] > 2 and losses[-1] < 0.7
+    assert len(losses) == 20 and losses[0] > 2 and losses[-1] < 0.7
     assert rows[-1]["validation/perplexity"] < 2.5
