@@ -11,7 +11,7 @@ _BATCH_RESIDUES = 32 * 192  # padded residues of x in a batch on a CPU
 _BATCH_RESIDUES_OF_ACCELERATOR = 1024 * 192
 _ENCODED_RESIDUES = 8 * 256  # residues that are encoded at once on a CPU; few, as a single pair takes as long
 _BATCH_CELLS = 1 << 27  # plan entries in a batch on an accelerator; decoding takes about 30 bytes for each
-_SMALLEST, _LARGEST = 64, 46_080  # padded lengths; the band's arithmetic is exact to 46,276
+_SMALLEST = 64  # padded length
 # What aligners take on a CPU, by XLA's analysis of memory: for a cell of all pairs of residues, for a cell of a band,
 # for a residue that is encoded.
 _BYTES_OF_CELL, _BYTES_OF_BAND, _BYTES_OF_RESIDUE = 21, 38, 5200
@@ -39,9 +39,9 @@ def shape_of(x_length: int, y_length: int, band: int | None) -> Shape:
 
 
 def bucket(length: int) -> int:
-    """Return the padded length: 64, 96, 128, 192, 256, 384, and so on, up to 46,080."""
+    """Return the padded length: 64, 96, 128, 192, 256, 384, and so on."""
     power = max(_SMALLEST, 1 << (length - 1).bit_length())
-    return min(_LARGEST, power * 3 // 4 if power > _SMALLEST and length <= power * 3 // 4 else power)
+    return power * 3 // 4 if power > _SMALLEST and length <= power * 3 // 4 else power
 
 
 def batch_size(rows: int, columns: int, band: int | None) -> int:

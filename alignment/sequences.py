@@ -23,7 +23,7 @@ from data import files, vocab
 from data.other_formats import format_of
 
 MAX_BYTES = 1 << 30  # in a file, unpacked; Swiss-Prot has 0.3 GB
-MAX_LENGTH = 46_000  # residues; what exact arithmetic of the band allows, ot_attention.support.MAX_BANDED_PRODUCT
+MAX_LENGTH = 1 << 24  # residues, a padded length; what float32 counts, and ot_attention.support.LONGEST_BANDED
 _GAPS, _STOP, _UNKNOWN = vocab.GAPS.decode(), "*", "X"
 _LETTERS = vocab.RESIDUES + vocab.AMBIGUOUS
 _ALLOWED = frozenset(_LETTERS + _LETTERS.lower() + _GAPS + _STOP)

@@ -90,10 +90,22 @@ def _choices(
         left = pair_hmm.same(best, moves)
         unmatched, matched = jnp.maximum(above, left), before + value - threshold
         choice = jnp.where(matched > unmatched, _MATCHED, jnp.where(left > above, _LEFT, _ABOVE))
-        return (jnp.maximum(unmatched, matched), left), choice.astype(jnp.uint8)
+        best = jnp.maximum(unmatched, matched)
+        return (best, left) if first is None else _kept_small(best, left), choice.astype(jnp.uint8)
 
     nothing = jnp.zeros(values.shape[1:])
     return jax.lax.scan(step, (nothing, nothing), (values, moves))[1]
+
+
+def _kept_small(best: Float[Array, "batch lanes"], before: Float[Array, "batch lanes"]) -> tuple[Array, Array]:
+    """Take a constant off the sums of a band where they are large: float32 would lose what long sequences add.
+
+    Neighbours on an antidiagonal differ by at most 1, the largest value of a pair, so that all within the sequences
+    stay above 0, the sum of what nothing leads to.
+    """
+    unit = 2.0 * (1 << best.shape[1].bit_length())
+    excess = jnp.where(best.max(axis=1, keepdims=True) >= 2 * unit, unit, 0)
+    return jnp.maximum(best - excess, 0), jnp.maximum(before - excess, 0)
 
 
 def _trace(choices, values, first, x_lengths, y_lengths) -> tuple[Int[Array, "diagonals batch"], Array]:

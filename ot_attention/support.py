@@ -18,9 +18,7 @@ Lengths = Int[Array, "*batch"]
 Mass = Float[Array, "*batch 1"]
 _FAR = 2**30  # beyond any position
 P, R = ParamSpec("P"), TypeVar("R")
-# (2 i + 1) n_k must fit into 32 unsigned bits for the exact band arithmetic below.
-MAX_BANDED_PRODUCT = 2**31
-LONGEST_BANDED = 46276  # the longest L with L (L + 128) below it: sequences are padded to whole tiles of 128
+LONGEST_BANDED = 2**24  # residues, for which `divided_product` is exact
 
 
 def row_windows(
@@ -30,10 +28,17 @@ def row_windows(
 
     The support is `|j - c(i)| <= band`, in integers: rounding would move the band's edge (docs/math.md, section 2).
     """
-    n_q, n_k = n_q[..., None], n_k[..., None]
+    return windows_of_rows(rows, n_q[..., None], n_k[..., None], band)
+
+
+def windows_of_rows(
+    rows: Int[Array, "..."], n_q: Int[Array, "..."], n_k: Int[Array, "..."], band: int | None
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """Return `row_windows` of lengths that fit `rows` by broadcasting: a kernel's lengths are scalars."""
     if band is None:
         first, last = jnp.zeros_like(rows), jnp.broadcast_to(n_k - 1, rows.shape)
     else:
+        band = min(band, LONGEST_BANDED)  # a wider band holds everything, and sums would overflow
         ceil_centre, floor_centre = diagonal(rows, n_q, n_k)
         first, last = jnp.maximum(ceil_centre - band, 0), jnp.minimum(floor_centre + band, n_k - 1)
     exists = (rows >= 0) & (rows < n_q)
@@ -49,33 +54,63 @@ def column_windows(
     """
     n_q, n_k = n_q[..., None], n_k[..., None]
 
-    def rows(column, rest):
-        """Count rows with c(i) <= column if rest is n_k, with c(i) < column if it is n_k - 1."""
-        product = (2 * jnp.clip(column, 0, n_k) + 1).astype(jnp.uint32) * n_q.astype(jnp.uint32)
-        count = (product + rest.astype(jnp.uint32)) // (2 * jnp.maximum(n_k, 1)).astype(jnp.uint32)
-        return jnp.where(column < 0, 0, jnp.minimum(count.astype(jnp.int32), n_q))
+    def rows(column, added):
+        """Count rows with c(i) <= column if `added` is n_k, with c(i) < column if it is n_k - 1."""
+        # (odd n_q + added) / (2 n_k), rounded down.
+        denominator = 2 * jnp.maximum(n_k, 1)
+        whole, rest = divided_product(2 * jnp.clip(column, 0, n_k) + 1, n_q, denominator)
+        count = whole + (rest + added >= denominator)
+        return jnp.where(column < 0, 0, jnp.minimum(count, n_q))
 
     if band is None:
         first, stop = jnp.zeros_like(columns), jnp.broadcast_to(n_q, columns.shape)
     else:
-        band = min(band, MAX_BANDED_PRODUCT // 4)  # a wider band holds everything, and sums would overflow
+        band = min(band, LONGEST_BANDED)
         first, stop = rows(columns - band, jnp.maximum(n_k - 1, 0)), rows(columns + band, n_k)
     exists = (columns >= 0) & (columns < n_k)
     return jnp.where(exists, first, 0), jnp.where(exists, stop - 1, -1)
 
 
 def diagonal(
-    rows: Int[Array, "*batch rows"], n_q: Int[Array, "*batch 1"], n_k: Int[Array, "*batch 1"]
-) -> tuple[Int[Array, "*batch rows"], Int[Array, "*batch rows"]]:
+    rows: Int[Array, "..."], n_q: Int[Array, "..."], n_k: Int[Array, "..."]
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
     """Compute ceiling and floor of the length-scaled diagonal `c(i)` at each row, exactly."""
     # c(i) = (odd n_k - n_q) / (2 n_q) with odd = 2 i + 1; x = odd n_k / (2 n_q) = c(i) + 1/2 is never negative.
-    odd = (2 * jnp.clip(rows, 0, jnp.maximum(n_q - 1, 0)) + 1).astype(jnp.uint32)
-    denominator = (2 * jnp.maximum(n_q, 1)).astype(jnp.uint32)
-    numerator = odd * n_k.astype(jnp.uint32)
-    whole = (numerator // denominator).astype(jnp.int32)
-    twice_rest = 2 * (numerator % denominator)
+    odd, denominator = 2 * jnp.clip(rows, 0, jnp.maximum(n_q - 1, 0)) + 1, 2 * jnp.maximum(n_q, 1)
+    whole, rest = divided_product(odd, n_k, denominator)
     # ceil(x - 1/2) and floor(x - 1/2), from x = whole + rest / denominator.
-    return whole + (twice_rest > denominator), whole - (twice_rest < denominator)
+    above, below = 2 * rest > denominator, 2 * rest < denominator
+    return whole + above.astype(jnp.int32), whole - below.astype(jnp.int32)
+
+
+def divided_product(
+    x: Int[Array, "..."], y: Int[Array, "..."], denominator: Int[Array, "..."]
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """Divide `x y` by `denominator`; return quotient, rounded down, and remainder, both exact.
+
+    No integers are divided, which TPU kernels cannot do, and none has more than 32 bits.
+
+    Args:
+        x: int32, 0 to 2^25 + 2^10.
+        y: int32, 0 to 2^24.
+        denominator: int32, 1 to 2^25, such that the quotient is at most 2^26.
+    """
+    # Integers wrap around modulo 2^32, so a difference of products is exact if it lies within 2^31, whatever the
+    # products are. Let an estimate q' of q = x y / denominator have a relative error of at most e = 2^-19: three
+    # roundings to float32, and a division by a device that is off by up to 14 ulps.
+    #
+    # 1. whole is q', cut off to an integer: |q - whole| < e q + 1. So |rest| < e x y + denominator
+    #    <= 2^30 + 2^15 + 2^25 < 2^31: it is exact.
+    # 2. |rest| / denominator < e q + 1 <= 2^7 + 1. Its estimate is off by less than (2^7 + 1) e < 2^-11. Rounded down,
+    #    that leaves a rest between -2^-11 denominator and (1 + 2^-11) denominator.
+    # 3. Such a rest shows whether the quotient is 1 too large or 1 too small.
+    divisor = denominator.astype(jnp.float32)
+    whole = (x.astype(jnp.float32) * y.astype(jnp.float32) / divisor).astype(jnp.int32)
+    rest = x * y - whole * denominator
+    more = jnp.floor(rest.astype(jnp.float32) / divisor).astype(jnp.int32)
+    whole, rest = whole + more, rest - more * denominator
+    off = (rest >= denominator).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
+    return whole + off, rest - off * denominator
 
 
 class Windows(NamedTuple):

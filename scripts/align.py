@@ -11,7 +11,7 @@ python scripts/align.py --pairs=pairs.tsv --format=jsonl         # lines: id, x,
 python scripts/align.py --pairs=ids.tsv many.fasta               # lines: id of x, id of y
 zcat many.fasta.gz | python scripts/align.py - --format=a3m > many.a3m
 
-Sequences may be of any length up to 46,000 residues. Confidence is the probability that a column is right. Input is
+Sequences may be as long as memory allows. Confidence is the probability that a column is right. Input is
 FASTA or PIR, plain or compressed by gzip, bzip2 or xz. Files of output appear when they are finished.
 """
 
@@ -117,16 +117,18 @@ def _check_memory(model: "Pretrained", work: Work, band: int | None) -> None:
     if jax.default_backend() != "cpu":  # accelerators have memory of their own, and say when it is too little
         return
 
-    def needed(pair: PairRecord) -> int:
+    def needed(pair: PairRecord, band: int | None = band) -> int:
         return model.memory(len(pair.x.residues), len(pair.y.residues), pairs=work.total, band=band)
 
     pair, available = max(work.largest, key=needed), memory.available()
     if needed(pair) > available:
         narrower = "--band=N with a smaller N" if band not in (None, -1) else "--band=N"
+        advice = f"{narrower} searches fewer partners, for less memory"
+        if needed(pair, 1) > available:  # what takes most are the residues
+            advice = "cut the longer sequence into domains"
         raise ValueError(
             f"{pair.id}, {len(pair.x.residues)} x {len(pair.y.residues)} residues: its alignment takes about "
-            f"{needed(pair) / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are left; {narrower} searches fewer "
-            "partners, for less memory"
+            f"{needed(pair) / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are left; {advice}"
         )
 
 

@@ -204,8 +204,8 @@ def test_the_plan_is_drawn(run, folder):
         (b">a\nMKV\n>a\nMKV\n", r"record 2 \(a\): this id has occurred before"),
         (b">a\nMK\nV1L\n", r"record 1 \(a\), position 4: '1' is no residue"),
         (
-            b">a\n" + b"M" * 46_001 + b"\n>b\nM\n",
-            r"record 1 \(a\): 46001 residues were given, allowed are at most 46000",
+            b">a\n" + b"M" * ((1 << 24) + 1) + b"\n>b\nM\n",
+            r"record 1 \(a\): 16777217 residues were given, allowed are at most 16777216; cut it into domains",
         ),
         (b">a\nMK\0V\n", "is not text"),
         (gzip.compress(b">a\nMKV\n" * 9, mtime=0)[:-9], "cannot be unpacked"),
@@ -354,6 +354,19 @@ def test_a_pair_that_memory_cannot_hold_is_named_before_it_is_compiled(run, fold
             r"q:long, 2840 x 4410 residues: .* about 1\.[4-7] GB of memory, 0\.3 GB are left; --band=N", errors
         )
         assert run("a.fasta", "b.fasta")[0] == 0
+
+
+def test_a_pair_that_no_band_makes_fit_is_named_too(run, folder):
+    (folder / "long.fasta").write_text(f">titins\n{HBA * 800}\n>long\n{HBB * 700}\n")
+    with (
+        mock.patch("data.memory.available", return_value=900_000_000),
+        mock.patch.object(Pretrained, "align_chunks", side_effect=AssertionError("aligned")),
+    ):
+        status, output, errors = run("long.fasta")
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert re.search(
+        r"titins:long, 113600 x 102900 residues: .* about 2\.6 GB of memory, 0\.9 GB are left; cut the longer", errors
+    )
 
 
 @pytest.mark.parametrize(

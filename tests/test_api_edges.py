@@ -403,7 +403,7 @@ def assert_called_alike(functions, *sizes: tuple[int, int, int, int]) -> None:
 
 
 CONVERGING = {"solver": "newton", "gradient": "implicit"}
-SHORT = {"constraints": ["l <= 46276", "m <= 46276"]}
+SHORT = {"constraints": ["l <= 16777216", "m <= 16777216"]}
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_memory_of_a_batch_that_is_a_symbol_is_one_groups():
 
 
 def test_symbols_that_could_be_too_long_and_kernels_are_refused():
-    with pytest.raises(UnsupportedError, match="l <= 46276"):
+    with pytest.raises(UnsupportedError, match="l <= 16777216"):
         exported("2, l, 12, 2")
     for name in INTERPRETED:
         with pytest.raises(UnsupportedError, match="symbols"):

@@ -20,7 +20,7 @@ from models import pair_hmm
 from models.aligner import Aligner, AlignerConfig
 from models.attention import specs_of
 from models.decoding import LEAST_THRESHOLD, NO_MATCH
-from ot_attention import transport_plan
+from ot_attention import support, transport_plan
 from scripts import align
 from tests.support.prior_aligner import FRAGMENT, HBA, HBB, config, initial, pairs_of
 
@@ -217,16 +217,18 @@ def test_the_estimate_of_memory_is_that_of_the_compiler(model):
 
 def test_the_longest_sequences_are_aligned(model):
     """Padding may not exceed what the arithmetic of the band allows."""
-    for length in (33_000, sequences.MAX_LENGTH):
-        assert length <= batching.bucket(length) <= 46_276
-    program, batch = program_of(model, batching.shape_of(sequences.MAX_LENGTH, 40_000, inference.BAND))
+    assert batching.bucket(sequences.MAX_LENGTH) == support.LONGEST_BANDED
+    for length in (49_153, 50_000, 65_536):
+        assert batching.bucket(length) == 65_536
+    shape = batching.shape_of(1_000_000, 999_999, inference.BAND)
+    program, batch = program_of(model, shape)
     shapes = {name: jax.ShapeDtypeStruct(of.shape, of.dtype) for name, of in batch.items()}
-    assert jax.eval_shape(program, model.params, shapes).decoded.match.shape == (1, 46_080)
+    assert jax.eval_shape(program, model.params, shapes).decoded.match.shape == (1, 1 << 20)
 
 
 def test_lengths_are_checked(model):
     one = np.ones(1, np.int32)
-    with pytest.raises(ValueError, match="pair 0, y: 0 residues were given, allowed are 1 to 46000"):
+    with pytest.raises(ValueError, match="pair 0, y: 0 residues were given, allowed are 1 to 16777216"):
         model.align([(one, one[:0])])
 
 
@@ -256,7 +258,7 @@ def test_modes_differ_at_the_ends(model):
         model.align([(x, y)], mode="semiglobal")
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 96, 97, 129, 5000, 46_000])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 96, 97, 129, 5000, 46_081, 50_000, 1 << 24])
 def test_buckets_hold_their_lengths_and_are_few(length):
     assert length <= batching.bucket(length) < max(65, 1.51 * length)
     assert len({batching.bucket(n) for n in range(1, 5001)}) == 14

@@ -131,17 +131,19 @@ def test_other_formats_are_named(read, text, told):
         (">a\nMK\u00dfV\n", r"record 1 \(a\), position 3: '\u00df' is no residue"),
         (">a\nMK\ufb01V\n", r"record 1 \(a\), position 3: '\ufb01' is no residue"),
         (">a\nMKV\n>b\nM\0K\n", "is not text"),
-        (">a\n" + "M" * 46_001, r"record 1 \(a\): 46001 residues were given, allowed are at most 46000"),
+        (">a\n" + "M" * 101, r"record 1 \(a\): 101 residues were given, allowed are at most 100"),
     ],
 )
-def test_a_record_that_cannot_be_read_is_named(read, text, message):
+def test_a_record_that_cannot_be_read_is_named(read, text, message, monkeypatch):
+    monkeypatch.setattr(sequences, "MAX_LENGTH", 100)
     with pytest.raises(ValueError, match=rf"many\.fasta(, | ){message}"):
         read(text)
 
 
-def test_bad_records_are_left_out_on_demand(read):
+def test_bad_records_are_left_out_on_demand(read, monkeypatch):
+    monkeypatch.setattr(sequences, "MAX_LENGTH", 100)
     bad: list[ValueError] = []
-    text = f">a\nMKV\n>b\nMK1\n>c\n\n>a\nM\n>long\n{'M' * 46_001}\n>d\nW*\n"
+    text = f">a\nMKV\n>b\nMK1\n>c\n\n>a\nM\n>long\n{'M' * 101}\n>d\nW*\n"
     assert [record.id for record in read(text, on_bad=bad.append)] == ["a", "d"]
     assert [str(error).split(":")[0] for error in bad] == [
         "many.fasta, record 2 (b), position 3",
@@ -215,10 +217,11 @@ def test_tables_of_spreadsheets_are_read(read):
         ("a\tMKV\tM?V\n", r"line 1 \(a\), y, position 2: '\?' is no residue"),
         ("id\tx\ty\n", r"holds no pair"),
         ("", r"holds no pair"),
-        ("a\tM\t" + "M" * 46_001, r"line 1 \(a\), y: 46001 residues"),
+        ("a\tM\t" + "M" * 101, r"line 1 \(a\), y: 101 residues"),
     ],
 )
-def test_tables_that_cannot_be_read_are_named(read, text, message):
+def test_tables_that_cannot_be_read_are_named(read, text, message, monkeypatch):
+    monkeypatch.setattr(sequences, "MAX_LENGTH", 100)
     with pytest.raises(ValueError, match=rf"p\.tsv(, | ){message}"):
         pairs_of(text)
 

@@ -71,7 +71,7 @@ def uniform(x: Float[Array, "n"], y: Float[Array, "m"], n_x, n_y, before, after)
 
 def uniform_staircase(n_x, n_y, length: int) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
     """Compute `_where_met` for uniform masses, in integers: the numbers of points decide it."""
-    mass = jnp.arange(1, length + 1, dtype=jnp.uint32) * n_y.astype(jnp.uint32)
-    unit, last = jnp.maximum(n_x, 1).astype(jnp.uint32), jnp.maximum(n_y - 1, 0)
-    before, after = (mass + unit - 1) // unit - 1, mass // unit
-    return jnp.clip(before.astype(jnp.int32), 0, last), jnp.clip(after.astype(jnp.int32), 0, last)
+    unit, last = jnp.maximum(n_x, 1), jnp.maximum(n_y - 1, 0)
+    points = jnp.minimum(jnp.arange(1, length + 1, dtype=jnp.int32), unit)  # padding repeats the last
+    after, rest = support.divided_product(points, n_y, unit)
+    return jnp.clip(after + (rest > 0) - 1, 0, last), jnp.clip(after, 0, last)

@@ -160,22 +160,7 @@ class Head:
         return jax.lax.cond(n < group.number, residues, bin_column) if self.dustbin else residues()
 
     def _windows(self, row):
-        """Compute `support.row_windows` without dividing integers, which the chip cannot."""
-        exists = row < self.n_q
-        if self.band is None:
-            first, last = jnp.zeros_like(row), jnp.full_like(row, self.n_k - 1)
-        else:
-            # c(i) + 1/2 = odd n_k / (2 n_q). The estimate in floats is off by at most 1. Products may wrap around, but
-            # the remainder is small and exact.
-            odd, denominator = 2 * row + 1, 2 * self.n_q
-            estimate = odd.astype(jnp.float32) * self.n_k.astype(jnp.float32) / denominator.astype(jnp.float32)
-            whole = estimate.astype(jnp.int32)
-            rest = odd * self.n_k - whole * denominator
-            off = (rest >= denominator).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
-            whole, twice_rest = whole + off, 2 * (rest - off * denominator)
-            first = jnp.maximum(whole + (twice_rest > denominator).astype(jnp.int32) - self.band, 0)
-            last = jnp.minimum(whole - (twice_rest < denominator).astype(jnp.int32) + self.band, self.n_k - 1)
-        return jnp.where(exists, first, 0), jnp.where(exists, last, -1)
+        return support.windows_of_rows(row, self.n_q, self.n_k, self.band)
 
     def supported(self, group: Group):
         """Mark the group's rows that have any support, `[1, 128]`."""

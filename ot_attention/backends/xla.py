@@ -179,11 +179,10 @@ def block_shape(
 
 def first_row_at(position: Int[Array, "blocks"], n_q, n_k) -> Int[Array, "N blocks"]:
     """Return the least row i with `(i + 1/2) longer / n_q >= position`, along the longer sequence; n are `[N, 1]`."""
-    twice_longer = 2 * jnp.maximum(jnp.maximum(n_q, n_k), 1).astype(jnp.uint32)
-    product = (2 * position).astype(jnp.uint32) * n_q.astype(jnp.uint32)
-    # i >= y - 1/2 with y = product / (2 longer) = whole + rest / (2 longer)
-    whole, rest = product // twice_longer, product % twice_longer
-    return (whole + (2 * rest > twice_longer)).astype(jnp.int32)
+    longer = jnp.maximum(jnp.maximum(n_q, n_k), 1)
+    # i >= y - 1/2 with y = position n_q / longer = whole + rest / longer
+    whole, rest = support.divided_product(position, n_q, longer)
+    return whole + (2 * rest > longer)
 
 
 def _windows(x: Shaped[Array, "N length ..."], start: Int[Array, "N blocks"], width: Size) -> Shaped[Array, "..."]:
