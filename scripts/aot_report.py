@@ -132,6 +132,7 @@ def report_bucket(trainer: Trainer, batch: Mapping[str, jax.ShapeDtypeStruct], m
     parts = counting.count(sharding.on(mesh, trainer.update), state, known)
     row["counted"] = {name: counted(of, chip) for name, of in parts.items()}
     row["exchanges"] = sum(of.exchanges for of in parts.values()) / mesh.size
+    row["to_neighbours"] = sum(of.ici for of in parts.values()) / mesh.size
     # The model counts permutations by devices that share a sequence as often as loops make them.
     sums = [of for of in exchanged if of.kind != "collective-permute" or mesh.shape[SEQUENCE] == 1]
     sharing = mesh.size // mesh.shape[MODEL]
@@ -177,7 +178,7 @@ def _cells(row: dict) -> tuple[dict[str, str], dict[str, str]]:
     calls = [f"{number} {name}" for name, number in row["kernels"].items()]
     return cells | {
         "exchanges": ", ".join(exchanges) or "none",
-        "in a run": f"{row['exchanges']:.0f}",
+        "in a run": f"{row['exchanges']:.0f}, {row['to_neighbours'] / _MIB:.2f} MiB to neighbours",
         "kernels": ", ".join(calls) or "none",
     }, bucket | parts | speed
 
