@@ -215,3 +215,12 @@ def test_a_band_is_decoded_on_a_gpu_too_and_holds_nothing_of_the_size_of_both_le
     text = program.trace(values, first, lengths, lengths).lower(lowering_platforms=("cuda",)).as_text()
     sizes = [math.prod(map(int, found.split("x"))) for found in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)]
     assert 2 * length * lanes * 0.9 < max(sizes) <= 4 * 2 * length * lanes  # indices have up to three columns
+
+
+def test_large_sums_of_a_band_are_made_small_and_differ_as_before():
+    best, small = jnp.array([[4000.0, 3999.25, 0.0, 3998.5]]), jnp.array([[7.5, 7.0, 0.0, 6.0]])
+    kept, before = decoding._kept_small(best, best - 0.5)
+    np.testing.assert_array_equal(kept, [[4000 - 16, 3999.25 - 16, 0, 3998.5 - 16]])
+    np.testing.assert_array_equal(before, [[3999.5 - 16, 3998.75 - 16, 0, 3998 - 16]])
+    for of in decoding._kept_small(small, small):
+        np.testing.assert_array_equal(of, small)

@@ -148,3 +148,13 @@ def test_memory_of_long_pairs_grows_with_the_sum_of_their_lengths():
     long, half = needed(10_000), needed(5_000)
     assert long < 250e6, f"{long:,} bytes"
     assert long < 2.4 * half, f"{long:,} bytes for 10,000 residues, {half:,} for 5,000"
+
+
+def test_blocks_are_the_same_however_many_rows_are_summed_at_a_time(small, monkeypatch):
+    """Blocks of long sequences have more rows than are computed at once."""
+    found = []
+    for rows in (64, 4):
+        monkeypatch.setattr(path_band, "_ROWS", rows)
+        found.append(jax.jit(lambda sides: path_band.best_blocks(sides, gaps_of(sides)).match)(small))
+    assert (np.asarray(found[0]) >= 0).sum() > 10
+    np.testing.assert_array_equal(*found)

@@ -29,7 +29,7 @@ def small_memory(monkeypatch, forget_programs):
     """Function that makes kernels believe in a chip of so many MiB."""
 
     def believe(mib: float) -> None:
-        monkeypatch.setattr(tpu, "_vmem_capacity", lambda: int(mib * 2**20))
+        monkeypatch.setattr(tpu, "vmem_capacity", lambda: int(mib * 2**20))
         forget_programs()
 
     return believe

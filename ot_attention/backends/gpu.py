@@ -11,7 +11,7 @@ and `gpu_sweep` would change.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ Terms = tuple[tuple[Scores, tuple[Field, ...]], ...]
 class Band:
     """Cells of the support. Its tiles are `Scores`, and after `exp` a sum of `Terms`: nothing of the band's size."""
 
+    kernels: Any = gpu_kernels  # the module that makes products and maxima
+
     def __init__(self, windows, reach: tuple[Reach, Reach], strips: Strips | None, cut, scale, most: int, block: int):
         self.windows = windows  # first and last of every row, and of every column
         self.reach = reach  # of blocks of rows, and of columns
@@ -87,13 +89,13 @@ class Band:
         of_rows, of_columns, n_q, n_k, band, diagonal = layout
         (number, rows, _), columns = q.shape, k.shape[1]
         q, k = (x.astype(jnp.result_type(q, k)) for x in (q, k))
-        block = gpu_kernels.block_for(q.dtype, gpu_kernels.padded_width(q.shape[2]))
+        q, k = map(cls.kernels.pad_width, (q, k))
+        block = cls.kernels.block_for(q.dtype, q.shape[2])
         reach = _reach(*of_rows, n_q, block), _reach(*of_columns, n_k, block)
         most = columns if band is None else min(columns, 2 * band + 1)
         # Strips know their tiles from the lengths: not where segments or neighbours' shares decide them.
         cut = gpu_sweep.cut_for(columns, band) if block == gpu_sweep.ROWS and diagonal is None else None
         strips = cut and gpu_sweep.strips(n_q, n_k, rows, columns, cut)
-        q, k = map(gpu_kernels.pad_width, (q, k))
         zeros = [jnp.zeros((number, length + 1), support.potential_dtype(q)) for length in (rows, columns)]
         scores = Scores(q, k, *axes.varying_like(q, zeros))
         return cls((of_rows, of_columns), reach, strips, cut, scale, most, block), scores
@@ -149,10 +151,10 @@ class Band:
         return u, self._product(self.exp(scaled), None, by_rows=False)
 
     def row_max(self, scores: Scores) -> Rows:
-        return gpu_kernels.maximum(*self._seen_from(scores, by_rows=True))
+        return self.kernels.maximum(*self._seen_from(scores, by_rows=True))
 
     def column_max(self, scores: Scores) -> Columns:
-        return gpu_kernels.maximum(*self._seen_from(scores, by_rows=False))
+        return self.kernels.maximum(*self._seen_from(scores, by_rows=False))
 
     def _product(self, terms: Terms, x: Array | None, by_rows: bool) -> Array:
         """Multiply by x from the right, from the left if not by_rows; None sums the rows of K, or its columns."""
@@ -160,7 +162,7 @@ class Band:
         def of_term(scores: Scores, fields: tuple[Field, ...]) -> Array:
             own, other, reach, matrix = self._seen_from(scores, by_rows)
             fields = fields if by_rows else tuple((y, x) for x, y in fields)
-            return gpu_kernels.product(own, other, reach, fields, x, matrix)
+            return self.kernels.product(own, other, reach, fields, x, matrix)
 
         return functools.reduce(jnp.add, (of_term(*term) for term in terms))
 

@@ -4,31 +4,15 @@ A new backend is a module that satisfies `Backend` or `Band`, a line in `BACKEND
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import jax
 from jax.export import is_symbolic_dim
 
-from ot_attention import reference, sinkhorn, support
-from ot_attention.backends import Attended, Backend, Band, gpu, tpu, xla
+from ot_attention import reference, support
+from ot_attention.backends import Backend, gpu, tpu, xla
+from ot_attention.backends.loop import Loop
 from ot_attention.spec import Heads, Implementation, SinkhornSpec, UnsupportedError
-
-
-class Loop(NamedTuple):
-    """Backend made of a band and the loop of `sinkhorn`."""
-
-    band: type[Band]
-    unsupported_reason: Callable[[Heads, SinkhornSpec], str | None] = lambda heads, spec: None
-    platform: str | None = None
-    one_dtype: bool = True  # whether q, k and v must be in the dtype of the potentials
-
-    def attend(self, heads: Heads, spec: SinkhornSpec, /) -> Attended:
-        heads = (support.cleaned if self.one_dtype else support.without_padding)(heads, spec.axis)
-        out, *info = sinkhorn.attend(heads, spec, self.band)
-        # The output is already 0 at padding; masking again also zeroes the incoming cotangents there.
-        return support.zero_padding(out, spec.axis.local(heads.n_q, out.shape[1])), *info
-
 
 # `implementation=None` takes the first that serves the platform and the call.
 BACKENDS: dict[Implementation, Backend] = {

@@ -17,17 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from ot_attention import derivatives, support
-from ot_attention.backends import tpu_backward, tpu_forward, tpu_steps
-from ot_attention.backends.tpu_tiles import TILE, HeadTables, Sizes, with_dustbin
+from ot_attention.backends import tpu_backward, tpu_band, tpu_forward, tpu_steps
+from ot_attention.backends.loop import Loop
+from ot_attention.backends.tpu_tiles import RESERVED_VMEM, TILE, HeadTables, Sizes, vmem_capacity, with_dustbin
 from ot_attention.spec import Heads, SinkhornSpec
 from ot_attention.support import potential_dtype, promoting
 
 platform = "tpu"  # see `backends.Backend`
 _MIB = 2**20
-# VMEM of one core. For other chips, and where the chip is not known, the smallest supported VMEM is assumed.
-_VMEM = dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128 * _MIB)
-_LEAST_VMEM = 64 * _MIB
-_RESERVED_VMEM = 8 * _MIB  # for the compiler's own use
 _SMEM_BYTES = 512 * 2**10  # of 1 MiB
 
 
@@ -87,14 +84,6 @@ def _vmem_bytes(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(outer) * -(-rows // sublanes) * sublanes * -(-lanes // TILE) * TILE * x.dtype.itemsize
 
 
-def _vmem_capacity() -> int:
-    """Return the bytes for kernels on the chip that is compiled for, as far as it is known."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "tpu":
-        device = jax.devices()[0]
-    return (_VMEM.get(device.device_kind, _LEAST_VMEM) if device else _LEAST_VMEM) - _RESERVED_VMEM
-
-
 class _Memory(NamedTuple):
     """A way to use VMEM."""
 
@@ -107,7 +96,7 @@ def _memory(blocks: _Blocks, sizes: Sizes, dtypes: tuple) -> _Memory | None:
     for holding in (*dtypes, None):
         held = 0 if holding is None else sizes.tiles * TILE * TILE * jnp.dtype(holding).itemsize
         for buffers in (2, 1):
-            if blocks.bytes(buffers) + held <= _vmem_capacity():
+            if blocks.bytes(buffers) + held <= vmem_capacity():
                 return _Memory(holding, buffers)
     return None
 
@@ -126,18 +115,16 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
     """Return why the kernels cannot do this and what to change, or None."""
     if spec.solver == "newton":
         return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
-    if spec.axis.is_shared:
-        return "a kernel makes all steps on one chip; use implementation='xla' or no sequence_axis"
-    if heads.segments is not None:
-        return "its kernels find the support from lengths and band; use implementation='xla' or no segment_ids"
     if spec.gradient == "implicit":
         return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
+    if _is_by_products(heads, spec):
+        return tpu_band.unsupported_reason(heads, spec)
     sizes = Sizes.create(heads, spec)
     for blocks in (_Blocks.forward(heads, spec, sizes), _Blocks.backward(heads, spec, sizes)):
         if _memory(blocks, sizes, ()) is None:
             return (
                 f"one head's q, k, v and gradients take {blocks.bytes(1) / _MIB:.0f} MiB of VMEM, which has "
-                f"{_vmem_capacity() / _MIB:.0f} for them; use shorter sequences, narrower heads or implementation='xla'"
+                f"{vmem_capacity() / _MIB:.0f} for them; use shorter sequences, narrower heads or implementation='xla'"
             )
     tables = 4 * len(heads.n_q) * (4 + 4 * sizes.groups)
     if tables > _SMEM_BYTES:
@@ -146,6 +133,11 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
             f"which has {_SMEM_BYTES / 2**10:.0f} for them; use a smaller batch on each chip or implementation='xla'"
         )
     return None
+
+
+def _is_by_products(heads: Heads, spec: SinkhornSpec) -> bool:
+    """Tell whether steps are made of products: devices exchange between them, or windows say what is in the support."""
+    return spec.axis.is_shared or heads.segments is not None
 
 
 def _call(kernel, blocks: _Blocks, tile_dtypes: tuple, lengths: tuple, heads: Heads, spec: SinkhornSpec, more=()):
@@ -185,7 +177,7 @@ def _call(kernel, blocks: _Blocks, tile_dtypes: tuple, lengths: tuple, heads: He
             scratch_shapes=(jax.tree.map(lambda x: pltpu.VMEM(x.shape, x.dtype), scratch),),
         ),
         compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=_vmem_capacity() + _RESERVED_VMEM, dimension_semantics=("parallel",)
+            vmem_limit_bytes=vmem_capacity() + RESERVED_VMEM, dimension_semantics=("parallel",)
         ),
         name=kernel.__name__,
     )
@@ -197,6 +189,8 @@ def attend(heads: Heads, spec: SinkhornSpec):
 
     Padding of q, k and v may hold anything. Their dtypes may differ; the output has the dtype of v.
     """
+    if _is_by_products(heads, spec):
+        return Loop(tpu_band.Band, one_dtype=False).attend(heads, spec)
     return _attend(derivatives.only_reverse(heads, "pallas_tpu"), spec)
 
 

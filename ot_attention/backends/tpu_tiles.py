@@ -17,7 +17,20 @@ from ot_attention import support
 from ot_attention.spec import Heads, SinkhornSpec
 
 TILE = 128
+_MIB = 2**20
+# VMEM of one core. For other chips, and where the chip is not known, the smallest supported VMEM is assumed.
+_VMEM = dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128 * _MIB)
+_LEAST_VMEM = 64 * _MIB
+RESERVED_VMEM = 8 * _MIB  # for the compiler's own use
 Ref = Any  # a reference to VMEM inside a kernel; outside, its `jax.ShapeDtypeStruct`
+
+
+def vmem_capacity() -> int:
+    """Return the bytes for kernels on the chip that is compiled for, as far as it is known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == "tpu":
+        device = jax.devices()[0]
+    return (_VMEM.get(device.device_kind, _LEAST_VMEM) if device else _LEAST_VMEM) - RESERVED_VMEM
 
 
 class Sizes(NamedTuple):
