@@ -137,7 +137,12 @@ def joined() -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     ("implementation", "tau"),
-    [("reference", 1.0), ("reference", 0.9), pytest.param("xla", 1.0, marks=pytest.mark.slow), ("xla", 0.9)],
+    [
+        ("reference", 1.0),
+        pytest.param("reference", 0.9, marks=pytest.mark.slow),
+        pytest.param("xla", 1.0, marks=pytest.mark.slow),
+        ("xla", 0.9),
+    ],
 )
 def test_a_row_has_the_features_loss_and_gradient_of_its_sequences(implementation, tau):
     spec = SinkhornSpec(band=8, base_steps=3, tail_steps=1, tau_a=tau, tau_b=tau)
