@@ -66,6 +66,7 @@ def check(one: dict, shared: dict) -> None:
 JOINED = {"data.join": True, "attention.tau_a": 0.9, "attention.tau_b": 0.9}
 
 
+@pytest.mark.slow
 def test_devices_that_share_sequences_train_as_one():
     one, eight = trained(JOINED | {"model.depth": 1, "model.attention_every": 1}, [(1, 1, 1), (2, 1, 4)])
     check(one, eight)
