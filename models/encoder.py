@@ -1,8 +1,8 @@
 """The encoder of a sequence: residual dilated convolutions, with self-attention between them."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, get_args
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,8 @@ def _mixed_in_shares(layer: nnx.Conv, h: Features, segments: Segments) -> Featur
     """
     mesh, graph, params = mesh_axes.current(), *nnx.split(layer)
     assert mesh is not None
-    reach = _reach(layer.kernel_size[0], layer.kernel_dilation[0])
+    (dilation,) = cast(Sequence[int], layer.kernel_dilation)
+    reach = _reach(layer.kernel_size[0], dilation)
     channels = MODEL if mesh.shape[MODEL] > 1 and layer.out_features % mesh.shape[MODEL] == 0 else None
     by_channel = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), channels), params)
 
