@@ -181,9 +181,11 @@ def prepare(config: ConfigDict, workdir: Path, init_from: str = "") -> Parts:
     run_folder.check_workdir(workdir, config, completed)
     run_folder.check_wandb(config.log.wandb)
     policy = NonFinitePolicy.of(config.train.to_dict())
+    task = task_of(config)
+    task.check_mesh()
     mesh = sharding.make_mesh(sharding.MeshConfig.of(config.mesh.to_dict()), config.batch_size)
     _check_implementation(config, mesh)
-    task, trainer = task_of(config), make_trainer(config)
+    trainer = make_trainer(config)
     if config.batch_size % (mesh.shape["data"] * config.optimizer.accumulate):
         raise ValueError(
             f"batch_size={config.batch_size} must be divisible by optimizer.accumulate={config.optimizer.accumulate} "
@@ -211,12 +213,7 @@ def _check_implementation(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 
 def _abstract(batch: Mapping[str, np.ndarray], batch_size: int, mesh: jax.sharding.Mesh) -> dict:
     """Return the shapes of a whole training batch from this process's part of it."""
-    placed = sharding.by_example(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=placed)
-        for name, x in batch.items()
-        if name != "id"
-    }
+    return sharding.abstract({name: x for name, x in batch.items() if name != "id"}, batch_size, mesh)
 
 
 def open_folder(config: ConfigDict, workdir: Path, parts: Parts, resources: contextlib.ExitStack) -> list[str]:

@@ -28,6 +28,8 @@ _FREE = re.compile(
     "convert_element_type|bitcast_convert_type|copy|copy_p|stop_gradient|split|stack|tile|rev|get|swap|program_id|"
     "multiple_of|optimization_barrier|sharding_constraint|device_put|pvary|pcast|reshard|axis_index|random_.*|dma_.*"
 )
+# Exchanges between devices inside `shard_map`. Others, which the partitioner makes, are in the compiled text alone.
+_EXCHANGES = re.compile("ppermute|psum.*|pmax|pmin|all_gather.*|all_to_all|reduce_scatter")
 _REDUCTIONS = ("reduce_", "argmax", "argmin", "cumsum", "sort", "gather", "scatter")
 _FIRST_OF_ALL = ("program_id", "axis_index")  # all heads and devices are alike: the first stands for them
 _LARGEST_KNOWN = 1 << 16  # elements; inside kernels only scalars steer
@@ -59,18 +61,22 @@ class Matmul(NamedTuple):
 
 @dataclasses.dataclass
 class Operations:
-    """Work of a part of a step: products with how often each is done, other operations, bytes moved."""
+    """Work of a part of a step: products with how often each is done, other operations, bytes moved.
+
+    ici: Bytes sent to neighbours. exchanges: Number of all exchanges, of each device; sums and the like are short.
+    """
 
     matmuls: collections.Counter[Matmul] = dataclasses.field(default_factory=collections.Counter)
     vector: int | float = 0
     transcendental: int | float = 0
     hbm: int | float = 0
     ici: int | float = 0
+    exchanges: int | float = 0
 
     def add(self, other: "Operations", times: int | float) -> None:
         for matmul, number in other.matmuls.items():
             self.matmuls[matmul] += number * times  # type: ignore[assignment]
-        for name in ("vector", "transcendental", "hbm", "ici"):
+        for name in ("vector", "transcendental", "hbm", "ici", "exchanges"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
     def passes(self) -> list[int]:
@@ -193,6 +199,8 @@ def _cost(equation: core.JaxprEqn, kernel: bool) -> Operations:
         return Operations()
     if _TRANSCENDENTAL.fullmatch(name):
         return Operations(transcendental=size)
+    if _EXCHANGES.fullmatch(name):
+        return Operations(exchanges=1, ici=sum(map(_bytes, equation.outvars)) if name == "ppermute" else 0)
     traffic = 0 if kernel else sum(map(_bytes, (*equation.invars, *equation.outvars)))
     if name in ("dot_general", "conv_general_dilated"):
         return Operations(collections.Counter([_matmul(equation)]), hbm=traffic)
@@ -220,6 +228,8 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
     name, parameters = equation.primitive.name, equation.params
     if name in _FIRST_OF_ALL:
         return [np.int32(0)]
+    if _EXCHANGES.fullmatch(name):
+        return None
     if any(x is None for x in values) or sum(map(_size, equation.outvars)) > (1 if kernel else _LARGEST_KNOWN):
         return None
     if name in ("multiple_of", "pvary", "pcast"):

@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
             "mesh": {  # devices of all processes
                 "data": -1,  # groups of devices that share a batch; -1 for as many as there are
                 "model": 1,  # devices of a group, which share matrices and heads
+                "sequence": 1,  # devices that share the places of a sequence, in task masked_residues
             },
             "train": {  # at a loss or gradient that is not finite
                 "on_nonfinite": "stop",  # or "skip" the update, or "rollback" to a checkpoint and on behind the batch

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
+import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -22,7 +23,7 @@ from models.attention import specs_of
 from models.objectives import AlignmentObjective, LossConfig
 from models.pair_aligner import PairAlignerConfig, PairLossConfig, PairObjective
 from training import sharding
-from training.state import Trainer
+from training.state import Trainer, abstract_batch
 
 if TYPE_CHECKING:
     from evaluation.runs import Run
@@ -47,6 +48,9 @@ class AlignmentTask(Task):
         shard_index, shard_count = sharding.host_shard(mesh)
         families = open_families(self.config.data.dir, "train")
         return pipeline.train_iterator(families, self.data(), shard_index=shard_index, shard_count=shard_count)
+
+    def abstract_batch(self, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        return abstract_batch(self.config.batch_size, length, mesh)
 
     def data(self) -> DataConfig:
         """Return the settings of the training batches."""

@@ -34,6 +34,7 @@ _NAMES = (
     f"{_EDGES[-1] + 1}-",
 )
 BASELINE = "unigram"
+_CUT_ATTENTION = "allowed are attention.kind=sinkhorn with attention.band=0 or more, and model.attention_every=0"
 
 
 class MaskedResiduesTask(Task):
@@ -50,12 +51,34 @@ class MaskedResiduesTask(Task):
             check_segments_stay_apart(blocks or spec)
         return MaskedObjective(model, blocks or spec, loss)
 
+    def check_mesh(self) -> None:
+        """Raise ValueError unless the devices of `mesh.sequence` can share sequences of every bucket."""
+        shares, buckets = self.config.mesh.sequence, self.config.data.buckets
+        if shares == 1:
+            return
+        if uneven := [length for length in buckets if length % shares]:
+            raise ValueError(f"data.buckets={uneven[0]}: with mesh.sequence={shares} allowed are multiples of {shares}")
+        objective = self.objective()
+        for needed, why in objective.model.reaches(objective.attention):
+            if needed is None:
+                raise ValueError(f"mesh.sequence={shares}: {why}, which needs whole sequences; {_CUT_ATTENTION}")
+            if needed > (share := min(buckets) // shares):
+                raise ValueError(
+                    f"mesh.sequence={shares} leaves {share} places of data.buckets={min(buckets)} to a device: {why} "
+                    f"needs at least {needed}; allowed are fewer devices or longer buckets"
+                )
+
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         index, count = sharding.host_shard(mesh)
         shared = {"batch_size": self.config.batch_size, "seed": self.config.seed}
         config = batching.SequenceConfig.of({**self.config.data, **shared})
         stream = batching.training_stream(self._open("train"), config, shard_index=index, shard_count=count)
         return pipeline.BatchIterator(stream)
+
+    def abstract_batch(self, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        x = jax.ShapeDtypeStruct((self.config.batch_size, length), jnp.int32)
+        batch = {"x": x, "length": jax.ShapeDtypeStruct(x.shape[:1], x.dtype)}
+        return sharding.abstract(batch | ({"segments": x} if self.config.data.join else {}), x.shape[0], mesh)
 
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:
         score = self._score_split(trainer, mesh, self._open("train").residues)

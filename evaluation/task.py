@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -54,9 +55,24 @@ class Task(abc.ABC):
     def objective(self) -> Objective:
         """Make the objective. Raises ValueError or TypeError for settings out of range and misspelt keys."""
 
+    def check_mesh(self) -> None:
+        """Raise ValueError if `mesh.sequence` asks to cut what this task cannot cut."""
+        if (shares := self.config.mesh.sequence) > 1:
+            raise ValueError(
+                f"mesh.sequence={shares}: allowed is 1 for a model that is trained to {self.purpose}; devices share "
+                "sequences of task=masked_residues only"
+            )
+
     @abc.abstractmethod
     def batches(self, mesh: Mesh) -> pipeline.BatchIterator:
         """Open the training batches; this process gets its part of each."""
+
+    def abstract_batch(self, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes, on a mesh, of what the update reads of a batch whose sequences are padded to a length.
+
+        Raises ValueError if batches have no such length.
+        """
+        raise ValueError(f"a model that is trained to {self.purpose} has no data.buckets; give one that aligns")
 
     @abc.abstractmethod
     def validation(self, trainer: Trainer, mesh: Mesh) -> Validation:

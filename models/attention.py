@@ -224,9 +224,10 @@ class AsapPotentials:
 
 
 def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, segments, implementation: str | AsapPotentials):
-    """Attend by `sinkhorn_attention` or `asap.apply`; on a mesh each device takes its examples and, if even, heads.
+    """Attend by `sinkhorn_attention` or `asap.apply`; on a mesh each device takes its examples, places and even heads.
 
-    XLA cannot cut a kernel, and would have to guess how to cut the loops.
+    XLA cannot cut a kernel, and would have to guess how to cut the loops. Where devices share the places there is no
+    info: its potentials have an entry of the dustbin a device.
     """
     fitted = implementation.map if isinstance(implementation, AsapPotentials) else None
     if fitted and segments is not None:
@@ -234,19 +235,22 @@ def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, segments, imple
     # "auto" of config.model stands for None.
     name = None if fitted or implementation == "auto" else cast(Implementation, implementation)
 
+    places = mesh_axes.SEQUENCE if mesh_axes.shares() > 1 else None
+
     def attend(q, k, v, lengths, score, segments, fitted):
         if fitted:
             return asap.apply(fitted, q, k, v, spec, *lengths, score)
-        options: dict = {"implementation": name, "segment_ids": segments}
-        return sinkhorn_attention(q, k, v, spec, *lengths, dustbin_score=score, **options)
+        options: dict = {"implementation": name, "sequence_axis": places, "segment_ids": segments}
+        out, info = sinkhorn_attention(q, k, v, spec, *lengths, dustbin_score=score, **options)
+        return out, None if places else info
 
     if mesh := mesh_axes.current():
         heads = None if q.shape[2] % mesh.shape[mesh_axes.MODEL] else mesh_axes.MODEL
-        by_length, by_head = P(mesh_axes.DATA, None, heads), P(mesh_axes.DATA, heads)
+        by_length, by_example = P(mesh_axes.DATA, places, heads), P(mesh_axes.DATA)
         attend = jax.shard_map(
             attend,
-            in_specs=(by_length, by_length, by_length, P(mesh_axes.DATA), P(heads), P(mesh_axes.DATA), P(heads)),
-            out_specs=(by_length, by_head),
+            in_specs=(*(by_length,) * 3, by_example, P(heads), P(mesh_axes.DATA, places), P(heads)),
+            out_specs=(by_length, P(mesh_axes.DATA, heads)),
         )
     return attend(q, k, v, lengths, dustbin_score, segments, fitted)
 

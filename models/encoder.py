@@ -1,18 +1,21 @@
 """The encoder of a sequence: residual dilated convolutions, with self-attention between them."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, get_args
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from data import vocab
 from data.settings import Choice, Integer, Number, Section
 from models import attention
+from models import mesh as mesh_axes
 from models.attention import BlockSpec, Features, Implementation, Lengths, Noise, Segments, SinkhornSpec
+from models.mesh import DATA, MODEL, SEQUENCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,16 @@ class EncoderConfig(Section):
     def has_attention(self) -> bool:
         return 0 < self.attention_every <= self.depth
 
+    def reaches(self, spec: SinkhornSpec | BlockSpec) -> Iterator[tuple[int | None, str]]:
+        """Yield how many places each kind of block sees to one side, None for all, and the setting that says so."""
+        widest = 2 ** (min(self.dilations, self.depth) - 1)
+        yield _reach(self.kernel, widest), f"model.kernel={self.kernel} with model.dilations={self.dilations}"
+        if self.has_attention:
+            if isinstance(spec, BlockSpec):
+                yield None, f"attention.kind={spec.kind!r}"
+            else:
+                yield spec.band, f"attention.band={-1 if spec.band is None else spec.band}"
+
 
 class ConvolutionBlock(nnx.Module):
     """Residual dilated convolution, followed by a linear layer at every position."""
@@ -53,9 +66,37 @@ class ConvolutionBlock(nnx.Module):
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=spread, rngs=rngs)
 
     def __call__(self, h: Features, real: Float[Array, "batch length 1"], segments: Segments = None) -> Features:
-        seen = self.norm(h) * real
-        mixed = self.mix(seen) if segments is None else convolved(self.mix, seen, segments)
-        return h + self.out(nnx.gelu(mixed))
+        mix = _mixed if mesh_axes.shares() == 1 else _mixed_in_shares
+        return h + self.out(nnx.gelu(mix(self.mix, self.norm(h) * real, segments)))
+
+
+def _mixed(layer: nnx.Conv, h: Features, segments: Segments) -> Features:
+    return layer(h) if segments is None else convolved(layer, h, segments)
+
+
+def _mixed_in_shares(layer: nnx.Conv, h: Features, segments: Segments) -> Features:
+    """Apply a convolution where devices share the length: each computes its places, and some of its neighbours'.
+
+    XLA would cut the convolution itself, but its gradient of a kernel whose outputs are cut as well is wrong.
+    """
+    mesh, graph, params = mesh_axes.current(), *nnx.split(layer)
+    assert mesh is not None
+    (dilation,) = cast(Sequence[int], layer.kernel_dilation)
+    reach = _reach(layer.kernel_size[0], dilation)
+    channels = MODEL if mesh.shape[MODEL] > 1 and layer.out_features % mesh.shape[MODEL] == 0 else None
+    by_channel = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), channels), params)
+
+    def of_share(params, h, segments):
+        seen, around = jax.tree.map(lambda x: mesh_axes.with_neighbours(x, reach), (h, segments))
+        return _mixed(nnx.merge(graph, params), seen, around)[:, reach : reach + h.shape[1]]
+
+    by_place, cut = P(DATA, SEQUENCE), P(DATA, SEQUENCE, channels)
+    return jax.shard_map(of_share, in_specs=(by_channel, by_place, by_place), out_specs=cut)(params, h, segments)
+
+
+def _reach(kernel: int, dilation: int) -> int:
+    """Return how many places to one side a convolution sees."""
+    return -(-(kernel - 1) * dilation // 2)
 
 
 class AttentionBlock(nnx.Module):

@@ -23,7 +23,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -42,9 +42,10 @@ from data.pipeline import PairStream
 from evaluation import runs
 from evaluation.alignment import AlignmentTask, open_families
 from evaluation.tasks import task_of
+from models.mesh import MODEL, SEQUENCE
 from ot_attention import UnsupportedError
 from training import sharding
-from training.state import Trainer, abstract_batch
+from training.state import Trainer
 
 _PAPER, _TARGET = 8.5, 850  # examples/s: arXiv 2605.08123 reports the first
 _EXAMPLES = "v6e:2x4, v6e:1x1, v6e:4x4, v5e:2x4, v5p:2x2x1"
@@ -72,11 +73,12 @@ def write_report(args: argparse.Namespace, config: ConfigDict) -> None:
 
 def report_on(config: ConfigDict, topology: str, buckets: Sequence[int]) -> dict:
     """Report every bucket, and the speed that the model gives the configuration."""
+    task_of(config).check_mesh()
     mesh, chip = make_mesh(config, topology), CHIPS[topology.partition(":")[0]]
-    resolved = _resolved(config, mesh)
-    trainer = runs.make_trainer(resolved)
+    resolved = _resolved(config, mesh, max(buckets))
+    task, trainer = task_of(resolved), runs.make_trainer(resolved)
     progress = tqdm(buckets, unit=" buckets", desc=f"compiling for {topology}", disable=None)
-    rows = [report_bucket(trainer, config.batch_size, bucket, mesh, chip) for bucket in progress]
+    rows = [report_bucket(trainer, task.abstract_batch(bucket, mesh), mesh, chip) for bucket in progress]
     report = {"config": config.to_dict(), "topology": topology, "mesh": dict(mesh.shape)}
     report |= {"attention": resolved.model.implementation, "memory": chip.memory, "buckets": rows}
     return report | _speed(rows, config)
@@ -89,7 +91,8 @@ def make_mesh(config: ConfigDict, topology: str) -> Mesh:
     if topology.partition(":")[0] not in CHIPS:
         raise ValueError(f"--topology={topology} must begin with one of {', '.join(CHIPS)}; for example {_EXAMPLES}")
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(f"--topology={topology} is unknown to libtpu, which knows {_EXAMPLES}: {error}") from None
     return sharding.make_mesh(sharding.MeshConfig(**config.mesh), config.batch_size, devices)
@@ -101,9 +104,9 @@ def counted(of: counting.Operations, chip: Chip) -> dict:
     return products | {"vector": of.vector, "transcendental": of.transcendental, "hbm_bytes": of.hbm}
 
 
-def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, chip: Chip) -> dict:
-    """Compile the step at one padded length; return the compiler's figures (bytes of a chip) and the model's."""
-    state, batch = trainer.abstract_state(mesh), abstract_batch(batch_size, length, mesh)
+def report_bucket(trainer: Trainer, batch: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, chip: Chip) -> dict:
+    """Compile the step for batches of one shape; return the compiler's figures (bytes of a chip) and the model's."""
+    state, (batch_size, length) = trainer.abstract_state(mesh), batch["x"].shape
     begin = time.perf_counter()
     lowered = trainer.compiled_update(mesh).lower(state, batch)
     lowering = time.perf_counter() - begin
@@ -124,11 +127,16 @@ def report_bucket(trainer: Trainer, batch_size: int, length: int, mesh: Mesh, ch
     row["kernels"] = dict(collections.Counter(re.sub(r"[.\d]+$", "", name) for name in calls))
     exchanged = roofline.collectives(program, mesh.size)
     row["collectives"] = [of._asdict() for of in exchanged]
-    longest = np.full(batch["x_length"].shape, length, np.int32)
-    known = {**batch, "x_length": longest, "y_length": longest}
+    longest = np.full(batch_size, length, np.int32)
+    known = {name: longest if x.shape == longest.shape else x for name, x in batch.items()}
     parts = counting.count(sharding.on(mesh, trainer.update), state, known)
     row["counted"] = {name: counted(of, chip) for name, of in parts.items()}
-    times = roofline.step_time(parts, exchanged, chip, data=mesh.shape[sharding.DATA], model=mesh.shape[sharding.MODEL])
+    row["exchanges"] = sum(of.exchanges for of in parts.values()) / mesh.size
+    row["to_neighbours"] = sum(of.ici for of in parts.values()) / mesh.size
+    # The model counts permutations by devices that share a sequence as often as loops make them.
+    sums = [of for of in exchanged if of.kind != "collective-permute" or mesh.shape[SEQUENCE] == 1]
+    sharing = mesh.size // mesh.shape[MODEL]
+    times = roofline.step_time(parts, sums, chip, data=sharing, model=mesh.shape[MODEL])
     seconds = sum(part.seconds for part in times.values())
     row["model"] = {name: part._asdict() for name, part in times.items()}
     return row | {"model_step_seconds": seconds, "model_examples_per_second": batch_size / seconds}
@@ -139,7 +147,7 @@ def text(report: dict) -> str:
     table = functools.partial(tabulate, headers="keys", tablefmt="github", disable_numparse=True)
     rows = [row for row in report["buckets"] if "memory" in row]
     mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
-    about = f"{report['config']['batch_size']} pairs a step, attention {report['attention']}"
+    about = f"{report['config']['batch_size']} examples a step, attention {report['attention']}"
     parts = [f"{report['topology']}, mesh {mesh}, {about}"]
     if rows:
         compiled, modelled = zip(*map(_cells, rows), strict=True)
@@ -170,6 +178,7 @@ def _cells(row: dict) -> tuple[dict[str, str], dict[str, str]]:
     calls = [f"{number} {name}" for name, number in row["kernels"].items()]
     return cells | {
         "exchanges": ", ".join(exchanges) or "none",
+        "in a run": f"{row['exchanges']:.0f}, {row['to_neighbours'] / _MIB:.2f} MiB to neighbours",
         "kernels": ", ".join(calls) or "none",
     }, bucket | parts | speed
 
@@ -179,20 +188,21 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
     found = {row["bucket"]: row.get("model_step_seconds") for row in rows}
     if any(found.get(bucket) is None for bucket in config.data.buckets):
         return {"bucket_shares": None, "model_examples_per_second": None}
-    shares = PairStream(
-        open_families(config.data.dir, "train"), cast(AlignmentTask, task_of(config)).data()
-    ).bucket_shares()
+    task = task_of(config)
+    if not isinstance(task, AlignmentTask):
+        return {"bucket_shares": None, "model_examples_per_second": None}
+    shares = PairStream(open_families(config.data.dir, "train"), task.data()).bucket_shares()
     mean = sum(share * (found[bucket] or 0) for bucket, share in shares.items())
     return {"bucket_shares": shares, "model_examples_per_second": config.batch_size / mean}
 
 
-def _resolved(config: ConfigDict, mesh: Mesh) -> ConfigDict:
+def _resolved(config: ConfigDict, mesh: Mesh, longest: int) -> ConfigDict:
     """Replace the implementation "auto" by its choice on a TPU; asked here, it would choose for a CPU."""
     config = config.copy_and_resolve_references()
     if config.model.implementation == "auto":
         config.model.implementation = "pallas_tpu"
         trainer = runs.make_trainer(config)
-        batch = abstract_batch(config.batch_size, max(config.data.buckets), mesh)
+        batch = task_of(config).abstract_batch(longest, mesh)
         try:
             jax.eval_shape(sharding.on(mesh, trainer.update), trainer.abstract_state(mesh), batch)
         except UnsupportedError:

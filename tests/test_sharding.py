@@ -100,6 +100,12 @@ mesh = sharding.make_mesh(sharding.MeshConfig(), 8)
 stream = shared.stream(*sharding.host_shard(mesh))
 batches = [sharding.from_hosts({"id": stream[step]["id"]}, mesh) for step in range(3)]
 ids = [multihost_utils.process_allgather(batch["id"], tiled=True).tolist() for batch in batches]
+sequences = {"x": np.arange(48).reshape(8, 6), "length": np.arange(8)}
+mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 2), 8)
+assert sharding.host_shard(mesh) == (0, 1), "both read all examples, and each keeps half of their places"
+shared = sharding.from_hosts(sequences, mesh)
+assert shared["x"].addressable_shards[0].data.tolist() == sequences["x"][:, 3 * process :][:, :3].tolist()
+assert shared["length"].addressable_shards[0].data.tolist() == [*range(8)]
 print(json.dumps([told, ids, gather("é" * (process + 1))]))
 """
 
@@ -269,6 +275,11 @@ def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path):
         (lambda: sharding.MeshConfig(data=0), r"mesh\.data=0: allowed is an integer, 1 or more, or -1 for all"),
         (lambda: sharding.make_mesh(sharding.MeshConfig(2, 3), 4), r"mesh\.data=2 times mesh\.model=3 makes 6 devices"),
         (lambda: sharding.make_mesh(sharding.MeshConfig(-1, 3), 4), r"mesh\.model=3 makes 3 devices, there are 1"),
+        (lambda: sharding.MeshConfig(sequence=0), r"mesh\.sequence=0: allowed is an integer, 1 or more"),
+        (
+            lambda: sharding.make_mesh(sharding.MeshConfig(1, 2, 4), 4),
+            r"mesh\.model=2 times mesh\.sequence=4 makes 8 devices, there are 1",
+        ),
         (
             lambda: sharding.make_mesh(sharding.MeshConfig(2), 5, [*jax.devices() * 2]),
             r"batch_size=5 must be divisible by mesh\.data=2",

@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 import train
-from configs import sort_sinkhorn
+from configs import long_context, sort_sinkhorn
 from evaluation import alignment, tasks
 from evaluation.runs import make_trainer
 from evaluation.task import evaluated_at_once
@@ -67,6 +68,21 @@ def test_a_batch_in_parts_takes_less_and_more_examples_take_more():
     )
     assert parts.batch == pytest.approx(whole.batch / 4, rel=0.1) and parts.model == whole.model
     assert double.batch == pytest.approx(whole.batch * 2, rel=0.1) and double.ahead == 2 * whole.ahead
+
+
+def test_devices_that_share_sequences_keep_what_their_shares_need():
+    settings = long_context.get_config()
+    settings.model.update(width=16, depth=4, heads=2)
+    settings = tasks.checked(settings)
+    trainer = make_trainer(settings)
+
+    def kept(shares: int, length: int) -> int:
+        devices = jax.devices()[:1] * shares
+        mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, shares), 1, devices)
+        x = np.broadcast_to(np.int32(0), (1, length))
+        return memory.estimate(trainer, mesh, {"x": x, "segments": x, "length": x[:, 0], "id": x[:, 0]}, settings).batch
+
+    assert kept(8, 8 * 1024) == kept(1, 1024)
 
 
 def test_batches_ahead_and_workers_count():

@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from data.memory import available
-from models.mesh import DATA, MODEL
+from models.mesh import DATA, MODEL, SEQUENCE
+from training import sharding
 from training.state import Trainer
 
 # XLA computes cheap results again in place of keeping them: it takes .64 to .93 of the bytes that JAX hands from the
@@ -38,9 +39,14 @@ class Estimate(NamedTuple):
 def estimate(trainer: Trainer, mesh: Mesh, batch: Mapping[str, np.ndarray], config: ConfigDict) -> Estimate:
     """Estimate the memory of a run. `batch` has the shapes of this process's part of its largest batch."""
     state = trainer.abstract_state(mesh)
-    groups = max(mesh.shape[DATA] // jax.process_count(), 1)
-    rows = len(batch["id"]) // (groups * trainer.settings.accumulate)
-    part = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items() if name != "id"}
+    groups = mesh.shape[DATA] // sharding.host_shard(mesh)[1]
+    rows, shares = len(batch["id"]) // (groups * trainer.settings.accumulate), mesh.shape[SEQUENCE]
+    # Each device keeps what a sequence of the length of its share needs.
+    part = {
+        name: jax.ShapeDtypeStruct((rows, *(places // shares for places in x.shape[1:])), x.dtype)
+        for name, x in batch.items()
+        if name != "id"
+    }
     gradient = state.params  # as large
     data = config.data
     return Estimate(

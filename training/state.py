@@ -99,7 +99,7 @@ class Trainer:
         state = _shardings(self.abstract_state(mesh))
         return jax.jit(
             sharding.on(mesh, self.update),
-            in_shardings=(state, sharding.by_example(mesh)),
+            in_shardings=(state, sharding.of_batches(mesh)),
             out_shardings=(state, sharding.everywhere(mesh)),
             donate_argnums=0,
         )
@@ -109,7 +109,7 @@ class Trainer:
         params = _shardings(self.abstract_state(mesh).params)
         compiled = jax.jit(
             sharding.on(mesh, evaluate),
-            in_shardings=(params, sharding.by_example(mesh)),
+            in_shardings=(params, sharding.of_batches(mesh)),
             out_shardings=sharding.everywhere(mesh),
         )
         return lambda params, batch: jax.device_get(compiled(params, sharding.from_whole(batch, mesh)))

@@ -7,16 +7,19 @@ import sys
 import time
 
 import jax
+import numpy as np
 
 from configs import base as base_config
+from configs import pretrain
 from data import pfam, pipeline
-from evaluation import runs
+from evaluation import runs, tasks
 from tests.support import tiny
 from training import sharding
 
 # Heads, widths and the batch can be shared by 2, 4 and 8 devices.
 SHARED = {"model__attention_every": 1, "model__heads": 4, "attention__band": 8, "attention__base_steps": 2}
 EIGHT = SHARED | {"batch_size": 8, "data__buckets": (64,), "optimizer__warmup_steps": 0}
+PLACES = 432  # of sequences that devices share; no other size of their program is as large
 PATIENCE = 900  # seconds, on a machine with much other work
 
 
@@ -54,6 +57,31 @@ def steps(mesh_of: tuple[int, int], base=None):
         state, metrics = jax.block_until_ready(update(state, sharding.from_hosts(batch, mesh)))
         measured.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     return initial, measured, trainer, mesh, state
+
+
+def sequence_config(**changes):
+    """A configuration whose attention and convolutions reach beyond a share of PLACES places."""
+    settings = config(pretrain.get_config(), batch_size=2, data__buckets=(PLACES,), log__wandb="disabled")
+    options = {
+        "model.width": 16, "model.depth": 2, "model.kernel": 5, "model.heads": 2, "model.attention_every": 2,
+        "attention.band": 20, "attention.base_steps": 3, "attention.tail_steps": 2, "optimizer.warmup_steps": 0,
+    }  # fmt: skip
+    with settings.ignore_type():
+        settings.update_from_flattened_dict(options | changes)
+    return tasks.checked(settings)
+
+
+def sequence_batch(join: bool) -> dict[str, np.ndarray]:
+    """Two rows, one of which ends early, perhaps of several sequences."""
+    rng = np.random.default_rng(0)
+    x, length = rng.integers(1, 21, (2, PLACES)).astype(np.int32), np.array([PLACES, PLACES - 100], np.int32)
+    ends = [17, 54, 60, 200, 301, 350] if join else []  # shares of eight devices end at 54, 108, ...
+    segments = np.tile(1 + np.searchsorted(ends, np.arange(PLACES), side="right"), (2, 1)).astype(np.int32)
+    for end in ends:
+        x[:, end] = segments[:, end] = 0
+    x[1, length[1] :] = segments[1, length[1] :] = 0
+    made = {"x": x, "length": length, "id": np.arange(2, dtype=np.int32)}
+    return made | {"segments": segments} if join else made
 
 
 def start(*arguments: object, devices: int = 1, **environment: str) -> subprocess.Popen:
