@@ -16,6 +16,7 @@ from data.settings import Choice, Integer, Number, Section, Switch
 from models import mesh as mesh_axes
 from ot_attention import SinkhornInfo, SinkhornSpec, asap, plans, sinkhorn_attention, sparse
 from ot_attention.asap import Asap
+from ot_attention.axes import SequenceAxis
 from ot_attention.certificates import contraction, posterior_bias
 from ot_attention.plans import BandedPlan, Potentials
 from ot_attention.sparse import SparseSpec
@@ -253,6 +254,14 @@ def _attend(q, k, v, spec: SinkhornSpec, lengths, dustbin_score, segments, imple
             out_specs=(by_length, P(mesh_axes.DATA, heads)),
         )
     return attend(q, k, v, lengths, dustbin_score, segments, fitted)
+
+
+def with_neighbours(x: Array, reach: int) -> Array:
+    """Add the nearest `reach` places of both neighbours to a device's share `[batch, places, ...]`; zeros at the ends.
+
+    For functions that `jax.shard_map` calls. A share must hold at least `reach` places.
+    """
+    return SequenceAxis(mesh_axes.SEQUENCE).with_neighbours(x, reach)
 
 
 class DustbinScore(nnx.Module):

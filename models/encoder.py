@@ -87,7 +87,7 @@ def _mixed_in_shares(layer: nnx.Conv, h: Features, segments: Segments) -> Featur
     by_channel = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), channels), params)
 
     def of_share(params, h, segments):
-        seen, around = jax.tree.map(lambda x: mesh_axes.with_neighbours(x, reach), (h, segments))
+        seen, around = jax.tree.map(lambda x: attention.with_neighbours(x, reach), (h, segments))
         return _mixed(nnx.merge(graph, params), seen, around)[:, reach : reach + h.shape[1]]
 
     by_place, cut = P(DATA, SEQUENCE), P(DATA, SEQUENCE, channels)
