@@ -53,6 +53,7 @@ _LONGEST_FIRST = [
     "test_asap",
     "test_certificates",
     "test_sequence_axis",
+    "test_long_rows",
     "test_training_step",
     "test_masked",
     "test_initial",
