@@ -30,7 +30,7 @@ class _Arrays(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """What a kernel reads: of the own side the program's 128 positions, of the other side all."""
+    """Arrays that a kernel reads: of the own side the program's 128 positions, of the other side all."""
 
     own: _Arrays
     windows: tuple[Any, Any]  # of the own side
