@@ -42,6 +42,11 @@ _ON_INTEGERS: dict[str, Callable] = {
     **{"div": lambda x, y: np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y)), "rem": np.fmod, "sign": np.sign},
     "select_n": lambda which, *cases: np.choose(which, cases),
 }
+# Floats by which integers are divided (`ot_attention.support.divided_product`).
+_ON_FLOATS: dict[str, Callable] = {
+    **dict.fromkeys(("convert_element_type", "reshape", "squeeze"), np.asarray),
+    **{"mul": np.multiply, "div": np.divide, "floor": np.floor},
+}
 
 
 class Matmul(NamedTuple):
@@ -237,9 +242,14 @@ def _value(equation: core.JaxprEqn, values: list, kernel: bool) -> list | None:
     if name == "get":
         (index,) = jax.tree.unflatten(parameters["tree"], values[1:])
         return [np.asarray(values[0])[tuple(int(i) for i in index.indices)]]
-    if equation.effects or any(getattr(_dtype(x), "kind", "V") not in "iub" for x in equation.outvars):
+    kinds = {getattr(_dtype(x), "kind", "V") for x in equation.outvars}
+    of_floats = "f" in kinds or any(np.asarray(x).dtype.kind == "f" for x in values)
+    known = {*"iub", *("f" if name in _ON_FLOATS or name == "broadcast_in_dim" else "")}
+    if equation.effects or not kinds <= known:
         return None
     shape, dtype = _shape(equation.outvars[0]), _dtype(equation.outvars[0])
+    if of_floats and name in _ON_FLOATS:
+        return [np.asarray(_ON_FLOATS[name](*values)).astype(dtype).reshape(shape)]
     if name in _ON_INTEGERS and all(np.asarray(x).dtype.kind in "iub" for x in values):
         with np.errstate(over="ignore"):  # wraps around, as on the chip
             return [np.asarray(_ON_INTEGERS[name](*values), dtype).reshape(shape)]
