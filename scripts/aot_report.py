@@ -199,6 +199,8 @@ def _speed(rows: list[dict], config: ConfigDict) -> dict:
 def _resolved(config: ConfigDict, mesh: Mesh, longest: int) -> ConfigDict:
     """Replace the implementation "auto" by its choice on a TPU; asked here, it would choose for a CPU."""
     config = config.copy_and_resolve_references()
+    if config.model.implementation == "auto" and (mesh.shape[SEQUENCE] > 1 or config.data.get("join", False)):
+        config.model.implementation = "xla"  # as `ot_attention.backends.registry.choose` does
     if config.model.implementation == "auto":
         config.model.implementation = "pallas_tpu"
         trainer = runs.make_trainer(config)

@@ -26,6 +26,8 @@ BACKENDS: dict[Implementation, Backend] = {
 def choose(name: Implementation | None, heads: Heads, spec: SinkhornSpec) -> Implementation:
     """Return the named backend, or without a name the one to use. Raises UnsupportedError if it cannot do this."""
     candidates = [name] if name else [n for n, b in BACKENDS.items() if b.platform in (None, support.platform())]
+    if name is None and tpu.is_by_products(heads, spec):  # which nobody has run on a chip, nor beside "xla"
+        candidates = [candidate for candidate in candidates if candidate != "pallas_tpu"]
     for candidate in candidates:
         if not (reasons := _unsupported_reasons(candidate, heads, spec)):
             return candidate

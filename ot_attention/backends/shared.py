@@ -43,10 +43,11 @@ def _layout(heads: Heads, axis: SequenceAxis, reach: int) -> Layout:
 
 
 def _within(windows: Windows, start, length: int) -> Windows:
-    """Return windows in positions from `start` on, without what lies outside of `length`."""
-    first, last = jnp.maximum(windows.first - start, 0), jnp.minimum(windows.last - start, length - 1)
-    exists = (windows.first <= windows.last) & (first <= last)
-    return Windows(jnp.where(exists, first, 0), jnp.where(exists, last, -1))
+    """Return windows in positions from `start` on, without what lies outside of `length`.
+
+    Windows that lie outside as a whole become empty ones at the near end, so that windows still never move back.
+    """
+    return Windows(jnp.clip(windows.first - start, 0, length), jnp.clip(windows.last - start, -1, length - 1))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["inner"], meta_fields=["axis", "reach"])

@@ -117,7 +117,7 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
         return "its kernels make plain steps only; use solver='sinkhorn' or implementation='xla'"
     if spec.gradient == "implicit":
         return "its kernels have the tail's gradient only; use gradient='tail' or implementation='xla'"
-    if _is_by_products(heads, spec):
+    if is_by_products(heads, spec):
         return tpu_band.unsupported_reason(heads, spec)
     sizes = Sizes.create(heads, spec)
     for blocks in (_Blocks.forward(heads, spec, sizes), _Blocks.backward(heads, spec, sizes)):
@@ -135,7 +135,7 @@ def unsupported_reason(heads: Heads, spec: SinkhornSpec) -> str | None:
     return None
 
 
-def _is_by_products(heads: Heads, spec: SinkhornSpec) -> bool:
+def is_by_products(heads: Heads, spec: SinkhornSpec) -> bool:
     """Tell whether steps are made of products: devices exchange between them, or windows say what is in the support."""
     return spec.axis.is_shared or heads.segments is not None
 
@@ -189,7 +189,7 @@ def attend(heads: Heads, spec: SinkhornSpec):
 
     Padding of q, k and v may hold anything. Their dtypes may differ; the output has the dtype of v.
     """
-    if _is_by_products(heads, spec):
+    if is_by_products(heads, spec):
         return Loop(tpu_band.Band, one_dtype=False).attend(heads, spec)
     return _attend(derivatives.only_reverse(heads, "pallas_tpu"), spec)
 

@@ -55,7 +55,12 @@ CASES = {
     ),
     "segments": Case(4, SinkhornSpec(band=16, tau_a=0.9, tau_b=0.9), segmented=True),
     # JAX's interpreter of kernels does not know the types of `shard_map`.
-    "kernels of a GPU": Case(2, SinkhornSpec(band=16, base_steps=3), implementation="pallas_gpu", check_vma=False),
+    "kernels of a GPU, segments": Case(
+        *(4, SinkhornSpec(band=16, base_steps=3, tau_b=0.5)),
+        implementation="pallas_gpu",
+        segmented=True,
+        check_vma=False,
+    ),
     # Behind this line, cases of the slow suite.
     "balanced newton and implicit": Case(
         8, SinkhornSpec(band=12, base_steps=5, solver="newton", gradient="implicit"), (LENGTH, 31)
@@ -72,12 +77,7 @@ CASES = {
     "kernels of a GPU, full dustbin": Case(
         4, SinkhornSpec(band=16, base_steps=3, dustbin="full"), implementation="pallas_gpu", check_vma=False
     ),
-    "kernels of a GPU, segments": Case(
-        *(4, SinkhornSpec(band=16, base_steps=3, tau_b=0.5)),
-        implementation="pallas_gpu",
-        segmented=True,
-        check_vma=False,
-    ),
+    "kernels of a GPU": Case(2, SinkhornSpec(band=16, base_steps=3), implementation="pallas_gpu", check_vma=False),
     "float32": Case(4, SinkhornSpec(band=16, dustbin="full"), dtype="float32"),
     "bfloat16": Case(4, SinkhornSpec(band=16, dustbin="full"), dtype="bfloat16"),
     **{
