@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_attention import support
+from ot_attention import SinkhornSpec, support
+from ot_attention.api import by_head
 from ot_attention.axes import ALONE
-from ot_attention.backends import tpu_band
+from ot_attention.backends import registry, tpu_band
 from ot_attention.kernel import Kernel
 from tests.support import conformance, sequence_axis
 from tests.support.processes import finish, start
@@ -68,6 +69,17 @@ def test_products_with_bfloat16_add_up_in_float32():
     sums = jax.jit(lambda: shifted.exp().times(jnp.ones((2, ROWS + 1))))()
     assert sums.dtype == jnp.float32
     assert conformance.error(sums[:, :-1], np.exp(scores).sum(-1)) < 5e-6
+
+
+def test_products_are_chosen_by_name_only(monkeypatch):
+    monkeypatch.setattr(support, "platform", lambda: "tpu")
+    x, ids = jnp.zeros((1, 40, 1, 8)), jnp.zeros((1, 40), jnp.int32)
+    n = jnp.array([40])
+    plain = by_head(x, x, x, jnp.zeros(1), n, n)
+    cut = plain._replace(segments=support.segments_of(ids, ALONE, 8))
+    spec = SinkhornSpec(band=8)
+    assert registry.choose(None, plain, spec) == registry.choose("pallas_tpu", cut, spec) == "pallas_tpu"
+    assert registry.choose(None, cut, spec) == "xla"
 
 
 @pytest.mark.slow
