@@ -299,7 +299,7 @@ def _minus_exact_tail(d_scores: Kernel, problem: Problem, solved: Solved, f_bar,
 
 def _of_weights(problem: Problem, heads: Heads, of_log_a, of_log_b) -> tuple[Array | None, Array | None]:
     """Return gradients of the weights, None for those not given, from the cotangents of log a and log b."""
-    weights = heads.row_weights, heads.column_weights
+    weights = heads.weights
     if weights[0] is None and weights[1] is None:
         return weights
 

@@ -202,9 +202,8 @@ def dustbin_exists(n_q: Lengths, n_k: Lengths, dustbin: Dustbin) -> Bool[Array, 
 
 def targets_of(heads: Heads, spec: SinkhornSpec, dtype: jnp.dtype) -> tuple[AllRows, AllColumns]:
     """Return `targets` of the problem of every head."""
-    weights = heads.row_weights, heads.column_weights
     sizes = heads.q.shape[1], heads.k.shape[1], spec.band, spec.dustbin, dtype
-    return targets(heads.n_q, heads.n_k, *sizes, weights, spec.is_relaxed, spec.axis)
+    return targets(heads.n_q, heads.n_k, *sizes, heads.weights, spec.is_relaxed, spec.axis)
 
 
 def targets(

@@ -98,6 +98,22 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["OT_TEST_FOLDER"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Data set of 600 short sequences."""
+    from tests.support import small_sequences  # imports the programs, which not all tests need
+
+    return small_sequences.build(small_sequences.random_sequences(600), tmp_path_factory.mktemp("sequences"))
+
+
+@pytest.fixture(scope="session")
+def source(built):
+    """Training sequences of `built`."""
+    from data.sequences import open_sequences
+
+    return open_sequences(built, "train")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs_are_kept():
     """Free compiled programs behind each module: thousands take the 65,530 memory maps that Linux allows a process.

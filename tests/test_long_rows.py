@@ -17,7 +17,6 @@ import train
 from configs import long_context
 from data import vocab
 from data.masked import SequenceConfig, assemble, training_stream
-from data.sequences import open_sequences
 from evaluation import tasks
 from models import attention
 from models.attention import BlockSpec, SinkhornSpec, SparseSpec
@@ -28,16 +27,6 @@ from tests.support import small_sequences
 CONFIG = SequenceConfig(batch_size=6, buckets=(60, 500), seed=3, join=True)
 SMALL = EncoderConfig(width=8, depth=1, kernel=5, heads=2, attention_every=1)
 LENGTHS = 23, 1, 40, 17, 2, 30
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return small_sequences.build(small_sequences.random_sequences(600), tmp_path_factory.mktemp("sequences"))
-
-
-@pytest.fixture(scope="module")
-def source(built):
-    return open_sequences(built, "train")
 
 
 # ---- rows ----

@@ -34,16 +34,6 @@ CONFIG = SequenceConfig(batch_size=12, buckets=(40, 60, 100), seed=3)
 SMALL = EncoderConfig(width=16, depth=2, kernel=3, heads=2, attention_every=0)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return small_sequences.build(small_sequences.random_sequences(600), tmp_path_factory.mktemp("sequences"))
-
-
-@pytest.fixture(scope="module")
-def source(built):
-    return open_sequences(built, "train")
-
-
 def test_a_batch_holds_windows_of_the_sequences_of_one_bucket(source):
     stream, seen, windows = SequenceStream(source, CONFIG), set(), set()
     for step in range(40):

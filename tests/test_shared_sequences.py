@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from configs import aligner, pretrain, r2_balanced, sort_sinkhorn
 from evaluation import tasks
 from tests.support import small_sequences, tiny
 from tests.support.processes import finish, sequence_config, start
-from training import run_folder
+from training import run_folder, sharding
 
 # As in test_sharding.py: sums in another order, which later steps amplify.
 ROUNDING = 5e-6
@@ -66,7 +67,6 @@ def check(one: dict, shared: dict) -> None:
 JOINED = {"data.join": True, "attention.tau_a": 0.9, "attention.tau_b": 0.9}
 
 
-@pytest.mark.slow
 def test_devices_that_share_sequences_train_as_one():
     one, eight = trained(JOINED | {"model.depth": 1, "model.attention_every": 1}, [(1, 1, 1), (2, 1, 4)])
     check(one, eight)
@@ -135,6 +135,12 @@ def test_what_devices_cannot_share_is_refused(changes, named):
     settings = sequence_config(**{"mesh.sequence": 8, "model.dilations": 1} | changes)
     with pytest.raises(ValueError, match=named):
         tasks.task_of(settings).check_mesh()
+
+
+def test_neighbours_along_a_sequence_share_a_link():
+    chips = [SimpleNamespace(process_index=0, id=n, coords=(n % 2, n // 2, 0)) for n in range(8)]  # of a v6e-8
+    places = np.array([chip.coords for chip in sorted(chips, key=sharding._along_the_links)])
+    assert (np.abs(np.diff(places, axis=0)).sum(axis=1) == 1).all()
 
 
 def test_without_attention_only_convolutions_must_fit():

@@ -92,7 +92,20 @@ def errors(case: Case) -> dict[str, float]:
     """Largest deviations of shared from whole sequences, relative to the largest value; infinite where not finite."""
     given, run = _inputs(case), functools.partial(_attend_and_pull_back, case)
     whole, shared = (jax.device_get(run(*given, devices)) for devices in (1, case.devices))
-    names = "out", "f", "g", "residual", "steps", "dq", "dk", "dv", "dscore", "dweights of rows", "dweights of columns"
+    names = (
+        "out",
+        "f",
+        "g",
+        "f and g of the dustbin",
+        "residual",
+        "steps",
+        "dq",
+        "dk",
+        "dv",
+        "dscore",
+        "dweights of rows",
+        "dweights of columns",
+    )
     found = {}
     for name, expected, actual in zip(names, whole, shared, strict=True):
         if expected is not None:
@@ -116,7 +129,7 @@ def _inputs(case: Case) -> tuple:
 
 
 def _attend_and_pull_back(case: Case, arrays, score, weights, lengths, cotangent, devices: int):
-    """Return output, potentials of residues, residual, steps, and gradients, also through the potentials."""
+    """Return output, potentials of residues and of the dustbin, residual, steps, and gradients through all of them."""
     axis = None if devices == 1 else "sequence"
     ids = jnp.asarray(SEGMENTS) if case.segmented else None
     dustbin = case.spec.dustbin != "none"
@@ -127,7 +140,12 @@ def _attend_and_pull_back(case: Case, arrays, score, weights, lengths, cotangent
             sequence_axis=axis,
             segment_ids=ids,
         )
-        return out, info._replace(f=info.f[..., :-1], g=info.g[..., :-1]) if dustbin else info
+        bins = None
+        if dustbin:  # every device has a copy
+            bins = jnp.concatenate([info.f[..., -1:], info.g[..., -1:]], -1)
+            bins = jax.lax.pmean(bins, axis) if axis else bins
+            info = info._replace(f=info.f[..., :-1], g=info.g[..., :-1])
+        return out, info, bins
 
     if axis:
         mesh = jax.make_mesh((case.groups, devices), ("data", axis), axis_types=(AxisType.Auto,) * 2)
@@ -136,20 +154,22 @@ def _attend_and_pull_back(case: Case, arrays, score, weights, lengths, cotangent
             attend,
             mesh=mesh,
             in_specs=(by_place, by_place, by_place, P(), by_place, P("data"), by_place),
-            out_specs=(by_place, SinkhornInfo(by_head, by_head, P("data"), P("data"))),
+            out_specs=(by_place, SinkhornInfo(by_head, by_head, P("data"), P("data")), P("data")),
             check_vma=case.check_vma,
         )
 
     @jax.jit
     def run(arrays, score, weights):
         def of(*given):
-            out, info = attend(*given, lengths, ids)
-            return (out, info.f, info.g), (info.residual, info.steps)
+            out, info, bins = attend(*given, lengths, ids)
+            return (out, info.f, info.g, bins), (info.residual, info.steps)
 
-        (out, f, g), pull_back, others = jax.vjp(of, *arrays, score, weights, has_aux=True)
+        (out, f, g, bins), pull_back, others = jax.vjp(of, *arrays, score, weights, has_aux=True)
         of_f = jnp.cos(jnp.arange(f.size)).reshape(f.shape).astype(f.dtype)
-        *gradients, of_weights = pull_back((jnp.asarray(cotangent, out.dtype), of_f, jnp.full_like(g, 0.1)))
-        return out, f, g, *others, *gradients, *of_weights
+        of_bins = None if bins is None else jnp.full_like(bins, 3.0)
+        cotangents = jnp.asarray(cotangent, out.dtype), of_f, jnp.full_like(g, 0.1), of_bins
+        *gradients, of_weights = pull_back(cotangents)
+        return out, f, g, bins, *others, *gradients, *of_weights
 
     return run(arrays, score, weights)
 
